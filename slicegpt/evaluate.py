@@ -1,0 +1,140 @@
+"""Perplexity by the protocol of the published results (SparseGPT, SliceGPT section 4)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slicegpt.calibration.tokens import encode_text
+from slicegpt.errors import SliceGPTError
+from slicegpt.progress import Progress
+
+# 2^25 float32 logits are 128 MiB: large enough for the head's matrix product to run at full speed.
+_LOGITS_AT_ONCE = 1 << 25
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What `perplexity` measured.
+
+    Attributes:
+        perplexity: exp(nll).
+        tokens: tokens predicted, `windows * (seqlen - 1)`.
+        nll: mean negative log-likelihood of a token, in nats.
+        windows: windows evaluated.
+        seconds: wall time of the forward passes, without loading and tokenising.
+    """
+
+    perplexity: float
+    tokens: int
+    nll: float
+    windows: int
+    seconds: float
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    seqlen: int = 2048,
+    batch_size: int = 1,
+    max_windows: int | None = None,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """Measure the perplexity of any causal language model on a text.
+
+    The documents are joined with blank lines, encoded once, and cut into windows of `seqlen` tokens that do
+    not overlap; the last, shorter one is dropped. Each window predicts its tokens but the first. The losses
+    are summed in float64.
+
+    Args:
+        max_windows: evaluate only the first so many windows.
+        progress: where to report; None is silent.
+
+    Raises:
+        SliceGPTError: an argument is out of range, the text is shorter than a window, or a loss is not
+            finite.
+    """
+    limits = {"seqlen": (seqlen, 2), "batch_size": (batch_size, 1), "max_windows": (max_windows, 1)}
+    for name, (value, least) in limits.items():
+        if value is not None and value < least:
+            raise SliceGPTError(f"perplexity: {name} must be at least {least}, got {value}")
+    ids = encode_text("\n\n".join(documents), tokenizer)
+    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:max_windows]
+    if not len(windows):
+        raise SliceGPTError(
+            f"perplexity: the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}"
+        )
+    device = model.get_input_embeddings().weight.device
+    report = progress or Progress(quiet=True)
+    total, start = 0.0, time.perf_counter()
+    with torch.no_grad(), _evaluating(model):
+        token_losses = _loss_function(model, windows[:1, :16].to(device))
+        with report.stage("perplexity", len(windows), "window") as advance:
+            for first in range(0, len(windows), batch_size):
+                batch = windows[first : first + batch_size].to(device)
+                losses = token_losses(batch).sum(dim=1).tolist()
+                for window, loss in enumerate(losses, start=first):
+                    if not math.isfinite(loss):
+                        raise SliceGPTError(f"perplexity: the loss of window {window} is {loss}")
+                    total += loss
+                advance(len(batch))
+    tokens = len(windows) * (seqlen - 1)
+    nll = total / tokens
+    if nll > 700:  # exp() overflows; a model that guesses evenly among a million tokens has 14
+        raise SliceGPTError(f"perplexity: the mean loss of a token is {nll:.4g} nats: the model is broken")
+    return PerplexityResult(math.exp(nll), tokens, nll, len(windows), time.perf_counter() - start)
+
+
+def _loss_function(model: PreTrainedModel, probe: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function from ids [b, s] to the float64 losses [b, s - 1] of the tokens after the first.
+
+    A vocabulary of 50k and a batch of 8 windows make 3 GB of float32 logits, so the head is applied to some
+    tokens at a time. A few architectures do more than apply it (soft-capped or scaled logits); the probe
+    [1, n] finds out.
+    """
+    head, trunk = model.get_output_embeddings(), model.base_model
+
+    def hidden_states(ids: torch.Tensor) -> torch.Tensor:
+        return trunk(input_ids=ids, use_cache=False).last_hidden_state
+
+    def from_logits(ids: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        return _losses(logits.flatten(0, 1), ids[:, 1:].flatten()).view(len(ids), -1)
+
+    def from_hidden_states(ids: torch.Tensor) -> torch.Tensor:
+        hidden = hidden_states(ids)[:, :-1].flatten(0, 1)
+        targets = ids[:, 1:].flatten()
+        size = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+        pieces = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.cat([_losses(head(states), labels) for states, labels in pieces]).view(len(ids), -1)
+
+    if head is None or trunk is model:
+        return from_logits
+    plain = torch.equal(head(hidden_states(probe)), model(input_ids=probe, use_cache=False).logits)
+    return from_hidden_states if plain else from_logits
+
+
+def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return float64 [n] from logits [n, V]; half precision is widened before the softmax."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(wide, targets.to(wide.device), reduction="none").double()
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and every module back into its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

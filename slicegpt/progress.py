@@ -1,0 +1,36 @@
+"""Progress of the stages of a long run: a bar with an ETA on a terminal, one line per stage elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+@dataclass
+class Progress:
+    """Report progress on `stream` (standard error, so that results can be piped); `quiet` reports nothing."""
+
+    quiet: bool = False
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, unit: str = "step") -> Iterator[Callable[[int], object]]:
+        """Yield `advance(n)`, to be called with the number of units done since the last call.
+
+        The line at the end of a stage is left out where the stage is not reached: an error speaks for itself.
+        """
+        start = time.perf_counter()
+        live = not self.quiet and self.stream.isatty()
+        with tqdm(total=total, desc=name, unit=unit, disable=not live, file=self.stream, leave=True) as bar:
+            yield bar.update
+        if not self.quiet and not live:
+            seconds = time.perf_counter() - start
+            print(
+                f"{name}: {total} {unit}{'s' * (total != 1)} in {seconds:.1f} s", file=self.stream, flush=True
+            )
