@@ -1,0 +1,50 @@
+"""Options that several commands share."""
+
+import argparse
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="also write the results to FILE as JSON")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the first GPU where there is one"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto keeps the stored one"
+    )
+
+
+def resolve_device(name: str):
+    """`--device` as a torch device; an error where it cannot be had."""
+    import torch
+
+    from slicegpt.errors import SliceGPTError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SliceGPTError(f"--device: expected cpu or cuda[:N], got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SliceGPTError(f"--device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_dtype(name: str):
+    """`--dtype` as a torch dtype, None for auto."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number above zero."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

@@ -1,0 +1,31 @@
+"""Tables that the commands print."""
+
+
+def print_sizes(record: dict) -> None:
+    """Dense and sliced sizes of a `slicing.json`, side by side."""
+    from slicegpt.model_card import summarise
+    from slicegpt.sizes import format_bytes
+    from slicegpt.table import format_table
+
+    size, boundaries = record["size"], record["boundaries"]
+    rows = [
+        {
+            "": "dense",
+            "parameters": size["dense_parameters"],
+            "bytes": format_bytes(size["dense_bytes"]),
+            "removed": "0.0 %",
+            "widths": str(record["dense_width"]),
+            "shortcuts": "none",
+        },
+        {
+            "": "sliced",
+            "parameters": size["parameters"],
+            "bytes": format_bytes(size["bytes"]),
+            "removed": f"{100 * size['removed']:.1f} %",
+            "widths": summarise([boundary["width"] for boundary in boundaries]),
+            "shortcuts": summarise([boundary["shortcut"] for boundary in boundaries[:-1]]),
+        },
+    ]
+    print(format_table(rows, list(rows[0])))
+    seconds = sum(record["seconds"].values())
+    print(f"slicing (1 - d/D): {100 * record['slicing']:.1f} %, {record['calibration']['tokens']:,} tokens, {seconds:.1f} s")

@@ -1,0 +1,140 @@
+"""`slicegpt slice`: slice a model and save it as a Hugging Face folder."""
+
+import argparse
+import json
+from pathlib import Path
+
+from .options import add_device, add_json, positive, resolve_device, resolve_dtype
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "slice",
+        help="slice a model and save it",
+        description="Slice MODEL (a folder, a hub id, a .gguf file, or smollm2-135m) and save it under --output.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; appears only when whole")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+
+    size = parser.add_argument_group("how much (one of)").add_mutually_exclusive_group(required=True)
+    size.add_argument("--slice", type=float, metavar="F", help="fraction of columns to delete, in [0, 1)")
+    size.add_argument("--params", type=float, metavar="F", help="fraction of all parameters to keep: the true size")
+    size.add_argument("--target-bytes", type=float, metavar="N", help="bytes the weights may take (1.5e9 is fine)")
+    size.add_argument("--widths", metavar="FILE", help="JSON list of widths, one a boundary")
+
+    shape = parser.add_argument_group("shape")
+    shape.add_argument("--round-to", type=positive, default=64, metavar="N", help="widths are multiples of N (64)")
+    shape.add_argument("--shortcut", choices=("compact", "dense"), default="compact")
+    shape.add_argument("--orientation", choices=("aligned", "random", "pca"), help="default: aligned")
+    shape.add_argument("--slice-head", action="store_true", help="slice the last boundary, which the head reads, too")
+    shape.add_argument("--signal", choices=("residual", "normalized"), default="residual")
+
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--calibration",
+        default="wikitext2",
+        metavar="DATA",
+        help="text file, folder, .jsonl, .parquet, python-reference, or a data set: wikitext2 (default), ptb, c4, alpaca",
+    )
+    data.add_argument("--text-column", metavar="NAME", help="column of .jsonl and .parquet files (text)")
+    data.add_argument("--nsamples", type=positive, default=128)
+    data.add_argument("--seqlen", type=positive, default=2048)
+    data.add_argument("--batch-size", type=positive, default=8)
+    data.add_argument("--seed", type=int, default=42)
+    data.add_argument("--varied-seqlen", action="store_true", help="one document a sample, padded, not windows")
+
+    machine = parser.add_argument_group("machine")
+    add_device(machine)
+    machine.add_argument("--signals", choices=("auto", "device", "host"), default="auto", help="where activations stay")
+    machine.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
+    add_json(parser)
+
+
+def read_widths(file: str) -> list[int]:
+    """The JSON list of `--widths`."""
+    from slicegpt.errors import SliceGPTError
+
+    try:
+        widths = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SliceGPTError(f"--widths: cannot read {file} as JSON: {error}") from error
+    if not isinstance(widths, list):
+        raise SliceGPTError(f"--widths: {file} must hold a list of widths, got {type(widths).__name__}")
+    return widths
+
+
+def plan_from(options: argparse.Namespace, fields: dict, dtype, shape):
+    """The sliced model's configuration from the size that was asked for."""
+    from slicegpt.errors import SliceGPTError
+    from slicegpt.schedule import constant_widths, plan, plan_for_parameters, width_for_slice
+
+    if options.widths is not None:
+        return plan(fields, read_widths(options.widths), shape)
+    if options.slice is not None:
+        width = width_for_slice(fields["dense_hidden_size"], options.slice, options.round_to)
+        return plan(fields, constant_widths(fields, width, options.slice_head), shape)
+    if options.params is not None:
+        if not 0 < options.params <= 1:
+            raise SliceGPTError(f"--params: the fraction of parameters to keep must lie in (0, 1], got {options.params}")
+        return plan_for_parameters(fields, int(options.params * fields["source_parameters"]), shape)
+    if not options.target_bytes >= 1:
+        raise SliceGPTError(f"--target-bytes: must be at least 1, got {options.target_bytes}")
+    return plan_for_parameters(fields, int(options.target_bytes / dtype.itemsize), shape)
+
+
+def run(options: argparse.Namespace) -> None:
+    # What can be checked without the model is checked before it is loaded.
+    from slicegpt.calibration.sampling import calibration_hash, sample_batches
+    from slicegpt.calibration.sources import load_documents
+    from slicegpt.checkpoint import check_output, check_space, save_sliced
+    from slicegpt.families import canonical_fields
+    from slicegpt.loading import load_dense
+    from slicegpt.progress import Progress
+    from slicegpt.record import size_record, slicing_record
+    from slicegpt.schedule import Shape, width_for_slice
+    from slicegpt.slicing import SlicingOptions, slice_model
+    from slicegpt.table import write_json
+
+    from .report import print_sizes
+
+    orientation = options.orientation or "aligned"
+    shape = Shape(options.shortcut, orientation, options.slice_head, options.round_to)
+    if options.slice is not None:
+        width_for_slice(1, options.slice, 1)
+    path = check_output(options.output, options.overwrite)
+    device = resolve_device(options.device)
+    documents = load_documents(options.calibration, "train", options.text_column)
+    progress = Progress()
+
+    with progress.stage(f"loading {options.model}", 1):
+        model, tokenizer = load_dense(options.model, resolve_dtype(options.dtype))
+    dtype = model.dtype
+    config = plan_from(options, canonical_fields(model), dtype, shape)
+    size = size_record(config, dtype)
+    # Config, tokenizer and record come on top of the weights; a twentieth and 16 MB are ample.
+    check_space(path, int(size["bytes"] * 1.05) + 16_000_000)
+    if size["parameters"] >= size["dense_parameters"] and options.slice:
+        print(f"note: at this size the sliced model is no smaller than the dense one ({options.shortcut} shortcuts)")
+    with progress.stage(f"tokenising {options.calibration}", 1):
+        batches = sample_batches(
+            documents, tokenizer, options.nsamples, options.seqlen, options.batch_size, options.seed, options.varied_seqlen
+        )
+    settings = SlicingOptions(dtype, device, orientation, options.signal, options.signals, options.seed)
+    sliced, report = slice_model(model, config, batches, settings, progress)
+    if model.generation_config is not None:
+        sliced.generation_config = model.generation_config
+    calibration = {
+        "source": options.calibration,
+        "nsamples": options.nsamples,
+        "seqlen": options.seqlen,
+        "seed": options.seed,
+        "sha256": calibration_hash(batches),
+    }
+    record = slicing_record(sliced, report, settings, options.model, calibration)
+    with progress.stage(f"saving {options.output}", 1):
+        save_sliced(sliced, tokenizer, record, path, options.overwrite, options.max_shard_size)
+    print_sizes(record)
+    if options.json:
+        write_json(options.json, {key: value for key, value in record.items() if key != "eigenvalues"})

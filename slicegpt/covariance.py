@@ -1,0 +1,32 @@
+"""The covariance of a stream over the calibration tokens, accumulated in float64."""
+
+import torch
+
+from slicegpt.ops import gram_
+
+SIGNALS = ("residual", "normalized")
+
+
+class Covariance:
+    """`C = Σ xᵀ x` over all tokens that are not padding (paper section 3.4, equation 8).
+
+    Args:
+        width: D, columns of the stream.
+        signal: "residual" sums over the stream as it is; "normalized" over the stream behind its RMS norm, as
+            the published code does.
+        eps: the norm's epsilon, for "normalized".
+    """
+
+    def __init__(self, width: int, signal: str, eps: float, device: torch.device):
+        self.matrix = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.signal = signal
+        self.eps = eps
+
+    def add(self, stream: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Add a batch: `stream` [batch, tokens, D], `attention_mask` [batch, tokens] (None: no padding)."""
+        rows = stream.reshape(-1, stream.shape[-1])
+        weight = None if attention_mask is None else attention_mask.reshape(-1).to(torch.float64)
+        if self.signal == "normalized":
+            inverse = 1 / (rows.double().square().mean(dim=-1) + self.eps)
+            weight = inverse if weight is None else weight * inverse
+        gram_(self.matrix, rows, weight)

@@ -1,0 +1,140 @@
+"""What a family is: where a Hugging Face checkpoint keeps its weights, and the few facts its config carries."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the checkpoint: `weight` [out, in], `bias` [out] or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Scale and shift [D] of a LayerNorm or RMSNorm; None where the checkpoint has none."""
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """One transformer layer of the checkpoint. In parallel layers both norms are the same one."""
+
+    attention_norm: Norm
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    mlp_norm: Norm
+    gate: Linear | None
+    up: Linear
+    down: Linear
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Names of a layer's modules below the layer's own; None where the family has no such part."""
+
+    attention_norm: str
+    q: str
+    k: str
+    v: str
+    o: str
+    mlp_norm: str
+    up: str
+    down: str
+    gate: str | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model architecture, as the canonical network sees it.
+
+    Attributes:
+        architectures: Hugging Face class names, as in `config.architectures`.
+        facts: the fields of `SlicedConfig` that the checkpoint's config determines; raises `SliceGPTError`
+            for variants that the canonical network cannot represent.
+        mean_subtraction: LayerNorm family: `M = I - 1 1ᵀ / D` is folded into every layer that writes the stream.
+        embedding, positions, layers, final_norm, head: module names; `layers` holds one `{}`.
+        ignored: checkpoint tensors that carry no function (suffixes).
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    facts: Callable[[PreTrainedConfig], dict]
+    layer: LayerNames
+    mean_subtraction: bool
+    embedding: str
+    layers: str
+    final_norm: str
+    head: str = "lm_head"
+    positions: str | None = None
+    ignored: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))
+
+
+class Checkpoint:
+    """A dense model's tensors, read by their canonical names.
+
+    `tensors` is any mapping from checkpoint names to tensors: a module's `state_dict()`, or open safetensors.
+    """
+
+    def __init__(self, family: Family, tensors: Mapping[str, torch.Tensor]):
+        self.family = family
+        self.tensors = tensors
+
+    def _get(self, name: str) -> torch.Tensor | None:
+        return self.tensors[name] if name in self.tensors else None  # noqa: SIM401  (a Mapping need not have get)
+
+    def _linear(self, name: str) -> Linear:
+        return Linear(self.tensors[f"{name}.weight"], self._get(f"{name}.bias"))
+
+    def _norm(self, name: str) -> Norm:
+        return Norm(self._get(f"{name}.weight"), self._get(f"{name}.bias"))
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """Token embedding table [vocab_size, D]."""
+        return self.tensors[f"{self.family.embedding}.weight"]
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """Learned position table [positions + offset, D], or None."""
+        return None if self.family.positions is None else self.tensors[f"{self.family.positions}.weight"]
+
+    @property
+    def final_norm(self) -> Norm:
+        return self._norm(self.family.final_norm)
+
+    @property
+    def head(self) -> Linear:
+        """Language-modelling head; a tied one is the embedding table."""
+        weight = self._get(f"{self.family.head}.weight")
+        return Linear(self.embedding if weight is None else weight, self._get(f"{self.family.head}.bias"))
+
+    def layer(self, index: int) -> DenseLayer:
+        names, root = self.family.layer, self.family.layers.format(index)
+        norms = [None if name is None else self._get(f"{root}.{name}.weight") for name in (names.q_norm, names.k_norm)]
+        return DenseLayer(
+            attention_norm=self._norm(f"{root}.{names.attention_norm}"),
+            q=self._linear(f"{root}.{names.q}"),
+            k=self._linear(f"{root}.{names.k}"),
+            v=self._linear(f"{root}.{names.v}"),
+            o=self._linear(f"{root}.{names.o}"),
+            mlp_norm=self._norm(f"{root}.{names.mlp_norm}"),
+            gate=None if names.gate is None else self._linear(f"{root}.{names.gate}"),
+            up=self._linear(f"{root}.{names.up}"),
+            down=self._linear(f"{root}.{names.down}"),
+            q_norm=norms[0],
+            k_norm=norms[1],
+        )

@@ -1,0 +1,48 @@
+"""Llama 1, 2 and 3 (grouped-query attention, tied or untied head) and families of the same layout."""
+
+from transformers import PreTrainedConfig
+
+from .base import Family, LayerNames
+
+LLAMA_LAYER = LayerNames(
+    attention_norm="input_layernorm",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    o="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+    q_norm="self_attn.q_norm",
+    k_norm="self_attn.k_norm",
+)
+
+
+def llama_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Llama-like config determines."""
+    return {
+        "dense_hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "hidden_act": config.hidden_act,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": dict(config.rope_parameters),
+        "rms_norm_eps": config.rms_norm_eps,
+        "attention_dropout": config.attention_dropout,
+    }
+
+
+LLAMA = Family(
+    model_type="llama",
+    architectures=("LlamaForCausalLM",),
+    facts=llama_facts,
+    layer=LLAMA_LAYER,
+    mean_subtraction=False,
+    embedding="model.embed_tokens",
+    layers="model.layers.{}",
+    final_norm="model.norm",
+)

@@ -1,0 +1,86 @@
+"""Folding norms and rotations into the linear layers around them, in float64 (paper sections 3.1 to 3.3).
+
+With `V` [D, d] the basis of a boundary, `g`, `β` the norm's scale and shift, `M = I - 1 1ᵀ / D` for LayerNorm
+families and `M = I` otherwise:
+
+    reads the stream:    W -> sqrt(D / d) W diag(g) V,    c -> c + W β
+    writes the stream:   W -> Vᵀ M W,                     c -> Vᵀ M c
+
+(`W` is [out, in] as torch stores it). The constant `sqrt(D / d)` makes up for the stock RMSNorm that the sliced
+network uses, which divides by d and not by D; see `SlicedConfig.boundary_eps`.
+"""
+
+import torch
+
+from slicegpt.families import DenseLayer, Linear, Norm
+
+# Canonical module name and the field of DenseLayer, for the layers that read and that write the stream.
+READERS = {"attention": (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")), "mlp": (("gate_proj", "gate"), ("up_proj", "up"))}
+WRITERS = {"attention": ("o_proj", "o"), "mlp": ("down_proj", "down")}
+
+
+def centre(rows: torch.Tensor, mean_subtraction: bool) -> torch.Tensor:
+    """`rows M` in float64: every row of [..., D] less its mean, or unchanged for RMSNorm families."""
+    rows = rows.double()
+    return rows - rows.mean(dim=-1, keepdim=True) if mean_subtraction else rows
+
+
+def fold_reader(linear: Linear, norm: Norm, basis: torch.Tensor) -> Linear:
+    """A layer that reads the normalised stream: norm scale, shift and rotation folded in, float64."""
+    weight = linear.weight.to(basis.device, torch.float64)
+    bias = None if linear.bias is None else linear.bias.to(basis.device, torch.float64)
+    if norm.bias is not None:
+        shift = weight @ norm.bias.to(basis.device, torch.float64)
+        bias = shift if bias is None else bias + shift
+    if norm.weight is not None:
+        weight = weight * norm.weight.to(basis.device, torch.float64)
+    dense_width, width = basis.shape
+    return Linear((weight @ basis) * (dense_width / width) ** 0.5, bias)
+
+
+def fold_writer(linear: Linear, basis: torch.Tensor | None, mean_subtraction: bool, device: torch.device) -> Linear:
+    """A layer that writes the stream: mean subtraction and rotation folded in, float64.
+
+    `basis=None` leaves the output at full width.
+    """
+    columns = centre(linear.weight.to(device).mT, mean_subtraction)
+    bias = None if linear.bias is None else centre(linear.bias.to(device), mean_subtraction)
+    if basis is not None:
+        columns = columns @ basis
+        bias = None if bias is None else bias @ basis
+    return Linear(columns.mT, bias)
+
+
+def named(name: str, linear: Linear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """State-dict entries of a folded layer, rounded once to the model's dtype."""
+    entries = {f"{name}.weight": linear.weight.to(dtype).contiguous()}
+    if linear.bias is not None:
+        entries[f"{name}.bias"] = linear.bias.to(dtype)
+    return entries
+
+
+def reader_state(part: str, layer: DenseLayer, basis: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """State of the layers of `part` ("attention" or "mlp") that read the stream, in `basis`."""
+    norm = layer.attention_norm if part == "attention" else layer.mlp_norm
+    state: dict[str, torch.Tensor] = {}
+    for name, field in READERS[part]:
+        linear = getattr(layer, field)
+        if linear is not None:
+            state |= named(name, fold_reader(linear, norm, basis), dtype)
+    if part == "attention" and layer.q_norm is not None:
+        state["q_norm.weight"] = layer.q_norm.to(basis.device, dtype)
+        state["k_norm.weight"] = layer.k_norm.to(basis.device, dtype)
+    return state
+
+
+def writer_state(
+    part: str,
+    layer: DenseLayer,
+    basis: torch.Tensor | None,
+    mean_subtraction: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """State of the layer of `part` that writes the stream, into `basis` (None: full width)."""
+    name, field = WRITERS[part]
+    return named(name, fold_writer(getattr(layer, field), basis, mean_subtraction, device), dtype)

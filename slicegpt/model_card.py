@@ -1,0 +1,70 @@
+"""The model card of a sliced folder, made from its `slicing.json`."""
+
+from slicegpt.sizes import format_bytes
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- slicegpt
+- compression
+---
+
+# {name}
+
+{source}, compressed with [SliceGPT](https://arxiv.org/abs/2401.15024): columns and rows of every weight matrix
+deleted along the principal components of the residual stream. All weights are dense.
+
+| | dense | sliced |
+|---|---|---|
+| parameters | {dense_parameters:,} | {parameters:,} |
+| bytes ({dtype}) | {dense_bytes} | {bytes} |
+| columns of the residual stream | {dense_width} | {widths} |
+
+Removed: {removed:.1%} of all parameters, shortcuts and head counted. Slicing (1 - d / D): {slicing:.1%}.
+Shortcuts: {shortcuts}.
+Calibration: {tokens:,} tokens of {calibration}, seed {seed}.
+
+```python
+import slicegpt  # registers the architecture with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
+```
+
+The licence of the original model applies. Evaluate the sliced model on your own task before you rely on it.
+"""
+
+
+def summarise(values: list) -> str:
+    """Distinct values in the order they appear, with how often: "448 (60), 576 (1)"."""
+    counts: dict = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return ", ".join(f"{value} ({count})" for value, count in counts.items())
+
+
+def model_card(record: dict, name: str) -> str:
+    """Markdown with a metadata header, as the Hugging Face hub shows it."""
+    size, calibration = record["size"], record["calibration"]
+    widths = [boundary["width"] for boundary in record["boundaries"]]
+    return _CARD.format(
+        name=name,
+        source=record["source"],
+        dtype=record["dtype"],
+        dense_parameters=size["dense_parameters"],
+        parameters=size["parameters"],
+        dense_bytes=format_bytes(size["dense_bytes"]),
+        bytes=format_bytes(size["bytes"]),
+        dense_width=record["dense_width"],
+        widths=summarise(widths),
+        removed=size["removed"],
+        slicing=record["slicing"],
+        shortcuts=summarise([boundary["shortcut"] for boundary in record["boundaries"][:-1]]),
+        tokens=calibration["tokens"],
+        calibration=calibration["source"],
+        seed=calibration["seed"],
+    )

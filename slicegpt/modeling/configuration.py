@@ -1,0 +1,169 @@
+"""`SlicedConfig`: the canonical network of `slicegpt.modeling.network`, described by its widths and few facts."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+SHORTCUT_KINDS = ("identity", "compact", "dense")
+
+
+def factor_rank(dense_width: int, width: int, next_width: int) -> int:
+    """Columns of the factor F of a compact shortcut `S = [I - F Fᵀ, 0]` from `width` to `next_width >= width`.
+
+    Two subspaces of R^D of dimensions d <= d' share at least d + d' - D dimensions, so at most D - d' of the
+    d principal angles between them differ from zero.
+    """
+    return min(width, dense_width - next_width)
+
+
+@strict
+class SlicedConfig(PreTrainedConfig):
+    r"""Configuration of a sliced (or rotated, or dense) language model in canonical form.
+
+    Boundary `b = 0..B` lies before block `b`; `B = 2 * num_hidden_layers` (attention and MLP are blocks of their
+    own), or `num_hidden_layers` where `parallel_blocks` (Phi-2). At boundary `b` the residual stream has
+    `boundary_widths[b]` columns, and block `b` adds its output to `h_b S_b`, where `shortcuts[b]` tells how the
+    shortcut `S_b` is stored:
+
+    - `"identity"`: `S_b = I` (equal widths);
+    - `"compact"`: `S_b = [I - F Fᵀ, 0]`, `F` of `boundary_widths[b]` rows and `factor_rank(...)` columns;
+    - `"dense"`: any matrix.
+
+    Args:
+        dense_hidden_size: D, the width of the model before slicing.
+        boundary_widths: `B + 1` widths; all `dense_hidden_size` where not given.
+        shortcuts: `B` kinds; all `"identity"` where not given.
+        hidden_size: the width the head reads. It is derived: the last boundary's width, or D where the head is tied.
+        embed_projection: the embedding table keeps D columns (it is shared with the head) and a projection
+            of shape D x `boundary_widths[0]` brings it onto the first boundary.
+        final_norm_weight, final_norm_bias: the last norm keeps its scale (and shift), because a tied head
+            cannot absorb them.
+        parallel_blocks: attention and MLP read the same normalised stream and are added together.
+        position_embedding: `"rotary"` or `"learned"`; learned positions start at row `position_offset`.
+        gated_mlp: `down(act(gate(x)) * up(x))` rather than `down(act(up(x)))`.
+        attention_bias, attention_output_bias, mlp_bias, mlp_output_bias, lm_head_bias: which linear layers
+            carry a bias (folding a LayerNorm's shift creates some).
+        qk_norm: queries and keys pass an RMSNorm over the head dimension (Qwen3).
+        rms_norm_eps: epsilon of the norms of the original model. The norm divides by D, not by the sliced
+            width; see `boundary_eps`.
+        source_model_type, source_parameters: the family the weights came from, and how many elements the
+            model stored before slicing.
+    """
+
+    model_type = "slicegpt"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    dense_hidden_size: int = 4096
+    boundary_widths: list[int] | None = None
+    shortcuts: list[str] | None = None
+    hidden_size: int | None = None
+    embed_projection: bool = False
+    final_norm_weight: bool = False
+    final_norm_bias: bool = False
+    num_hidden_layers: int = 32
+    parallel_blocks: bool = False
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    intermediate_size: int = 11008
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    mlp_output_bias: bool = False
+    lm_head_bias: bool = False
+    position_embedding: str = "rotary"
+    position_offset: int = 0
+    max_position_embeddings: int = 2048
+    rope_parameters: dict | None = None
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float | int | None = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    source_model_type: str | None = None
+    source_parameters: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.dense_hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.boundary_widths is None:
+            self.boundary_widths = [self.dense_hidden_size] * (self.num_blocks + 1)
+        if self.shortcuts is None:
+            self.shortcuts = ["identity"] * self.num_blocks
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        self.hidden_size = self.dense_hidden_size if self.tie_word_embeddings else self.boundary_widths[-1]
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_blocks(self) -> int:
+        """B, the number of blocks, each with a boundary before it."""
+        return self.num_hidden_layers * (1 if self.parallel_blocks else 2)
+
+    @property
+    def head_projection(self) -> bool:
+        """A tied head of a sliced last boundary is reached through a projection of that width to D."""
+        return self.tie_word_embeddings and self.boundary_widths[-1] != self.dense_hidden_size
+
+    def boundary_eps(self, boundary: int) -> float:
+        """Epsilon of the stock RMSNorm over `d` columns that stands for the norm over the D original ones.
+
+        `h rsqrt(|h|^2 / D + eps) = sqrt(D / d) * h rsqrt(|h|^2 / d + eps D / d)`; the constant `sqrt(D / d)` is
+        folded into the linear layers that read the norm.
+        """
+        return self.rms_norm_eps * self.dense_hidden_size / self.boundary_widths[boundary]
+
+    def shortcut_rank(self, block: int) -> int | None:
+        """Columns of the factor F of block `block`'s shortcut: 0 for identity, None for a dense shortcut."""
+        kind = self.shortcuts[block]
+        if kind == "dense":
+            return None
+        if kind == "identity":
+            return 0
+        return factor_rank(self.dense_hidden_size, self.boundary_widths[block], self.boundary_widths[block + 1])
+
+    def validate_architecture(self):
+        """Replaces the base check that `hidden_size` is a multiple of the number of heads: here it need not be."""
+        widths, blocks, dense = self.boundary_widths, self.num_blocks, self.dense_hidden_size
+        if len(widths) != blocks + 1:
+            raise ValueError(f"boundary_widths must hold {blocks + 1} widths, got {len(widths)}")
+        if not all(1 <= width <= dense for width in widths):
+            raise ValueError(f"boundary_widths must lie in [1, {dense}], got {widths}")
+        if len(self.shortcuts) != blocks or not set(self.shortcuts) <= set(SHORTCUT_KINDS):
+            raise ValueError(f"shortcuts must hold {blocks} of {SHORTCUT_KINDS}, got {self.shortcuts}")
+        for block, kind in enumerate(self.shortcuts):
+            width, following = widths[block], widths[block + 1]
+            if (kind == "identity" and width != following) or (kind == "compact" and width > following):
+                raise ValueError(f"shortcuts[{block}] cannot be {kind!r} from width {width} to {following}")
+        if self.position_embedding not in ("rotary", "learned"):
+            raise ValueError(f"position_embedding must be 'rotary' or 'learned', got {self.position_embedding!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )

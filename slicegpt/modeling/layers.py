@@ -1,0 +1,213 @@
+"""The parts of a block: weightless norm, shortcut, rotary embedding, attention, MLP."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration import SlicedConfig
+
+
+class WeightlessRMSNorm(nn.Module):
+    """`h rsqrt(mean(h²) + eps)` over the last `width` columns; computed in float32 for 16-bit streams."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.width = width
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, (self.width,), None, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, eps={self.eps:g}"
+
+
+class FinalNorm(WeightlessRMSNorm):
+    """The last norm of a model with a tied head: it keeps its scale and shift, which that head cannot absorb."""
+
+    def __init__(self, width: int, eps: float, bias: bool):
+        super().__init__(width, eps)
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = super().forward(hidden_states) * self.weight
+        return normed if self.bias is None else normed + self.bias
+
+
+class CompactShortcut(nn.Module):
+    """`h -> [h - (h F) Fᵀ, 0]`, the exact shortcut between two aligned boundaries (see `slicegpt.rotation`).
+
+    `factor` holds `Fᵀ`, of shape [rank, width]. It is a parameter and no linear layer: it acts twice, once
+    transposed, so a low-rank adapter on a linear layer would not mean what it says.
+    """
+
+    def __init__(self, width: int, next_width: int, rank: int):
+        super().__init__()
+        self.padding = next_width - width
+        self.factor = nn.Parameter(torch.zeros(rank, width))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        carried = hidden_states - (hidden_states @ self.factor.mT) @ self.factor
+        return F.pad(carried, (0, self.padding)) if self.padding else carried
+
+    def extra_repr(self) -> str:
+        rank, width = self.factor.shape
+        return f"{width} -> {width + self.padding}, rank={rank}"
+
+
+def build_shortcut(config: SlicedConfig, block: int) -> nn.Module:
+    """The module for `h_b -> h_b S_b` at block `block`."""
+    kind, width, next_width = config.shortcuts[block], *config.boundary_widths[block : block + 2]
+    if kind == "identity":
+        return nn.Identity()
+    if kind == "compact":
+        return CompactShortcut(width, next_width, config.shortcut_rank(block))
+    return nn.Linear(width, next_width, bias=False)
+
+
+class SlicedRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary positions, in every variant that transformers knows."""
+
+    def __init__(self, config: SlicedConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        initialise = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            initialise = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = initialise(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: SlicedConfig, device=None, **_) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies over the rotary part of a head, and the scale 1 (transformers calls this by name)."""
+        rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float, device=device) / rotary_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Angles in float32 whatever the model's dtype: a 16-bit position cannot count past 2048 (or 256).
+        frequencies = self.inv_freq.to(device=hidden_states.device, dtype=torch.float)
+        angles = position_ids[..., None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first `cos.shape[-1]` entries of each head of `states` [batch, heads, tokens, head_dim]."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotary, passed = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
+    first, second = rotary.chunk(2, dim=-1)
+    rotary = rotary * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotary, passed), dim=-1) if passed.shape[-1] else rotary
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, for `attn_implementation="eager"`: returns the output and the probabilities."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.mT * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    probabilities = F.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    output = F.dropout(probabilities, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2).contiguous(), probabilities
+
+
+class SlicedAttention(nn.Module):
+    """Causal self-attention from a boundary of `in_width` columns to one of `out_width`."""
+
+    def __init__(self, config: SlicedConfig, layer_idx: int, in_width: int, out_width: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(in_width, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, out_width, bias=config.attention_output_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = hidden_states.shape[:-1]
+        heads = (*shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        output, probabilities = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*shape, -1)), probabilities
+
+
+class SlicedMLP(nn.Module):
+    """The feed-forward part from a boundary of `in_width` columns to one of `out_width`, gated or not."""
+
+    def __init__(self, config: SlicedConfig, in_width: int, out_width: int):
+        super().__init__()
+        size = config.intermediate_size
+        self.gate_proj = nn.Linear(in_width, size, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(in_width, size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(size, out_width, bias=config.mlp_output_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

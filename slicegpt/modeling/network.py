@@ -1,0 +1,273 @@
+"""The one network of the package: `SlicedModel` and `SlicedForCausalLM`, Hugging Face models like any other.
+
+A dense model, a rotated one and a sliced one are the same network at different widths (paper section 3; the
+canonical form is set out in the README). With `n_b` the weightless norm of the stream `h_b`:
+
+    h_{b+1} = h_b S_b + block_b(n_b)
+"""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration import SlicedConfig
+from .layers import (
+    CompactShortcut,
+    FinalNorm,
+    SlicedAttention,
+    SlicedMLP,
+    SlicedRotaryEmbedding,
+    WeightlessRMSNorm,
+    build_shortcut,
+)
+
+
+def build_norm(config: SlicedConfig, boundary: int) -> WeightlessRMSNorm:
+    """The weightless norm of the stream at `boundary`."""
+    return WeightlessRMSNorm(config.boundary_widths[boundary], config.boundary_eps(boundary))
+
+
+class SlicedDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP one after the other, each a block with a boundary before it."""
+
+    def __init__(self, config: SlicedConfig, layer_idx: int):
+        super().__init__()
+        block = 2 * layer_idx
+        entry, middle, leave = config.boundary_widths[block : block + 3]
+        self.input_norm = build_norm(config, block)
+        self.self_attn = SlicedAttention(config, layer_idx, entry, middle)
+        self.attention_shortcut = build_shortcut(config, block)
+        self.mlp_norm = build_norm(config, block + 1)
+        self.mlp = SlicedMLP(config, middle, leave)
+        self.mlp_shortcut = build_shortcut(config, block + 1)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.mlp_block(self.attention_block(hidden_states, **kwargs))
+
+    def attention_block(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Boundary `2 l` to boundary `2 l + 1`."""
+        attended, _ = self.self_attn(self.input_norm(hidden_states), **kwargs)
+        return self.attention_shortcut(hidden_states) + attended
+
+    def mlp_block(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Boundary `2 l + 1` to boundary `2 l + 2`."""
+        return self.mlp_shortcut(hidden_states) + self.mlp(self.mlp_norm(hidden_states))
+
+
+class SlicedParallelDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP side by side on one norm (Phi-2): one block, one boundary, one shortcut."""
+
+    def __init__(self, config: SlicedConfig, layer_idx: int):
+        super().__init__()
+        entry, leave = config.boundary_widths[layer_idx : layer_idx + 2]
+        self.input_norm = build_norm(config, layer_idx)
+        self.self_attn = SlicedAttention(config, layer_idx, entry, leave)
+        self.mlp = SlicedMLP(config, entry, leave)
+        self.shortcut = build_shortcut(config, layer_idx)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        normed = self.input_norm(hidden_states)
+        attended, _ = self.self_attn(normed, **kwargs)
+        return self.shortcut(hidden_states) + attended + self.mlp(normed)
+
+
+class SlicedPreTrainedModel(PreTrainedModel):
+    config_class = SlicedConfig
+    config: SlicedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SlicedDecoderLayer", "SlicedParallelDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": [SlicedDecoderLayer, SlicedParallelDecoderLayer],
+        "attentions": SlicedAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, CompactShortcut):
+            init.zeros_(module.factor)
+        elif isinstance(module, FinalNorm):
+            init.ones_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+
+class SlicedModel(SlicedPreTrainedModel):
+    """Embedding, blocks and final norm; returns what the head reads, [batch, tokens, `hidden_size`]."""
+
+    def __init__(self, config: SlicedConfig):
+        super().__init__(config)
+        first, last, dense = config.boundary_widths[0], config.boundary_widths[-1], config.dense_hidden_size
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, dense if config.embed_projection else first, config.pad_token_id
+        )
+        self.embed_projection = nn.Linear(dense, first, bias=False) if config.embed_projection else nn.Identity()
+        self.embed_positions = self.rotary_emb = None
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings + config.position_offset, first)
+        else:
+            self.rotary_emb = SlicedRotaryEmbedding(config)
+        layer = SlicedParallelDecoderLayer if config.parallel_blocks else SlicedDecoderLayer
+        self.layers = nn.ModuleList([layer(config, index) for index in range(config.num_hidden_layers)])
+        if config.final_norm_weight:
+            self.norm = FinalNorm(last, config.boundary_eps(config.num_blocks), config.final_norm_bias)
+        else:
+            self.norm = build_norm(config, config.num_blocks)
+        self.head_projection = (
+            nn.Linear(last, dense, bias=config.final_norm_bias) if config.head_projection else nn.Identity()
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The stream at boundary 0 from rows of the embedding table and their positions."""
+        hidden_states = self.embed_projection(inputs_embeds)
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids + self.config.position_offset)
+        return hidden_states
+
+    def block_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[dict[str, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor] | None]:
+        """What the layers share: an attention mask per layer type, and the rotary cosines and sines."""
+        masks = attention_mask
+        if not isinstance(attention_mask, dict):
+            common = {
+                "config": self.config,
+                "inputs_embeds": hidden_states,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            makers = {
+                "full_attention": create_causal_mask,
+                "sliding_attention": create_sliding_window_causal_mask,
+            }
+            masks = {kind: makers[kind](**common) for kind in set(self.config.layer_types)}
+        rotary = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+        return masks, rotary
+
+    def default_position_ids(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int
+    ) -> torch.Tensor:
+        """Positions where the caller gives none.
+
+        Learned positions count the tokens that are not padding (left-padded rows start at 0; padding itself
+        takes position -1, which `position_offset` brings into the table); rotary ones only matter relative to
+        each other and count columns.
+        """
+        batch, length = inputs_embeds.shape[:2]
+        if self.embed_positions is not None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            mask = attention_mask.long()
+            positions = mask.cumsum(dim=1) * mask - 1
+            return positions[:, past_length:].clamp(min=-self.config.position_offset)
+        return (torch.arange(length, device=inputs_embeds.device) + past_length).expand(batch, -1)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = self.default_position_ids(inputs_embeds, attention_mask, past_length)
+
+        hidden_states = self.embed(inputs_embeds, position_ids)
+        masks, rotary = self.block_inputs(hidden_states, position_ids, attention_mask, past_key_values)
+        for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[kind],
+                position_embeddings=rotary,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        hidden_states = self.head_projection(self.norm(hidden_states))
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
+    """The canonical network with a language-modelling head. Load it with `from_pretrained`, use `generate()`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+
+    def __init__(self, config: SlicedConfig):
+        super().__init__(config)
+        self.model = SlicedModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [batch, tokens, vocab_size]; with `labels`, the mean next-token loss as well.
+
+        `logits_to_keep`: compute only the last so many positions, or those given (0 computes all).
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

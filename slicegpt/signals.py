@@ -1,0 +1,74 @@
+"""The calibration tokens' residual stream, kept between blocks on the device where it fits, else on the host."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slicegpt.calibration.sampling import CalibrationBatch
+from slicegpt.errors import SliceGPTError
+
+PLACES = ("auto", "device", "host")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Ids and mask [batch, tokens] on the device; `attention_mask` is None where nothing is padding."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+
+
+def choose_place(place: str, stream_bytes: int, device: torch.device) -> torch.device:
+    """Where the stream is kept. "auto": on the device where it takes at most half of the free memory."""
+    if place not in PLACES:
+        raise SliceGPTError(f"--signals: must be one of {', '.join(PLACES)}, got {place!r}")
+    if device.type != "cuda" or place == "device":
+        return device
+    if place == "host":
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if stream_bytes <= free // 2 else torch.device("cpu")
+
+
+class Signals:
+    """One tensor [batch, tokens, width] a calibration batch, read and replaced one at a time.
+
+    Args:
+        batches: the calibration tokens.
+        width: columns of the stream at full width, D.
+        dtype: of the stream: the model's.
+        place: "auto", "device" or "host".
+    """
+
+    def __init__(
+        self, batches: Sequence[CalibrationBatch], width: int, dtype: torch.dtype, device: torch.device, place: str
+    ):
+        self.device = device
+        self.batches = [
+            TokenBatch(
+                batch.input_ids.to(device),
+                None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device),
+            )
+            for batch in batches
+        ]
+        self.tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        elements = sum(batch.input_ids.numel() for batch in batches) * width
+        self.place = choose_place(place, elements * dtype.itemsize, device)
+        self.streams: list[torch.Tensor | None] = [None] * len(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __setitem__(self, index: int, stream: torch.Tensor) -> None:
+        if self.place == self.device:
+            self.streams[index] = stream
+            return
+        if self.streams[index] is None:  # pinned, so that copies overlap with the computation
+            self.streams[index] = torch.empty(stream.shape, dtype=stream.dtype, pin_memory=True)
+        self.streams[index].copy_(stream, non_blocking=True)
+
+    def __iter__(self) -> Iterator[tuple[int, TokenBatch, torch.Tensor]]:
+        """Index, tokens and stream of every batch, the stream on the device."""
+        for index, batch in enumerate(self.batches):
+            yield index, batch, self.streams[index].to(self.device, non_blocking=True)

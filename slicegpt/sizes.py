@@ -1,0 +1,43 @@
+"""True sizes: what is counted is what is stored, shortcuts, projections and untied heads included."""
+
+import torch
+
+from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+
+
+def skeleton(config: SlicedConfig) -> SlicedForCausalLM:
+    """The model on the meta device: all shapes, no memory."""
+    with torch.device("meta"):
+        return SlicedForCausalLM(config)
+
+
+def stored_parameters(config: SlicedConfig) -> int:
+    """Elements that a model of this config stores (a tied head counts once)."""
+    return sum(parameter.numel() for parameter in skeleton(config).parameters())
+
+
+def decoder_parameters(config: SlicedConfig) -> int:
+    """Elements of the layers alone, shortcuts included: no embedding, projection or head."""
+    return sum(parameter.numel() for parameter in skeleton(config).model.layers.parameters())
+
+
+def boundary_report(config: SlicedConfig) -> list[dict]:
+    """`[{width, rank, shortcut}]`, one entry a boundary; rank and shortcut are those of the block behind it.
+
+    `rank` is the number of columns of F (0 for an identity), None for a dense shortcut; behind the last boundary
+    there is no block: rank 0, shortcut "none".
+    """
+    behind = [(config.shortcut_rank(block), kind) for block, kind in enumerate(config.shortcuts)] + [(0, "none")]
+    return [
+        {"width": width, "rank": rank, "shortcut": kind}
+        for width, (rank, kind) in zip(config.boundary_widths, behind, strict=True)
+    ]
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in powers of 1000, as disks and memory bandwidths are quoted."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
