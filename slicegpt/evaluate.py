@@ -16,8 +16,8 @@ from slicegpt.calibration.tokens import encode_text
 from slicegpt.errors import SliceGPTError
 from slicegpt.progress import Progress
 
-# 2^25 float32 logits are 128 MiB: large enough for the head's matrix product to run at full speed.
-_LOGITS_AT_ONCE = 1 << 25
+# 2^24 logits are 128 MiB in float64, and enough rows for the head's matrix product to run at full speed.
+_LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def perplexity(
 
     The documents are joined with blank lines, encoded once, and cut into windows of `seqlen` tokens that do
     not overlap; the last, shorter one is dropped. Each window predicts its tokens but the first. The losses
-    are summed in float64.
+    are computed from the model's logits, and summed, in float64.
 
     Args:
         max_windows: evaluate only the first so many windows.
@@ -123,9 +123,11 @@ def _loss_function(model: PreTrainedModel, probe: torch.Tensor) -> Callable[[tor
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return float64 [n] from logits [n, V]; half precision is widened before the softmax."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(wide, targets.to(wide.device), reduction="none").double()
+    """Return float64 [n] from logits [n, V].
+
+    A float32 softmax over 49k classes is biased: it shifts the mean loss of SmolLM2-135M by 3e-6, relative.
+    """
+    return functional.cross_entropy(logits.double(), targets.to(logits.device), reduction="none")
 
 
 @contextlib.contextmanager
