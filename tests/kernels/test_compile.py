@@ -1,0 +1,126 @@
+"""Ahead-of-time compilation of the Triton kernels, without a GPU: tensor-core instructions, and no spills."""
+
+import os
+import re
+import subprocess
+
+import pytest
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from slicegpt.kernels import gram_exact, gram_fp64  # noqa: E402
+
+SIZES = (
+    "tokens",
+    "columns",
+    "tokens_a_split",
+    "skip_side",
+    "side",
+    "padded",
+    "length",
+    "bits_of_sum",
+    "splits",
+)
+PRODUCT = {
+    "X": "fp16", "weight": "fp64", "out": "fp64", "skip": "i32",
+    "FAST": False, "ONTO_C": True, "BLOCK": 64, "BLOCK_K": 16, "SKIP_BLOCK": 128,
+}  # fmt: skip
+MULTIPLY = {
+    "residues": "i8", "tile_planes": "i32", "moduli": "i64", "products": "i8", "BLOCK": 128, "BLOCK_K": 128,
+}  # fmt: skip
+RESIDUES = {
+    "X": "fp16", "weight": "fp64", "exponents": "i32", "tile_planes": "i32", "moduli": "i64", "powers": "i32",
+    "residues": "i8", "DIGITS": 0, "PLANES": 16, "BLOCK": 128, "SIDE": 32, "BLOCK_T": 128, "BLOCK_C": 32,
+}  # fmt: skip
+RECONSTRUCT = {
+    "products": "i8", "exponents": "i32", "tile_planes": "i32", "weights": "i64", "fractions": "fp32", "C": "fp64",
+    "DIGITS": 0, "PLANES": 16, "BLOCK": 128, "ROWS": 16,
+}  # fmt: skip
+
+
+def build(
+    kernel, capability: int, arguments: dict, num_warps: int = 4, num_stages: int = 3
+) -> tuple[str, str]:
+    """Compile for sm_<capability>; return the disassembly and the resource report.
+
+    arguments: element type of a pointer, or the value of a constexpr; every other parameter is an integer, aligned
+    to 16 if it is a size or a token stride (the common case: rows of a multiple of 16 items).
+    """
+    signature, constexprs, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = arguments.get(name, "i32")
+        if value is None or name.isupper() and name not in ("X", "C"):
+            signature[name], constexprs[name] = "constexpr", value
+        elif name == "stride_column":
+            signature[name], constexprs[name] = "constexpr", 1
+        else:
+            signature[name] = value if name not in arguments else "*" + value
+            if name in arguments or name in ("padded", "length", "stride_token"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return disassemble(compiled.asm["cubin"])
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    path = os.path.join(os.environ["PYTEST_CUBIN_DIR"], "kernel.cubin")
+    with open(path, "wb") as file:
+        file.write(cubin)
+    return tuple(
+        subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+        for flag in ("-sass", "-res-usage")
+    )
+
+
+def assert_no_spills(sass: str, resources: str) -> None:
+    stack = re.search(r"STACK:(\d+)", resources)
+    assert stack is not None, resources
+    assert int(stack[1]) == 0, resources
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+
+
+@pytest.fixture(autouse=True)
+def cubin_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_CUBIN_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32", "fp64"])
+def test_float64_product_uses_double_precision_tensor_cores(capability, dtype):
+    sass, resources = build(gram_fp64._product, capability, PRODUCT | {"X": dtype})
+    assert "DMMA" in sass
+    assert_no_spills(sass, resources)
+
+
+@pytest.mark.parametrize("capability", [75, 89])
+def test_float64_product_is_fma_elsewhere(capability):
+    config = gram_fp64.gram_config((capability // 10, capability % 10), 1 << 20, 4096, 128)
+    sass, resources = build(gram_fp64._product, capability, PRODUCT, config.num_warps)
+    assert "DFMA" in sass
+    assert_no_spills(sass, resources)
+
+
+@pytest.mark.parametrize(("capability", "instruction"), [(80, "HMMA"), (90, "HGMMA")])
+def test_fast_product_uses_half_precision_tensor_cores(capability, instruction):
+    arguments = PRODUCT | {"X": "bf16", "FAST": True, "BLOCK_K": 32, "weight": None, "skip": None}
+    sass, resources = build(gram_fp64._product, capability, arguments)
+    assert instruction in sass
+    assert_no_spills(sass, resources)
+
+
+@pytest.mark.parametrize(("capability", "instruction"), [(80, "IMMA"), (89, "IMMA"), (90, "IGMMA")])
+def test_integer_product_uses_int8_tensor_cores(capability, instruction):
+    config = gram_exact.gram_exact_config((capability // 10, capability % 10), None, 1 << 20, 4096)
+    sass, resources = build(gram_exact._multiply, capability, MULTIPLY, config.num_warps, config.num_stages)
+    assert instruction in sass
+    assert_no_spills(sass, resources)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_memory_bound_kernels_do_not_spill(capability):
+    for kernel, arguments in ((gram_exact._residues, RESIDUES), (gram_exact._reconstruct, RECONSTRUCT)):
+        assert_no_spills(*build(kernel, capability, arguments, num_warps=8))
