@@ -15,7 +15,10 @@ import torch
 from slicegpt.families import DenseLayer, Linear, Norm
 
 # Canonical module name and the field of DenseLayer, for the layers that read and that write the stream.
-READERS = {"attention": (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")), "mlp": (("gate_proj", "gate"), ("up_proj", "up"))}
+READERS = {
+    "attention": (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")),
+    "mlp": (("gate_proj", "gate"), ("up_proj", "up")),
+}
 WRITERS = {"attention": ("o_proj", "o"), "mlp": ("down_proj", "down")}
 
 
@@ -38,7 +41,9 @@ def fold_reader(linear: Linear, norm: Norm, basis: torch.Tensor) -> Linear:
     return Linear((weight @ basis) * (dense_width / width) ** 0.5, bias)
 
 
-def fold_writer(linear: Linear, basis: torch.Tensor | None, mean_subtraction: bool, device: torch.device) -> Linear:
+def fold_writer(
+    linear: Linear, basis: torch.Tensor | None, mean_subtraction: bool, device: torch.device
+) -> Linear:
     """A layer that writes the stream: mean subtraction and rotation folded in, float64.
 
     `basis=None` leaves the output at full width.
@@ -59,7 +64,9 @@ def named(name: str, linear: Linear, dtype: torch.dtype) -> dict[str, torch.Tens
     return entries
 
 
-def reader_state(part: str, layer: DenseLayer, basis: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def reader_state(
+    part: str, layer: DenseLayer, basis: torch.Tensor, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """State of the layers of `part` ("attention" or "mlp") that read the stream, in `basis`."""
     norm = layer.attention_norm if part == "attention" else layer.mlp_norm
     state: dict[str, torch.Tensor] = {}

@@ -50,7 +50,8 @@ def slicing_record(
     """
     config = model.config
     spectra = [
-        None if values is None else [float(f"{value:.6g}") for value in values] for values in report.eigenvalues
+        None if values is None else [float(f"{value:.6g}") for value in values]
+        for values in report.eigenvalues
     ]
     return {
         "source": source,

@@ -56,7 +56,9 @@ def align(
     # In coordinates of `basis`, so that rounding cannot lead out of its subspace; the Newton step to the nearest
     # orthonormal columns squares what is left of the error, which would otherwise add up over the boundaries.
     inside = basis.mT @ (previous - previous @ left @ left.mT) + directions @ left.mT
-    inside = inside @ (1.5 * torch.eye(width, dtype=inside.dtype, device=inside.device) - 0.5 * inside.mT @ inside)
+    inside = inside @ (
+        1.5 * torch.eye(width, dtype=inside.dtype, device=inside.device) - 0.5 * inside.mT @ inside
+    )
     if next_width > width:
         inside = torch.cat((inside, torch.linalg.qr(inside, mode="complete")[0][:, width:]), dim=1)
     turned = basis @ inside

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import FAMILIES
@@ -30,9 +31,13 @@ class Shape:
 
     def __post_init__(self):
         if self.shortcut not in SHORTCUT_MODES:
-            raise SliceGPTError(f"--shortcut: must be one of {', '.join(SHORTCUT_MODES)}, got {self.shortcut!r}")
+            raise SliceGPTError(
+                f"--shortcut: must be one of {', '.join(SHORTCUT_MODES)}, got {self.shortcut!r}"
+            )
         if self.orientation not in ORIENTATIONS:
-            raise SliceGPTError(f"--orientation: must be one of {', '.join(ORIENTATIONS)}, got {self.orientation!r}")
+            raise SliceGPTError(
+                f"--orientation: must be one of {', '.join(ORIENTATIONS)}, got {self.orientation!r}"
+            )
         if self.shortcut == "compact" and self.orientation != "aligned":
             raise SliceGPTError(
                 f"--orientation: compact shortcuts need 'aligned' bases, got {self.orientation!r}; "
@@ -93,7 +98,7 @@ def choose_shortcuts(fields: dict, widths: Sequence[int], shape: Shape) -> list[
     if shape.orientation == "aligned" and all(width == dense_width for width in widths):
         return ["identity"] * (len(widths) - 1)
     kinds = []
-    for block, (width, following) in enumerate(zip(widths, widths[1:], strict=False)):
+    for block, (width, following) in enumerate(pairwise(widths)):
         fixed = fields["tie_word_embeddings"] and following == dense_width and block == len(widths) - 2
         rank = factor_rank(dense_width, width, following)
         if shape.shortcut == "dense" or width > following or fixed or rank >= following:

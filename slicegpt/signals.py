@@ -42,7 +42,12 @@ class Signals:
     """
 
     def __init__(
-        self, batches: Sequence[CalibrationBatch], width: int, dtype: torch.dtype, device: torch.device, place: str
+        self,
+        batches: Sequence[CalibrationBatch],
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        place: str,
     ):
         self.device = device
         self.batches = [

@@ -27,7 +27,9 @@ def boundary_report(config: SlicedConfig) -> list[dict]:
     `rank` is the number of columns of F (0 for an identity), None for a dense shortcut; behind the last boundary
     there is no block: rank 0, shortcut "none".
     """
-    behind = [(config.shortcut_rank(block), kind) for block, kind in enumerate(config.shortcuts)] + [(0, "none")]
+    behind = [(config.shortcut_rank(block), kind) for block, kind in enumerate(config.shortcuts)] + [
+        (0, "none")
+    ]
     return [
         {"width": width, "rank": rank, "shortcut": kind}
         for width, (rank, kind) in zip(config.boundary_widths, behind, strict=True)

@@ -43,7 +43,7 @@ class SlicingOptions:
     """
 
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     orientation: str = "aligned"
     signal: str = "residual"
     place: str = "auto"
@@ -102,7 +102,12 @@ class LiftedBlock(nn.Module):
     """
 
     def __init__(
-        self, config: SlicedConfig, block: Block, basis: torch.Tensor, states: dict[str, dict], dtype: torch.dtype
+        self,
+        config: SlicedConfig,
+        block: Block,
+        basis: torch.Tensor,
+        states: dict[str, dict],
+        dtype: torch.dtype,
     ):
         super().__init__()
         dense_width, width = basis.shape
@@ -148,7 +153,9 @@ class Slicer:
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
         self.state: dict[str, torch.Tensor] = {}
-        self.signals = Signals(batches, config.dense_hidden_size, options.dtype, options.device, options.place)
+        self.signals = Signals(
+            batches, config.dense_hidden_size, options.dtype, options.device, options.place
+        )
         self.report.tokens = self.signals.tokens
         with torch.device("meta"):
             self.shell = SlicedModel(config)  # for its masks and rotary positions; its weights are never used
@@ -337,7 +344,7 @@ class Slicer:
         """Slice everything and return the model on the CPU."""
         blocks = blocks_of(self.config)
         passes = sum(self.needs_pass(block) for block in blocks) * len(self.signals)
-        with self.progress.stage("slicing", passes, "pass") as self.advance:
+        with self.progress.stage("slicing", passes, "step") as self.advance:
             basis = self.slice_embedding()
             for block in blocks:
                 basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)

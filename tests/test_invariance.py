@@ -46,7 +46,7 @@ def test_logits_equal_with_left_padding(pair):
 
 @torch.no_grad()
 def test_logits_equal_with_cache(pair):
-    model, turned = pair
+    _, turned = pair
     ids = token_ids()
     whole = turned(ids).logits
     for network in pair:
@@ -58,7 +58,9 @@ def test_logits_equal_with_cache(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{"do_sample": False}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
+@pytest.mark.parametrize(
+    "settings", [{"do_sample": False}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}]
+)
 def test_generation_equal(pair, settings):
     model, turned = pair
     ids, mask = left_padding(token_ids(), [12, 7, 3])

@@ -15,7 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
     from slicegpt import __version__
 
     parser = argparse.ArgumentParser(
-        prog="slicegpt", description="Compress language models by deleting rows and columns (SliceGPT, ICLR 2024)."
+        prog="slicegpt",
+        description="Compress language models by deleting rows and columns (SliceGPT, ICLR 2024).",
     )
     parser.add_argument("--version", action="version", version=f"slicegpt {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log which kernels were chosen, and why")

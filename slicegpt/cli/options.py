@@ -1,6 +1,8 @@
 """Options that several commands share."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -31,7 +33,9 @@ def resolve_device(name: str):
     except RuntimeError as error:
         raise SliceGPTError(f"--device: expected cpu or cuda[:N], got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SliceGPTError(f"--device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+        raise SliceGPTError(
+            f"--device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices"
+        )
     return device
 
 
@@ -48,3 +52,11 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+@contextmanager
+def step(progress, name: str) -> Iterator[None]:
+    """A stage of one step, such as loading a file."""
+    with progress.stage(name, 1) as advance:
+        yield
+        advance(1)

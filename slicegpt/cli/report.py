@@ -28,4 +28,5 @@ def print_sizes(record: dict) -> None:
     ]
     print(format_table(rows, list(rows[0])))
     seconds = sum(record["seconds"].values())
-    print(f"slicing (1 - d/D): {100 * record['slicing']:.1f} %, {record['calibration']['tokens']:,} tokens, {seconds:.1f} s")
+    tokens = record["calibration"]["tokens"]
+    print(f"slicing (1 - d/D): {100 * record['slicing']:.1f} %, {tokens:,} tokens, {seconds:.1f} s")

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .options import add_device, add_json, positive, resolve_device, resolve_dtype
+from .options import add_device, add_json, positive, resolve_device, resolve_dtype, step
 
 
 def add_parser(commands) -> None:
@@ -15,20 +15,30 @@ def add_parser(commands) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; appears only when whole")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write; appears only when whole"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
 
     size = parser.add_argument_group("how much (one of)").add_mutually_exclusive_group(required=True)
     size.add_argument("--slice", type=float, metavar="F", help="fraction of columns to delete, in [0, 1)")
-    size.add_argument("--params", type=float, metavar="F", help="fraction of all parameters to keep: the true size")
-    size.add_argument("--target-bytes", type=float, metavar="N", help="bytes the weights may take (1.5e9 is fine)")
+    size.add_argument(
+        "--params", type=float, metavar="F", help="fraction of all parameters to keep: the true size"
+    )
+    size.add_argument(
+        "--target-bytes", type=float, metavar="N", help="bytes the weights may take (1.5e9 is fine)"
+    )
     size.add_argument("--widths", metavar="FILE", help="JSON list of widths, one a boundary")
 
     shape = parser.add_argument_group("shape")
-    shape.add_argument("--round-to", type=positive, default=64, metavar="N", help="widths are multiples of N (64)")
+    shape.add_argument(
+        "--round-to", type=positive, default=64, metavar="N", help="widths are multiples of N (64)"
+    )
     shape.add_argument("--shortcut", choices=("compact", "dense"), default="compact")
     shape.add_argument("--orientation", choices=("aligned", "random", "pca"), help="default: aligned")
-    shape.add_argument("--slice-head", action="store_true", help="slice the last boundary, which the head reads, too")
+    shape.add_argument(
+        "--slice-head", action="store_true", help="slice the last boundary, which the head reads, too"
+    )
     shape.add_argument("--signal", choices=("residual", "normalized"), default="residual")
 
     data = parser.add_argument_group("calibration")
@@ -36,18 +46,22 @@ def add_parser(commands) -> None:
         "--calibration",
         default="wikitext2",
         metavar="DATA",
-        help="text file, folder, .jsonl, .parquet, python-reference, or a data set: wikitext2 (default), ptb, c4, alpaca",
+        help="text file, folder, .jsonl, .parquet, python-reference; or wikitext2 (default), ptb, c4, alpaca",
     )
     data.add_argument("--text-column", metavar="NAME", help="column of .jsonl and .parquet files (text)")
     data.add_argument("--nsamples", type=positive, default=128)
     data.add_argument("--seqlen", type=positive, default=2048)
     data.add_argument("--batch-size", type=positive, default=8)
     data.add_argument("--seed", type=int, default=42)
-    data.add_argument("--varied-seqlen", action="store_true", help="one document a sample, padded, not windows")
+    data.add_argument(
+        "--varied-seqlen", action="store_true", help="one document a sample, padded, not windows"
+    )
 
     machine = parser.add_argument_group("machine")
     add_device(machine)
-    machine.add_argument("--signals", choices=("auto", "device", "host"), default="auto", help="where activations stay")
+    machine.add_argument(
+        "--signals", choices=("auto", "device", "host"), default="auto", help="where activations stay"
+    )
     machine.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
     add_json(parser)
 
@@ -77,7 +91,9 @@ def plan_from(options: argparse.Namespace, fields: dict, dtype, shape):
         return plan(fields, constant_widths(fields, width, options.slice_head), shape)
     if options.params is not None:
         if not 0 < options.params <= 1:
-            raise SliceGPTError(f"--params: the fraction of parameters to keep must lie in (0, 1], got {options.params}")
+            raise SliceGPTError(
+                f"--params: the fraction of parameters to keep must lie in (0, 1], got {options.params}"
+            )
         return plan_for_parameters(fields, int(options.params * fields["source_parameters"]), shape)
     if not options.target_bytes >= 1:
         raise SliceGPTError(f"--target-bytes: must be at least 1, got {options.target_bytes}")
@@ -108,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
     documents = load_documents(options.calibration, "train", options.text_column)
     progress = Progress()
 
-    with progress.stage(f"loading {options.model}", 1):
+    with step(progress, f"loading {options.model}"):
         model, tokenizer = load_dense(options.model, resolve_dtype(options.dtype))
     dtype = model.dtype
     config = plan_from(options, canonical_fields(model), dtype, shape)
@@ -116,10 +132,18 @@ def run(options: argparse.Namespace) -> None:
     # Config, tokenizer and record come on top of the weights; a twentieth and 16 MB are ample.
     check_space(path, int(size["bytes"] * 1.05) + 16_000_000)
     if size["parameters"] >= size["dense_parameters"] and options.slice:
-        print(f"note: at this size the sliced model is no smaller than the dense one ({options.shortcut} shortcuts)")
-    with progress.stage(f"tokenising {options.calibration}", 1):
+        print(
+            f"note: at this size the sliced model is no smaller than the dense one ({options.shortcut} shortcuts)"
+        )
+    with step(progress, f"tokenising {options.calibration}"):
         batches = sample_batches(
-            documents, tokenizer, options.nsamples, options.seqlen, options.batch_size, options.seed, options.varied_seqlen
+            documents,
+            tokenizer,
+            options.nsamples,
+            options.seqlen,
+            options.batch_size,
+            options.seed,
+            options.varied_seqlen,
         )
     settings = SlicingOptions(dtype, device, orientation, options.signal, options.signals, options.seed)
     sliced, report = slice_model(model, config, batches, settings, progress)
@@ -133,7 +157,7 @@ def run(options: argparse.Namespace) -> None:
         "sha256": calibration_hash(batches),
     }
     record = slicing_record(sliced, report, settings, options.model, calibration)
-    with progress.stage(f"saving {options.output}", 1):
+    with step(progress, f"saving {options.output}"):
         save_sliced(sliced, tokenizer, record, path, options.overwrite, options.max_shard_size)
     print_sizes(record)
     if options.json:

@@ -34,7 +34,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         supported = ", ".join(f"{name} ({family.architectures[0]})" for name, family in FAMILIES.items())
-        what = "an already sliced model" if config.model_type == "slicegpt" else f"model_type {config.model_type!r}"
+        what = (
+            "an already sliced model"
+            if config.model_type == "slicegpt"
+            else f"model_type {config.model_type!r}"
+        )
         raise SliceGPTError(f"model: {what} is not supported; supported are {supported}")
     return family
 

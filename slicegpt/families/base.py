@@ -124,7 +124,10 @@ class Checkpoint:
 
     def layer(self, index: int) -> DenseLayer:
         names, root = self.family.layer, self.family.layers.format(index)
-        norms = [None if name is None else self._get(f"{root}.{name}.weight") for name in (names.q_norm, names.k_norm)]
+        norms = [
+            None if name is None else self._get(f"{root}.{name}.weight")
+            for name in (names.q_norm, names.k_norm)
+        ]
         return DenseLayer(
             attention_norm=self._norm(f"{root}.{names.attention_norm}"),
             q=self._linear(f"{root}.{names.q}"),

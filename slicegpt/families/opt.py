@@ -19,7 +19,9 @@ def opt_facts(config: PreTrainedConfig) -> dict:
             f"opt: word_embed_proj_dim must equal hidden_size {config.hidden_size}, got {config.word_embed_proj_dim}"
         )
     if config._remove_final_layer_norm:
-        raise SliceGPTError("opt: a model without a final LayerNorm (_remove_final_layer_norm) is not supported")
+        raise SliceGPTError(
+            "opt: a model without a final LayerNorm (_remove_final_layer_norm) is not supported"
+        )
     return {
         "dense_hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_dim,

@@ -10,7 +10,9 @@ from .base import Family, LayerNames
 def phi_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that a Phi config determines."""
     if config.qk_layernorm:
-        raise SliceGPTError("phi: qk_layernorm=True is not supported (Phi-1, Phi-1.5 and Phi-2 do not use it)")
+        raise SliceGPTError(
+            "phi: qk_layernorm=True is not supported (Phi-1, Phi-1.5 and Phi-2 do not use it)"
+        )
     return {
         "dense_hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -145,7 +145,9 @@ class SlicedConfig(PreTrainedConfig):
             return None
         if kind == "identity":
             return 0
-        return factor_rank(self.dense_hidden_size, self.boundary_widths[block], self.boundary_widths[block + 1])
+        return factor_rank(
+            self.dense_hidden_size, self.boundary_widths[block], self.boundary_widths[block + 1]
+        )
 
     def validate_architecture(self):
         """Replaces the base check that `hidden_size` is a multiple of the number of heads: here it need not be."""
@@ -161,7 +163,9 @@ class SlicedConfig(PreTrainedConfig):
             if (kind == "identity" and width != following) or (kind == "compact" and width > following):
                 raise ValueError(f"shortcuts[{block}] cannot be {kind!r} from width {width} to {following}")
         if self.position_embedding not in ("rotary", "learned"):
-            raise ValueError(f"position_embedding must be 'rotary' or 'learned', got {self.position_embedding!r}")
+            raise ValueError(
+                f"position_embedding must be 'rotary' or 'learned', got {self.position_embedding!r}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "

@@ -97,7 +97,9 @@ class SlicedRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # Angles in float32 whatever the model's dtype: a 16-bit position cannot count past 2048 (or 256).
         frequencies = self.inv_freq.to(device=hidden_states.device, dtype=torch.float)
         angles = position_ids[..., None].float() * frequencies
@@ -158,8 +160,12 @@ class SlicedAttention(nn.Module):
         self.k_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, out_width, bias=config.attention_output_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = (
+            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        )
+        self.k_norm = (
+            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        )
 
     def forward(
         self,

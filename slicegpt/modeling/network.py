@@ -116,10 +116,14 @@ class SlicedModel(SlicedPreTrainedModel):
         self.embed_tokens = nn.Embedding(
             config.vocab_size, dense if config.embed_projection else first, config.pad_token_id
         )
-        self.embed_projection = nn.Linear(dense, first, bias=False) if config.embed_projection else nn.Identity()
+        self.embed_projection = (
+            nn.Linear(dense, first, bias=False) if config.embed_projection else nn.Identity()
+        )
         self.embed_positions = self.rotary_emb = None
         if config.position_embedding == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings + config.position_offset, first)
+            self.embed_positions = nn.Embedding(
+                config.max_position_embeddings + config.position_offset, first
+            )
         else:
             self.rotary_emb = SlicedRotaryEmbedding(config)
         layer = SlicedParallelDecoderLayer if config.parallel_blocks else SlicedDecoderLayer
@@ -176,7 +180,11 @@ class SlicedModel(SlicedPreTrainedModel):
         each other and count columns.
         """
         batch, length = inputs_embeds.shape[:2]
-        if self.embed_positions is not None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        if (
+            self.embed_positions is not None
+            and isinstance(attention_mask, torch.Tensor)
+            and attention_mask.ndim == 2
+        ):
             mask = attention_mask.long()
             positions = mask.cumsum(dim=1) * mask - 1
             return positions[:, past_length:].clamp(min=-self.config.position_offset)
@@ -263,7 +271,9 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

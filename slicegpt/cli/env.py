@@ -1,0 +1,85 @@
+"""`slicegpt env`: which kernels, devices and versions there are."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+from .options import add_json
+
+EXTRAS = {
+    "hub": ("datasets",),
+    "gguf": ("gguf", "accelerate"),
+    "parquet": ("pyarrow",),
+    "plot": ("matplotlib",),
+}
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "env",
+        help="which kernels, devices and versions there are",
+        description="What this installation has: versions, devices, compiled kernels, optional extras.",
+    )
+    parser.set_defaults(run=run)
+    add_json(parser)
+
+
+def describe() -> dict:
+    """Versions, devices, kernels and extras of this installation."""
+    import torch
+
+    from slicegpt.ops import cuda
+    from slicegpt.record import versions
+
+    packages = {}
+    for name in ("triton", "safetensors", "tokenizers", "numpy"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    devices = [
+        {
+            "device": f"cuda:{index}",
+            "name": torch.cuda.get_device_name(index),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(index))),
+            "memory": torch.cuda.get_device_properties(index).total_memory,
+        }
+        for index in range(torch.cuda.device_count())
+    ]
+    return {
+        "versions": versions() | packages | {"cuda (torch)": torch.version.cuda},
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "devices": devices,
+        "kernels": cuda.build_info() | {"backend": os.environ.get("SLICEGPT_BACKEND", "auto")},
+        "extras": {
+            extra: all(importlib.util.find_spec(module) is not None for module in modules)
+            for extra, modules in EXTRAS.items()
+        },
+    }
+
+
+def run(options: argparse.Namespace) -> None:
+    from slicegpt.sizes import format_bytes
+    from slicegpt.table import format_table, write_json
+
+    facts = describe()
+    rows = [(name, version or "not installed") for name, version in facts["versions"].items()]
+    rows.append(("platform", f"{facts['platform']}, {facts['threads']} threads"))
+    rows += [
+        (
+            each["device"],
+            f"{each['name']}, sm_{each['capability'].replace('.', '')}, {format_bytes(each['memory'])}",
+        )
+        for each in facts["devices"]
+    ] or [("cuda devices", "none")]
+    rows += list(facts["kernels"].items())
+    for extra, there in facts["extras"].items():
+        rows.append((f"extra {extra}", "installed" if there else f"missing: pip install slicegpt[{extra}]"))
+    print(
+        format_table([{"": name, "slicegpt env": str(value)} for name, value in rows], ["", "slicegpt env"])
+    )
+    if options.json:
+        write_json(options.json, facts)

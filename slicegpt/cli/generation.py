@@ -1,0 +1,89 @@
+"""`slicegpt generate`: continue a prompt, printed as it is generated."""
+
+import argparse
+import time
+
+from .options import add_device, add_json, positive, resolve_device, resolve_dtype
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "generate", help="continue a prompt", description="Continue a prompt with a model."
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="DIR|MODEL")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=positive, default=64)
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=positive, default=50)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=42)
+    add_device(parser)
+    add_json(parser)
+
+
+def encode(tokenizer, prompt: str, chat: bool):
+    """Token ids and mask of the prompt; an error where there is nothing to continue or no chat template."""
+    from slicegpt.errors import SliceGPTError
+
+    if chat:
+        if not tokenizer.chat_template:
+            raise SliceGPTError("--chat: the model's tokenizer has no chat template")
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].shape[1]:
+        raise SliceGPTError("--prompt: must hold at least one token, got an empty one")
+    return inputs
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+    from transformers import TextStreamer
+
+    from slicegpt.errors import SliceGPTError
+    from slicegpt.loading import load_dense
+    from slicegpt.table import write_json
+
+    if options.sample and not options.temperature > 0:
+        raise SliceGPTError(f"--temperature: must be above 0, got {options.temperature}")
+    if options.sample and not 0 < options.top_p <= 1:
+        raise SliceGPTError(f"--top-p: must lie in (0, 1], got {options.top_p}")
+    device = resolve_device(options.device)
+    model, tokenizer = load_dense(options.model, resolve_dtype(options.dtype), device)
+    inputs = encode(tokenizer, options.prompt, options.chat).to(device)
+    sampling = {"do_sample": False}
+    if options.sample:
+        sampling = {
+            "do_sample": True,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+        }
+    torch.manual_seed(options.seed)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    output = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=options.max_new_tokens,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )
+    seconds = time.perf_counter() - start
+    new_tokens = output[0, inputs["input_ids"].shape[1] :]
+    if options.json:
+        write_json(
+            options.json,
+            {
+                "prompt": options.prompt,
+                "text": tokenizer.decode(new_tokens, skip_special_tokens=True),
+                "tokens": len(new_tokens),
+                "seconds": round(seconds, 3),
+            },
+        )

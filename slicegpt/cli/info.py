@@ -1,0 +1,97 @@
+"""`slicegpt info`: what a model holds, counted on its files, compared with the dense model."""
+
+import argparse
+from pathlib import Path
+
+from .options import add_json
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="true parameters, bytes, widths and ranks of a model",
+        description="True sizes of a sliced folder, from its files alone; or of a dense model.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="DIR|MODEL")
+    parser.add_argument("--boundaries", action="store_true", help="one line a boundary")
+    add_json(parser)
+
+
+def describe(name: str) -> dict:
+    """Sizes, widths and ranks of a sliced folder, or of a dense model as one with nothing removed."""
+    from transformers import AutoConfig
+
+    from slicegpt.checkpoint import read_record, stored_size
+    from slicegpt.families import canonical_fields
+    from slicegpt.loading import check_folder, load_dense
+    from slicegpt.modeling import SlicedConfig
+    from slicegpt.record import slicing_fraction
+    from slicegpt.schedule import constant_widths, plan
+    from slicegpt.sizes import boundary_report
+
+    config, record = None, None
+    if Path(name).is_dir():
+        check_folder(Path(name))
+        config = AutoConfig.from_pretrained(name)
+    if isinstance(config, SlicedConfig):
+        stored = stored_size(name)
+        parameters, size, dtype = stored.parameters, stored.bytes, str(config.dtype).removeprefix("torch.")
+        record = read_record(name)
+    else:
+        model, _ = load_dense(name)
+        fields = canonical_fields(model)
+        config = plan(fields, constant_widths(fields, fields["dense_hidden_size"]))
+        parameters, dtype = fields["source_parameters"], str(model.dtype).removeprefix("torch.")
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    dense_parameters = config.source_parameters
+    return {
+        "model": name,
+        "family": config.source_model_type,
+        "dtype": dtype,
+        "parameters": parameters,
+        "bytes": size,
+        "dense_parameters": dense_parameters,
+        "dense_bytes": dense_parameters * size // parameters,
+        "removed": 1 - parameters / dense_parameters,
+        "slicing": slicing_fraction(config),
+        "layers": config.num_hidden_layers,
+        "dense_width": config.dense_hidden_size,
+        "tied_head": config.tie_word_embeddings,
+        "boundaries": boundary_report(config),
+        "calibration": None if record is None else record["calibration"],
+    }
+
+
+def run(options: argparse.Namespace) -> None:
+    from slicegpt.model_card import summarise
+    from slicegpt.sizes import format_bytes
+    from slicegpt.table import format_table, write_json
+
+    facts = describe(options.model)
+    boundaries = facts["boundaries"]
+    rows = [
+        (
+            "family",
+            f"{facts['family']}, {facts['layers']} layers, {'tied' if facts['tied_head'] else 'untied'} head",
+        ),
+        ("parameters", f"{facts['parameters']:,} of {facts['dense_parameters']:,} dense"),
+        (
+            "bytes",
+            f"{format_bytes(facts['bytes'])} of {format_bytes(facts['dense_bytes'])} dense ({facts['dtype']})",
+        ),
+        ("removed", f"{100 * facts['removed']:.1f} % of all parameters, shortcuts and head counted"),
+        ("slicing (1 - d/D)", f"{100 * facts['slicing']:.1f} %"),
+        ("widths", f"{summarise([b['width'] for b in boundaries])} of {facts['dense_width']}"),
+        ("shortcuts", summarise([b["shortcut"] for b in boundaries[:-1]])),
+        ("ranks", summarise([b["rank"] for b in boundaries[:-1] if b["shortcut"] == "compact"]) or "none"),
+    ]
+    if facts["calibration"]:
+        seen = facts["calibration"]
+        rows.append(("calibration", f"{seen['tokens']:,} tokens of {seen['source']}, seed {seen['seed']}"))
+    print(format_table([{"": name, facts["model"]: value} for name, value in rows], ["", facts["model"]]))
+    if options.boundaries:
+        numbered = [{"boundary": index} | boundary for index, boundary in enumerate(boundaries)]
+        print("\n" + format_table(numbered, ["boundary", "width", "rank", "shortcut"]))
+    if options.json:
+        write_json(options.json, facts)
