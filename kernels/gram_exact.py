@@ -1,21 +1,22 @@
-"""`C += Xᵀ diag(weight) X` on int8 tensor cores, without rounding error before the final float64 sums (sm_80 and up).
+"""`C += Xᵀ diag(weight) X` on int8 tensor cores (sm_80 on), exact up to the float64 sum over token chunks.
 
-Within a chunk of tokens every column of X is an integer times a power of two, `x = 2^q n`. The integer Gram matrix
-`nᵀn` is computed by the Chinese remainder theorem: `n` is reduced modulo pairwise coprime moduli of at most 256, so
-that each residue is one int8 plane; each plane needs one triangular int8 product with an exact int32 sum; and the
-residues of the result determine it, because enough moduli are taken that their product exceeds four times any
-possible value. The idea is that of Ozaki scheme II (Ozaki, Uchino, Imamura, arXiv 2504.08009), without its rounding
-of the inputs.
+Within a chunk of tokens every column of X is an integer times a power of two, `x = 2^q n`. The integer Gram
+matrix `nᵀn` is computed by the Chinese remainder theorem: `n` is reduced modulo pairwise coprime moduli of
+at most 256, so that each residue is one int8 plane; each plane needs one triangular int8 product with an
+exact int32 sum; and the residues of the result determine it, because enough moduli are taken that their
+product exceeds four times any possible value. The idea is that of Ozaki scheme II (Ozaki, Uchino, Imamura,
+arXiv 2504.08009), without its rounding of the inputs.
 
-Why not digits: `s` 7-bit digits need s(s+1)/2 products (squares trick), residues about (2·7s + log2 tokens)/7.7.
+Why not digits: `s` digits of 7 bits need s(s+1)/2 products (squares trick), residues (14 s + log2 N) / 7.8.
     bits of n        24 (bf16 normal data)   27 (fp16)   40 (any fp16)   47 (fp32 normal data)
     digit products   10                      10          21              28
     residue products  9                       9          13              15
 The squares trick also sums terms that cancel, which costs accuracy in float64; the residues need one sum.
 
-The number of planes follows the measured span of each pair of column blocks. A tile that would need more than the
-configured planes, or that meets infinities, NaNs or weights other than 0 and 1, is computed by the float64 kernel.
-Everything is decided on the device: no synchronisation, and a CUDA graph replays on new data.
+The number of planes follows the measured span of each pair of column blocks. A tile that would need more
+than the configured planes, or that meets infinities, NaNs or weights other than 0 and 1, is computed by the
+float64 kernel. Everything is decided on the device: no synchronisation, and a CUDA graph replays on new
+data.
 """
 
 import math
@@ -42,7 +43,7 @@ WORKSPACE_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class GramExactConfig:
-    """Launch configuration: tiles of C, tokens a step and a chunk, and the most residue planes a tile may take."""
+    """Launch configuration: tiles of C, tokens a step and a chunk, the most residue planes a tile may take."""
 
     block: int
     block_k: int
@@ -71,7 +72,7 @@ def gram_exact_config(
 
 
 def planes_for(bits: int) -> int:
-    """How many moduli carry every integer of magnitude at most 2^bits; more than there are if none suffices."""
+    """How many moduli carry every integer of magnitude 2^bits and less; more than exist if none suffices."""
     return sum(capacity < bits for capacity in capacities()) + 1
 
 
@@ -95,8 +96,8 @@ def gram_exact(
 ) -> None:
     """Add `Xᵀ diag(weight) X` to the symmetric C [D, D] (float64, contiguous); X [N, D] may have any strides.
 
-    weight: float64 [N], contiguous. digits: round each column of a chunk to 7·digits bits (sign included) below its
-    largest magnitude, at most 2^(1 - 7·digits) of it; None keeps every bit.
+    weight: float64 [N], contiguous. digits: round each column of a chunk to 7·digits bits (sign included)
+    below its largest magnitude, at most 2^(1 - 7·digits) of it; None keeps every bit.
     """
     tokens, columns = X.shape
     if tokens == 0 or columns == 0:
@@ -126,13 +127,13 @@ def gram_exact(
         _span[grid](x, w, exponents, here, columns, padded, *strides, BLOCK_T=128, BLOCK_C=64)
         bits_of_sum = (here - 1).bit_length()
         _plan[(side, side)](
-            exponents, tables.capacities, tile_planes, side, padded, bits_of_sum,
-            DIGITS=digits or 0, BLOCK=block, PLANES=planes, MODULI=len(MODULI), SIDE=triton.next_power_of_2(side),
+            exponents, tables.capacities, tile_planes, side, padded, bits_of_sum, DIGITS=digits or 0,
+            BLOCK=block, PLANES=planes, MODULI=len(MODULI), SIDE=triton.next_power_of_2(side),
         )  # fmt: skip
         _residues[(triton.cdiv(length, 128), padded // 32)](
-            x, w, exponents, tile_planes, tables.moduli, tables.powers, residues, here, columns, padded, length,
-            *strides, side, DIGITS=digits or 0, PLANES=planes, BLOCK=block, SIDE=triton.next_power_of_2(side),
-            BLOCK_T=128, BLOCK_C=32, num_warps=8,
+            x, w, exponents, tile_planes, tables.moduli, tables.powers, residues, here, columns, padded,
+            length, *strides, side, DIGITS=digits or 0, PLANES=planes, BLOCK=block,
+            SIDE=triton.next_power_of_2(side), BLOCK_T=128, BLOCK_C=32, num_warps=8,
         )  # fmt: skip
         _multiply[(side, side, planes)](
             residues, tile_planes, tables.moduli, products, side, padded, length,
@@ -151,8 +152,8 @@ class Tables:
     """Constants of the residue system on the device.
 
     moduli int64 [16, 2]: m and floor(2^32 / m); powers int32 [16, 64]: 2^s mod m; capacities int32 [16].
-    For the first n moduli with product M: weights int64 [16, 17, 4], limbs of W_p = (M/m_p)·((M/m_p)^-1 mod m_p)
-    and, in row 16, of M itself; fractions float32 [16, 16]: W_p / M.
+    For the first n moduli with product M: weights int64 [16, 17, 4], limbs of W_p = (M/m_p)·((M/m_p)^-1 mod
+    m_p) and, in row 16, of M itself; fractions float32 [16, 16]: W_p / M.
     """
 
     moduli: Tensor
@@ -187,7 +188,7 @@ def _limbs(value: int) -> list[int]:
 
 @triton.jit
 def _load_bits(X, weight, rows, cols, tokens, columns, stride_token, stride_column):
-    """The float32 bits of a tile of X (0 where outside or where the weight is 0), and whether its weights are 0 or 1."""
+    """The float32 bits of a tile of X (0 outside and at weight 0), and where its weights are 0 or 1."""
     present = rows < tokens
     binary = present | True
     if weight is not None:
@@ -216,7 +217,7 @@ def _span(
     X, weight, exponents, tokens, columns, padded, stride_token, stride_column,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Per column: the exponent of the largest magnitude's leading bit, and of the lowest bit that is set anywhere."""
+    """Per column: the exponent of the largest magnitude's leading bit, and of the lowest bit set anywhere."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     bits, binary = _load_bits(X, weight, rows, cols, tokens, columns, stride_token, stride_column)
@@ -287,7 +288,7 @@ def _residues(
         if p < needed:
             m = tl.load(moduli + 2 * p)
             reciprocal = tl.load(moduli + 2 * p + 1)
-            # Below 2^32: a 24-bit mantissa times an 8-bit power. The quotient estimate is at most 1 too small.
+            # A 24-bit mantissa times an 8-bit power: below 2^32. The quotient is at most 1 too small.
             value = mantissa.to(tl.int64) * tl.load(powers + p * POWERS + shift)
             remainder = value - ((value * reciprocal) >> 32) * m
             remainder = tl.where(remainder >= m, remainder - m, remainder)
@@ -302,7 +303,7 @@ def _residues(
 def _multiply(
     residues, tile_planes, moduli, products, side, padded, length, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """One modulus, one tile: the exact int32 Gram product of two planes' column blocks, reduced to int8 again."""
+    """One modulus, one tile: the exact int32 Gram product of two column blocks, reduced to int8 again."""
     i = tl.program_id(0)
     j = tl.program_id(1)
     p = tl.program_id(2)
@@ -335,7 +336,7 @@ def _reconstruct(
     products, exponents, tile_planes, weights, fractions, C, side, columns, padded,
     DIGITS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """C += the integer that the residues c_p stand for: Σ c_p W_p − k M, scaled by the columns' powers of two."""
+    """C += the integer that the residues c_p stand for, Σ c_p W_p − k M, times the columns' powers of two."""
     i = tl.program_id(0)
     j = tl.program_id(1)
     if j < i:

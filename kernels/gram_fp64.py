@@ -1,7 +1,7 @@
 """`C += Xᵀ diag(weight) X` with float64 accumulation: portable, upcast in registers, upper triangle only.
 
-`tl.dot` on float64 becomes DMMA on devices with double-precision tensor cores (sm_80, sm_90) and FMA elsewhere.
-The same kernel serves `fast`: half-precision products, promoted to float64 every `block_k` tokens.
+`tl.dot` on float64 becomes DMMA on devices with double-precision tensor cores (sm_80, sm_90), else FMA. The
+same kernel serves `fast`: half-precision products, promoted to float64 every `block_k` tokens.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from slicegpt.ops.devices import FP64_TENSOR_CORES
 
 
 @dataclass(frozen=True)
@@ -25,24 +27,22 @@ class GramConfig:
 def gram_config(
     capability: tuple[int, int], tokens: int, columns: int, multiprocessors: int, fast: bool = False
 ) -> GramConfig:
-    """Tiles of 64 x 64: a float64 accumulator of 64 registers a thread, so that several blocks fit a multiprocessor.
+    """Tiles of 64 x 64: 64 registers a thread for the accumulator, so that several blocks fit a processor.
 
-    Without double-precision tensor cores every thread holds its operands too, and needs twice the warps not to spill.
-    A small D has few tiles; the tokens are then split, in a way that depends on the sizes alone (deterministic),
-    until four blocks a multiprocessor are busy, but never below 512 tokens a split.
+    Without double-precision tensor cores every thread holds its operands too, and needs twice the warps not
+    to spill. A small D has few tiles; the tokens are then split, in a way that depends on the sizes alone
+    (deterministic), until four blocks a multiprocessor are busy, but never below 512 tokens a split.
     """
     block = 64
     side = triton.cdiv(columns, block)
     tiles = side * (side + 1) // 2
     splits = max(1, min(4 * multiprocessors // tiles, tokens // 512))
-    has_dmma = capability in ((8, 0), (9, 0), (10, 0))
-    return GramConfig(
-        block, block_k=32 if fast else 16, num_warps=4 if has_dmma or fast else 8, splits=splits
-    )
+    num_warps = 4 if fast or capability in FP64_TENSOR_CORES else 8
+    return GramConfig(block, block_k=32 if fast else 16, num_warps=num_warps, splits=splits)
 
 
 def is_supported(capability: tuple[int, int], dtype: torch.dtype, fast: bool = False) -> bool:
-    """Every device that Triton compiles for; bfloat16 arithmetic needs sm_80; `fast` takes half precision only."""
+    """Every device that Triton compiles for; bfloat16 needs sm_80, and `fast` takes half precision only."""
     half = dtype in (torch.float16, torch.bfloat16)
     if dtype == torch.bfloat16 and capability < (8, 0):
         return False
@@ -74,9 +74,9 @@ def accumulate(
     skip: Tensor | None = None,
     skip_block: int = 1,
 ) -> None:
-    """Launch the product alone: onto C's upper triangle with one split, else into partial sums [splits, D, D].
+    """Launch the product alone: onto C's upper triangle with one split, else into sums [splits, D, D].
 
-    skip: int32 [S, S], one entry for each tile of `skip_block` columns of C; only tiles with a 0 are computed.
+    skip: int32 [S, S], one entry for each tile of `skip_block` columns of C: only tiles with a 0 are done.
     """
     tokens, columns = X.shape
     side = triton.cdiv(columns, config.block)
@@ -123,7 +123,7 @@ def _load(
     X, weight, k, stop, cols, columns, stride_token, stride_column,
     WEIGHTED: tl.constexpr, FAST: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows k.. of X [BLOCK_K, BLOCK], times their weight if WEIGHTED; rows of weight 0 and rows outside are 0."""
+    """Rows k.. of X [BLOCK_K, BLOCK], times their weight if WEIGHTED; 0 outside and where the weight is 0."""
     rows = k + tl.arange(0, BLOCK_K)
     present = rows < stop
     if weight is not None:
@@ -133,22 +133,21 @@ def _load(
     x = tl.load(pointers, mask=present[:, None] & (cols < columns)[None, :], other=0.0)
     if not FAST:
         x = x.to(tl.float64)
-    if WEIGHTED:
-        if weight is not None:
-            x = (x * w[:, None]).to(x.dtype)
+    if WEIGHTED and weight is not None:
+        x = (x * w[:, None]).to(x.dtype)
     return x
 
 
 @triton.jit
 def _product(
-    X, weight, out, skip, tokens, columns, stride_token, stride_column, tokens_a_split, skip_side,
-    ONTO_C: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SKIP_BLOCK: tl.constexpr,
+    X, weight, out, skip, tokens, columns, stride_token, stride_column, tokens_a_split, skip_side, ONTO_C:
+    tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SKIP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     j = tl.program_id(1)
     if j < i:
         return
-    if skip is not None:
+    if skip is not None:  # noqa: SIM102 (known when compiling, unlike the value behind it)
         if tl.load(skip + (i * BLOCK // SKIP_BLOCK) * skip_side + j * BLOCK // SKIP_BLOCK) != 0:
             return
     split = tl.program_id(2)
@@ -157,8 +156,9 @@ def _product(
     rows = i * BLOCK + tl.arange(0, BLOCK)
     cols = j * BLOCK + tl.arange(0, BLOCK)
 
-    # Operands are loaded one step ahead and carried through the loop as float64. This hides the load behind the
-    # product, and Triton 3.6 cannot lower a float64 dot whose operand it can trace back to a half-precision load.
+    # Operands are loaded one step ahead and carried through the loop as float64. This hides the load behind
+    # the product, and Triton 3.6 cannot lower a float64 dot whose operand it can trace back to a
+    # half-precision load.
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float64)
     a = _load(X, weight, start, stop, rows, columns, stride_token, stride_column, False, FAST, BLOCK_K)
     b = _load(X, weight, start, stop, cols, columns, stride_token, stride_column, True, FAST, BLOCK_K)
