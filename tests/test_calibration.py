@@ -108,6 +108,8 @@ def test_what_names_nothing(tmp_path):
         load_documents(str(tmp_path / "absent.txt"))
     with pytest.raises(SliceGPTError, match=r"has no \.txt files"):
         load_documents(str(tmp_path))
+    with pytest.raises(SliceGPTError, match="the name of the text is empty"):
+        load_documents("")
     with pytest.raises(SliceGPTError, match="split must be 'train' or 'test', got 'validation'"):
         load_documents("python-reference", "validation")
     with pytest.raises(SliceGPTError, match="python-reference has no columns: text_column='body'"):

@@ -33,6 +33,8 @@ def load_documents(spec: str, split: Split = "train", text_column: str | None = 
     """
     if split not in ("train", "test"):
         raise SliceGPTError(f"load_documents: split must be 'train' or 'test', got {split!r}")
+    if not spec:
+        raise SliceGPTError("load_documents: the name of the text is empty")
     reads_columns = Path(spec).suffix in (".jsonl", ".parquet")
     if text_column is not None and not reads_columns:
         raise SliceGPTError(
