@@ -1,5 +1,202 @@
-"""Build script; all metadata is in pyproject.toml."""
+"""Builds `slicegpt._C`, the CUDA part: nvcc compiles csrc/ through ninja; all metadata is in pyproject.toml.
 
-from setuptools import setup
+Environment variables:
+  SLICEGPT_CUDA         auto (default): build the CUDA part where nvcc is found; 1: fail without nvcc; 0: leave it out
+  TORCH_CUDA_ARCH_LIST  architectures as PyTorch writes them: "7.5;8.0;9.0a", "9.0+PTX", names such as "Hopper"
+  MAX_JOBS              parallel compilations (default: the number of processors)
+  CUDA_HOME, CUDA_PATH  the toolkit; else the nvcc on PATH
+"""
 
-setup()
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc"
+
+# Machine code for each generation in use; 9.0a because wgmma needs it. The PTX is of plain compute_90: code for an
+# "a" target runs on that one architecture only, so it is not what later GPUs can compile from.
+DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0a;9.0+PTX"
+NAMED_ARCHITECTURES = {
+    "Turing": "7.5",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0a;9.0+PTX",
+    "Blackwell": "10.0;12.0+PTX",
+}
+
+
+class BuildError(SystemExit):
+    """One line on stderr and exit code 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"slicegpt: {message}")
+
+
+def parse_architectures(text: str) -> list[tuple[str, str]]:
+    """`TORCH_CUDA_ARCH_LIST` as `(virtual, code)` pairs: ("compute_90a", "sm_90a"), ("compute_90", "compute_90")."""
+    for name, value in NAMED_ARCHITECTURES.items():
+        text = re.sub(rf"\b{name}\b", value, text)
+    pairs: list[tuple[str, str]] = []
+    for item in re.split(r"[;,\s]+", text.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if not match:
+            raise BuildError(f'TORCH_CUDA_ARCH_LIST: expected items like "8.0", "9.0a" or "9.0+PTX", got {item!r}')
+        major, minor, feature, ptx = match.groups()
+        number = f"{major}{minor}{feature}"
+        if int(major + minor) < 75:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: 7.5 is the oldest supported architecture, got {item!r}")
+        pairs.append((f"compute_{number}", f"sm_{number}"))
+        if ptx:
+            pairs.append((f"compute_{number}", f"compute_{number}"))
+    # "9.0a;9.0+PTX" asks for sm_90 beside sm_90a: the same GPUs, so one of the two cubins would never be loaded.
+    codes = {code for _, code in pairs}
+    pairs = [pair for pair in pairs if f"{pair[1]}a" not in codes]
+    return list(dict.fromkeys(pairs))
+
+
+def known_to(nvcc: Path, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of the default architectures that this nvcc can compile for (older and newer toolkits lack some)."""
+    listed = set(subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split())
+    return [(virtual, code) for virtual, code in pairs if virtual.rstrip("af") in listed]
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME or CUDA_PATH if set, else the one on PATH."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        if home:
+            nvcc = Path(home) / "bin" / "nvcc"
+            return nvcc if nvcc.exists() else None
+    found = shutil.which("nvcc")
+    return Path(found) if found else None
+
+
+def wanted_nvcc() -> Path | None:
+    """The compiler to use, or None to leave the CUDA part out."""
+    wish = os.environ.get("SLICEGPT_CUDA", "auto").strip().lower() or "auto"
+    if wish not in ("0", "1", "auto"):
+        raise BuildError(f"SLICEGPT_CUDA must be 0, 1 or auto, got {wish!r}")
+    if wish == "0":
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None and wish == "1":
+        raise BuildError("SLICEGPT_CUDA=1 needs nvcc, but there is none in CUDA_HOME/bin or on PATH")
+    return nvcc
+
+
+def find_ninja() -> str:
+    """The executable of the `ninja` package, else the one on PATH."""
+    try:
+        import ninja
+
+        candidate = Path(ninja.BIN_DIR) / "ninja"
+        if candidate.exists():
+            return str(candidate)
+    except ImportError:
+        pass
+    found = shutil.which("ninja")
+    if not found:
+        raise BuildError("the CUDA part needs ninja: pip install ninja, or set SLICEGPT_CUDA=0")
+    return found
+
+
+def jobs() -> list[str]:
+    """ninja's -j from MAX_JOBS; ninja's own default otherwise."""
+    text = os.environ.get("MAX_JOBS", "").strip()
+    if not text:
+        return []
+    if not text.isdecimal() or int(text) < 1:
+        raise BuildError(f"MAX_JOBS must be a positive whole number, got {text!r}")
+    return ["-j", text]
+
+
+def ninja_file(nvcc: Path, version: str, build: Path, target: Path) -> str:
+    """The build description: one object per .cu for all architectures, the bindings, one link with static cudart."""
+    import pybind11
+
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    pairs = parse_architectures(asked) if asked else known_to(nvcc, parse_architectures(DEFAULT_ARCHITECTURES))
+    gencodes = " ".join(f"-gencode=arch={virtual},code={code}" for virtual, code in pairs)
+    release = re.search(r"V(\d+\.\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))
+    facts = {
+        "SLICEGPT_VERSION": version,
+        "SLICEGPT_NVCC": release.group(1) if release else "unknown",
+        "SLICEGPT_ARCHITECTURES": ",".join(code for _, code in pairs),
+    }
+    defines = " ".join(f"'-D{name}=\"{value}\"'" for name, value in facts.items())
+    includes = " ".join(f"-I{path}" for path in (pybind11.get_include(), _python_include()))
+    lines = [
+        f"nvcc = {_escape(nvcc)}",
+        f"cuflags = -std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden {gencodes}",
+        "rule cuda",
+        "  command = $nvcc $cuflags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = nvcc $in",
+        # Host code alone: nvcc runs the host compiler with its own include paths, and no device pass.
+        "rule host",
+        f"  command = $nvcc -std=c++17 -O2 -Xcompiler -fPIC,-fvisibility=hidden {includes} {defines} "
+        "-MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = host $in",
+        "rule link",
+        "  command = $nvcc -shared -cudart static -Xcompiler -fPIC $in -o $out",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]):
+        rule = "cuda" if source.suffix == ".cu" else "host"
+        obj = build / f"{source.stem}.o"
+        lines.append(f"build {_escape(obj)}: {rule} {_escape(source)}")
+        objects.append(_escape(obj))
+    lines += [f"build {_escape(target)}: link {' '.join(objects)}", f"default {_escape(target)}", ""]
+    return "\n".join(lines)
+
+
+def _escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _python_include() -> str:
+    import sysconfig
+
+    return sysconfig.get_paths()["include"]
+
+
+class BuildCuda(build_ext):
+    """Runs ninja on csrc/; objects are kept between builds, so only what changed is compiled again."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # Not self.build_temp: an editable install gives a new one every time.
+        build = ROOT / "build" / "cuda"
+        build.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise BuildError("nvcc vanished during the build")
+        description = ninja_file(nvcc, self.distribution.get_version(), build, target)
+        (build / "build.ninja").write_text(description)
+        command = [find_ninja(), "-C", str(build), *(["-v"] if self.verbose > 1 else []), *jobs()]
+        if subprocess.call(command) != 0:
+            raise BuildError("compiling csrc/ failed (see above); SLICEGPT_CUDA=0 installs without the CUDA part")
+
+
+def extensions() -> list[Extension]:
+    nvcc = wanted_nvcc()
+    if nvcc is None:
+        print("slicegpt: building without the CUDA part", file=sys.stderr)
+        return []
+    return [Extension("slicegpt._C", sources=[])]
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCuda})

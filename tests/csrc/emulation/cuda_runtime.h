@@ -1,0 +1,216 @@
+// Runs CUDA kernels on the host, one fibre a thread, so that the sources in csrc/ can be tested without a GPU.
+//
+// A stand-in for the toolkit's header of the same name: the tests put this folder first on the include path and compile
+// csrc/*.cu as plain C++. Blocks run one after another; the threads of a block are fibres that switch only at barriers
+// and warp collectives, so a missing barrier shows as a wrong result or as a deadlock, which aborts with a message.
+// Shared memory starts filled with NaN bytes, and asynchronous copies land only when they are waited for.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__ static const
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+using std::fma;
+using std::isfinite;
+using std::max;
+using std::min;
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+
+using cudaStream_t = void*;
+enum cudaError_t : int { cudaSuccess = 0 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+// Three multiprocessors: few enough that small tests need several splits of the tokens.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : SLICEGPT_ARCH / 100;
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
+    std::memset(target, value, bytes);
+    return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
+
+namespace emulation {
+
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kSlotBytes = 128;
+
+struct Copy {
+    void* target;
+    const void* source;
+    int bytes;
+};
+
+struct Barrier {
+    int arrived = 0, generation = 0, members = 0;
+};
+
+struct Thread {
+    unsigned index = 0;
+    bool started = false, finished = false;
+    jmp_buf state;
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStackBytes]};
+    std::vector<std::vector<Copy>> groups;  // committed asynchronous copies, oldest first
+    std::vector<Copy> open;
+    int collectives = 0;
+};
+
+// What the lanes of a warp show each other, in two buffers used in turn: a lane can be at most one collective ahead.
+struct Warp {
+    Barrier barrier;
+    alignas(16) unsigned char slots[2][32][kSlotBytes];
+};
+
+inline dim3 grid, block, block_index;
+inline std::vector<Thread> threads;
+inline std::vector<Warp> warps;
+inline Barrier block_barrier;
+inline Thread* current;
+inline jmp_buf scheduler;
+inline std::function<void()> body;
+inline bool progressed;
+inline std::vector<unsigned char> shared_bytes;
+
+[[noreturn]] inline void fail(const char* message) {
+    std::fprintf(stderr, "emulation: %s (block %u, %u, thread %u)\n", message, block_index.x, block_index.y,
+                 current ? current->index : 0);
+    std::abort();
+}
+
+inline void yield() {
+    if (!_setjmp(current->state)) _longjmp(scheduler, 1);
+}
+
+inline void leave(Barrier& barrier) {
+    --barrier.members;
+    if (barrier.members && barrier.arrived == barrier.members) barrier.arrived = 0, ++barrier.generation;
+}
+
+inline void wait(Barrier& barrier) {
+    const int generation = barrier.generation;
+    progressed = true;
+    if (++barrier.arrived == barrier.members) {
+        barrier.arrived = 0;
+        ++barrier.generation;
+        return;
+    }
+    while (barrier.generation == generation) yield();
+    progressed = true;
+}
+
+inline void enter() {
+    body();
+    current->finished = true;
+    leave(block_barrier);
+    leave(warps[current->index / 32].barrier);
+    progressed = true;
+    _longjmp(scheduler, 1);
+}
+
+inline void run_block(int count) {
+    const int warp_count = (count + 31) / 32;
+    if (int(threads.size()) < count) threads = std::vector<Thread>(count);
+    if (int(warps.size()) < warp_count) warps = std::vector<Warp>(warp_count);
+    std::fill(shared_bytes.begin(), shared_bytes.end(), 0xff);
+    block_barrier = {0, 0, count};
+    for (int w = 0; w < warp_count; ++w) warps[w].barrier = {0, 0, std::min(32, count - 32 * w)};
+    for (int i = 0; i < count; ++i) {
+        Thread& thread = threads[i];
+        thread.index = i, thread.started = thread.finished = false, thread.collectives = 0;
+        thread.groups.clear(), thread.open.clear();
+    }
+    for (int left = count; left;) {
+        progressed = false;
+        left = 0;
+        for (int i = 0; i < count; ++i) {
+            Thread& thread = threads[i];
+            if (thread.finished) continue;
+            ++left;
+            current = &thread;
+            if (_setjmp(scheduler)) continue;
+            if (thread.started) _longjmp(thread.state, 1);
+            thread.started = true;
+            getcontext(&thread.context);
+            thread.context.uc_stack.ss_sp = thread.stack.get();
+            thread.context.uc_stack.ss_size = kStackBytes;
+            makecontext(&thread.context, enter, 0);
+            setcontext(&thread.context);
+        }
+        if (left && !progressed) fail("deadlock: threads wait at different barriers");
+    }
+    current = nullptr;
+}
+
+// Shows `value` to the other lanes and returns the warp's 32 values.
+template <typename T>
+const T* exchange(const T& value, T (&all)[32]) {
+    static_assert(sizeof(T) <= kSlotBytes);
+    Warp& warp = warps[current->index / 32];
+    if (warp.barrier.members != 32) fail("a warp collective needs all 32 lanes");
+    auto& slots = warp.slots[current->collectives++ % 2];
+    std::memcpy(slots[current->index % 32], &value, sizeof(T));
+    wait(warp.barrier);
+    for (int lane = 0; lane < 32; ++lane) std::memcpy(&all[lane], slots[lane], sizeof(T));
+    return all;
+}
+
+struct Index {
+    struct X {
+        operator unsigned() const { return current->index; }
+    } x;
+};
+
+}  // namespace emulation
+
+#define threadIdx (emulation::Index{})
+#define blockIdx (emulation::block_index)
+#define gridDim (emulation::grid)
+#define blockDim (emulation::block)
+
+inline void __syncthreads() { emulation::wait(emulation::block_barrier); }
+
+template <typename To, typename From>
+inline To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(To));
+    return to;
+}
+inline double __longlong_as_double(long long x) { return bits_as<double>(x); }
+inline float __uint_as_float(uint32_t x) { return bits_as<float>(x); }
+inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
+inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
+inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
