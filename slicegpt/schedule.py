@@ -148,7 +148,11 @@ def plan_for_parameters(fields: dict, target: int, shape: Shape) -> SlicedConfig
             f"size: {target} elements cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
             f"holds an attention head, the model stores {size(0)}"
         )
-    low, high = 0, len(widths)
+    # At full width the projections and shortcuts vanish, so D may store less than the width before it; below, every
+    # column costs its rows in the linear layers, which is more than a compact shortcut ever saves by it.
+    if size(len(widths) - 1) <= target:
+        return plans[len(widths) - 1][1]
+    low, high = 0, len(widths) - 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) <= target else (low, middle)

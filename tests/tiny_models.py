@@ -40,31 +40,44 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 
+# Model class, config class, config.
 CASES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED)),
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**GATED, tie_word_embeddings=True)),
-    "llama-3": lambda: LlamaForCausalLM(LlamaConfig(**GATED, rope_parameters=LLAMA3_ROPE, head_dim=16)),
-    "llama-biased": lambda: LlamaForCausalLM(LlamaConfig(**GATED, attention_bias=True, mlp_bias=True)),
-    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**GATED, sliding_window=5)),
-    "qwen2": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**GATED, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    "llama": (LlamaForCausalLM, LlamaConfig, GATED),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig, GATED | {"tie_word_embeddings": True}),
+    "llama-3": (LlamaForCausalLM, LlamaConfig, GATED | {"rope_parameters": LLAMA3_ROPE, "head_dim": 16}),
+    "llama-biased": (LlamaForCausalLM, LlamaConfig, GATED | {"attention_bias": True, "mlp_bias": True}),
+    "mistral-window": (MistralForCausalLM, MistralConfig, GATED | {"sliding_window": 5}),
+    "qwen2": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        GATED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
-    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**GATED, head_dim=8, tie_word_embeddings=True)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**COMMON, ffn_dim=80)),
-    "opt-untied": lambda: OPTForCausalLM(OPTConfig(**COMMON, ffn_dim=80, tie_word_embeddings=False)),
-    "opt-no-bias": lambda: OPTForCausalLM(
-        OPTConfig(**COMMON, ffn_dim=80, enable_bias=False, layer_norm_elementwise_affine=False)
+    "qwen3-tied": (Qwen3ForCausalLM, Qwen3Config, GATED | {"head_dim": 8, "tie_word_embeddings": True}),
+    "opt": (OPTForCausalLM, OPTConfig, COMMON | {"ffn_dim": 80}),
+    "opt-untied": (OPTForCausalLM, OPTConfig, COMMON | {"ffn_dim": 80, "tie_word_embeddings": False}),
+    "opt-no-bias": (
+        OPTForCausalLM,
+        OPTConfig,
+        COMMON | {"ffn_dim": 80, "enable_bias": False, "layer_norm_elementwise_affine": False},
     ),
-    "phi": lambda: PhiForCausalLM(
-        PhiConfig(**COMMON, intermediate_size=80, num_key_value_heads=2, partial_rotary_factor=0.5)
+    "phi": (
+        PhiForCausalLM,
+        PhiConfig,
+        COMMON | {"intermediate_size": 80, "num_key_value_heads": 2, "partial_rotary_factor": 0.5},
     ),
 }
 
 
-def tiny_model(case: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
-    """A random model of a family in eval mode, norms and biases random as well, so that nothing folds trivially."""
+def tiny_model(
+    case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes
+) -> PreTrainedModel:
+    """A random model of a family in eval mode, norms and biases random as well, so that nothing folds trivially.
+
+    `changes` are made to the case's config.
+    """
     torch.manual_seed(seed)
-    model = CASES[case]().to(dtype).eval()
+    model_class, config_class, config = CASES[case]
+    model = model_class(config_class(**(config | changes))).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -34,8 +34,10 @@ def add_parser(commands) -> None:
     shape.add_argument(
         "--round-to", type=positive, default=64, metavar="N", help="widths are multiples of N (64)"
     )
-    shape.add_argument("--shortcut", choices=("compact", "dense"), default="compact")
-    shape.add_argument("--orientation", choices=("aligned", "random", "pca"), help="default: aligned")
+    shape.add_argument(
+        "--shortcut", choices=("compact", "dense"), help="compact (default) needs aligned bases; else dense"
+    )
+    shape.add_argument("--orientation", choices=("aligned", "random", "pca"), default="aligned")
     shape.add_argument(
         "--slice-head", action="store_true", help="slice the last boundary, which the head reads, too"
     )
@@ -95,8 +97,8 @@ def plan_from(options: argparse.Namespace, fields: dict, dtype, shape):
                 f"--params: the fraction of parameters to keep must lie in (0, 1], got {options.params}"
             )
         return plan_for_parameters(fields, int(options.params * fields["source_parameters"]), shape)
-    if not options.target_bytes >= 1:
-        raise SliceGPTError(f"--target-bytes: must be at least 1, got {options.target_bytes}")
+    if not 1 <= options.target_bytes < 1e18:
+        raise SliceGPTError(f"--target-bytes: must lie in [1, 1e18), got {options.target_bytes}")
     return plan_for_parameters(fields, int(options.target_bytes / dtype.itemsize), shape)
 
 
@@ -115,8 +117,8 @@ def run(options: argparse.Namespace) -> None:
 
     from .report import print_sizes
 
-    orientation = options.orientation or "aligned"
-    shape = Shape(options.shortcut, orientation, options.slice_head, options.round_to)
+    shortcut = options.shortcut or ("compact" if options.orientation == "aligned" else "dense")
+    shape = Shape(shortcut, options.orientation, options.slice_head, options.round_to)
     if options.slice is not None:
         width_for_slice(1, options.slice, 1)
     path = check_output(options.output, options.overwrite)
@@ -133,7 +135,7 @@ def run(options: argparse.Namespace) -> None:
     check_space(path, int(size["bytes"] * 1.05) + 16_000_000)
     if size["parameters"] >= size["dense_parameters"] and options.slice:
         print(
-            f"note: at this size the sliced model is no smaller than the dense one ({options.shortcut} shortcuts)"
+            f"note: at this size the sliced model is no smaller than the dense one ({shortcut} shortcuts)"
         )
     with step(progress, f"tokenising {options.calibration}"):
         batches = sample_batches(
@@ -145,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
             options.seed,
             options.varied_seqlen,
         )
-    settings = SlicingOptions(dtype, device, orientation, options.signal, options.signals, options.seed)
+    settings = SlicingOptions(dtype, device, options.orientation, options.signal, options.signals, options.seed)
     sliced, report = slice_model(model, config, batches, settings, progress)
     if model.generation_config is not None:
         sliced.generation_config = model.generation_config
