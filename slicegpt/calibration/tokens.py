@@ -19,23 +19,22 @@ def encode_text(
 ) -> torch.Tensor:
     """Encode `text` as a whole, special tokens (a BOS, where the tokenizer has one) added once.
 
-    A fast tokenizer encodes one string on one core and a list of strings on all, so long text is cut
-    between two words about every `chunk` characters. Every piece but the first starts `context` or more
-    characters early; its surplus tokens must be the ones that the previous piece ends with. Where they are
-    not, or where no place to cut is found, the text is encoded in one piece.
+    A fast tokenizer encodes one string on one core and a list of strings on all, so long text is cut between
+    two words about every `chunk` characters. Every piece but the first starts `context` or more characters
+    early; its surplus tokens must be the ones that the previous piece ends with. Where they are not, or where
+    no place to cut is found, the text is encoded in one piece.
 
     Returns:
         int64 [T], the ids on the CPU.
     """
     seams = _seams(text, chunk, context)
-    whole = tokenizer(text, return_attention_mask=False, verbose=False).input_ids if not seams else None
-    if whole is None:
-        stitched = _stitch(text, seams, tokenizer)
-        if stitched is None:
-            return encode_text(text, tokenizer, chunk=len(text))
+    stitched = _stitch(text, seams, tokenizer) if seams else None
+    if stitched is None:
+        ids = tokenizer(text, return_attention_mask=False, verbose=False).input_ids
+    else:
         before, after = _special_tokens(tokenizer)
-        whole = before + stitched + after
-    return torch.tensor(whole, dtype=torch.int64)
+        ids = before + stitched + after
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _seams(text: str, chunk: int, context: int) -> list[tuple[int, int]]:
@@ -50,6 +49,8 @@ def _seams(text: str, chunk: int, context: int) -> list[tuple[int, int]]:
 
 
 def _stitch(text: str, seams: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Return the ids of `text` without special tokens from pieces that overlap, None where they disagree."""
+
     def encode(pieces: list[str]) -> list[list[int]]:
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         return tokenizer(pieces, **options).input_ids
@@ -60,8 +61,7 @@ def _stitch(text: str, seams: list[tuple[int, int]], tokenizer: PreTrainedTokeni
     contexts = encode([text[early:cut] for early, cut in seams])
     stitched = list(pieces[0])
     for (previous, piece), surplus in zip(itertools.pairwise(pieces), contexts, strict=True):
-        # The start of a context may differ from the running text (SentencePiece puts a blank before it),
-        # its end not.
+        # A context may begin unlike the running text (SentencePiece puts a blank before it); its end may not.
         tail = len(surplus) // 2
         if not tail or piece[: len(surplus)] != surplus or previous[-tail:] != surplus[-tail:]:
             return None
