@@ -12,17 +12,6 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from slicegpt.kernels import gram_exact, gram_fp64  # noqa: E402
 
-SIZES = (
-    "tokens",
-    "columns",
-    "tokens_a_split",
-    "skip_side",
-    "side",
-    "padded",
-    "length",
-    "bits_of_sum",
-    "splits",
-)
 PRODUCT = {
     "X": "fp16", "weight": "fp64", "out": "fp64", "skip": "i32",
     "FAST": False, "ONTO_C": True, "BLOCK": 64, "BLOCK_K": 16, "SKIP_BLOCK": 128,
@@ -35,8 +24,8 @@ RESIDUES = {
     "residues": "i8", "DIGITS": 0, "PLANES": 16, "BLOCK": 128, "SIDE": 32, "BLOCK_T": 128, "BLOCK_C": 32,
 }  # fmt: skip
 RECONSTRUCT = {
-    "products": "i8", "exponents": "i32", "tile_planes": "i32", "weights": "i64", "fractions": "fp32", "C": "fp64",
-    "DIGITS": 0, "PLANES": 16, "BLOCK": 128, "ROWS": 16,
+    "products": "i8", "exponents": "i32", "tile_planes": "i32", "weights": "i64", "fractions": "fp32", "C":
+    "fp64", "DIGITS": 0, "PLANES": 16, "BLOCK": 128, "ROWS": 16,
 }  # fmt: skip
 
 
@@ -45,13 +34,13 @@ def build(
 ) -> tuple[str, str]:
     """Compile for sm_<capability>; return the disassembly and the resource report.
 
-    arguments: element type of a pointer, or the value of a constexpr; every other parameter is an integer, aligned
-    to 16 if it is a size or a token stride (the common case: rows of a multiple of 16 items).
+    arguments: element type of a pointer, or the value of a constexpr; every other parameter is an integer,
+    aligned to 16 if it is a size or a token stride (the common case: rows of a multiple of 16 items).
     """
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = arguments.get(name, "i32")
-        if value is None or name.isupper() and name not in ("X", "C"):
+        if value is None or (name.isupper() and name not in ("X", "C")):
             signature[name], constexprs[name] = "constexpr", value
         elif name == "stride_column":
             signature[name], constexprs[name] = "constexpr", 1

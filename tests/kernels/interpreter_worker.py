@@ -1,0 +1,27 @@
+"""Runs Triton launchers in Triton's interpreter for the tests: pickled requests on stdin, results on stdout.
+
+A separate process, because the interpreter is chosen by an environment variable when Triton is first
+imported, while the compile tests and the GPU tests in the same pytest run need the real compiler.
+"""
+
+import importlib
+import os
+import pickle
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+results = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+sys.stdout = sys.stderr  # a stray print must not corrupt the stream
+
+while True:
+    try:
+        module, function, arguments, options = pickle.load(sys.stdin.buffer)
+    except EOFError:
+        break
+    try:
+        getattr(importlib.import_module(module), function)(*arguments, **options)
+        answer = arguments
+    except Exception as error:
+        answer = error
+    pickle.dump(answer, results)
+    results.flush()

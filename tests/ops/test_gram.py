@@ -1,0 +1,314 @@
+"""The `gram_` operator: arithmetic on the CPU, argument checks, choice of implementation, compilation."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slicegpt import reference
+from slicegpt.errors import SliceGPTError
+from slicegpt.ops import gram as gram_module
+from slicegpt.ops import gram_
+from slicegpt.ops.devices import RATES
+from slicegpt.ops.gram import choose, choose_precision, is_supported
+
+EPS = 2.0**-53
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def normal(tokens: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, columns, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def identity(columns: int) -> torch.Tensor:
+    return torch.eye(columns, dtype=torch.float64)
+
+
+def assert_close_to_longdouble(C, start, X, weight=None) -> None:
+    """np.longdouble rounds 2048 times finer than float64; N + 2 roundings in any order are at most (N + 2)·eps."""
+    x = X.double().numpy().astype(np.longdouble)
+    w = np.ones(len(x)) if weight is None else weight.double().numpy()
+    x[w == 0] = 0
+    expected = start.numpy() + (x * w[:, None]).T @ x
+    magnitude = np.abs(start.numpy()) + np.abs(x * w[:, None]).T @ np.abs(x)
+    assert (np.abs(C.numpy() - expected) <= (len(x) + 3) * EPS * magnitude).all()
+    assert torch.equal(C, C.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (127, 63), (1000, 1), (300, 577)])
+def test_against_longdouble(tokens, columns, dtype):
+    X = normal(tokens, columns, dtype)
+    C = identity(columns)
+    gram_(C, X)
+    assert_close_to_longdouble(C, identity(columns), X)
+
+
+def test_more_than_one_chunk(monkeypatch):
+    monkeypatch.setattr(reference, "MIN_CHUNK_TOKENS", 7)
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1)
+    X, weight = normal(50, 20, torch.float32), torch.arange(50) % 2 == 0
+    C = identity(20)
+    gram_(C, X, weight)
+    assert_close_to_longdouble(C, identity(20), X, weight)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bool, torch.int64, torch.float16, torch.float64])
+@pytest.mark.parametrize("strided", ["columns", "rows", "transposed", "expanded"])
+def test_strides_and_weights(strided, weight_dtype):
+    base = normal(100, 100, torch.float16)
+    X = {
+        "columns": base[:, ::3],
+        "rows": base[::2],
+        "transposed": base.T,
+        "expanded": base[:1].expand(30, 100),
+    }[strided]
+    weight = (torch.arange(2 * len(X)) % 3).to(weight_dtype)[::2]
+    C = identity(X.shape[1])
+    gram_(C, X, weight)
+    assert_close_to_longdouble(C, identity(X.shape[1]), X, weight)
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp64", "exact", "fast"])
+def test_every_precision_is_float64_on_the_cpu(precision):
+    X = normal(60, 9, torch.float16)
+    C = torch.zeros(9, 9, dtype=torch.float64)
+    gram_(C, X, precision=precision, digits=3 if precision == "exact" else None)
+    assert_close_to_longdouble(C, torch.zeros_like(C), X)
+
+
+def test_huge_range_is_kept():
+    X = torch.tensor([[6e-8, 65504.0], [65504.0, 0.0]], dtype=torch.float16)
+    C = torch.zeros(2, 2, dtype=torch.float64)
+    gram_(C, X)
+    assert C[0, 1] == float(X[0, 0]) * 65504
+
+
+def test_infinities_and_nans_arrive_as_nan():
+    X = normal(40, 300, torch.float32)
+    X[3, 1], X[7, 250] = torch.inf, torch.nan
+    C = torch.zeros(300, 300, dtype=torch.float64)
+    gram_(C, X)
+    hit = torch.zeros(300, dtype=torch.bool)
+    hit[[1, 250]] = True
+    assert torch.equal(C.isnan(), hit[:, None] | hit[None, :])
+    keep = torch.ones(40, dtype=torch.bool)
+    keep[[3, 7]] = False
+    C = torch.zeros(300, 300, dtype=torch.float64)
+    gram_(C, X, keep)
+    assert_close_to_longdouble(C, torch.zeros_like(C), X.nan_to_num(0, 0, 0), keep)
+
+
+def test_empty_changes_nothing():
+    for tokens, columns in ((0, 4), (3, 0), (0, 0)):
+        C = torch.full((columns, columns), 2.5, dtype=torch.float64)
+        gram_(C, torch.zeros(tokens, columns))
+        assert C.eq(2.5).all()
+
+
+def test_same_bits_every_time():
+    X, weight = normal(3000, 300, torch.float32), torch.rand(3000)
+    results = []
+    for _ in range(3):
+        C = torch.zeros(300, 300, dtype=torch.float64)
+        gram_(C, X, weight)
+        results.append(C)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    tokens=st.integers(0, 40),
+    columns=st.integers(1, 30),
+    split=st.integers(0, 40),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_streaming_in_two_calls_is_one_sum(tokens, columns, split, dtype, seed):
+    X = normal(tokens, columns, dtype, seed)
+    C = torch.zeros(columns, columns, dtype=torch.float64)
+    gram_(C, X[:split])
+    gram_(C, X[split:])
+    if tokens:
+        assert_close_to_longdouble(C, torch.zeros_like(C), X)
+    else:
+        assert C.eq(0).all()
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+C = torch.zeros(4, 4, dtype=torch.float64)
+X = torch.zeros(7, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((C[:3], X), r"gram_: C must be square \[D, D\], got \[3, 4\]"),
+        ((C.float(), X), "gram_: C must be float64, got torch.float32"),
+        ((torch.zeros(8, 8).double()[::2, ::2], X), r"gram_: C must be contiguous, got strides \(16, 2\)"),
+        ((C, X[0]), r"gram_: X must be \[N, D\], got \[4\]"),
+        ((C, X[:, :3]), "gram_: X must have C's 4 columns, got 3"),
+        ((C, X.long()), "gram_: X must be one of float16, .* for precision 'auto', got torch.int64"),
+        ((C, X.to("meta")), "gram_: X must be on C's device cpu, got meta"),
+        ((C, C), "gram_: X must not share memory with C"),
+        ((C, X, torch.ones(6)), r"gram_: weight must be \[N\] for X's 7 tokens, got \[6\]"),
+        ((C, X, torch.ones(7, 1)), r"gram_: weight must be \[N\] for X's 7 tokens, got \[7, 1\]"),
+        ((C, X, torch.ones(7, dtype=torch.complex64)), "gram_: weight must be real, got torch.complex64"),
+        ((C, X[:4], C[0]), "gram_: weight must not share memory with C"),
+        ((C, X, None, "double"), "gram_: precision must be one of auto, fp64, exact, fast, got 'double'"),
+        ((C, X.double(), None, "exact"), "gram_: X must be one of .* for precision 'exact', got torch.float64"),
+        ((C, X, None, "fast"), "gram_: X must be one of float16, bfloat16 for precision 'fast'"),
+        ((C, X, None, "fp64", 3), "gram_: precision must be 'exact' when digits is given, got 'fp64'"),
+        ((C, X, None, "exact", 8), "gram_: digits must be None or 1 to 7, got 8"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(arguments, message):
+    with pytest.raises(SliceGPTError, match=message):
+        gram_(*arguments)
+
+
+def test_the_backend_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("SLICEGPT_BACKEND", "reference")
+    gram_(C.clone(), X)
+    monkeypatch.setenv("SLICEGPT_BACKEND", "triton")
+    with pytest.raises(
+        SliceGPTError, match=r"backend 'triton' has no precision 'auto' for torch.float32 on a CPU"
+    ):
+        gram_(C.clone(), X)
+    monkeypatch.setenv("SLICEGPT_BACKEND", "tritn")
+    with pytest.raises(SliceGPTError, match=r"SLICEGPT_BACKEND must be one of auto, .*, got 'tritn'"):
+        gram_(C.clone(), X)
+
+
+# --- choosing an implementation -----------------------------------------------------------------------------
+
+
+def test_auto_precision_follows_the_device_and_the_shape():
+    half = torch.bfloat16
+    for capability in RATES:
+        assert choose_precision(capability, torch.float64, 4096) == "fp64"
+    # float64 tensor cores: cutting a narrow X into planes costs more than multiplying it
+    assert choose_precision((9, 0), half, 256) == "fp64"
+    assert choose_precision((9, 0), half, 8192) == "exact"
+    assert choose_precision((9, 0), half, 8192, float_weight=True) == "fp64"
+    # next to no float64
+    for capability in ((7, 5), (8, 6), (8, 9), (12, 0), (99, 0)):
+        assert choose_precision(capability, half, 576) == "exact"
+        assert choose_precision(capability, half, 576, float_weight=True) == "exact"
+
+
+def test_choice_falls_through_the_backends(monkeypatch):
+    monkeypatch.setattr(gram_module.cuda, "is_available", lambda: False)
+    choose.cache_clear()
+    assert choose("auto", None, torch.float32, 64, "auto") == ("reference", "fp64")
+    assert choose("auto", (8, 9), torch.bfloat16, 4096, "auto") == ("triton", "exact")
+    assert choose("auto", (7, 5), torch.float16, 4096, "auto") == ("reference", "exact")
+    assert choose("triton", (7, 5), torch.float16, 4096, "auto") == ("triton", "fp64")
+    assert choose("auto", (9, 0), torch.bfloat16, 4096, "fast") == ("triton", "fast")
+    with pytest.raises(
+        SliceGPTError, match=r"backend 'cuda' has no precision 'fp64' for .* on compute capability 9.0"
+    ):
+        choose("cuda", (9, 0), torch.float32, 64, "fp64")
+    monkeypatch.setattr(gram_module.cuda, "is_available", lambda: True)
+    choose.cache_clear()
+    assert choose("auto", (7, 5), torch.float16, 4096, "auto") == ("cuda", "exact")
+    choose.cache_clear()
+
+
+def test_is_supported():
+    assert is_supported(None, torch.bfloat16)
+    assert is_supported(None, torch.float64)
+    assert not is_supported(None, torch.float64, "exact")
+    assert not is_supported(None, torch.float32, backend="triton")
+    assert not is_supported((9, 0), torch.float32, "fast")
+    assert not is_supported(None, torch.int8)
+
+
+def test_the_choice_is_logged_once(caplog):
+    choose.cache_clear()
+    with caplog.at_level(logging.INFO, logger="slicegpt"):
+        for _ in range(3):
+            gram_(C.clone(), X)
+    assert caplog.messages == ["gram_: torch.float32 with 4 columns on a CPU: reference, fp64"]
+
+
+# --- torch.compile, and the GPU -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [None, torch.rand(7)])
+def test_opcheck(weight):
+    torch.library.opcheck(
+        torch.ops.slicegpt.gram_.default, (C.clone(), torch.rand(7, 4), weight, "auto", None)
+    )
+
+
+def test_compiles_without_graph_breaks():
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def update(total, stream, keep):
+        gram_(total, stream + 1, keep)
+        return total.trace()
+
+    for tokens in (7, 11):
+        total, stream = C.clone(), torch.rand(tokens, 4)
+        keep = torch.arange(tokens) > 2
+        trace = update(total, stream, keep)
+        assert_close_to_longdouble(total, C, stream + 1, keep)
+        assert trace == total.trace()
+
+
+def test_wrong_shapes_are_told_while_tracing():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def update(total, stream):
+        gram_(total, stream)
+
+    with pytest.raises(Exception, match="X must have C's 4 columns, got 3"):
+        update(C.clone(), X[:, :3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("precision", ["fp64", "exact", "fast"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (127, 63), (3000, 577)])
+def test_on_the_gpu(monkeypatch, backend, precision, dtype, tokens, columns):
+    if not is_supported(torch.cuda.get_device_capability(), dtype, precision, backend):
+        pytest.skip("not supported")
+    monkeypatch.setenv("SLICEGPT_BACKEND", backend)
+    x, keep = normal(tokens, columns, dtype), torch.arange(tokens) % 5 != 1
+    total = identity(columns).cuda()
+    gram_(total, x.cuda(), keep.cuda(), precision)
+    if precision == "fast":
+        expected = identity(columns) + x[keep].double().T @ x[keep].double()
+        # float32 sums of at most 64 products between promotions: 64·2^-24 of the magnitudes
+        magnitude = identity(columns) + x[keep].double().abs().T @ x[keep].double().abs()
+        assert ((total.cpu() - expected).abs() <= 64 * 2.0**-24 * magnitude).all()
+    else:
+        assert_close_to_longdouble(total.cpu(), identity(columns), x, keep)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("precision", ["fp64", "exact", "fast"])
+def test_a_cuda_graph_replays_on_new_data(monkeypatch, backend, precision):
+    if not is_supported(torch.cuda.get_device_capability(), torch.float16, precision, backend):
+        pytest.skip("not supported")
+    monkeypatch.setenv("SLICEGPT_BACKEND", backend)
+    x = normal(500, 130, torch.float16).cuda()
+    total = torch.zeros(130, 130, dtype=torch.float64, device="cuda")
+    gram_(total, x, precision=precision)  # compiles, and fills caches of constants
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gram_(total, x, precision=precision)
+    # New data with a wider span than what was captured: decisions belong to the device.
+    x.copy_(normal(500, 130, torch.float16, seed=1) * torch.logspace(-3, 3, 500)[:, None])
+    total.zero_()
+    graph.replay()
+    expected = torch.zeros_like(total)
+    gram_(expected, x, precision=precision)
+    assert torch.equal(total, expected)
