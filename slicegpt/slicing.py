@@ -344,7 +344,7 @@ class Slicer:
         """Slice everything and return the model on the CPU."""
         blocks = blocks_of(self.config)
         passes = sum(self.needs_pass(block) for block in blocks) * len(self.signals)
-        with self.progress.stage("slicing", passes, "step") as self.advance:
+        with self.progress.stage("slicing", passes, "steps") as self.advance:
             basis = self.slice_embedding()
             for block in blocks:
                 basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)

@@ -156,7 +156,10 @@ def test_fresh_model_from_config_runs():
         ({"boundary_widths": [24, 24]}, "boundary_widths must hold 5 widths, got 2"),
         ({"boundary_widths": [40] * 5}, r"must lie in \[1, 32\]"),
         ({"shortcuts": ["identity", "round", "dense", "dense"]}, "shortcuts must hold 4 of"),
-        ({"boundary_widths": [24, 16, 24, 24, 32], "shortcuts": ["compact"] * 4}, r"shortcuts\[0\] cannot be"),
+        (
+            {"boundary_widths": [24, 16, 24, 24, 32], "shortcuts": ["compact"] * 4},
+            r"shortcuts\[0\] cannot be",
+        ),
         ({"position_embedding": "alibi"}, "must be 'rotary' or 'learned'"),
     ],
 )

@@ -1,5 +1,6 @@
 """The installed layout: one name for every folder, and nothing of ours shadows anything."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -31,6 +32,15 @@ def test_transformers_imports_beside_hugging_face_kernels(tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("installed = True\n")
     done = run("import kernels; assert kernels.installed, kernels.__path__", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kernels_data") is None, reason="needs Hugging Face's kernels")
+def test_transformers_imports_with_the_real_hugging_face_kernels():
+    done = run(
+        "import kernels; assert kernels.get_kernel\n"
+        "from transformers import LlamaForCausalLM; import slicegpt, slicegpt.kernels"
+    )
     assert done.returncode == 0, done.stderr
 
 

