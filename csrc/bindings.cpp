@@ -54,7 +54,7 @@ void bind_gram(py::module_& m) {
     m.def("gram_arguments", &gram_arguments, py::arg("C"), py::arg("C_stride"), py::arg("X"), py::arg("X_stride"),
           py::arg("dtype"), py::arg("weight"), py::arg("tokens"), py::arg("columns"), py::arg("workspace"),
           py::arg("workspace_bytes"), py::arg("stream"));
-    py::class_<GramArguments>(m, "GramArguments");
+    py::class_<GramArguments>(m, "GramArguments", py::module_local());
     m.def("gram_fp64", &gram_fp64);
     m.def("gram_fp64_workspace", &gram_fp64_workspace);
     m.def("gram_exact", &gram_exact);

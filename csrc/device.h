@@ -13,12 +13,12 @@ inline int multiprocessors() {
     return count > 0 ? count : 1;
 }
 
-// Whether the current device has asynchronous copies (sm_80), which decides how many pipeline stages a kernel uses.
-inline bool has_async_copies() {
+// The major compute capability of the current device; 0 where it cannot be asked.
+inline int capability_major() {
     int device = 0, major = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return false;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-    return major >= 8;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 0;
+    return major;
 }
 
 inline size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }

@@ -39,8 +39,11 @@ constexpr int kStages = 2;  // 64 KB of shared memory, and copies are not asynch
 #endif
 
 constexpr int kMaxBlockTokens = 131071 / kPlaneTokens * kPlaneTokens;
-// Planes of one token block. Larger blocks mean fewer passes over C and the residues (1 % of the time at this size).
-constexpr size_t kPlaneLimit = size_t(1) << 30;
+// Bytes for the planes of one token block. Larger blocks mean fewer passes over C and the residues; at this size and
+// 4096 columns a pass is 16384 tokens and those passes a few percent of the time. The tests choose a small limit.
+#ifndef SLICEGPT_PLANE_BYTES
+#define SLICEGPT_PLANE_BYTES (size_t(1) << 30)
+#endif
 constexpr int kMaxDigits = 7;
 
 struct Parameters {
@@ -188,8 +191,8 @@ struct Layout {
         const int64_t whole = int64_t(round_up(tokens, kPlaneTokens));
         const int64_t most = min(whole, int64_t(kMaxBlockTokens));
         moduli = most_moduli(dtype, digits, int(most));
-        const int64_t fitting = int64_t(kPlaneLimit / (size_t(padded_columns) * moduli)) / 1024 * 1024;
-        block_tokens = int(min(most, max(fitting, int64_t(1024))));
+        const int64_t fitting = int64_t(SLICEGPT_PLANE_BYTES / (size_t(padded_columns) * moduli));
+        block_tokens = int(min(most, max(fitting / kPlaneTokens, int64_t(1)) * kPlaneTokens));
         tiles = triangle_tiles<kRows / kColumns>(padded_columns / kColumns);
         // Enough blocks of the scan to fill the device several times over.
         const int64_t strips = divide_up(columns, 32 * (dtype == Dtype::kFloat32 ? 4 : 8));
@@ -253,7 +256,7 @@ int gram_exact(const GramArguments& a, int digits) {
                  at.padded_columns, at.padded_columns / kColumns, 0};
 
     int status = int(cudaMemsetAsync(handed_over, 0, sizeof(int), a.stream));
-    const int stages = has_async_copies() ? 4 : 2;
+    const int stages = capability_major() >= 8 ? 4 : 2;  // as kStages in the device code
     for (int64_t first = 0; first < a.tokens && status == kOk; first += at.block_tokens) {
         const int64_t tokens = min(a.tokens - first, int64_t(at.block_tokens));
         block.X = static_cast<const unsigned char*>(a.X) + first * a.X_stride * item;

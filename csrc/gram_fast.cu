@@ -166,7 +166,8 @@ size_t gram_fast_workspace(int64_t tokens, int64_t columns) {
 }
 
 int gram_fast(const GramArguments& a) {
-    if (a.dtype != Dtype::kFloat16 && a.dtype != Dtype::kBfloat16) return kBadDtype;
+    // Turing's tensor cores know no bfloat16.
+    if (a.dtype != Dtype::kFloat16 && !(a.dtype == Dtype::kBfloat16 && capability_major() >= 8)) return kBadDtype;
     if (a.tokens == 0 || a.columns == 0) return kOk;
     return a.dtype == Dtype::kFloat16 ? launch_typed<Float16, false>(a) : launch_typed<Bfloat16, true>(a);
 }

@@ -24,7 +24,10 @@ constexpr int kStages = 3;
 constexpr int kStep = 4 * kDoubleSteps;
 // After this many tokens the accumulators are added to the partial sums and start again at zero: the rounding error of a
 // sum of n terms grows like sqrt(n), and the diagonal (all terms positive) would be 2e-14 off after 262144 tokens.
-constexpr int kPromote = 8192;
+// The tests choose fewer.
+#ifndef SLICEGPT_PROMOTE_TOKENS
+#define SLICEGPT_PROMOTE_TOKENS 8192
+#endif
 
 template <typename T>
 using Loader = PanelLoader<T, kPanelColumns * int(sizeof(T)) + 32>;
@@ -137,7 +140,7 @@ __global__ __launch_bounds__(kThreads, 1) void gram_fp64_tiles(const Parameters 
             }
         }
 
-        constexpr int kPeriod = kPromote / kTokens;
+        constexpr int kPeriod = SLICEGPT_PROMOTE_TOKENS / kTokens;
         if ((it + 1) % kPeriod == 0 || it + 1 == range.stages) {
             const bool first = it < kPeriod;
 #pragma unroll

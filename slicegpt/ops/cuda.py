@@ -125,8 +125,8 @@ def _gram(precision: str, C: Tensor, X: Tensor, weight: Tensor | None, *digits: 
     if weight is not None:
         weight = weight.to(torch.float64).contiguous()
     with _on_device(C):
-        exact = (dtype, *digits) if digits else ()
-        size = getattr(_C, f"gram_{precision}_workspace")(tokens, columns, *exact)
+        sizing = (dtype, *digits) if precision == "exact" else ()
+        size = getattr(_C, f"gram_{precision}_workspace")(tokens, columns, *sizing)
         workspace = torch.empty(size, dtype=torch.uint8, device=C.device)
         arguments = _C.gram_arguments(
             C=C.data_ptr(),

@@ -1,4 +1,8 @@
-"""`emulated`: csrc/ compiled for the host against tests/csrc/emulation and loaded in the place of `slicegpt._C`."""
+"""`backend`: the CUDA launchers on what can run them here.
+
+The sources of csrc/ are compiled for the host against tests/csrc/emulation, as for three compute capabilities, and take
+CPU tensors; with a GPU the same tests also run on the installed `slicegpt._C`.
+"""
 
 import contextlib
 import importlib.util
@@ -10,52 +14,93 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from slicegpt.ops import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
+# Hidden: the three modules must not share their inline functions and variables.
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+# Token blocks of gram_exact and partial sums of gram_fp64 so short that a hundred tokens make several.
+SMALL_BLOCKS = [f"-DSLICEGPT_PLANE_BYTES={128 * 12 * 64}", "-DSLICEGPT_PROMOTE_TOKENS=32"]
 
 
-def build_emulated(folder: Path, arch: int) -> Path:
-    """The extension module with every kernel compiled by the host compiler as for compute capability `arch`."""
-    import pybind11
-
+@pytest.fixture(scope="session")
+def emulated_build(tmp_path_factory):
+    """A function from a compute capability (75, 80, 90) to the module with every kernel compiled as for it."""
+    pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("the host emulation needs a C++ compiler")
+    root = tmp_path_factory.mktemp("emulated")
     includes = [ROOT / "tests" / "csrc" / "emulation", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    flags = [*FLAGS, *(f"-I{path}" for path in includes), f"-DSLICEGPT_ARCH={arch}"]
-    flags += ['-DSLICEGPT_VERSION="emulated"', '-DSLICEGPT_NVCC="none"', f'-DSLICEGPT_ARCHITECTURES="sm_{arch // 10}"']
+    common = [compiler, *FLAGS, *SMALL_BLOCKS, *(f"-I{path}" for path in includes)]
+    common += ['-DSLICEGPT_VERSION="emulated"', '-DSLICEGPT_NVCC="none"', '-DSLICEGPT_ARCHITECTURES="host"']
+    bindings = root / "bindings.o"
 
-    def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        subprocess.run([compiler, *flags, "-x", "c++", "-c", source, "-o", target], check=True)
+    def compile_one(source: Path, target: Path, arch: int) -> Path:
+        if not target.exists():
+            command = [*common, f"-DSLICEGPT_ARCH={arch}0", "-x", "c++", "-c", source, "-o", target]
+            subprocess.run(command, check=True)
         return target
 
-    sources = sorted([*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc").glob("*.cpp")])
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    library = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
-    return library
+    def build(arch: int):
+        folder = root / f"sm_{arch}"
+        folder.mkdir(exist_ok=True)
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(compile_one, ROOT / "csrc" / "bindings.cpp", bindings, arch)]
+            for source in (ROOT / "csrc").glob("*.cu"):
+                jobs.append(pool.submit(compile_one, source, folder / f"{source.stem}.o", arch))
+            objects = [job.result() for job in jobs]
+        library = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
+        # pybind11 keeps one module for each name.
+        spec = importlib.util.spec_from_file_location(f"emulated_sm_{arch}._C", library)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return build
 
 
-# 75, 80 and 90 take different instructions and fragment shapes (csrc/mma.cuh).
-@pytest.fixture(scope="session", params=[750, 800, 900], ids=["sm_75", "sm_80", "sm_90"])
-def emulated_module(request, tmp_path_factory):
-    library = build_emulated(tmp_path_factory.mktemp(f"emulated_{request.param}"), request.param)
-    # The interpreter keys extension modules by name and file: three files, three modules.
-    spec = importlib.util.spec_from_file_location("_C", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# 75 and 90 take different instructions and fragment shapes everywhere, 80 in float64 (csrc/mma.cuh).
+@pytest.fixture(scope="session", params=["sm_75", "sm_90", pytest.param("cuda", marks=pytest.mark.gpu)])
+def target(request):
+    """A compute capability, and the module to run on: None for the installed one on a GPU."""
+    if request.param == "cuda":
+        if not cuda.is_available():
+            pytest.skip(cuda.why_not())
+        return torch.cuda.get_device_capability(), None
+    arch = int(request.param.removeprefix("sm_"))
+    return divmod(arch, 10), request.getfixturevalue("emulated_build")(arch)
+
+
+class Backend:
+    """Runs `slicegpt.ops.cuda.gram_<precision>` on copies of CPU tensors that keep their strides."""
+
+    def __init__(self, device: str, capability: tuple[int, int]) -> None:
+        self.device = device
+        self.capability = capability
+
+    def gram(self, precision, C, X, weight=None, **options):
+        """C + Xᵀ diag(weight) X; the arguments stay as they are."""
+        result = self._move(C)
+        launcher = getattr(cuda, f"gram_{precision}")
+        launcher(result, self._move(X), None if weight is None else weight.to(self.device), **options)
+        return result.cpu()
+
+    def _move(self, matrix):
+        # The whole storage travels, so that what surrounds a view (NaNs in the tests) is there too.
+        whole = matrix.as_strided((matrix.untyped_storage().nbytes() // matrix.element_size(),), (1,), 0)
+        return whole.clone().to(self.device).as_strided(matrix.shape, matrix.stride(), matrix.storage_offset())
 
 
 @pytest.fixture
-def emulated(emulated_module, monkeypatch):
-    """`slicegpt.ops.cuda` with its launchers on the host emulation: they take CPU tensors."""
-    monkeypatch.setattr(cuda, "_C", emulated_module)
+def backend(target, monkeypatch):
+    capability, module = target
+    if module is None:
+        return Backend("cuda", capability)
+    monkeypatch.setattr(cuda, "_C", module)
     monkeypatch.setattr(cuda, "_on_device", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(cuda, "_stream", lambda tensor: 0)
-    return cuda
+    return Backend("cpu", capability)

@@ -49,7 +49,8 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 // Three multiprocessors: few enough that small tests need several splits of the tokens.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+// (Internal linkage: objects compiled for different SLICEGPT_ARCH meet in one module.)
+static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : SLICEGPT_ARCH / 100;
     return cudaSuccess;
 }

@@ -1,0 +1,92 @@
+"""What nvcc makes of csrc/: no register spills, and the tensor-core instructions that each kernel is written for."""
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
+ARCHITECTURES = ["75", "80", "90a"]
+
+# The main loop's instructions: source -> architecture -> (kernel, pattern, whether it must occur).
+INSTRUCTIONS = {
+    "gram_fp64": {
+        "75": [("gram_fp64_tiles", r"\bDFMA\b", True), ("gram_fp64_tiles", r"\bDMMA\b", False)],
+        "80": [("gram_fp64_tiles", r"\bDMMA\.884\b|\bDMMA\.8x8x4\b", True), ("gram_fp64_tiles", r"\bLDGSTS\b", True)],
+        "90a": [("gram_fp64_tiles", r"\bDMMA\.16x8x8\b", True), ("gram_fp64_tiles", r"\bLDGSTS\b", True)],
+    },
+    "gram_exact": {
+        "75": [("residue_products", r"\bIMMA\.8816\.S8\.S8\b", True)],
+        "80": [("residue_products", r"\bIMMA\.16832\.S8\.S8\b", True), ("residue_products", r"\bLDGSTS\b", True)],
+        "90a": [("residue_products", r"\bIMMA\.16832\.S8\.S8\b", True), ("residue_products", r"\bLDSM\b", True)],
+    },
+    "gram_fast": {
+        "75": [("gram_fast_tiles", r"\bHMMA\.1688\.F32\b", True)],
+        "80": [("gram_fast_tiles", r"\bHMMA\.16816\.F32\b", True), ("gram_fast_tiles", r"HMMA\.16816\.F32\.BF16", True)],
+        "90a": [("gram_fast_tiles", r"\bHMMA\.16816\.F32\b", True), ("gram_fast_tiles", r"LDSM\.16\.MT88\.4", True)],
+    },
+}
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the toolkit, or the one that Triton carries."""
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    carried = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(carried) if carried.exists() else None
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """{(source, architecture): (cubin, what ptxas reported)}"""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def compile_one(source, arch):
+        cubin = folder / f"{source}_{arch}.cubin"
+        command = [nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-Werror", "all-warnings"]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", cubin, f"csrc/{source}.cu"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return cubin, run.stderr
+
+    pairs = [(source, arch) for source in SOURCES for arch in ARCHITECTURES]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+        return dict(zip(pairs, pool.map(lambda pair: compile_one(*pair), pairs), strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_spills(compiled, source, arch):
+    """No kernel keeps anything in local memory: neither spilled registers nor arrays indexed at run time."""
+    report = compiled[source, arch][1]
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert found, report
+    assert all(numbers == ("0", "0", "0") for numbers in found), report
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("source", INSTRUCTIONS)
+def test_instructions(compiled, source, arch):
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("needs cuobjdump")
+    text = subprocess.check_output([tool, "-sass", compiled[source, arch][0]], text=True)
+    functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", text, flags=re.DOTALL))
+    for kernel, pattern, wanted in INSTRUCTIONS[source][arch]:
+        bodies = [body for name, body in functions.items() if kernel in name]
+        assert bodies, f"no {kernel} among {list(functions)}"
+        occurs = any(re.search(pattern, body) for body in bodies)
+        assert occurs == wanted, f"{kernel} on sm_{arch}: {pattern} {'missing' if wanted else 'found'}"
