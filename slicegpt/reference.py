@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, float64
 
-# One chunk of X is upcast at a time. 2M elements (16 MiB in float64) stay in a server's last-level cache;
-# below 1024 tokens a chunk, reading and writing C for every chunk would cost as much as the product.
-CHUNK_ELEMENTS = 1 << 21
+# One chunk of X is upcast at a time, 32 MiB in float64: about a server's last-level cache. Below 1024 tokens a
+# chunk, reading and writing C for every chunk would cost as much as the product.
+CHUNK_ELEMENTS = 1 << 22
 MIN_CHUNK_TOKENS = 1024
 
 # Columns of C are updated in blocks, each from its diagonal on: with 8 blocks the product is 56 % of the full

@@ -23,7 +23,6 @@ RATES = {
     (8, 9): Rates(1.29, 660.6, 1.008),  # RTX 4090
     (9, 0): Rates(66.9, 1979, 3.35),  # H100 SXM; an H200 differs in bandwidth alone
     (10, 0): Rates(40, 4500, 8.0),  # B200
-    (10, 3): Rates(1.2, 150, 8.0),  # B300: int8 was given up as well
     (12, 0): Rates(1.64, 838, 1.792),  # RTX 5090
 }
 # A device unknown here is most likely one without float64 units.
