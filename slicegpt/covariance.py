@@ -25,8 +25,9 @@ class Covariance:
     def add(self, stream: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Add a batch: `stream` [batch, tokens, D], `attention_mask` [batch, tokens] (None: no padding)."""
         rows = stream.reshape(-1, stream.shape[-1])
-        weight = None if attention_mask is None else attention_mask.reshape(-1).to(torch.float64)
+        # A mask stays bool: gram_ then knows that its weights are 0 and 1, for which integer arithmetic is exact.
+        weight = None if attention_mask is None else attention_mask.reshape(-1).bool()
         if self.signal == "normalized":
             inverse = 1 / (rows.double().square().mean(dim=-1) + self.eps)
-            weight = inverse if weight is None else weight * inverse
+            weight = inverse if weight is None else torch.where(weight, inverse, 0.0)
         gram_(self.matrix, rows, weight)

@@ -18,7 +18,9 @@ def batches(count: int = 6, batch: int = 4, length: int = 16) -> list[Calibratio
     return [CalibrationBatch(tokens, torch.ones_like(tokens)) for tokens in ids]
 
 
-def sliced(model, widths, calibration=None, dtype=torch.float64, shortcut="compact", slice_head=False, **options):
+def sliced(
+    model, widths, calibration=None, dtype=torch.float64, shortcut="compact", slice_head=False, **options
+):
     fields = canonical_fields(model)
     if isinstance(widths, int):
         widths = constant_widths(fields, widths, slice_head)
@@ -111,9 +113,7 @@ def test_covariance_sees_the_errors_of_earlier_blocks():
     hidden = small.model.embed(small.model.embed_tokens(ids), None)
     positions = torch.arange(ids.shape[1]).expand(ids.shape)
     masks, rotary = small.model.block_inputs(hidden, positions, None)
-    hidden = layer.attention_block(
-        hidden, attention_mask=masks["full_attention"], position_embeddings=rotary
-    )
+    hidden = layer.attention_block(hidden, attention_mask=masks["full_attention"], position_embeddings=rotary)
     # The 36 leading eigenvalues at boundary 1 are the energies of the stream's coordinates there, however turned.
     energy = torch.linalg.svdvals(hidden.flatten(0, 1)).square()
     expected = torch.tensor(report.eigenvalues[1][:36], dtype=torch.float64)
@@ -203,7 +203,9 @@ def test_non_finite_activations_are_named_by_layer():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
-    with pytest.raises(SliceGPTError, match=r"activations: NaN or infinity in the stream after layer 1 \(mlp\)"):
+    with pytest.raises(
+        SliceGPTError, match=r"activations: NaN or infinity in the stream after layer 1 \(mlp\)"
+    ):
         sliced(model, 36)
 
 
@@ -213,7 +215,7 @@ def test_missing_calibration():
 
 
 def test_opt_350m_is_refused_with_the_reason():
-    with pytest.raises(SliceGPTError, match="OPT-350m.*norms come after the residual"):
+    with pytest.raises(SliceGPTError, match=r"OPT-350m.*norms come after the residual"):
         canonical_fields(tiny_model("opt", do_layer_norm_before=False))
 
 
@@ -221,7 +223,9 @@ def test_unsupported_architecture_lists_the_supported_ones():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32))
-    with pytest.raises(SliceGPTError, match=r"model_type 'gpt2' is not supported; supported are llama .*opt .*phi"):
+    with pytest.raises(
+        SliceGPTError, match=r"model_type 'gpt2' is not supported; supported are llama .*opt .*phi"
+    ):
         canonical_fields(model)
     small, _ = sliced(tiny_model("llama"), 36)
     with pytest.raises(SliceGPTError, match="an already sliced model"):

@@ -68,9 +68,7 @@ CASES = {
 }
 
 
-def tiny_model(
-    case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes
-) -> PreTrainedModel:
+def tiny_model(case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> PreTrainedModel:
     """A random model of a family in eval mode, norms and biases random as well, so that nothing folds trivially.
 
     `changes` are made to the case's config.
