@@ -47,7 +47,9 @@ def parse_architectures(text: str) -> list[tuple[str, str]]:
     for item in re.split(r"[;,\s]+", text.strip()):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if not match:
-            raise BuildError(f'TORCH_CUDA_ARCH_LIST: expected items like "8.0", "9.0a" or "9.0+PTX", got {item!r}')
+            raise BuildError(
+                f'TORCH_CUDA_ARCH_LIST: expected items like "8.0", "9.0a" or "9.0+PTX", got {item!r}'
+            )
         major, minor, feature, ptx = match.groups()
         number = f"{major}{minor}{feature}"
         if int(major + minor) < 75:
@@ -122,7 +124,9 @@ def ninja_file(nvcc: Path, version: str, build: Path, target: Path) -> str:
     import pybind11
 
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    pairs = parse_architectures(asked) if asked else known_to(nvcc, parse_architectures(DEFAULT_ARCHITECTURES))
+    pairs = (
+        parse_architectures(asked) if asked else known_to(nvcc, parse_architectures(DEFAULT_ARCHITECTURES))
+    )
     gencodes = " ".join(f"-gencode=arch={virtual},code={code}" for virtual, code in pairs)
     release = re.search(r"V(\d+\.\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))
     facts = {
@@ -187,7 +191,9 @@ class BuildCuda(build_ext):
         (build / "build.ninja").write_text(description)
         command = [find_ninja(), "-C", str(build), *(["-v"] if self.verbose > 1 else []), *jobs()]
         if subprocess.call(command) != 0:
-            raise BuildError("compiling csrc/ failed (see above); SLICEGPT_CUDA=0 installs without the CUDA part")
+            raise BuildError(
+                "compiling csrc/ failed (see above); SLICEGPT_CUDA=0 installs without the CUDA part"
+            )
 
 
 def extensions() -> list[Extension]:

@@ -5,6 +5,7 @@ unit column stride, weight [N] of a float dtype or None. They allocate workspace
 never synchronise, and can be captured into a CUDA graph.
 """
 
+import importlib.util
 from types import ModuleType
 
 import torch
@@ -12,14 +13,12 @@ from torch import Tensor
 
 from slicegpt.errors import SliceGPTError
 
-_C: ModuleType | None
+_C: ModuleType | None = None
 _import_error: str | None = None
-try:
-    from slicegpt import _C
-except ImportError as error:
-    _C = None
-    # Without the file there is nothing to report but its absence; a file that does not load says why.
-    if "_C" not in str(error) or "partially" in str(error):
+if importlib.util.find_spec("slicegpt._C"):
+    try:
+        from slicegpt import _C
+    except ImportError as error:
         _import_error = str(error)
 
 # The order is csrc/gram.h's `Dtype`.
@@ -38,7 +37,9 @@ def why_not() -> str | None:
         return "torch finds no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     if not built_for((major, minor)):
-        return f"slicegpt._C was built for {', '.join(_C.architectures())}, but the device is sm_{major}{minor}"
+        return (
+            f"slicegpt._C was built for {', '.join(_C.architectures())}, but the device is sm_{major}{minor}"
+        )
     return None
 
 

@@ -20,7 +20,16 @@ from slicegpt.ops import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 # Hidden: the three modules must not share their inline functions and variables.
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-U_FORTIFY_SOURCE",
+]
 # Token blocks of gram_exact and partial sums of gram_fp64 so short that a hundred tokens make several.
 SMALL_BLOCKS = [f"-DSLICEGPT_PLANE_BYTES={128 * 12 * 64}", "-DSLICEGPT_PROMOTE_TOKENS=32"]
 
@@ -33,7 +42,11 @@ def emulated_build(tmp_path_factory):
     if compiler is None:
         pytest.skip("the host emulation needs a C++ compiler")
     root = tmp_path_factory.mktemp("emulated")
-    includes = [ROOT / "tests" / "csrc" / "emulation", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    includes = [
+        ROOT / "tests" / "csrc" / "emulation",
+        pybind11.get_include(),
+        sysconfig.get_paths()["include"],
+    ]
     common = [compiler, *FLAGS, *SMALL_BLOCKS, *(f"-I{path}" for path in includes)]
     common += ['-DSLICEGPT_VERSION="emulated"', '-DSLICEGPT_NVCC="none"', '-DSLICEGPT_ARCHITECTURES="host"']
     bindings = root / "bindings.o"
@@ -92,7 +105,9 @@ class Backend:
     def _move(self, matrix):
         # The whole storage travels, so that what surrounds a view (NaNs in the tests) is there too.
         whole = matrix.as_strided((matrix.untyped_storage().nbytes() // matrix.element_size(),), (1,), 0)
-        return whole.clone().to(self.device).as_strided(matrix.shape, matrix.stride(), matrix.storage_offset())
+        return (
+            whole.clone().to(self.device).as_strided(matrix.shape, matrix.stride(), matrix.storage_offset())
+        )
 
 
 @pytest.fixture

@@ -17,18 +17,33 @@ ARCHITECTURES = ["75", "80", "90a"]
 INSTRUCTIONS = {
     "gram_fp64": {
         "75": [("gram_fp64_tiles", r"\bDFMA\b", True), ("gram_fp64_tiles", r"\bDMMA\b", False)],
-        "80": [("gram_fp64_tiles", r"\bDMMA\.884\b|\bDMMA\.8x8x4\b", True), ("gram_fp64_tiles", r"\bLDGSTS\b", True)],
+        "80": [
+            ("gram_fp64_tiles", r"\bDMMA\.884\b|\bDMMA\.8x8x4\b", True),
+            ("gram_fp64_tiles", r"\bLDGSTS\b", True),
+        ],
         "90a": [("gram_fp64_tiles", r"\bDMMA\.16x8x8\b", True), ("gram_fp64_tiles", r"\bLDGSTS\b", True)],
     },
     "gram_exact": {
         "75": [("residue_products", r"\bIMMA\.8816\.S8\.S8\b", True)],
-        "80": [("residue_products", r"\bIMMA\.16832\.S8\.S8\b", True), ("residue_products", r"\bLDGSTS\b", True)],
-        "90a": [("residue_products", r"\bIMMA\.16832\.S8\.S8\b", True), ("residue_products", r"\bLDSM\b", True)],
+        "80": [
+            ("residue_products", r"\bIMMA\.16832\.S8\.S8\b", True),
+            ("residue_products", r"\bLDGSTS\b", True),
+        ],
+        "90a": [
+            ("residue_products", r"\bIMMA\.16832\.S8\.S8\b", True),
+            ("residue_products", r"\bLDSM\b", True),
+        ],
     },
     "gram_fast": {
         "75": [("gram_fast_tiles", r"\bHMMA\.1688\.F32\b", True)],
-        "80": [("gram_fast_tiles", r"\bHMMA\.16816\.F32\b", True), ("gram_fast_tiles", r"HMMA\.16816\.F32\.BF16", True)],
-        "90a": [("gram_fast_tiles", r"\bHMMA\.16816\.F32\b", True), ("gram_fast_tiles", r"LDSM\.16\.MT88\.4", True)],
+        "80": [
+            ("gram_fast_tiles", r"\bHMMA\.16816\.F32\b", True),
+            ("gram_fast_tiles", r"HMMA\.16816\.F32\.BF16", True),
+        ],
+        "90a": [
+            ("gram_fast_tiles", r"\bHMMA\.16816\.F32\b", True),
+            ("gram_fast_tiles", r"LDSM\.16\.MT88\.4", True),
+        ],
     },
 }
 
@@ -56,8 +71,23 @@ def compiled(tmp_path_factory):
 
     def compile_one(source, arch):
         cubin = folder / f"{source}_{arch}.cubin"
-        command = [nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-Werror", "all-warnings"]
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", cubin, f"csrc/{source}.cu"]
+        command = [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "--expt-relaxed-constexpr",
+            "-Xptxas",
+            "-v",
+            "-Werror",
+            "all-warnings",
+        ]
+        command += [
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            "-cubin",
+            "-o",
+            cubin,
+            f"csrc/{source}.cu",
+        ]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         return cubin, run.stderr

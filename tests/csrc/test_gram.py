@@ -47,7 +47,9 @@ def symmetric(columns):
 def exact_gram(X):
     """XᵀX from exact integers (in units of 2^-149, float32's smallest number), rounded once to float64."""
     integers = np.vectorize(lambda x: int(math.ldexp(x, 149)), otypes=[object])(X.double().numpy())
-    return torch.from_numpy(np.vectorize(lambda v: math.ldexp(v, -298), otypes=[float])(integers.T.dot(integers)))
+    return torch.from_numpy(
+        np.vectorize(lambda v: math.ldexp(v, -298), otypes=[float])(integers.T.dot(integers))
+    )
 
 
 def magnitudes(X, weight=None):
@@ -62,7 +64,10 @@ def assert_within(actual, expected, bound):
 
 
 @pytest.mark.parametrize(
-    "target", ["sm_75", "sm_80", "sm_90", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True, scope="session"
+    "target",
+    ["sm_75", "sm_80", "sm_90", pytest.param("cuda", marks=pytest.mark.gpu)],
+    indirect=True,
+    scope="session",
 )
 @pytest.mark.parametrize("dtype", ALL, ids=names(ALL))
 @pytest.mark.parametrize(("tokens", "columns"), SHAPES)
@@ -100,7 +105,9 @@ def test_exact_is_the_rounded_integer(backend, dtype):
 
 
 @pytest.mark.parametrize("precision", ["fp64", "exact", "fast"])
-@pytest.mark.parametrize(("left", "right"), [(0, 8), (8, 3), (1, 0)], ids=["aligned", "aligned-view", "unaligned"])
+@pytest.mark.parametrize(
+    ("left", "right"), [(0, 8), (8, 3), (1, 0)], ids=["aligned", "aligned-view", "unaligned"]
+)
 def test_strides(backend, precision, left, right):
     """A view gives the bits that the contiguous matrix gives, C a view too; nothing beside it is read or written."""
     X = gaussian(70, 133, torch.float16)
@@ -124,7 +131,9 @@ def test_weights(backend, precision):
     expected = C + present.T @ (present * weight.double()[:, None])
     # fast: 64 products at a time are summed in float32.
     rounding = 64 * 2.0**-24 if precision == "fast" else 2 * 152 * U
-    assert_within(result, expected, rounding * magnitudes(present, weight) + 4 * U * (expected.abs() + C.abs()))
+    assert_within(
+        result, expected, rounding * magnitudes(present, weight) + 4 * U * (expected.abs() + C.abs())
+    )
 
 
 @pytest.mark.parametrize("dtype", EXACT, ids=names(EXACT))
@@ -233,9 +242,13 @@ def test_fast(backend, dtype, tokens, columns):
 
 def test_refusals(backend):
     C = torch.zeros(4, 4, dtype=torch.float64)
-    with pytest.raises(SliceGPTError, match="precision 'exact' takes X of float16, bfloat16, float32, got torch.float64"):
+    with pytest.raises(
+        SliceGPTError, match=r"precision 'exact' takes X of float16, bfloat16, float32, got torch\.float64"
+    ):
         backend.gram("exact", C, torch.zeros(3, 4, dtype=torch.float64))
-    with pytest.raises(SliceGPTError, match="precision 'fast' takes X of float16, bfloat16, got torch.float32"):
+    with pytest.raises(
+        SliceGPTError, match=r"precision 'fast' takes X of float16, bfloat16, got torch\.float32"
+    ):
         backend.gram("fast", C, torch.zeros(3, 4))
     with pytest.raises(SliceGPTError, match="digits must be None or 1 to 7, got 8"):
         backend.gram("exact", C, torch.zeros(3, 4).half(), digits=8)
