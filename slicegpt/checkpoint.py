@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.loading import read_safetensors_header
@@ -57,7 +58,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
+        _open_to_readers(temporary)
         if path.exists():
             replaced = temporary.with_suffix(".replaced")
             path.rename(replaced)
@@ -77,10 +78,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _umask() -> int:
+def _open_to_readers(folder: Path) -> None:
+    """Permissions as any new file has them: temporary folders and safetensors files begin private to their owner."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """The commands report their own stages; transformers would draw a bar for every shard besides."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def save_sliced(
@@ -104,7 +120,7 @@ def save_sliced(
         `SliceGPTError` for an existing folder, a path that cannot be written, and a full disk.
     """
     path = check_output(output, overwrite)
-    with atomic_folder(path) as folder:
+    with atomic_folder(path) as folder, _no_progress_bars():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

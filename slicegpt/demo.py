@@ -98,7 +98,7 @@ def run_demo(options: argparse.Namespace) -> None:
             )
     started, progress, folder = time.perf_counter(), Progress(), Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    with progress.stage(f"loading {options.model}", 1) as advance:
+    with progress.stage(f"loading {options.model}", 1, "step") as advance:
         model, tokenizer = load_dense(options.model, torch.float32)
         advance(1)
     train, test = (load_documents(options.data, split) for split in ("train", "test"))

@@ -33,7 +33,8 @@ def plot_spectra(records: dict[str, dict], file: str | Path) -> None:
         spectra = [(index, values) for index, values in enumerate(record["eigenvalues"]) if values]
         colours = pyplot.cm.viridis
         for index, values in spectra:
-            scaled = [max(value / values[0], 1e-16) for value in values]
+            # Rounding noise, of either sign, begins at 1e-16 of the largest; a sliced table has exact zeros there.
+            scaled = [value / values[0] if value > 1e-12 * values[0] else float("nan") for value in values]
             axis.semilogy(
                 range(1, len(scaled) + 1), scaled, color=colours(index / len(spectra)), linewidth=0.8
             )
@@ -45,7 +46,6 @@ def plot_spectra(records: dict[str, dict], file: str | Path) -> None:
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("principal component")
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=1e-9)
     axes[0][0].set_ylabel("eigenvalue / largest")
     scale = pyplot.cm.ScalarMappable(
         cmap="viridis", norm=pyplot.Normalize(0, max(len(r["boundaries"]) for r in records.values()) - 1)

@@ -57,6 +57,6 @@ def positive(text: str) -> int:
 @contextmanager
 def step(progress, name: str) -> Iterator[None]:
     """A stage of one step, such as loading a file."""
-    with progress.stage(name, 1) as advance:
+    with progress.stage(name, 1, "step") as advance:
         yield
         advance(1)
