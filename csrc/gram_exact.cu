@@ -119,9 +119,6 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const Parameters
     for (int it = 0; it < p.token_blocks; ++it) {
         copy_wait<kStages - 2>();
         __syncthreads();
-        const int next = it + kStages - 1;
-        if (next < p.token_blocks) load(next % kStages, next);
-        copy_commit();
         const unsigned char* const stage = stages + it % kStages * kStageBytes;
 #pragma unroll
         for (int k = 0; k < kDepth / 32; ++k) {
@@ -139,6 +136,12 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const Parameters
             for (int i = 0; i < 4; ++i)
 #pragma unroll
                 for (int j = 0; j < 8; ++j) mma_s8(sums[i][j], a[i], b[j]);
+            // The next stage is fetched while the tensor cores are busy with this step.
+            if (k == 0) {
+                const int next = it + kStages - 1;
+                if (next < p.token_blocks) load(next % kStages, next);
+                copy_commit();
+            }
         }
     }
 

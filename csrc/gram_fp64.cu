@@ -106,9 +106,6 @@ __global__ __launch_bounds__(kThreads, 1) void gram_fp64_tiles(const Parameters 
     for (int it = 0; it < range.stages; ++it) {
         copy_wait<kStages - 2>();
         __syncthreads();
-        if (it + kStages - 1 < range.stages) load(it + kStages - 1);
-        copy_commit();
-
         const unsigned char* const stage = stages + it % kStages * kStageBytes<T>;
         const double* const weights = reinterpret_cast<const double*>(stage + 2 * Loader<T>::kPanelBytes);
 #pragma unroll(kUnroll<T>)
@@ -137,6 +134,11 @@ __global__ __launch_bounds__(kThreads, 1) void gram_fp64_tiles(const Parameters 
                     for (int s = 0; s < kDoubleSteps; ++s) column[s] = b[s][j];
                     mma_f64(sums[i][j], rows, column);
                 }
+            }
+            // The next stage is fetched while the tensor cores are busy with this step.
+            if (k == 0) {
+                if (it + kStages - 1 < range.stages) load(it + kStages - 1);
+                copy_commit();
             }
         }
 

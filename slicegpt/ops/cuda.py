@@ -108,7 +108,7 @@ def gram_exact(C: Tensor, X: Tensor, weight: Tensor | None, digits: int | None =
 
 
 def gram_fast(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
-    """`C += Xᵀ diag(weight) X` in half precision with float32 products, summed beyond float32 every 64 tokens.
+    """`C += Xᵀ diag(weight) X` from half-precision products, summed in float32 for 128 tokens, then beyond it.
 
     X float16 or bfloat16. Tokens with a weight other than 0 and 1 go through `gram_fp64`'s arithmetic.
     """

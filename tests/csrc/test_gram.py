@@ -16,6 +16,8 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.ops import cuda
 
 U = 2.0**-53
+# fast: sums of 128 products in float32, and as much again from adding them up in pairs of float32.
+FAST = 2 * 128 * 2.0**-24
 HALF = (torch.float16, torch.bfloat16)
 EXACT = (*HALF, torch.float32)
 ALL = (*EXACT, torch.float64)
@@ -92,7 +94,7 @@ def test_splits(backend, precision):
     """Enough tokens that several ranges of them are summed apart (the last one shorter) and then added."""
     X = gaussian(1100, 5, torch.float16)
     result = backend.gram(precision, torch.zeros(5, 5, dtype=torch.float64), X)
-    rounding = 64 * 2.0**-24 if precision == "fast" else 2 * 1102 * U
+    rounding = FAST if precision == "fast" else 2 * 1102 * U
     assert_within(result, X.double().T @ X.double(), rounding * magnitudes(X))
 
 
@@ -129,8 +131,7 @@ def test_weights(backend, precision):
     result = backend.gram(precision, C, X, weight)
     present = torch.where(weight[:, None] > 0, X.double(), 0)
     expected = C + present.T @ (present * weight.double()[:, None])
-    # fast: 64 products at a time are summed in float32.
-    rounding = 64 * 2.0**-24 if precision == "fast" else 2 * 152 * U
+    rounding = FAST if precision == "fast" else 2 * 152 * U
     assert_within(
         result, expected, rounding * magnitudes(present, weight) + 4 * U * (expected.abs() + C.abs())
     )
@@ -190,7 +191,7 @@ def test_infinities_and_nans_arrive(backend, precision):
     outside = ~(touched[:, None] | touched)
     assert result[~outside].isnan().all()
     clean = X.double()[:, ~touched]
-    rounding = 64 * 2.0**-24 if precision == "fast" else 2 * 132 * U
+    rounding = FAST if precision == "fast" else 2 * 132 * U
     assert_within(result[outside].view(37, 37), clean.T @ clean, rounding * magnitudes(clean))
 
 
@@ -229,7 +230,7 @@ def test_digits_keep_their_stated_error(backend, dtype, digits):
 @pytest.mark.parametrize("dtype", HALF, ids=names(HALF))
 @pytest.mark.parametrize(("tokens", "columns"), SHAPES)
 def test_fast(backend, dtype, tokens, columns):
-    """Sums of 64 products in float32, the rest beyond float32: the error does not grow with the number of tokens."""
+    """Sums of 128 products in float32, the rest beyond float32: the error does not grow with the number of tokens."""
     X, C = gaussian(tokens, columns, dtype), symmetric(columns)
     if not cuda.gram_supports(backend.capability, dtype, "fast"):
         with pytest.raises(SliceGPTError, match="dtype not supported"):
@@ -237,7 +238,7 @@ def test_fast(backend, dtype, tokens, columns):
         return
     result = backend.gram("fast", C, X)
     expected = C + X.double().T @ X.double()
-    assert_within(result, expected, 64 * 2.0**-24 * magnitudes(X) + 2 * U * (expected.abs() + C.abs()))
+    assert_within(result, expected, FAST * magnitudes(X) + 2 * U * (expected.abs() + C.abs()))
 
 
 def test_refusals(backend):
