@@ -150,14 +150,16 @@ __global__ __launch_bounds__(kThreads, 1) void gram_fp64_tiles(const Parameters 
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
 #pragma unroll
-                    for (int j = 0; j < 4; ++j)
+                    for (int j = 0; j < 4; j += 2)
 #pragma unroll
                         for (int q = 0; q < 2; ++q) {
+                            // Fragments j and j + 1 hold neighbouring columns for every format.
                             const int row = warp_row + fragment_column<kItemsA>(2 * i + h, g);
                             const int column = warp_column + fragment_column<kItemsB>(j, 2 * t + q);
-                            double* const item = partial + row * kTile + column;
-                            *item = first ? sums[i][j][2 * h + q] : *item + sums[i][j][2 * h + q];
-                            sums[i][j][2 * h + q] = 0;
+                            double2* const pair = reinterpret_cast<double2*>(partial + row * kTile + column);
+                            const double2 before = first ? double2{0, 0} : *pair;
+                            *pair = {before.x + sums[i][j][2 * h + q], before.y + sums[i][j + 1][2 * h + q]};
+                            sums[i][j][2 * h + q] = sums[i][j + 1][2 * h + q] = 0;
                         }
         }
     }

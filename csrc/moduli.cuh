@@ -17,6 +17,21 @@ constexpr uint32_t modulus(int l) {
     return values[l];
 }
 
+constexpr bool pairwise_coprime() {
+    for (int i = 0; i < kMaxModuli; ++i)
+        for (int j = 0; j < i; ++j) {
+            uint32_t a = modulus(i), b = modulus(j);
+            while (b) {
+                const uint32_t rest = a % b;
+                a = b;
+                b = rest;
+            }
+            if (a != 1) return false;
+        }
+    return true;
+}
+static_assert(pairwise_coprime(), "residues determine an integer only for coprime moduli");
+
 // Bits, rounded down, of the product of the first `count` moduli.
 __host__ __device__ constexpr float product_bits(int count) {
     constexpr float values[kMaxModuli + 1] = {0.f,    8.f,    15.99f, 23.97f, 31.94f, 39.89f,  47.80f,  55.70f, 63.57f,

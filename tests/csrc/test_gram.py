@@ -11,6 +11,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import cuda
@@ -253,3 +255,27 @@ def test_refusals(backend):
         backend.gram("fast", C, torch.zeros(3, 4))
     with pytest.raises(SliceGPTError, match="digits must be None or 1 to 7, got 8"):
         backend.gram("exact", C, torch.zeros(3, 4).half(), digits=8)
+
+
+PATTERNS = st.integers(0, 0xFFFF)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 3).flatmap(
+        lambda columns: st.lists(
+            st.lists(PATTERNS, min_size=columns, max_size=columns), min_size=1, max_size=9
+        )
+    ),
+    dtype=st.sampled_from(HALF),
+)
+def test_exact_on_any_bits(backend, rows, dtype):
+    """Any 16-bit patterns: subnormals, both zeros, spans up to the format's; not finite ones arrive as NaN."""
+    X = torch.tensor(np.array(rows, dtype=np.uint16).view(np.int16)).view(dtype)
+    columns = X.shape[1]
+    result = backend.gram("exact", torch.zeros(columns, columns, dtype=torch.float64), X)
+    touched = ~X.isfinite().all(0)
+    assert torch.equal(result.isnan(), touched[:, None] | touched)
+    clean = X[:, ~touched]
+    kept = result[~touched][:, ~touched]
+    assert_within(kept, exact_gram(clean), 2 * (len(rows) + 2) * U * magnitudes(clean))

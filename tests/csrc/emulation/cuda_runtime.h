@@ -36,6 +36,9 @@ struct dim3 {
     unsigned x = 1, y = 1, z = 1;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(16) double2 {
+    double x, y;
+};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
