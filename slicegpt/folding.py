@@ -56,6 +56,33 @@ def fold_writer(
     return Linear(columns.mT, bias)
 
 
+# Rows of a vocabulary-sized table that are held in float64 on the device at a time: 1 GB at D = 8192.
+TABLE_ROWS = 16384
+
+
+def rotate_table(
+    table: torch.Tensor, basis: torch.Tensor, mean_subtraction: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """`table M V`, a table [rows, D] whose rows enter the stream, rounded once to `dtype`; on the table's device."""
+    pieces = [
+        (centre(rows.to(basis.device), mean_subtraction) @ basis).to(table.device, dtype)
+        for rows in table.split(TABLE_ROWS)
+    ]
+    return torch.cat(pieces)
+
+
+def fold_head(head: Linear, norm: Norm, basis: torch.Tensor, dtype: torch.dtype) -> Linear:
+    """An untied head: it reads the normalised stream like any other layer, only there is more of it."""
+    weights = head.weight.split(TABLE_ROWS)
+    biases = [None] * len(weights) if head.bias is None else head.bias.split(TABLE_ROWS)
+    pieces = [
+        fold_reader(Linear(weight, bias), norm, basis) for weight, bias in zip(weights, biases, strict=True)
+    ]
+    weight = torch.cat([piece.weight.to(head.weight.device, dtype) for piece in pieces])
+    bias = None if pieces[0].bias is None else torch.cat([piece.bias for piece in pieces])
+    return Linear(weight, bias)
+
+
 def named(name: str, linear: Linear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """State-dict entries of a folded layer, rounded once to the model's dtype."""
     entries = {f"{name}.weight": linear.weight.to(dtype).contiguous()}

@@ -21,7 +21,7 @@ from slicegpt.covariance import SIGNALS, Covariance
 from slicegpt.eigensolver import leading_eigenvectors
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint, DenseLayer, checkpoint_of
-from slicegpt.folding import centre, fold_reader, named, reader_state, writer_state
+from slicegpt.folding import centre, fold_head, named, reader_state, rotate_table, writer_state
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM, SlicedModel, WeightlessRMSNorm
 from slicegpt.modeling.layers import SlicedAttention, SlicedMLP, SlicedRotaryEmbedding
 from slicegpt.progress import Progress
@@ -220,15 +220,16 @@ class Slicer:
     def start_stream(self, covariance: Covariance | None) -> None:
         """Fill the signals with the stream before the first block, at full width."""
         device, dtype = self.options.device, self.options.dtype
-        table = centre(self.checkpoint.embedding.to(device), self.mean_subtraction).to(dtype)
-        positions = self.checkpoint.positions
-        if positions is not None:
-            positions = centre(positions.to(device), self.mean_subtraction).to(dtype)
+        table, positions = self.checkpoint.embedding.to(device), self.checkpoint.positions
+        positions = None if positions is None else positions.to(device)
         for index, batch in enumerate(self.signals.batches):
             stream = table[batch.input_ids]
             if positions is not None:
                 ids = self.shell.default_position_ids(stream, batch.attention_mask, 0)
                 stream = stream + positions[ids + self.config.position_offset]
+            if self.mean_subtraction:
+                stream = centre(stream, True)
+            stream = stream.to(dtype)
             if covariance is not None:
                 covariance.add(stream, batch.attention_mask)
             self.signals[index] = stream
@@ -277,17 +278,19 @@ class Slicer:
             self.start_stream(covariance)
         basis, _ = self.choose_basis(0, self.check_finite(covariance, "the embedding"), None)
         with self.stage("rotation"):
-            table = self.checkpoint.embedding
+            table, positions = self.checkpoint.embedding, self.checkpoint.positions
             if self.config.embed_projection:
-                projection = centre(torch.eye(len(basis), device=device), self.mean_subtraction) @ basis
-                self.store({"model.embed_projection.weight": projection.mT.to(dtype).contiguous()})
+                projection = rotate_table(
+                    torch.eye(len(basis), device=device), basis, self.mean_subtraction, dtype
+                )
+                self.store({"model.embed_projection.weight": projection.mT.contiguous()})
                 self.store({"model.embed_tokens.weight": table.to(dtype)})
             else:
-                rows = centre(table.to(device), self.mean_subtraction) @ basis
-                self.store({"model.embed_tokens.weight": rows.to(dtype)})
-            if self.checkpoint.positions is not None:
-                rows = centre(self.checkpoint.positions.to(device), self.mean_subtraction) @ basis
-                self.store({"model.embed_positions.weight": rows.to(dtype)})
+                rows = rotate_table(table, basis, self.mean_subtraction, dtype)
+                self.store({"model.embed_tokens.weight": rows})
+            if positions is not None:
+                rows = rotate_table(positions, basis, self.mean_subtraction, dtype)
+                self.store({"model.embed_positions.weight": rows})
         return basis
 
     def slice_block(self, block: Block, layer: DenseLayer, basis: torch.Tensor) -> torch.Tensor:
@@ -324,7 +327,7 @@ class Slicer:
         device, dtype = self.options.device, self.options.dtype
         norm, head = self.checkpoint.final_norm, self.checkpoint.head
         if not self.config.tie_word_embeddings:
-            self.store(named("lm_head", fold_reader(head, norm, basis), dtype))
+            self.store(named("lm_head", fold_head(head, norm, basis, dtype), dtype))
             return
         weight = torch.ones(len(basis), device=device) if norm.weight is None else norm.weight.to(device)
         if self.config.head_projection:
