@@ -53,10 +53,16 @@ def parse_architectures(text: str) -> list[tuple[str, str]]:
         major, minor, feature, ptx = match.groups()
         number = f"{major}{minor}{feature}"
         if int(major + minor) < 75:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: 7.5 is the oldest supported architecture, got {item!r}")
+            # Container images set lists that reach back to Maxwell.
+            print(f"slicegpt: leaving out architecture {item}, 7.5 is the oldest supported", file=sys.stderr)
+            continue
         pairs.append((f"compute_{number}", f"sm_{number}"))
         if ptx:
             pairs.append((f"compute_{number}", f"compute_{number}"))
+    if not pairs:
+        raise BuildError(
+            f"TORCH_CUDA_ARCH_LIST: 7.5 is the oldest supported architecture, got {text.strip()!r}"
+        )
     # "9.0a;9.0+PTX" asks for sm_90 beside sm_90a: the same GPUs, so one of the two cubins would never be loaded.
     codes = {code for _, code in pairs}
     pairs = [pair for pair in pairs if f"{pair[1]}a" not in codes]

@@ -53,9 +53,9 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} SLICEGPT_CUDA=1
 step build 180 "$python" setup.py build_ext --inplace
 step environment 60 "$python" -c 'import sys; from slicegpt.cli import main; sys.exit(main())' env
 step tests 240 "$python" -m pytest -q -m gpu tests
+step bench_gram 220 "$python" -m slicegpt.bench.bench_gram --json "$out/bench_gram.json"
 step memcheck 90 bash -c 'sanitize memcheck tests/csrc/test_gram.py -m gpu -k "cuda and (127-63 or strides or weights or arrive)"'
 step racecheck 90 bash -c 'sanitize racecheck tests/csrc/test_gram.py -m gpu -k "cuda and 70-130"'
-step bench_gram 200 "$python" -m slicegpt.bench.bench_gram --json "$out/bench_gram.json"
 
 echo
 if [ ${#failed[@]} -gt 0 ]; then
