@@ -2,8 +2,8 @@
 
 The launchers take validated tensors (`slicegpt.ops` checks them): C float64 [D, D] and X [N, D] on one CUDA device,
 unit column stride, weight [N] of a float dtype or None. A token of weight 0 is absent: what its row of X holds, NaNs
-included, does not reach C. A result that is not finite is stored as NaN. The launchers allocate workspace with torch, run on the current stream,
-never synchronise, and can be captured into a CUDA graph.
+included, does not reach C. A result that is not finite is stored as NaN. The launchers allocate workspace with torch,
+run on the current stream, never synchronise, and can be captured into a CUDA graph.
 """
 
 import importlib.util
