@@ -1,5 +1,6 @@
 // The Python module slicegpt._C: every launcher with addresses and sizes as integers, returning its status.
-// Checks, allocation and streams are Python's (slicegpt/ops/cuda.py). Importing it touches neither driver nor device.
+// Checks, allocation and streams are Python's (slicegpt/ops/cuda.py). Importing it touches neither driver nor
+// device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -24,19 +25,24 @@ std::vector<std::string> split(const std::string& text) {
 
 std::string describe(int status) {
     switch (status) {
-        case kOk: return "success";
-        case kBadDtype: return "dtype not supported by this kernel";
-        case kWorkspaceTooSmall: return "workspace too small";
-        case kBadDigits: return "digits out of range";
-        case kTooLarge: return "matrix too large";
+        case kOk:
+            return "success";
+        case kBadDtype:
+            return "dtype not supported by this kernel";
+        case kWorkspaceTooSmall:
+            return "workspace too small";
+        case kBadDigits:
+            return "digits out of range";
+        case kTooLarge:
+            return "matrix too large";
     }
     const auto error = static_cast<cudaError_t>(status);
     return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
 }
 
-GramArguments gram_arguments(uintptr_t C, int64_t C_stride, uintptr_t X, int64_t X_stride, int dtype, uintptr_t weight,
-                             int64_t tokens, int64_t columns, uintptr_t workspace, size_t workspace_bytes,
-                             uintptr_t stream) {
+GramArguments gram_arguments(uintptr_t C, int64_t C_stride, uintptr_t X, int64_t X_stride, int dtype,
+                             uintptr_t weight, int64_t tokens, int64_t columns, uintptr_t workspace,
+                             size_t workspace_bytes, uintptr_t stream) {
     return {reinterpret_cast<double*>(C),
             C_stride,
             reinterpret_cast<const void*>(X),
@@ -51,9 +57,9 @@ GramArguments gram_arguments(uintptr_t C, int64_t C_stride, uintptr_t X, int64_t
 }
 
 void bind_gram(py::module_& m) {
-    m.def("gram_arguments", &gram_arguments, py::arg("C"), py::arg("C_stride"), py::arg("X"), py::arg("X_stride"),
-          py::arg("dtype"), py::arg("weight"), py::arg("tokens"), py::arg("columns"), py::arg("workspace"),
-          py::arg("workspace_bytes"), py::arg("stream"));
+    m.def("gram_arguments", &gram_arguments, py::arg("C"), py::arg("C_stride"), py::arg("X"),
+          py::arg("X_stride"), py::arg("dtype"), py::arg("weight"), py::arg("tokens"), py::arg("columns"),
+          py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"));
     py::class_<GramArguments>(m, "GramArguments", py::module_local());
     m.def("gram_fp64", &gram_fp64);
     m.def("gram_fp64_workspace", &gram_fp64_workspace);

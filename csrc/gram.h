@@ -1,5 +1,6 @@
-// C += Xᵀ diag(weight) X: the launchers. Plain C++, no torch: device pointers, sizes, strides (in items) and a stream.
-// Every launcher returns 0, a CUDA error code (> 0) or one of the codes below (< 0), and synchronises nothing.
+// C += Xᵀ diag(weight) X: the launchers. Plain C++, no torch: device pointers, sizes, strides (in items) and
+// a stream. Every launcher returns 0, a CUDA error code (> 0) or one of the codes below (< 0), and
+// synchronises nothing.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,10 +20,10 @@ enum Status : int {
 
 enum class Dtype : int { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
 
-// C: float64, symmetric, [columns, columns] with row stride C_stride; X: [tokens, columns] with row stride X_stride,
-// columns contiguous; weight: float64 [tokens], contiguous, or null. A token of weight 0 is absent: whatever its row
-// of X holds does not reach C. Only the upper triangle of C is read; both triangles are written. A result that is not
-// finite is stored as NaN.
+// C: float64, symmetric, [columns, columns] with row stride C_stride; X: [tokens, columns] with row stride
+// X_stride, columns contiguous; weight: float64 [tokens], contiguous, or null. A token of weight 0 is absent:
+// whatever its row of X holds does not reach C. Only the upper triangle of C is read; both triangles are
+// written. A result that is not finite is stored as NaN.
 struct GramArguments {
     double* C;
     int64_t C_stride;
@@ -41,12 +42,12 @@ struct GramArguments {
 size_t gram_fp64_workspace(int64_t tokens, int64_t columns);
 int gram_fp64(const GramArguments& arguments);
 
-// The same over the `*row_count` tokens listed in `rows` (both in device memory, at most arguments.tokens): the way
-// in which gram_exact and gram_fast hand over what their arithmetic cannot represent.
+// The same over the `*row_count` tokens listed in `rows` (both in device memory, at most arguments.tokens):
+// the way in which gram_exact and gram_fast hand over what their arithmetic cannot represent.
 int gram_fp64_rows(const GramArguments& arguments, const int* rows, const int* row_count);
 
-// Exact integer products on int8 tensor cores; float16, bfloat16, float32. digits 0: exact; 1..7: X rounded to that
-// many 7-bit digits per column and token block.
+// Exact integer products on int8 tensor cores; float16, bfloat16, float32. digits 0: exact; 1..7: X rounded
+// to that many 7-bit digits per column and token block.
 size_t gram_exact_workspace(int64_t tokens, int64_t columns, Dtype dtype, int digits);
 int gram_exact(const GramArguments& arguments, int digits);
 

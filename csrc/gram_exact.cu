@@ -1,25 +1,27 @@
 // C += Xᵀ diag(weight) X from exact integer arithmetic on int8 tensor cores.
 //
-// A block of T tokens of X holds integers times a power of two per column (residues.cuh). The products of two such
-// columns sum to an integer of B = log2(norm_i norm_j) + 1 bits, and an integer is known by its residues modulo enough
-// coprime numbers of 8 bits; each modulus costs one triangular int8 product, summed without error in int32
-// (128 * 128 * 131071 < 2^31).
+// A block of T tokens of X holds integers times a power of two per column (residues.cuh). The products of two
+// such columns sum to an integer of B = log2(norm_i norm_j) + 1 bits, and an integer is known by its residues
+// modulo enough coprime numbers of 8 bits; each modulus costs one triangular int8 product, summed without
+// error in int32 (128 * 128 * 131071 < 2^31).
 //
-// Why residues and not digits: with X cut into s digits of 7 bits, the squares trick needs s (s + 1) / 2 triangular
-// products; residues need about (2 b + log2 T + 1) / 7.85 for values of b bits (b by the norm, not by the maximum).
-//   float16 Gaussian, T = 16384: 4 digits, 10 products;  63 bits of result, 8 products
-//   bfloat16 Gaussian:           5 digits, 15 products;  about 71 bits,     9 products (a smaller minimum: 10 or 11)
-//   float16, whole range:        6 digits, 21 products;  94 bits,          12 products
-// and the number stays linear in the span, so that float32 fits as well (13 to 16). The count is taken per pair of
-// column groups from the measured norms, on the device: blocks of unneeded moduli leave at once.
+// Why residues and not digits: with X cut into s digits of 7 bits, the squares trick needs s (s + 1) / 2
+// triangular products; residues need about (2 b + log2 T + 1) / 7.85 for values of b bits (b by the norm, not
+// by the maximum).
+//   float16 Gaussian, T = 16384: 4 digits, 10 products; residues of 63 bits, 8 products
+//   bfloat16 Gaussian:           5 digits, 15 products; about 71 bits, 9 products (10, 11 in some tiles)
+//   float16, whole range:        6 digits, 21 products; 94 bits, 12 products
+// and the number stays linear in the span, so that float32 fits as well (13 to 16). The count is taken per
+// pair of column groups from the measured norms, on the device: blocks of unneeded moduli leave at once.
 //
-// What does not fit 53 bits a column (residues.cu hands those tokens over) goes through the float64 kernel at the end.
+// What does not fit 53 bits a column (residues.cu hands those tokens over) goes through the float64 kernel at
+// the end.
 #include <climits>
 
 #include "device.h"
 #include "gram.h"
-#include "moduli.cuh"
 #include "mma.cuh"
+#include "moduli.cuh"
 #include "residues.cuh"
 #include "selection.cuh"
 #include "triangle.cuh"
@@ -39,8 +41,9 @@ constexpr int kStages = 2;  // 64 KB of shared memory, and copies are not asynch
 #endif
 
 constexpr int kMaxBlockTokens = 131071 / kPlaneTokens * kPlaneTokens;
-// Bytes for the planes of one token block. Larger blocks mean fewer passes over C and the residues; at this size and
-// 4096 columns a pass is 16384 tokens and those passes a few percent of the time. The tests choose a small limit.
+// Bytes for the planes of one token block. Larger blocks mean fewer passes over C and the residues; at this
+// size and 4096 columns a pass is 16384 tokens and those passes a few percent of the time. The tests choose a
+// small limit.
 #ifndef SLICEGPT_PLANE_BYTES
 #define SLICEGPT_PLANE_BYTES (size_t(1) << 30)
 #endif
@@ -55,8 +58,8 @@ struct Parameters {
     int token_blocks;
 };
 
-// 16-byte chunk of a stage's row: rows are 64 bytes, and a permutation of the chunks by pairs of rows lets the 8 rows of
-// a matrix load touch all 32 banks.
+// 16-byte chunk of a stage's row: rows are 64 bytes, and a permutation of the chunks by pairs of rows lets
+// the 8 rows of a matrix load touch all 32 banks.
 __device__ __forceinline__ int chunk_offset(int row, int chunk) {
     return row * kDepth + ((chunk ^ (row >> 1 & 3)) << 4);
 }
@@ -73,8 +76,9 @@ struct Modulo {
     }
     __device__ __forceinline__ uint32_t operator()(int sum) const {
         const uint32_t value = uint32_t(sum) + offset;
-        const uint32_t remainder = value - __umulhi(value, reciprocal) * p;  // the quotient is at most 1 too small
-        return min(remainder, remainder - p);                                // unsigned: a negative difference is larger
+        const uint32_t remainder =
+            value - __umulhi(value, reciprocal) * p;  // the quotient is at most 1 too small
+        return min(remainder, remainder - p);         // unsigned: a negative difference is larger
     }
 };
 
@@ -106,8 +110,8 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const Parameters
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_row = warp / 2 * 64, warp_column = warp % 2 * 64;
-    // The row and chunk whose address this lane gives in a matrix load: A in the order (rows 0-7, 8-15) x (k 0-15,
-    // 16-31), B in the order (k 0-15, 16-31) x (columns 0-7, 8-15).
+    // The row and chunk whose address this lane gives in a matrix load: A in the order (rows 0-7, 8-15) x (k
+    // 0-15, 16-31), B in the order (k 0-15, 16-31) x (columns 0-7, 8-15).
     const int a_row = warp_row + lane % 16, a_chunk = lane / 16;
     const int b_row = kRows + warp_column + lane % 8 + lane / 16 * 8, b_chunk = lane / 8 % 2;
     int sums[4][8][4] = {};
@@ -124,7 +128,8 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const Parameters
         for (int k = 0; k < kDepth / 32; ++k) {
             uint32_t a[4][4], b[8][2];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) ptx::ldmatrix_x4(a[i], stage + chunk_offset(a_row + 16 * i, 2 * k + a_chunk));
+            for (int i = 0; i < 4; ++i)
+                ptx::ldmatrix_x4(a[i], stage + chunk_offset(a_row + 16 * i, 2 * k + a_chunk));
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 uint32_t pair[4];
@@ -153,15 +158,17 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const Parameters
         for (int h = 0; h < 2; ++h)
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                const int row = warp_row + 16 * i + 8 * h + lane / 4, column = warp_column + 8 * j + lane % 4 * 2;
+                const int row = warp_row + 16 * i + 8 * h + lane / 4,
+                          column = warp_column + 8 * j + lane % 4 * 2;
                 const uint32_t pair = modulo(sums[i][j][2 * h]) | modulo(sums[i][j][2 * h + 1]) << 8;
                 *reinterpret_cast<uint16_t*>(out + row * kColumns + column) = uint16_t(pair);
             }
 }
 
 // Residues to integers, integers to float64, and on to C.
-__global__ __launch_bounds__(kAddThreads) void combine_residues(const Parameters p, const int* scale, double* C,
-                                                                int64_t C_stride, int64_t columns) {
+__global__ __launch_bounds__(kAddThreads) void combine_residues(const Parameters p, const int* scale,
+                                                                double* C, int64_t C_stride,
+                                                                int64_t columns) {
     const TilePosition tile = triangle_tile<kRows / kColumns>(blockIdx.x, p.tile_columns);
     const int row = blockIdx.y / 4 * 32, column = blockIdx.y % 4 * 32;
     const int64_t row0 = int64_t(tile.row) * kRows + row, column0 = int64_t(tile.column) * kColumns + column;
@@ -170,7 +177,8 @@ __global__ __launch_bounds__(kAddThreads) void combine_residues(const Parameters
     if (count == 0) return;
     const int64_t modulus_bytes = int64_t(gridDim.x) * (kRows * kColumns);
     add_symmetric_block(C, C_stride, columns, row0, column0, [&](int r, int x) {
-        const uint8_t* item = p.residues + int64_t(blockIdx.x) * (kRows * kColumns) + (row + r) * kColumns + column + x;
+        const uint8_t* item =
+            p.residues + int64_t(blockIdx.x) * (kRows * kColumns) + (row + r) * kColumns + column + x;
         const double value = from_residues(count, [&](int l) { return uint32_t(item[l * modulus_bytes]); });
         return ldexp(value, scale[row0 + r] + scale[column0 + x]);
     });
@@ -216,7 +224,8 @@ struct Layout {
         plane_moduli = place(padded_columns / kPlaneColumns * sizeof(int));
         residues = place(size_t(moduli) * tiles * kRows * kColumns);
         // The float64 kernel runs last, over the planes.
-        planes = place(max(size_t(moduli) * block_tokens * padded_columns, gram_fp64_workspace(tokens, columns)));
+        planes =
+            place(max(size_t(moduli) * block_tokens * padded_columns, gram_fp64_workspace(tokens, columns)));
         bytes = end;
     }
 };
@@ -255,8 +264,12 @@ int gram_exact(const GramArguments& a, int digits) {
     block.plane_moduli = reinterpret_cast<int*>(base + at.plane_moduli);
     block.unfit = handed_over + 1;
     block.planes = reinterpret_cast<int8_t*>(base + at.planes);
-    Parameters p{block.planes,      block.norm_bits,           base + at.residues,
-                 at.padded_columns, at.padded_columns / kColumns, 0};
+    Parameters p{block.planes,
+                 block.norm_bits,
+                 base + at.residues,
+                 at.padded_columns,
+                 at.padded_columns / kColumns,
+                 0};
 
     int status = int(cudaMemsetAsync(handed_over, 0, sizeof(int), a.stream));
     const int stages = capability_major() >= 8 ? 4 : 2;  // as kStages in the device code

@@ -1,12 +1,14 @@
 // C += Xᵀ diag(weight) X with half-precision tensor cores: for those who take 1e-7 of error for the speed.
 //
-// Products of half-format numbers are exact in float32; the tensor core's sums are not (they are truncated, so the
-// diagonal comes out small, by about 2^-25 of the running sum for each step of 16 tokens: 1e-7 after kPromote tokens).
-// Then a sum leaves the tensor core for a pair of float32, not for a float64: converting and adding a tile's 16384 values
-// takes 1024 cycles on Hopper and 8192 on cards with few float64 units, the pair's 4 instructions 512 on all of them,
-// against 1650 cycles of tensor core work for 128 tokens (62 % of its peak).
+// Products of half-format numbers are exact in float32; the tensor core's sums are not (they are truncated,
+// so the diagonal comes out small, by about 2^-25 of the running sum for each step of 16 tokens: 1e-7 after
+// kPromote tokens). Then a sum leaves the tensor core for a pair of float32, not for a float64: converting
+// and adding a tile's 16384 values takes 1024 cycles on Hopper and 8192 on cards with few float64 units, the
+// pair's 4 instructions 512 on all of them, against 1650 cycles of tensor core work for 128 tokens (62 % of
+// its peak).
 //
-// Sums beyond float32's range become NaN. Tokens with a weight other than 0 and 1 go through the float64 kernel.
+// Sums beyond float32's range become NaN. Tokens with a weight other than 0 and 1 go through the float64
+// kernel.
 #include <climits>
 
 #include "device.h"
@@ -39,8 +41,8 @@ struct Parameters {
     double* partial;
 };
 
-// high + low += value (Dekker). Exact but for the rounding of `low` where |high| >= |value|; else the error is at most
-// 2^-24 |value|, no more than what the tensor core's sum carries already.
+// high + low += value (Dekker). Exact but for the rounding of `low` where |high| >= |value|; else the error
+// is at most 2^-24 |value|, no more than what the tensor core's sum carries already.
 __device__ __forceinline__ void add(float& high, float& low, float value) {
     const float sum = high + value;
     low += value - (sum - high);
@@ -62,8 +64,8 @@ __global__ __launch_bounds__(kThreads, 1) void gram_fast_tiles(const Parameters 
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;
-    // A lane's row address in a transposed matrix load: A in the order (columns 0-7, 8-15) x (tokens 0-7, 8-15), B in
-    // the order (tokens 0-7, 8-15) x (columns 0-7, 8-15).
+    // A lane's row address in a transposed matrix load: A in the order (columns 0-7, 8-15) x (tokens 0-7,
+    // 8-15), B in the order (tokens 0-7, 8-15) x (columns 0-7, 8-15).
     const int a_offset = (lane % 8 + lane / 16 * 8) * kPitch + (warp_row + lane / 8 % 2 * 8) * 2;
     const int b_offset = (lane % 8 + lane / 8 % 2 * 8) * kPitch + (warp_column + lane / 16 * 8) * 2 + panel_b;
     float sums[4][4][4] = {}, high[4][4][4] = {}, low[4][4][4] = {};
@@ -147,8 +149,8 @@ int launch_typed(const GramArguments& a) {
     int* const rows = reinterpret_cast<int*>(base + at.rows);
     uint8_t* const fates = a.weight ? base + at.fates : nullptr;
     double* const partial = reinterpret_cast<double*>(base);
-    const Parameters p{panel_source(a.X, a.X_stride, a.columns, sizeof(T)), fates, a.tokens, at.sums.tile_columns,
-                       partial};
+    const Parameters p{panel_source(a.X, a.X_stride, a.columns, sizeof(T)), fates, a.tokens,
+                       at.sums.tile_columns, partial};
     int status = kOk;
     if (a.weight) {
         status = int(cudaMemsetAsync(count, 0, sizeof(int), a.stream));
@@ -157,8 +159,10 @@ int launch_typed(const GramArguments& a) {
     }
     const dim3 grid{unsigned(at.sums.tiles), unsigned(at.sums.splits)};
     if (status == kOk)
-        status = ptx::launch(gram_fast_tiles<T, kBfloat16>, grid, kThreads, kStages * kStageBytes, a.stream, p);
-    if (status == kOk) status = add_tile_sums(at.sums, partial, a.C, a.C_stride, a.columns, nullptr, a.stream);
+        status =
+            ptx::launch(gram_fast_tiles<T, kBfloat16>, grid, kThreads, kStages * kStageBytes, a.stream, p);
+    if (status == kOk)
+        status = add_tile_sums(at.sums, partial, a.C, a.C_stride, a.columns, nullptr, a.stream);
     if (status != kOk || !a.weight) return status;
     return gram_fp64_rows(a, rows, count);
 }
@@ -171,7 +175,8 @@ size_t gram_fast_workspace(int64_t tokens, int64_t columns) {
 
 int gram_fast(const GramArguments& a) {
     // Turing's tensor cores know no bfloat16.
-    if (a.dtype != Dtype::kFloat16 && !(a.dtype == Dtype::kBfloat16 && capability_major() >= 8)) return kBadDtype;
+    if (a.dtype != Dtype::kFloat16 && !(a.dtype == Dtype::kBfloat16 && capability_major() >= 8))
+        return kBadDtype;
     if (a.tokens == 0 || a.columns == 0) return kOk;
     return a.dtype == Dtype::kFloat16 ? launch_typed<Float16, false>(a) : launch_typed<Bfloat16, true>(a);
 }

@@ -1,14 +1,15 @@
 // C += Xᵀ diag(weight) X in float64: a triangular rank-N update on float64 tensor cores.
 //
-// One block computes a 128 x 128 tile of the upper triangle over a range of tokens, 8 warps of 64 x 32 each: 64 float64
-// accumulators a lane (128 registers) are what fits beside the fragments in 255 registers, so one block of 8 warps fills
-// a multiprocessor. X stays in its own format in shared memory and is converted when a fragment is loaded: a half-format
-// fragment then costs one 16-byte load for 8 rows of A, and its conversions to float64 (16 a cycle and multiprocessor:
-// 48 cycles a token) hide behind the tensor cores (128 cycles a token on Hopper, 256 on Ampere).
+// One block computes a 128 x 128 tile of the upper triangle over a range of tokens, 8 warps of 64 x 32 each:
+// 64 float64 accumulators a lane (128 registers) are what fits beside the fragments in 255 registers, so one
+// block of 8 warps fills a multiprocessor. X stays in its own format in shared memory and is converted when a
+// fragment is loaded: a half-format fragment then costs one 16-byte load for 8 rows of A, and its conversions
+// to float64 (16 a cycle and multiprocessor: 48 cycles a token) hide behind the tensor cores (128 cycles a
+// token on Hopper, 256 on Ampere).
 //
-// Which column of X stands in which row of a fragment is free. Lane group g takes 16 / sizeof(T) consecutive columns, so
-// that all its fragments come from 16-byte loads; the rows of a stage are padded by 32 bytes, which puts the 8 lanes of
-// a load phase (4 tokens x 2 groups) on 8 different 16-byte banks.
+// Which column of X stands in which row of a fragment is free. Lane group g takes 16 / sizeof(T) consecutive
+// columns, so that all its fragments come from 16-byte loads; the rows of a stage are padded by 32 bytes,
+// which puts the 8 lanes of a load phase (4 tokens x 2 groups) on 8 different 16-byte banks.
 #include "gram.h"
 #include "mma.cuh"
 #include "panels.cuh"
@@ -22,19 +23,19 @@ constexpr int kTile = kSumTile;
 constexpr int kThreads = kPanelThreads;
 constexpr int kStages = 3;
 constexpr int kStep = 4 * kDoubleSteps;
-// After this many tokens the accumulators are added to the partial sums and start again at zero: the rounding error of a
-// sum of n terms grows like sqrt(n), and the diagonal (all terms positive) would be 2e-14 off after 262144 tokens.
-// The tests choose fewer.
+// After this many tokens the accumulators are added to the partial sums and start again at zero: the rounding
+// error of a sum of n terms grows like sqrt(n), and the diagonal (all terms positive) would be 2e-14 off
+// after 262144 tokens. The tests choose fewer.
 #ifndef SLICEGPT_PROMOTE_TOKENS
 #define SLICEGPT_PROMOTE_TOKENS 8192
 #endif
 
 template <typename T>
-using Loader = PanelLoader<T, kPanelColumns * int(sizeof(T)) + 32>;
+using Loader = PanelLoader<T, kPanelColumns* int(sizeof(T)) + 32>;
 template <typename T>
 constexpr int kStageBytes = 2 * Loader<T>::kPanelBytes + Loader<T>::kTokens * int(sizeof(double));
-// Steps of a stage that the compiler may interleave; without tensor cores a step is long by itself (and the shuffles
-// take minutes to schedule).
+// Steps of a stage that the compiler may interleave; without tensor cores a step is long by itself (and the
+// shuffles take minutes to schedule).
 template <typename T>
 constexpr int kUnroll = SLICEGPT_ARCH >= 800 ? Loader<T>::kTokens / kStep : 1;
 
@@ -56,7 +57,8 @@ __device__ __forceinline__ constexpr int fragment_column(int f, int g) {
 
 // The values of kFragments fragments (8 columns each) of one token, kItems adjacent columns a load.
 template <typename T, int kFragments, int kItems>
-__device__ __forceinline__ void load_fragments(double (&values)[kFragments], const unsigned char* row, int g) {
+__device__ __forceinline__ void load_fragments(double (&values)[kFragments], const unsigned char* row,
+                                               int g) {
     struct alignas(kItems * sizeof(T)) Group {
         T items[kItems];
     };
@@ -126,7 +128,8 @@ __global__ __launch_bounds__(kThreads, 1) void gram_fp64_tiles(const Parameters 
             for (int i = 0; i < 4; ++i) {
                 double rows[2 * kDoubleSteps];
 #pragma unroll
-                for (int s = 0; s < kDoubleSteps; ++s) rows[2 * s] = a[s][2 * i], rows[2 * s + 1] = a[s][2 * i + 1];
+                for (int s = 0; s < kDoubleSteps; ++s)
+                    rows[2 * s] = a[s][2 * i], rows[2 * s + 1] = a[s][2 * i + 1];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     double column[kDoubleSteps];
@@ -174,10 +177,15 @@ int launch_typed(const GramArguments& a, const int* rows, const int* row_count) 
     if (a.workspace_bytes < sums.bytes) return kWorkspaceTooSmall;
     if (sums.tiles > INT32_MAX) return kTooLarge;
     double* const partial = static_cast<double*>(a.workspace);
-    const Parameters p{panel_source(a.X, a.X_stride, a.columns, sizeof(T)), a.weight, rows, row_count, a.tokens,
-                       sums.tile_columns, partial};
-    const int status = ptx::launch(gram_fp64_tiles<T>, dim3{unsigned(sums.tiles), unsigned(sums.splits)}, kThreads,
-                                   kStages * kStageBytes<T>, a.stream, p);
+    const Parameters p{panel_source(a.X, a.X_stride, a.columns, sizeof(T)),
+                       a.weight,
+                       rows,
+                       row_count,
+                       a.tokens,
+                       sums.tile_columns,
+                       partial};
+    const int status = ptx::launch(gram_fp64_tiles<T>, dim3{unsigned(sums.tiles), unsigned(sums.splits)},
+                                   kThreads, kStages * kStageBytes<T>, a.stream, p);
     if (status != kOk) return status;
     return add_tile_sums(sums, partial, a.C, a.C_stride, a.columns, row_count, a.stream);
 }
@@ -191,10 +199,14 @@ size_t gram_fp64_workspace(int64_t tokens, int64_t columns) {
 int gram_fp64_rows(const GramArguments& a, const int* rows, const int* row_count) {
     if (a.tokens == 0 || a.columns == 0) return kOk;
     switch (a.dtype) {
-        case Dtype::kFloat16: return launch_typed<Float16>(a, rows, row_count);
-        case Dtype::kBfloat16: return launch_typed<Bfloat16>(a, rows, row_count);
-        case Dtype::kFloat32: return launch_typed<Float32>(a, rows, row_count);
-        case Dtype::kFloat64: return launch_typed<Float64>(a, rows, row_count);
+        case Dtype::kFloat16:
+            return launch_typed<Float16>(a, rows, row_count);
+        case Dtype::kBfloat16:
+            return launch_typed<Bfloat16>(a, rows, row_count);
+        case Dtype::kFloat32:
+            return launch_typed<Float32>(a, rows, row_count);
+        case Dtype::kFloat64:
+            return launch_typed<Float64>(a, rows, row_count);
     }
     return kBadDtype;
 }

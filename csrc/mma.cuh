@@ -1,6 +1,8 @@
 // Tensor-core steps of one shape on every architecture: composed from what the architecture has.
 // Fragment layouts are those of the PTX manual's larger shapes; with g = lane / 4 and t = lane % 4:
-//   A[16 x K] (row): rows g and g + 8;  B[K x 8] (col): column g;  C[16 x 8]: c[2h + p] at row g + 8h, column 2t + p.
+//   A[16 x K] (row): rows g and g + 8
+//   B[K x 8] (col): column g
+//   C[16 x 8]: c[2h + p] at row g + 8h, column 2t + p
 #pragma once
 
 #include "ptx.cuh"
@@ -14,7 +16,8 @@ constexpr int kDoubleSteps = 2;
 constexpr int kDoubleSteps = 1;
 #endif
 
-// C[16x8] += A[16 x 4S] B[4S x 8], S = kDoubleSteps: a[2s + h] is row g + 8h, k = 4s + t; b[s] is k = 4s + t, column g.
+// C[16x8] += A[16 x 4S] B[4S x 8], S = kDoubleSteps: a[2s + h] is row g + 8h, k = 4s + t; b[s] is k = 4s + t,
+// column g.
 __device__ __forceinline__ void mma_f64(double (&c)[4], const double (&a)[2 * kDoubleSteps],
                                         const double (&b)[kDoubleSteps]) {
 #if SLICEGPT_ARCH >= 900
@@ -23,8 +26,8 @@ __device__ __forceinline__ void mma_f64(double (&c)[4], const double (&a)[2 * kD
     ptx::mma_f64_m8n8k4(c[0], c[1], a[0], b[0]);
     ptx::mma_f64_m8n8k4(c[2], c[3], a[1], b[0]);
 #else
-    // No float64 tensor cores: the same fragments by shuffles. A Turing card does 2 float64 FMA a cycle and SM, so the
-    // 8 FMA of a lane (256 a warp, 128 cycles) hide the 16 shuffles of 64 bits.
+    // No float64 tensor cores: the same fragments by shuffles. A Turing card does 2 float64 FMA a cycle and
+    // SM, so the 8 FMA of a lane (256 a warp, 128 cycles) hide the 16 shuffles of 64 bits.
     const int lane = threadIdx.x % 32, g4 = lane & ~3, t = lane & 3;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -82,7 +85,8 @@ __device__ __forceinline__ void copy_16(void* shared, const void* global, int by
     // The rest of a row's last 16 bytes may lie outside of the allocation: items are read one by one.
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-        static_cast<uint16_t*>(shared)[i] = 2 * i < bytes ? static_cast<const uint16_t*>(global)[i] : uint16_t(0);
+        static_cast<uint16_t*>(shared)[i] =
+            2 * i < bytes ? static_cast<const uint16_t*>(global)[i] : uint16_t(0);
 #endif
 }
 __device__ __forceinline__ void copy_commit() {

@@ -1,8 +1,9 @@
-// The moduli of the exact Gram product, and integers represented by their residues (Chinese remainder theorem).
+// The moduli of the exact Gram product, and integers represented by their residues (Chinese remainder
+// theorem).
 //
-// Sixteen pairwise coprime numbers of at most 8 bits, the largest that there are: their symmetric residues fit int8, and
-// the product of the first L is 2^7.84 per modulus or more. An integer v with 2 |v| < product is determined by its
-// residues.
+// Sixteen pairwise coprime numbers of at most 8 bits, the largest that there are: their symmetric residues
+// fit int8, and the product of the first L is 2^7.84 per modulus or more. An integer v with 2 |v| < product
+// is determined by its residues.
 #pragma once
 
 #include "ptx.cuh"
@@ -34,8 +35,9 @@ static_assert(pairwise_coprime(), "residues determine an integer only for coprim
 
 // Bits, rounded down, of the product of the first `count` moduli.
 __host__ __device__ constexpr float product_bits(int count) {
-    constexpr float values[kMaxModuli + 1] = {0.f,    8.f,    15.99f, 23.97f, 31.94f, 39.89f,  47.80f,  55.70f, 63.57f,
-                                              71.41f, 79.23f, 87.03f, 94.79f, 102.51f, 110.15f, 117.77f, 125.36f};
+    constexpr float values[kMaxModuli + 1] = {0.f,    8.f,     15.99f,  23.97f,  31.94f, 39.89f,
+                                              47.80f, 55.70f,  63.57f,  71.41f,  79.23f, 87.03f,
+                                              94.79f, 102.51f, 110.15f, 117.77f, 125.36f};
     return values[count];
 }
 
@@ -49,7 +51,8 @@ __host__ __device__ inline int moduli_for(float bits) {
 // Half of an odd modulus rounded down, 128 of 256: residues r - centre, 0 <= r < p, fit int8.
 constexpr uint32_t centre(int l) { return modulus(l) / 2; }
 
-// floor(v / p) = umulhi(v, reciprocal) for v < 2^21: the reciprocal is at most 1 / 2^32 too large, relative to 1 / p.
+// floor(v / p) = umulhi(v, reciprocal) for v < 2^21: the reciprocal is at most 1 / 2^32 too large, relative
+// to 1 / p.
 constexpr uint32_t reciprocal(int l) { return uint32_t(((uint64_t(1) << 32) + modulus(l) - 1) / modulus(l)); }
 
 constexpr uint32_t inverse(uint32_t value, uint32_t p) {
@@ -65,7 +68,8 @@ __device__ __forceinline__ uint32_t small_remainder(uint32_t value) {
 }
 
 // The integer given by residues[0 .. count), as sign and magnitude in float64 (two roundings at most).
-// Mixed radix (Garner): v = d0 + p0 (d1 + p1 (d2 + ...)); digit l comes from residue l and the digits before it.
+// Mixed radix (Garner): v = d0 + p0 (d1 + p1 (d2 + ...)); digit l comes from residue l and the digits before
+// it.
 struct MixedRadix {
     unsigned __int128 value = 0, weight = 1;
     uint32_t digits[kMaxModuli];

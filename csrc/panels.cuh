@@ -1,5 +1,5 @@
-// Two column panels of X, stage by stage, from device to shared memory: what the float64 and the half-precision Gram
-// kernels have in common.
+// Two column panels of X, stage by stage, from device to shared memory: what the float64 and the
+// half-precision Gram kernels have in common.
 #pragma once
 
 #include "mma.cuh"
@@ -12,18 +12,18 @@ constexpr int kPanelThreads = 256;
 
 struct PanelSource {
     const void* X;
-    int64_t stride;   // of a row, in items
+    int64_t stride;  // of a row, in items
     int64_t columns;
-    bool vectors;     // 16-byte loads are aligned
+    bool vectors;  // 16-byte loads are aligned
 };
 
 inline PanelSource panel_source(const void* X, int64_t stride, int64_t columns, int item_bytes) {
     return {X, stride, columns, reinterpret_cast<uintptr_t>(X) % 16 == 0 && stride * item_bytes % 16 == 0};
 }
 
-// A thread's share of a stage: 16 bytes (one chunk of columns) of two tokens, in one or two panels (one for a tile on
-// the diagonal). What does not change from stage to stage is computed once: all warps load at the same time, right
-// after a barrier, and the tensor cores wait for it.
+// A thread's share of a stage: 16 bytes (one chunk of columns) of two tokens, in one or two panels (one for a
+// tile on the diagonal). What does not change from stage to stage is computed once, for the instructions of a
+// load are issued between those of the tensor cores.
 template <typename T, int kPitch>
 struct PanelLoader {
     static constexpr int kItems = 16 / int(sizeof(T));
@@ -48,8 +48,8 @@ struct PanelLoader {
             items[i] = int(min(max(source.columns - columns[i], int64_t(0)), int64_t(kItems)));
     }
 
-    // Copies tokens first ... into the stage. row_of gives the row of a token, or -1 for an absent one; what is absent
-    // or outside of X becomes zeros.
+    // Copies tokens first ... into the stage. row_of gives the row of a token, or -1 for an absent one; what
+    // is absent or outside of X becomes zeros.
     template <typename RowOf>
     __device__ __forceinline__ void load(unsigned char* stage, int64_t first, RowOf row_of) const {
         unsigned char* const target = stage + token * kPitch + chunk * 16;
@@ -57,9 +57,11 @@ struct PanelLoader {
         for (int pass = 0; pass < 2; ++pass) {
             const int64_t k = first + token + pass * kPassTokens;
             const int64_t row = k < end ? row_of(k) : -1;
-            const T* const items_of_row = static_cast<const T*>(source.X) + (row >= 0 ? row * source.stride : 0);
+            const T* const items_of_row =
+                static_cast<const T*>(source.X) + (row >= 0 ? row * source.stride : 0);
             copy(target + pass * kPassTokens * kPitch, items_of_row, 0, row >= 0);
-            if (panels == 2) copy(target + pass * kPassTokens * kPitch + kPanelBytes, items_of_row, 1, row >= 0);
+            if (panels == 2)
+                copy(target + pass * kPassTokens * kPitch + kPanelBytes, items_of_row, 1, row >= 0);
         }
     }
 

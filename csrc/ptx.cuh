@@ -1,6 +1,6 @@
 // Every PTX instruction that the kernels use, one function each, and the few things of the CUDA language that
-// plain C++ lacks (launches, dynamic shared memory). Kernels hold no inline assembly of their own, so the tests can
-// compile the same kernels for the host: without nvcc, emulated_ptx.cuh supplies these functions.
+// plain C++ lacks (launches, dynamic shared memory). Kernels hold no inline assembly of their own, so the
+// tests can compile the same kernels for the host: without nvcc, emulated_ptx.cuh supplies these functions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,7 +33,8 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 
 // Copies `bytes` (0..16) of 16 and fills the rest with zeros; both addresses are 16-byte aligned.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(bytes)
                  : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -45,28 +46,27 @@ __device__ __forceinline__ void cp_async_wait() {
 // C[8x8] += A[8x4] B[4x8]
 __device__ __forceinline__ void mma_f64_m8n8k4(double& c0, double& c1, double a, double b) {
     asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-                 : "+d"(c0), "+d"(c1)
-                 : "d"(a), "d"(b));
+        : "+d"(c0), "+d"(c1)
+        : "d"(a), "d"(b));
 }
 
 __device__ __forceinline__ void mma_s8_m16n8k32(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-__device__ __forceinline__ void mma_f16_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+__device__ __forceinline__ void mma_f16_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-__device__ __forceinline__ void mma_bf16_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+__device__ __forceinline__ void mma_bf16_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -76,8 +76,7 @@ __device__ __forceinline__ void mma_bf16_m16n8k16(float (&c)[4], const uint32_t 
 #if SLICEGPT_ARCH == 0 || SLICEGPT_ARCH >= 900
 // C[16x8] += A[16x8] B[8x8]; Hopper's own shape, twice the rate of m8n8k4 there
 __device__ __forceinline__ void mma_f64_m16n8k8(double (&c)[4], const double (&a)[4], const double (&b)[2]) {
-    asm(
-        "mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
         : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
@@ -86,13 +85,12 @@ __device__ __forceinline__ void mma_f64_m16n8k8(double (&c)[4], const double (&a
 
 __device__ __forceinline__ void mma_s8_m8n8k16(int& c0, int& c1, uint32_t a, uint32_t b) {
     asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-                 : "+r"(c0), "+r"(c1)
-                 : "r"(a), "r"(b));
+        : "+r"(c0), "+r"(c1)
+        : "r"(a), "r"(b));
 }
 
 __device__ __forceinline__ void mma_f16_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-    asm(
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(b));
 }
@@ -117,7 +115,9 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
     return value;
 }
 
-__device__ __forceinline__ double shuffle(double value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+__device__ __forceinline__ double shuffle(double value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
+}
 __device__ __forceinline__ unsigned ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 
 // Launches a kernel; the error, if any, is CUDA's code.
@@ -126,10 +126,11 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
            Arguments... arguments) {
     // Above 48 KB a kernel must ask for its shared memory; a cheap call that graph capture allows.
     if (shared > 48 * 1024) {
-        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+        cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
         if (error != cudaSuccess) return int(error);
     }
-    kernel<<<grid, threads, shared, stream>>>(arguments...);
+    kernel<<<grid, threads, shared, stream> > >(arguments...);
     return int(cudaGetLastError());
 }
 

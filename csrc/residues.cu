@@ -1,8 +1,8 @@
 // Residue planes of a token block; residues.cuh says what they are.
 //
-// Four memory-bound kernels: scan (read X: largest magnitude, lowest bit, norm of each column), plan (scales and number
-// of moduli), hand-over (only where something does not fit: which tokens), planes (read X, write one byte an item and
-// modulus). Every decision is made on the device.
+// Four memory-bound kernels: scan (read X: largest magnitude, lowest bit, norm of each column), plan (scales
+// and number of moduli), hand-over (only where something does not fit: which tokens), planes (read X, write
+// one byte an item and modulus). Every decision is made on the device.
 #include "residues.cuh"
 
 #include "device.h"
@@ -17,8 +17,12 @@ constexpr int kThreads = 256;
 constexpr int kNoBits = -100000;
 constexpr float kNothing = -1e30f;
 
-__device__ __forceinline__ int leading_bit(const Decomposed& d) { return d.exponent + 31 - __clz(d.significand); }
-__device__ __forceinline__ int lowest_bit(const Decomposed& d) { return d.exponent + __ffs(int(d.significand)) - 1; }
+__device__ __forceinline__ int leading_bit(const Decomposed& d) {
+    return d.exponent + 31 - __clz(d.significand);
+}
+__device__ __forceinline__ int lowest_bit(const Decomposed& d) {
+    return d.exponent + __ffs(int(d.significand)) - 1;
+}
 
 // Reads 16 bytes of a row of X; columns from `limit` on are zeros.
 template <typename T>
@@ -36,7 +40,8 @@ struct alignas(16) Chunk {
     }
 };
 
-// Grid (columns, splits). 32 lanes side by side read 512 bytes of a token; 8 rows of threads take every eighth token.
+// Grid (columns, splits). 32 lanes side by side read 512 bytes of a token; 8 rows of threads take every
+// eighth token.
 template <typename T>
 __global__ __launch_bounds__(kThreads) void scan(const ResidueBlock b) {
     constexpr int kItems = Chunk<T>::kItems, kRows = kThreads / 32;
@@ -103,8 +108,9 @@ __global__ __launch_bounds__(kPlaneColumns) void plan_scales(const ResidueBlock 
         const int lowest = span.top - (b.digits ? 7 * b.digits - 2 : kWindow - 1);
         scale = max(span.low, lowest);
         if (!b.digits && span.low < lowest) span.unfit = 1;
-        // The norm bounds every product sum (Cauchy-Schwarz). The float32 sum of squares is within 2^-9 where it neither
-        // overflowed nor lost more than 2^-26 to underflow; the largest magnitude gives a bound in every case.
+        // The norm bounds every product sum (Cauchy-Schwarz). The float32 sum of squares is within 2^-9 where
+        // it neither overflowed nor lost more than 2^-26 to underflow; the largest magnitude gives a bound in
+        // every case.
         double squares = ldexp(double(b.tokens), 2 * (span.top + 1));
         if (span.top >= -50 && isfinite(span.squares)) squares = min(squares, double(span.squares) * 1.01);
         double norm = ldexp(sqrt(squares), -scale);
@@ -116,7 +122,8 @@ __global__ __launch_bounds__(kPlaneColumns) void plan_scales(const ResidueBlock 
     largest[threadIdx.x] = bits;
     for (int width = kPlaneColumns / 2; width; width /= 2) {
         __syncthreads();
-        if (int(threadIdx.x) < width) largest[threadIdx.x] = max(largest[threadIdx.x], largest[threadIdx.x + width]);
+        if (int(threadIdx.x) < width)
+            largest[threadIdx.x] = max(largest[threadIdx.x], largest[threadIdx.x + width]);
     }
     if (threadIdx.x == 0) b.norm_bits[blockIdx.x] = largest[0];
 }
@@ -191,10 +198,12 @@ __device__ __forceinline__ uint32_t pack_residues(const Scaled (&values)[4]) {
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const uint32_t powers[4] = {values[i].powers.x, values[i].powers.y, values[i].powers.z, values[i].powers.w};
+        const uint32_t powers[4] = {values[i].powers.x, values[i].powers.y, values[i].powers.z,
+                                    values[i].powers.w};
         uint32_t product = values[i].significand * (powers[l / 4] >> 8 * (l % 4) & 255u);
         // A float32 significand has 24 bits: one reduction more, to less than 2 p.
-        if constexpr (sizeof(T) == 4) product -= __umulhi(product, uint32_t((uint64_t(1) << 32) / kModulus)) * kModulus;
+        if constexpr (sizeof(T) == 4)
+            product -= __umulhi(product, uint32_t((uint64_t(1) << 32) / kModulus)) * kModulus;
         const uint32_t shifted = values[i].negative ? kOffset - product : kOffset + product;
         const uint32_t residue = shifted - __umulhi(shifted, kReciprocal) * kModulus - centre(l);
         word |= (residue & 255u) << 8 * i;
@@ -203,7 +212,8 @@ __device__ __forceinline__ uint32_t pack_residues(const Scaled (&values)[4]) {
 }
 
 template <typename T, int l>
-__device__ __forceinline__ void write_planes(const Scaled (&values)[4], int moduli, int8_t* target, int64_t plane_bytes) {
+__device__ __forceinline__ void write_planes(const Scaled (&values)[4], int moduli, int8_t* target,
+                                             int64_t plane_bytes) {
     if constexpr (l < kMaxModuli) {
         if (l >= moduli) return;
         *reinterpret_cast<uint32_t*>(target) = pack_residues<T, l>(values);
@@ -211,8 +221,9 @@ __device__ __forceinline__ void write_planes(const Scaled (&values)[4], int modu
     }
 }
 
-// A block turns 128 tokens x 64 columns. X passes through shared memory: read by rows, taken out by columns, a lane
-// holding four consecutive tokens of one column, which are one word of each plane; a warp writes 2 x 64 bytes.
+// A block turns 128 tokens x 64 columns. X passes through shared memory: read by rows, taken out by columns,
+// a lane holding four consecutive tokens of one column, which are one word of each plane; a warp writes 2 x
+// 64 bytes.
 template <typename T>
 __global__ __launch_bounds__(kThreads) void planes(const ResidueBlock b) {
     constexpr int kTokens = 128, kColumns = 64, kItems = Chunk<T>::kItems;
@@ -230,10 +241,12 @@ __global__ __launch_bounds__(kThreads) void planes(const ResidueBlock b) {
         const int token = i / kChunks, k = token0 + token;
         Chunk<T> chunk{};
         if (k < b.tokens)
-            chunk.load(static_cast<const T*>(b.X) + k * b.X_stride, column0 + i % kChunks * kItems, b.columns, b.vectors);
+            chunk.load(static_cast<const T*>(b.X) + k * b.X_stride, column0 + i % kChunks * kItems, b.columns,
+                       b.vectors);
         uint4 words;
         memcpy(&words, &chunk, sizeof(words));
-        // Words are permuted by token, so that 32 lanes reading one column at every fourth token hit 32 banks.
+        // Words are permuted by token, so that 32 lanes reading one column at every fourth token hit 32
+        // banks.
         const int word = i % kChunks * 4, swizzle = token / 4 % 32;
         items[token][word ^ swizzle] = words.x;
         items[token][(word + 1) ^ swizzle] = words.y;
@@ -264,7 +277,8 @@ __global__ __launch_bounds__(kThreads) void planes(const ResidueBlock b) {
             item.bits = decltype(item.bits)(word >> (c % per_word * 16));
             values[i] = scaled(item, scale, taken[i], reinterpret_cast<const uint4*>(powers));
         }
-        int8_t* target = b.planes + (int64_t(token_block) * b.padded_columns + column0 + c) * kPlaneTokens + lane % 16 * 4;
+        int8_t* target =
+            b.planes + (int64_t(token_block) * b.padded_columns + column0 + c) * kPlaneTokens + lane % 16 * 4;
         write_planes<T, 0>(values, moduli, target, plane_bytes);
     }
 }
@@ -290,10 +304,14 @@ int write_typed(const ResidueBlock& b, cudaStream_t stream) {
 
 int write_residues(const ResidueBlock& b, cudaStream_t stream) {
     switch (b.dtype) {
-        case Dtype::kFloat16: return write_typed<Float16>(b, stream);
-        case Dtype::kBfloat16: return write_typed<Bfloat16>(b, stream);
-        case Dtype::kFloat32: return write_typed<Float32>(b, stream);
-        default: return kBadDtype;
+        case Dtype::kFloat16:
+            return write_typed<Float16>(b, stream);
+        case Dtype::kBfloat16:
+            return write_typed<Bfloat16>(b, stream);
+        case Dtype::kFloat32:
+            return write_typed<Float32>(b, stream);
+        default:
+            return kBadDtype;
     }
 }
 

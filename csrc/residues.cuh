@@ -5,22 +5,24 @@
 
 namespace slicegpt {
 
-// Column j of a token block is held as integers q = x / 2^scale[j], |q| < 2^kWindow. 53: then 2 * 53 + log2(tokens) + 1
-// bits of result fit sixteen moduli with 131071 tokens, and a float32 column may span 30 binades.
+// Column j of a token block is held as integers q = x / 2^scale[j], |q| < 2^kWindow. 53: then 2 * 53 +
+// log2(tokens) + 1 bits of result fit sixteen moduli with 131071 tokens, and a float32 column may span 30
+// binades.
 constexpr int kWindow = 53;
 
 constexpr int kPlaneColumns = 128;  // columns that share one count of moduli
 constexpr int kPlaneTokens = 64;    // bytes of one column in a plane's block of tokens
 
 struct ColumnSpan {
-    int top;        // exponent of the leading bit of the largest magnitude; kNoBits without a finite nonzero value
-    int low;        // exponent of the lowest bit set in any value
+    int top;  // exponent of the leading bit of the largest magnitude; kNoBits without a finite nonzero value
+    int low;  // exponent of the lowest bit set in any value
     float squares;  // sum of squares
     int unfit;      // an infinity or NaN was seen
 };
 
-// One block of tokens. Planes are K-major, which int8 tensor cores ask for: the byte of (modulus l, token k, column j)
-// stands at ((l * token_blocks + k / 64) * padded_columns + j) * 64 + k % 64, so that a tile's operands are contiguous.
+// One block of tokens. Planes are K-major, which int8 tensor cores ask for: the byte of (modulus l, token k,
+// column j) stands at ((l * token_blocks + k / 64) * padded_columns + j) * 64 + k % 64, so that a tile's
+// operands are contiguous.
 struct ResidueBlock {
     const void* X;  // the block's first token
     int64_t X_stride;
@@ -33,12 +35,13 @@ struct ResidueBlock {
     int digits;          // 0: exact
     int splits;          // of the tokens, in the scan
 
-    uint8_t* fates;       // [tokens], from select_by_weight; tokens that do not fit are handed over
-    ColumnSpan* spans;    // [splits, columns]
-    int* scale;           // [padded_columns]
-    float* norm_bits;     // [padded_columns / kPlaneColumns]: log2 of the largest column norm, in units of 2^scale
-    int* plane_moduli;    // [padded_columns / kPlaneColumns]: planes that any product with these columns needs
-    int* unfit;           // whether any value may not fit
+    uint8_t* fates;     // [tokens], from select_by_weight; tokens that do not fit are handed over
+    ColumnSpan* spans;  // [splits, columns]
+    int* scale;         // [padded_columns]
+    float*
+        norm_bits;  // [padded_columns / kPlaneColumns]: log2 of the largest column norm, in units of 2^scale
+    int* plane_moduli;  // [padded_columns / kPlaneColumns]: planes that any product with these columns needs
+    int* unfit;         // whether any value may not fit
     int8_t* planes;
 };
 

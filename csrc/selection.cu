@@ -17,9 +17,10 @@ __global__ __launch_bounds__(kThreads) void select_by_weight_kernel(const double
     fates[token] = value == 1 ? kTaken : value == 0 ? kAbsent : kHandedOver;
 }
 
-// One block, so that the order is that of the tokens: a running offset, and in each step the ranks within the warps.
-__global__ __launch_bounds__(kThreads) void append_kernel(const uint8_t* fates, int64_t tokens, int64_t first, int* rows,
-                                                          int* count) {
+// One block, so that the order is that of the tokens: a running offset, and in each step the ranks within the
+// warps.
+__global__ __launch_bounds__(kThreads) void append_kernel(const uint8_t* fates, int64_t tokens, int64_t first,
+                                                          int* rows, int* count) {
     __shared__ int warp_counts[kThreads / 32];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int offset = *count;
@@ -44,11 +45,12 @@ __global__ __launch_bounds__(kThreads) void append_kernel(const uint8_t* fates, 
 }  // namespace
 
 int select_by_weight(const double* weight, int64_t tokens, uint8_t* fates, cudaStream_t stream) {
-    return ptx::launch(select_by_weight_kernel, dim3{unsigned(divide_up(tokens, kThreads))}, kThreads, 0, stream, weight,
-                       tokens, fates);
+    return ptx::launch(select_by_weight_kernel, dim3{unsigned(divide_up(tokens, kThreads))}, kThreads, 0,
+                       stream, weight, tokens, fates);
 }
 
-int append_handed_over(const uint8_t* fates, int64_t tokens, int64_t first, int* rows, int* count, cudaStream_t stream) {
+int append_handed_over(const uint8_t* fates, int64_t tokens, int64_t first, int* rows, int* count,
+                       cudaStream_t stream) {
     return ptx::launch(append_kernel, dim3{1}, kThreads, 0, stream, fates, tokens, first, rows, count);
 }
 

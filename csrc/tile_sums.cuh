@@ -1,5 +1,5 @@
-// Partial sums of the upper triangle: float64 tiles of 128 x 128, row-major, one for each tile and range of tokens.
-// Adding them in the order of the ranges gives the same bits on every run; atomics would not.
+// Partial sums of the upper triangle: float64 tiles of 128 x 128, row-major, one for each tile and range of
+// tokens. Adding them in the order of the ranges gives the same bits on every run; atomics would not.
 #pragma once
 
 #include "gram.h"

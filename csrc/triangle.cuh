@@ -1,4 +1,5 @@
-// The upper triangle of a symmetric matrix: which tiles cover it, and how a tile's values are added on both sides.
+// The upper triangle of a symmetric matrix: which tiles cover it, and how a tile's values are added on both
+// sides.
 #pragma once
 
 #include "ptx.cuh"
@@ -10,8 +11,8 @@ struct TilePosition {
     int column;  // in tile columns
 };
 
-// Tiles that are kTall tile columns high and one wide; those that touch the upper triangle, numbered row by row.
-// kTall = 1 gives square tiles.
+// Tiles that are kTall tile columns high and one wide; those that touch the upper triangle, numbered row by
+// row. kTall = 1 gives square tiles.
 template <int kTall>
 __host__ __device__ inline int64_t triangle_tiles(int64_t tile_columns) {
     const int64_t rows = (tile_columns + kTall - 1) / kTall;
@@ -30,9 +31,10 @@ __device__ inline TilePosition triangle_tile(int index, int tile_columns) {
 
 constexpr int kAddThreads = 256;
 
-// Adds value(r, x) to C[row0 + r][column0 + x], r, x < 32, for the items on or above the diagonal, and copies the sums
-// to the mirrored items. One block of kAddThreads; the transposition goes through shared memory so that both writes
-// are coalesced. An item that is not finite becomes NaN (an infinity may have met its opposite in another order).
+// Adds value(r, x) to C[row0 + r][column0 + x], r, x < 32, for the items on or above the diagonal, and copies
+// the sums to the mirrored items. One block of kAddThreads; the transposition goes through shared memory so
+// that both writes are coalesced. An item that is not finite becomes NaN (an infinity may have met its
+// opposite in another order).
 template <typename Value>
 __device__ void add_symmetric_block(double* C, int64_t stride, int64_t columns, int64_t row0, int64_t column0,
                                     Value value) {

@@ -1,4 +1,5 @@
-// The number formats of X, as raw bits: conversion to float64 and decomposition into integer times power of two.
+// The number formats of X, as raw bits: conversion to float64 and decomposition into integer times power of
+// two.
 #pragma once
 
 #include "ptx.cuh"
@@ -43,8 +44,8 @@ __device__ __forceinline__ double to_double(T x) {
 }
 __device__ __forceinline__ double to_double(Float64 x) { return __longlong_as_double((long long)x.bits); }
 
-// x = (negative ? -1 : 1) * significand * 2^exponent, significand < 2^(fraction bits + 1); an infinity or NaN has
-// finite == false.
+// x = (negative ? -1 : 1) * significand * 2^exponent, significand < 2^(fraction bits + 1); an infinity or NaN
+// has finite == false.
 struct Decomposed {
     uint32_t significand;
     int exponent;

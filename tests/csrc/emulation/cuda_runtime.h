@@ -1,9 +1,11 @@
-// Runs CUDA kernels on the host, one fibre a thread, so that the sources in csrc/ can be tested without a GPU.
+// Runs CUDA kernels on the host, one fibre a thread, so that the sources in csrc/ can be tested without a
+// GPU.
 //
-// A stand-in for the toolkit's header of the same name: the tests put this folder first on the include path and compile
-// csrc/*.cu as plain C++. Blocks run one after another; the threads of a block are fibres that switch only at barriers
-// and warp collectives, so a missing barrier shows as a wrong result or as a deadlock, which aborts with a message.
-// Shared memory starts filled with NaN bytes, and asynchronous copies land only when they are waited for.
+// A stand-in for the toolkit's header of the same name: the tests put this folder first on the include path
+// and compile csrc/*.cu as plain C++. Blocks run one after another; the threads of a block are fibres that
+// switch only at barriers and warp collectives, so a missing barrier shows as a wrong result or as a
+// deadlock, which aborts with a message. Shared memory starts filled with NaN bytes, and asynchronous copies
+// land only when they are waited for.
 #pragma once
 
 #include <setjmp.h>
@@ -90,7 +92,8 @@ struct Thread {
     int collectives = 0;
 };
 
-// What the lanes of a warp show each other, in two buffers used in turn: a lane can be at most one collective ahead.
+// What the lanes of a warp show each other, in two buffers used in turn: a lane can be at most one collective
+// ahead.
 struct Warp {
     Barrier barrier;
     alignas(16) unsigned char slots[2][32][kSlotBytes];

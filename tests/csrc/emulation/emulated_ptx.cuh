@@ -62,7 +62,8 @@ void mma_f64(double* c, const DoubleFragment& mine) {
     Operands<8 * kHalves, 8, 4 * kSteps, double> operands;
     for (int l = 0; l < 32; ++l)
         for (int s = 0; s < kSteps; ++s) {
-            for (int h = 0; h < kHalves; ++h) operands.a[l / 4 + 8 * h][4 * s + l % 4] = all[l].a[kHalves * s + h];
+            for (int h = 0; h < kHalves; ++h)
+                operands.a[l / 4 + 8 * h][4 * s + l % 4] = all[l].a[kHalves * s + h];
             operands.b[4 * s + l % 4][l / 4] = all[l].b[s];
         }
     contract(c, 2 * kHalves, operands);
@@ -141,8 +142,8 @@ inline void mma_f16_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b)
     mma_half<1, half_to_float>(c, {{a0, a1}, {b}});
 }
 
-// Lane l gives the address of row l % 8 of matrix l / 8 and receives items 2t, 2t + 1 of row g of each; transposed:
-// items g of rows 2t and 2t + 1.
+// Lane l gives the address of row l % 8 of matrix l / 8 and receives items 2t, 2t + 1 of row g of each;
+// transposed: items g of rows 2t and 2t + 1.
 inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
     if (uintptr_t(row) % 16) emulation::fail("ldmatrix needs 16-byte alignment");
     const void* rows[32];
@@ -172,7 +173,8 @@ inline unsigned ballot(bool value) {
 }
 
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t,
+           Arguments... arguments) {
     emulation::grid = grid;
     emulation::block = dim3(threads);
     emulation::shared_bytes.resize(shared + 128);
