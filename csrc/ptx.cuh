@@ -130,7 +130,9 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
         if (error != cudaSuccess) return int(error);
     }
-    kernel<<<grid, threads, shared, stream> > >(arguments...);
+    // clang-format off
+    kernel<<<grid, threads, shared, stream>>>(arguments...);
+    // clang-format on
     return int(cudaGetLastError());
 }
 
