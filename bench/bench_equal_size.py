@@ -23,9 +23,13 @@ from slicegpt.table import format_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", default="python-reference", help="calibrates on its train split, evaluates on test")
+    parser.add_argument(
+        "--data", default="python-reference", help="calibrates on its train split, evaluates on test"
+    )
     parser.add_argument("--test-data", help="evaluate on this text instead")
     parser.add_argument("--compact-width", type=int, default=504)
     parser.add_argument("--dense-width", type=int, default=456)
@@ -45,7 +49,13 @@ def main() -> None:
     def measure(network) -> float:
         return perplexity(network, tokenizer, test, options.seqlen, 4, options.windows, progress).perplexity
 
-    rows = [{"shortcuts": "none (dense model)", "width": fields["dense_hidden_size"], "perplexity": measure(model)}]
+    rows = [
+        {
+            "shortcuts": "none (dense model)",
+            "width": fields["dense_hidden_size"],
+            "perplexity": measure(model),
+        }
+    ]
     for shortcut, width in (("dense", options.dense_width), ("compact", options.compact_width)):
         config = plan(fields, constant_widths(fields, width), Shape(shortcut, round_to=8))
         sliced, _ = slice_model(model, config, batches, SlicingOptions(), progress)

@@ -32,7 +32,9 @@ def dense_pass(model: PreTrainedModel, batches: list[CalibrationBatch]) -> float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", default="python-reference")
     parser.add_argument("--slice", type=float, default=0.25)
@@ -71,7 +73,9 @@ def main() -> None:
         {"stage": name, "seconds": value, "of the dense pass": value / dense_mean}
         for name, value in [*stages.items(), ("slicing in all", total)]
     ]
-    print(f"{options.model}, width {width}, {report.tokens:,} tokens of {options.calibration}, dense batch {best}")
+    print(
+        f"{options.model}, width {width}, {report.tokens:,} tokens of {options.calibration}, dense batch {best}"
+    )
     print(format_table(rows, ["stage", "seconds", "of the dense pass"]))
     figures = {
         "model": options.model,

@@ -134,9 +134,7 @@ def run(options: argparse.Namespace) -> None:
     # Config, tokenizer and record come on top of the weights; a twentieth and 16 MB are ample.
     check_space(path, int(size["bytes"] * 1.05) + 16_000_000)
     if size["parameters"] >= size["dense_parameters"] and options.slice:
-        print(
-            f"note: at this size the sliced model is no smaller than the dense one ({shortcut} shortcuts)"
-        )
+        print(f"note: at this size the sliced model is no smaller than the dense one ({shortcut} shortcuts)")
     with step(progress, f"tokenising {options.calibration}"):
         batches = sample_batches(
             documents,
@@ -147,7 +145,9 @@ def run(options: argparse.Namespace) -> None:
             options.seed,
             options.varied_seqlen,
         )
-    settings = SlicingOptions(dtype, device, options.orientation, options.signal, options.signals, options.seed)
+    settings = SlicingOptions(
+        dtype, device, options.orientation, options.signal, options.signals, options.seed
+    )
     sliced, report = slice_model(model, config, batches, settings, progress)
     if model.generation_config is not None:
         sliced.generation_config = model.generation_config
