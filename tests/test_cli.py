@@ -266,7 +266,7 @@ def test_bad_text(folder, tmp_path, capsys, content, message):
         ),
         message,
     )
-    assert_error(bad(capsys, "eval", folder, "--data", file), "empty|text|window")
+    assert_error(bad(capsys, "eval", folder, "--data", file, "--seqlen", "64"), "empty|text|window")
     assert [path.name for path in tmp_path.iterdir()] == ["data.txt"]
 
 
