@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slicegpt.calibration import calibration_hash, load_documents, sample_batches
+from slicegpt.calibration import load_documents, sample_batches
 from slicegpt.checkpoint import save_sliced
 from slicegpt.errors import SliceGPTError
 from slicegpt.evaluate import perplexity
@@ -15,7 +15,7 @@ from slicegpt.families import canonical_fields
 from slicegpt.loading import load_dense
 from slicegpt.plots import plot_spectra
 from slicegpt.progress import Progress
-from slicegpt.record import slicing_record
+from slicegpt.record import calibration_record, slicing_record
 from slicegpt.schedule import Shape, plan_for_parameters
 from slicegpt.sizes import format_bytes
 from slicegpt.slicing import SlicingOptions, slice_model
@@ -103,6 +103,7 @@ def run_demo(options: argparse.Namespace) -> None:
         advance(1)
     train, test = (load_documents(options.data, split) for split in ("train", "test"))
     batches = sample_batches(train, tokenizer, options.nsamples, options.seqlen, 8, SEED)
+    calibration = calibration_record(options.data, options.nsamples, options.seqlen, SEED, batches)
     fields = canonical_fields(model)
     rows, records = [measure("dense", model, tokenizer, test, options, progress)], {}
     for size in options.params:
@@ -111,13 +112,6 @@ def run_demo(options: argparse.Namespace) -> None:
         config = plan_for_parameters(fields, int(size * fields["source_parameters"]), Shape(round_to=8))
         sliced, report = slice_model(model, config, batches, SlicingOptions(), progress)
         sliced.generation_config = model.generation_config
-        calibration = {
-            "source": options.data,
-            "nsamples": options.nsamples,
-            "seqlen": options.seqlen,
-            "seed": SEED,
-            "sha256": calibration_hash(batches),
-        }
         records[label] = slicing_record(sliced, report, SlicingOptions(), options.model, calibration)
         save_sliced(sliced, tokenizer, records[label], folder / f"params-{size:g}", overwrite=True)
         rows.append(

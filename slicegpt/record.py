@@ -3,11 +3,13 @@
 import datetime
 import math
 import platform
+from collections.abc import Sequence
 
 import torch
 import transformers
 
 import slicegpt
+from slicegpt.calibration import CalibrationBatch, calibration_hash
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.sizes import boundary_report, decoder_parameters, stored_parameters
 from slicegpt.slicing import SlicingOptions, SlicingReport
@@ -41,10 +43,18 @@ def versions() -> dict[str, str]:
     }
 
 
+def calibration_record(
+    source: str, nsamples: int, seqlen: int, seed: int, batches: Sequence[CalibrationBatch]
+) -> dict:
+    """Where the calibration tokens came from, and their hash."""
+    sha256 = calibration_hash(batches)
+    return {"source": source, "nsamples": nsamples, "seqlen": seqlen, "seed": seed, "sha256": sha256}
+
+
 def slicing_record(
     model: SlicedForCausalLM, report: SlicingReport, options: SlicingOptions, source: str, calibration: dict
 ) -> dict:
-    """The record of one slicing run; `calibration` tells source, nsamples, seqlen, seed and hash of the tokens.
+    """The record of one slicing run; `calibration` is its `calibration_record`.
 
     Eigenvalues keep six digits: they are for looking at, and full precision would be megabytes.
     """

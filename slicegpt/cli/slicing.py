@@ -104,13 +104,13 @@ def plan_from(options: argparse.Namespace, fields: dict, dtype, shape):
 
 def run(options: argparse.Namespace) -> None:
     # What can be checked without the model is checked before it is loaded.
-    from slicegpt.calibration.sampling import calibration_hash, sample_batches
+    from slicegpt.calibration.sampling import sample_batches
     from slicegpt.calibration.sources import load_documents
     from slicegpt.checkpoint import check_output, check_space, save_sliced
     from slicegpt.families import canonical_fields
     from slicegpt.loading import load_dense
     from slicegpt.progress import Progress
-    from slicegpt.record import size_record, slicing_record
+    from slicegpt.record import calibration_record, size_record, slicing_record
     from slicegpt.schedule import Shape, width_for_slice
     from slicegpt.slicing import SlicingOptions, slice_model
     from slicegpt.table import write_json
@@ -151,13 +151,9 @@ def run(options: argparse.Namespace) -> None:
     sliced, report = slice_model(model, config, batches, settings, progress)
     if model.generation_config is not None:
         sliced.generation_config = model.generation_config
-    calibration = {
-        "source": options.calibration,
-        "nsamples": options.nsamples,
-        "seqlen": options.seqlen,
-        "seed": options.seed,
-        "sha256": calibration_hash(batches),
-    }
+    calibration = calibration_record(
+        options.calibration, options.nsamples, options.seqlen, options.seed, batches
+    )
     record = slicing_record(sliced, report, settings, options.model, calibration)
     with step(progress, f"saving {options.output}"):
         save_sliced(sliced, tokenizer, record, path, options.overwrite, options.max_shard_size)
