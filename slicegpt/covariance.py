@@ -1,5 +1,7 @@
 """The covariance of a stream over the calibration tokens, accumulated in float64."""
 
+from collections.abc import Iterable
+
 import torch
 
 from slicegpt.ops import gram_
@@ -31,3 +33,18 @@ class Covariance:
             inverse = 1 / (rows.double().square().mean(dim=-1) + self.eps)
             weight = inverse if weight is None else torch.where(weight, inverse, 0.0)
         gram_(self.matrix, rows, weight)
+
+    def add_prior(self, blocks: Iterable[torch.Tensor], weight: float) -> None:
+        """Add `weight` times the covariance of other rows, scaled to the trace of what was added so far.
+
+        So the prior counts as much as `weight` times the tokens seen, whatever its rows' number or length.
+
+        Args:
+            blocks: the rows, [n, D] at a time.
+        """
+        prior = Covariance(len(self.matrix), self.signal, self.eps, self.matrix.device)
+        for rows in blocks:
+            prior.add(rows, None)
+        trace = prior.matrix.trace()
+        if trace > 0:
+            self.matrix += (weight * self.matrix.trace() / trace) * prior.matrix

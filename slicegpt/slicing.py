@@ -21,7 +21,7 @@ from slicegpt.covariance import SIGNALS, Covariance
 from slicegpt.eigensolver import leading_eigenvectors
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint, DenseLayer, checkpoint_of
-from slicegpt.folding import centre, fold_head, named, reader_state, rotate_table, writer_state
+from slicegpt.folding import TABLE_ROWS, centre, fold_head, named, reader_state, rotate_table, writer_state
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM, SlicedModel, WeightlessRMSNorm
 from slicegpt.modeling.layers import SlicedAttention, SlicedMLP, SlicedRotaryEmbedding
 from slicegpt.progress import Progress
@@ -40,6 +40,8 @@ class SlicingOptions:
         signal: "residual" or "normalized": what the covariance is taken of.
         place: "auto", "device" or "host": where the stream is kept.
         seed: of the random orientation.
+        vocabulary_prior: the embedding's basis is chosen from the calibration tokens and, this much beside them,
+            from the whole vocabulary, so that tokens which the text never shows keep their embeddings.
     """
 
     dtype: torch.dtype = torch.float32
@@ -48,6 +50,7 @@ class SlicingOptions:
     signal: str = "residual"
     place: str = "auto"
     seed: int = 42
+    vocabulary_prior: float = 0.0
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -56,6 +59,10 @@ class SlicingOptions:
         ):
             if value not in allowed:
                 raise SliceGPTError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
+        if not 0 <= self.vocabulary_prior < float("inf"):
+            raise SliceGPTError(
+                f"--vocabulary-prior: must be a weight of at least 0, got {self.vocabulary_prior}"
+            )
 
 
 @dataclass
@@ -276,6 +283,11 @@ class Slicer:
         covariance = self.new_covariance(0)
         with self.stage("signals"):
             self.start_stream(covariance)
+        if covariance is not None and self.options.vocabulary_prior:
+            with self.stage("covariance"):
+                pieces = self.checkpoint.embedding.split(TABLE_ROWS)
+                rows = (centre(piece.to(device), self.mean_subtraction) for piece in pieces)
+                covariance.add_prior(rows, self.options.vocabulary_prior)
         basis, _ = self.choose_basis(0, self.check_finite(covariance, "the embedding"), None)
         with self.stage("rotation"):
             table, positions = self.checkpoint.embedding, self.checkpoint.positions
