@@ -4,15 +4,18 @@ All rates are dense (no structured sparsity). Tensor cores count where they exis
 B200.
 """
 
+import os
 import time
 from dataclasses import dataclass
 
 import torch
 
+from slicegpt.errors import SliceGPTError
+
 
 @dataclass(frozen=True)
 class Device:
-    """fp64, fp32, half (fp16 or bf16, summed in float32): TFLOP/s; int8: TOPS; bandwidth: GB/s."""
+    """fp64, fp32, half (fp16 or bf16, summed in float32): TFLOP/s; int8: TOPS; bandwidth: GB/s; memory: GiB."""
 
     name: str
     capability: tuple[int, int] | None
@@ -21,17 +24,20 @@ class Device:
     half: float
     int8: float
     bandwidth: float
+    memory: float
     source: str
 
 
 DEVICES = (
-    Device("B200", (10, 0), 40, 80, 2250, 4500, 8000, "NVIDIA HGX B200 data sheet, 2024"),
-    Device("H200", (9, 0), 66.9, 66.9, 989.4, 1979, 4800, "NVIDIA H200 data sheet, SXM, 2023"),
-    Device("H100 SXM", (9, 0), 66.9, 66.9, 989.4, 1979, 3350, "NVIDIA H100 data sheet, SXM5, 2023"),
-    Device("A100 80GB", (8, 0), 19.5, 19.5, 312, 624, 2039, "NVIDIA A100 80GB data sheet, SXM4, 2021"),
-    Device("A100 40GB", (8, 0), 19.5, 19.5, 312, 624, 1555, "NVIDIA A100 architecture white paper, 2020"),
-    Device("RTX 4090", (8, 9), 1.29, 82.6, 165.2, 660.6, 1008, "NVIDIA Ada architecture white paper, 2022"),
-    Device("Quadro RTX 6000", (7, 5), 0.51, 16.3, 130.5, 261, 672, "NVIDIA Turing white paper, 2018"),
+    Device("B200", (10, 0), 40, 80, 2250, 4500, 8000, 180, "NVIDIA HGX B200 data sheet, 2024"),
+    Device("H200", (9, 0), 66.9, 66.9, 989.4, 1979, 4800, 140, "NVIDIA H200 data sheet, SXM, 2023"),
+    Device("H100 SXM", (9, 0), 66.9, 66.9, 989.4, 1979, 3350, 80, "NVIDIA H100 data sheet, SXM5, 2023"),
+    Device("A100 80GB", (8, 0), 19.5, 19.5, 312, 624, 2039, 80, "NVIDIA A100 80GB data sheet, SXM4, 2021"),
+    Device("A100 40GB", (8, 0), 19.5, 19.5, 312, 624, 1555, 40, "NVIDIA A100 architecture white paper, 2020"),
+    Device(
+        "RTX 4090", (8, 9), 1.29, 82.6, 165.2, 660.6, 1008, 24, "NVIDIA Ada architecture white paper, 2022"
+    ),
+    Device("Quadro RTX 6000", (7, 5), 0.51, 16.3, 130.5, 261, 672, 24, "NVIDIA Turing white paper, 2018"),
 )
 
 # Parts of torch.cuda.get_device_name(), in order: the first that match decide.
@@ -46,8 +52,24 @@ _PRODUCT_NAMES = (
 )
 
 
+# What people type.
+ALIASES = {
+    "b200": "B200",
+    "h200": "H200",
+    "h100": "H100 SXM",
+    "a100-80": "A100 80GB",
+    "a100-40": "A100 40GB",
+    "rtx-4090": "RTX 4090",
+    "rtx-6000": "Quadro RTX 6000",
+}
+
+
 def device_named(name: str) -> Device:
-    return next(device for device in DEVICES if device.name == name)
+    """The device of this name or alias."""
+    for device in DEVICES:
+        if device.name == ALIASES.get(name.lower(), name):
+            return device
+    raise SliceGPTError(f"--device: must be one of {', '.join(ALIASES)}, got {name!r}")
 
 
 def device_of_product(product: str) -> Device | None:
@@ -74,9 +96,10 @@ def measured_cpu(size: int = 2048, copy_bytes: int = 1 << 28) -> Device:
     source = torch.ones(copy_bytes, dtype=torch.uint8)
     target = torch.empty_like(source)
     bandwidth = 2 * copy_bytes / _best_seconds(lambda: target.copy_(source)) / 1e9
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     measured = f"measured with {torch.get_num_threads()} threads"
     float32 = peaks[torch.float32]
-    return Device("this CPU", None, peaks[torch.float64], float32, float32, 0.0, bandwidth, measured)
+    return Device("this CPU", None, peaks[torch.float64], float32, float32, 0.0, bandwidth, memory, measured)
 
 
 def _best_seconds(function) -> float:

@@ -1,13 +1,13 @@
-"""The command line: `slicegpt slice | eval | generate | info | env | demo`."""
+"""The command line: `slicegpt slice | eval | generate | info | bench | env | demo`."""
 
 import argparse
 import logging
 import sys
 
-from slicegpt.cli import demo, env, evaluation, generation, info, slicing
+from slicegpt.cli import benchmark, demo, env, evaluation, generation, info, slicing
 from slicegpt.errors import SliceGPTError
 
-COMMANDS = (slicing, evaluation, generation, info, env, demo)
+COMMANDS = (slicing, evaluation, generation, info, benchmark, env, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:
