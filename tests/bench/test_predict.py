@@ -79,7 +79,7 @@ def test_largest_batch_is_the_last_that_fits():
 
 def test_token_times_are_reproduced():
     """The project's own bar: every row of Table 2 within 15 %. The memory alone gives the published number of GPUs,
-    but for one row that took one more: layers are whole, and 80 of them do not divide evenly over 6 cards."""
+    but for one row that was run on one more than it asks."""
     rows = predict.reproduce_token_times()
     assert len(rows) == 8
     assert all(abs(row["error %"]) < 15 for row in rows)
