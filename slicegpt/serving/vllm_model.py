@@ -1,0 +1,48 @@
+"""The sliced network inside vLLM: its Transformers back end, with pipeline stages that know their widths.
+
+vLLM builds `slicegpt.modeling`'s own network and replaces its parts: QKV and gate/up become one product each, the
+norms its RMSNorm, the linear layers its sharded ones, attention its paged one. What it cannot know is that the
+residual stream changes its width on the way; this file tells it.
+"""
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.models.utils import PPMissingLayer, make_empty_intermediate_tensors_factory
+
+from slicegpt.modeling import SlicedConfig
+
+
+def entry_boundary(config: SlicedConfig, layer: int) -> int:
+    """The boundary before layer `layer`; `layer = num_hidden_layers` gives the last one."""
+    return layer if config.parallel_blocks else 2 * layer
+
+
+def pass_stream(inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """What embeds on a later pipeline stage: it receives the stream itself, projected and positioned already."""
+    return inputs_embeds
+
+
+class SlicedForVLLM(TransformersForCausalLM):
+    """`SlicedForCausalLM` on vLLM's layers, with tensor and pipeline parallelism."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config, group = self.text_config, self.pp_group
+        first_layer, _ = get_pp_indices(config.num_hidden_layers, group.rank_in_group, group.world_size)
+        width = config.boundary_widths[entry_boundary(config, first_layer)]
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states"], width
+        )
+
+    def pipeline_parallel(self) -> None:
+        """Besides what the plan lists: projections and learned positions belong to the first and last stage only."""
+        super().pipeline_parallel()
+        if not self.pp_group.is_first_rank:
+            self.model.embed_projection = PPMissingLayer()
+            if self.model.embed_positions is not None:
+                self.model.embed_positions = PPMissingLayer()
+            self.model.embed = pass_stream
+        if not self.pp_group.is_last_rank:
+            self.model.head_projection = PPMissingLayer()
