@@ -1,7 +1,19 @@
 """Text in, token batches out: where documents come from and how calibration samples are drawn from them."""
 
+from slicegpt.calibration.mixture import Calibration, Source, load_sources, parse_sources, sample_sources
 from slicegpt.calibration.sampling import CalibrationBatch, calibration_hash, sample_batches
 from slicegpt.calibration.sources import load_documents
 from slicegpt.calibration.tokens import encode_text
 
-__all__ = ["CalibrationBatch", "calibration_hash", "encode_text", "load_documents", "sample_batches"]
+__all__ = [
+    "Calibration",
+    "CalibrationBatch",
+    "Source",
+    "calibration_hash",
+    "encode_text",
+    "load_documents",
+    "load_sources",
+    "parse_sources",
+    "sample_batches",
+    "sample_sources",
+]

@@ -54,14 +54,33 @@ def sample_batches(
     Raises:
         SliceGPTError: an argument is out of range, or the text is too short.
     """
-    for name, value in {"nsamples": nsamples, "seqlen": seqlen, "batch_size": batch_size}.items():
-        if value < 1:
-            raise SliceGPTError(f"sample_batches: {name} must be at least 1, got {value}")
+    check_positive(nsamples=nsamples, seqlen=seqlen, batch_size=batch_size)
+    samples = draw_samples(documents, tokenizer, nsamples, seqlen, seed, varied_seqlen)
+    return collate(samples, tokenizer, batch_size)
+
+
+def draw_samples(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    varied_seqlen: bool,
+) -> list[torch.Tensor]:
+    """Draw calibration samples, int64 [s] each, as `sample_batches` does."""
+    check_positive(nsamples=nsamples, seqlen=seqlen)
     generator = torch.Generator().manual_seed(seed)
     draw = _draw_documents if varied_seqlen else _draw_windows
-    samples = draw(documents, tokenizer, nsamples, seqlen, generator)
+    return draw(documents, tokenizer, nsamples, seqlen, generator)
+
+
+def collate(
+    samples: Sequence[torch.Tensor], tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[CalibrationBatch]:
+    """Put samples into batches of `batch_size`, in order."""
+    check_positive(batch_size=batch_size)
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    return [_collate(samples[i : i + batch_size], padding) for i in range(0, nsamples, batch_size)]
+    return [_collate(samples[i : i + batch_size], padding) for i in range(0, len(samples), batch_size)]
 
 
 def calibration_hash(batches: Sequence[CalibrationBatch]) -> str:
@@ -73,6 +92,13 @@ def calibration_hash(batches: Sequence[CalibrationBatch]) -> str:
             digest.update(len(sample).to_bytes(8, "little"))
             digest.update(sample.tobytes())
     return digest.hexdigest()
+
+
+def check_positive(**values: int) -> None:
+    """One clear error for the first of `values` that is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise SliceGPTError(f"sample_batches: {name} must be at least 1, got {value}")
 
 
 def _draw_windows(

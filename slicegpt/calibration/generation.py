@@ -1,0 +1,155 @@
+"""Calibration text that the dense model writes itself, for where no text is at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from slicegpt.errors import SliceGPTError
+from slicegpt.progress import Progress
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the model is sampled.
+
+    Attributes:
+        temperature: the logits are divided by it.
+        min_p: tokens less probable than this fraction of the most probable one are never drawn.
+        batch_size: sequences written at a time. The weights are read once a token of all of them.
+    """
+
+    temperature: float = 1.0
+    min_p: float = 0.0
+    batch_size: int = 128
+
+    def __post_init__(self):
+        if not 0 < self.temperature < float("inf"):
+            raise SliceGPTError(f"SamplingSettings: temperature must be above 0, got {self.temperature}")
+        if not 0 <= self.min_p < 1:
+            raise SliceGPTError(f"SamplingSettings: min_p must lie in [0, 1), got {self.min_p}")
+        if self.batch_size < 1:
+            raise SliceGPTError(f"SamplingSettings: batch_size must be at least 1, got {self.batch_size}")
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values in buffers of their final length: transformers' own layer copies all of them every token."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.buffers = [
+            states.new_empty(*states.shape[:-2], self.length, states.shape[-1])
+            for states in (key_states, value_states)
+        ]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = start + key_states.shape[-2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., start:end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def _cache(model: PreTrainedModel, length: int) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    # Sliding layers keep their own, which drops what has left the window.
+    cache.layers = [_GrowingLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+@torch.no_grad()
+def continue_tokens(
+    model: PreTrainedModel,
+    starts: torch.Tensor,
+    length: int,
+    generator: torch.Generator,
+    settings: SamplingSettings | None = None,
+    banned: torch.Tensor | None = None,
+    advance=lambda count: None,
+) -> torch.Tensor:
+    """Continue `starts` [n, s] to [n, length] by sampling token after token, all sequences at once.
+
+    Args:
+        banned: ids [k] that are never drawn (special tokens, which would end the text).
+        advance: called with 1 after every token.
+    """
+    settings = settings or SamplingSettings()
+    ids = torch.empty(len(starts), length, dtype=torch.int64, device=starts.device)
+    known = min(starts.shape[1], length)
+    ids[:, :known] = starts[:, :known]
+    cache, fed = _cache(model, length), 0
+    for position in range(known, length):
+        output = model(ids[:, fed:position], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        fed = position
+        ids[:, position] = _draw(output.logits[:, -1], generator, settings, banned)
+        advance(1)
+    return ids
+
+
+def _draw(
+    logits: torch.Tensor, generator: torch.Generator, settings: SamplingSettings, banned: torch.Tensor | None
+) -> torch.Tensor:
+    """One id a row of `logits` [n, V], by inversion: a uniform number against the summed probabilities."""
+    logits = logits.float() / settings.temperature
+    if banned is not None:
+        logits[:, banned] = -torch.inf
+    probabilities = logits.softmax(dim=-1)
+    if settings.min_p:
+        floor = settings.min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = torch.where(probabilities < floor, 0.0, probabilities)
+    # Float64: float32 sums over 10^5 tokens would lose the rare ones, which are what sampling is for.
+    sums = probabilities.double().cumsum(dim=-1)
+    uniform = torch.rand(len(sums), 1, dtype=torch.float64, generator=generator).to(sums.device)
+    drawn = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
+    return drawn.squeeze(-1).clamp(max=sums.shape[-1] - 1)
+
+
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Ids [n] of the tokens that stand for text: all but the special ones."""
+    special = set(tokenizer.all_special_ids) | {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    return torch.tensor([index for index in range(len(tokenizer)) if index not in special])
+
+
+def generate_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int = 42,
+    settings: SamplingSettings | None = None,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Let the model write calibration text: int64 [nsamples, seqlen], on the CPU; the same seed, the same text.
+
+    Every sample starts from another token of the vocabulary, drawn uniformly, and special tokens are never
+    drawn, so that the samples are full of text.
+    """
+    settings = settings or SamplingSettings()
+    generator = torch.Generator().manual_seed(seed)
+    device = model.get_input_embeddings().weight.device
+    ordinary = ordinary_tokens(tokenizer)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    banned = torch.ones(vocabulary, dtype=torch.bool)
+    banned[ordinary] = False
+    starts = ordinary[torch.randint(len(ordinary), (nsamples, 1), generator=generator)]
+    report, pieces = progress or Progress(quiet=True), starts.split(settings.batch_size)
+    with report.stage("sampling the model", len(pieces) * (seqlen - 1), "tokens") as advance:
+        written = [
+            continue_tokens(model, piece.to(device), seqlen, generator, settings, banned.to(device), advance)
+            for piece in pieces
+        ]
+    return torch.cat(written).cpu()

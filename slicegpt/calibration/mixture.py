@@ -1,0 +1,186 @@
+"""Calibration samples from several sources: `a.txt:2,b.jsonl:1`, with text that the model writes among them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slicegpt.calibration.generation import generate_samples, ordinary_tokens
+from slicegpt.calibration.sampling import CalibrationBatch, check_positive, collate, draw_samples
+from slicegpt.calibration.sources import load_documents
+from slicegpt.errors import SliceGPTError
+from slicegpt.progress import Progress
+
+SELF = "self"  # text sampled from the dense model
+RANDOM_TOKENS = "random-tokens"  # tokens drawn uniformly from the vocabulary
+GENERATED = (SELF, RANDOM_TOKENS)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of calibration text.
+
+    Attributes:
+        name: as `load_documents` takes it, or one of `GENERATED`.
+        weight: its share of the samples, relative to the other sources' weights.
+        documents: its text; None where samples are generated.
+    """
+
+    name: str
+    weight: float = 1.0
+    documents: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration samples, and which source gave how many of them.
+
+    Attributes:
+        batches: all samples.
+        sources: `[{name, weight, nsamples, tokens}]`.
+    """
+
+    batches: list[CalibrationBatch]
+    sources: list[dict]
+
+
+def parse_sources(spec: str) -> list[tuple[str, float]]:
+    r"""Return names and weights of `NAME[:WEIGHT][,NAME[:WEIGHT]]...`.
+
+    A spec that names an existing file or folder is that one, whatever is in its name; so is a part of it. In
+    other cases `\,` and `\:` stand for a comma and a colon of the name itself.
+
+    Raises:
+        SliceGPTError: a name is empty or given twice, or a weight is not above 0.
+    """
+    parts = [spec] if Path(spec).exists() else re.split(r"(?<!\\),", spec)
+    sources = []
+    for part in parts:
+        name, weight = part, 1.0
+        match = None if Path(part).exists() else re.fullmatch(r"(.*)(?<!\\):([^:/\\]*)", part, re.DOTALL)
+        if match:
+            name = match[1]
+            try:
+                weight = float(match[2])
+            except ValueError:
+                raise SliceGPTError(
+                    f"--calibration: the weight of {name} must be a number, got {match[2]!r} "
+                    r"(write \: for a colon in a name)"
+                ) from None
+            if not 0 < weight < float("inf"):
+                raise SliceGPTError(f"--calibration: the weight of {name} must be above 0, got {match[2]}")
+        name = name.replace(r"\,", ",").replace(r"\:", ":")
+        if not name:
+            raise SliceGPTError(f"--calibration: a source without a name in {spec!r}")
+        sources.append((name, weight))
+    names = [name for name, _ in sources]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SliceGPTError(f"--calibration: {twice} is named twice; give it one weight")
+    return sources
+
+
+def load_sources(spec: str, text_column: str | None = None) -> list[Source]:
+    """Read the documents of a `--calibration` value; what the model will write comes later.
+
+    Args:
+        text_column: of the `.jsonl` and `.parquet` files among the sources.
+    """
+    sources = parse_sources(spec)
+    columns = [name for name, _ in sources if Path(name).suffix in (".jsonl", ".parquet")]
+    if text_column is not None and not columns:
+        raise SliceGPTError(f"--text-column: {spec} has no .jsonl or .parquet file, got {text_column!r}")
+    return [
+        Source(
+            name,
+            weight,
+            None
+            if name in GENERATED
+            else load_documents(name, "train", text_column if name in columns else None),
+        )
+        for name, weight in sources
+    ]
+
+
+def share_out(nsamples: int, weights: Sequence[float]) -> list[int]:
+    """Share `nsamples` out in proportion to `weights`: rounded down, the rest to the largest remainders."""
+    quotas = [nsamples * weight / sum(weights) for weight in weights]
+    shares = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(weights)), key=lambda index: (shares[index] - quotas[index], index))
+    for index in by_remainder[: nsamples - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
+def sample_sources(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int = 128,
+    seqlen: int = 2048,
+    batch_size: int = 8,
+    seed: int = 42,
+    varied_seqlen: bool = False,
+    model: PreTrainedModel | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Draw calibration samples from several sources; the same seed draws the same samples.
+
+    Every source's samples are drawn as `sample_batches` draws them, so that no two of them overlap; the samples
+    of all sources are then spread evenly among each other. One source of text alone gives what `sample_batches`
+    gives.
+
+    Args:
+        varied_seqlen: a document a sample, where a source has documents.
+        model: the dense model, needed by the source "self".
+
+    Raises:
+        SliceGPTError: a weight is too small for a single sample, a text is too short, the model is missing.
+    """
+    check_positive(nsamples=nsamples, seqlen=seqlen, batch_size=batch_size)
+    shares = share_out(nsamples, [source.weight for source in sources])
+    drawn: list[list[torch.Tensor]] = []
+    for source, share in zip(sources, shares, strict=True):
+        if not share:
+            raise SliceGPTError(
+                f"--calibration: {source.name}'s weight leaves it none of {nsamples} samples; "
+                "raise it, or nsamples"
+            )
+        if source.name == SELF:
+            if model is None:
+                raise SliceGPTError("sample_sources: the source 'self' needs the dense model, got None")
+            drawn.append(list(generate_samples(model, tokenizer, share, seqlen, seed, progress=progress)))
+        elif source.name == RANDOM_TOKENS:
+            drawn.append(_random_tokens(tokenizer, share, seqlen, seed))
+        else:
+            try:
+                drawn.append(draw_samples(source.documents, tokenizer, share, seqlen, seed, varied_seqlen))
+            except SliceGPTError as error:
+                raise SliceGPTError(f"{source.name}: {error}" if len(sources) > 1 else str(error)) from error
+    # Interleaved: any stretch of the samples holds every source in its proportion.
+    places = [((j + 0.5) / share, i, j) for i, share in enumerate(shares) for j in range(share)]
+    samples = [drawn[i][j] for _, i, j in sorted(places)]
+    if varied_seqlen:
+        samples.sort(key=len, reverse=True)
+    record = [
+        {
+            "name": source.name,
+            "weight": source.weight,
+            "nsamples": len(part),
+            "tokens": sum(map(len, part)),
+        }
+        for source, part in zip(sources, drawn, strict=True)
+    ]
+    return Calibration(collate(samples, tokenizer, batch_size), record)
+
+
+def _random_tokens(
+    tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+) -> list[torch.Tensor]:
+    ids = ordinary_tokens(tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    return list(ids[torch.randint(len(ids), (nsamples, seqlen), generator=generator)])
