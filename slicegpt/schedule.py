@@ -1,6 +1,6 @@
 """How wide every boundary is: from a slicing fraction, a true size to reach, or a list of widths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -130,8 +130,14 @@ def plan(fields: dict, widths: Sequence[int], shape: Shape | None = None) -> Sli
     )
 
 
-def plan_for_parameters(fields: dict, target: int, shape: Shape) -> SlicedConfig:
-    """The widest constant width whose model stores at most `target` elements (a multiple of `round_to`, or D)."""
+def plan_for_parameters(
+    fields: dict, target: int, shape: Shape, count: Callable[[SlicedConfig], int] = stored_parameters
+) -> SlicedConfig:
+    """The widest constant width whose model stores at most `target` elements (a multiple of `round_to`, or D).
+
+    Args:
+        count: what is counted: `stored_parameters`, or `decoder_parameters` for the layers alone.
+    """
     dense_width, step = fields["dense_hidden_size"], shape.round_to
     first = -(-head_dim(fields) // step)
     widths = [step * k for k in range(first, -(-dense_width // step))] + [dense_width]
@@ -140,7 +146,7 @@ def plan_for_parameters(fields: dict, target: int, shape: Shape) -> SlicedConfig
     def size(index: int) -> int:
         if index not in plans:
             config = plan(fields, constant_widths(fields, widths[index], shape.slice_head), shape)
-            plans[index] = (stored_parameters(config), config)
+            plans[index] = (count(config), config)
         return plans[index][0]
 
     if size(0) > target:
