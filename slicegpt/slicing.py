@@ -23,7 +23,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint, DenseLayer, checkpoint_of
 from slicegpt.folding import TABLE_ROWS, centre, fold_head, named, reader_state, rotate_table, writer_state
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM, SlicedModel, WeightlessRMSNorm
-from slicegpt.modeling.layers import SlicedAttention, SlicedMLP, SlicedRotaryEmbedding
+from slicegpt.modeling.layers import SlicedAttention, SlicedRotaryEmbedding, build_mlp
 from slicegpt.progress import Progress
 from slicegpt.rotation import ORIENTATIONS, align, random_orthogonal
 from slicegpt.signals import Signals
@@ -123,7 +123,7 @@ class LiftedBlock(nn.Module):
             if "attention" in block.parts:
                 self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width)
             if "mlp" in block.parts:
-                self.parts["mlp"] = SlicedMLP(config, width, dense_width)
+                self.parts["mlp"] = build_mlp(config, width, dense_width)
         for part, state in states.items():
             self.parts[part].load_state_dict(state, assign=True)
         self.norm = WeightlessRMSNorm(width, config.boundary_eps(block.index))

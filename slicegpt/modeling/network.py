@@ -23,9 +23,9 @@ from .layers import (
     CompactShortcut,
     FinalNorm,
     SlicedAttention,
-    SlicedMLP,
     SlicedRotaryEmbedding,
     WeightlessRMSNorm,
+    build_mlp,
     build_shortcut,
 )
 
@@ -46,7 +46,7 @@ class SlicedDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = SlicedAttention(config, layer_idx, entry, middle)
         self.attention_shortcut = build_shortcut(config, block)
         self.mlp_norm = build_norm(config, block + 1)
-        self.mlp = SlicedMLP(config, middle, leave)
+        self.mlp = build_mlp(config, middle, leave)
         self.mlp_shortcut = build_shortcut(config, block + 1)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -70,7 +70,7 @@ class SlicedParallelDecoderLayer(GradientCheckpointingLayer):
         entry, leave = config.boundary_widths[layer_idx : layer_idx + 2]
         self.input_norm = build_norm(config, layer_idx)
         self.self_attn = SlicedAttention(config, layer_idx, entry, leave)
-        self.mlp = SlicedMLP(config, entry, leave)
+        self.mlp = build_mlp(config, entry, leave)
         self.shortcut = build_shortcut(config, layer_idx)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
