@@ -1,6 +1,7 @@
 """Plain-PyTorch implementations of the operators: for the CPU, and what the kernels are compared with."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, float64
 
 # One chunk of X is upcast at a time, 32 MiB in float64: about a server's last-level cache. Below 1024 tokens a
@@ -49,3 +50,72 @@ def _finish_symmetric(C: Tensor, block: int) -> None:
         diagonal = C[i:j, i:j]
         diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
         C[j:, i:j] = C[i:j, j:].T
+
+
+# --- the fused residual-rotation GEMMs ----------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+GATED = {f"{name}_gated": ACTIVATIONS[name] for name in ("silu", "gelu", "gelu_tanh")}
+
+# Columns of the stream that one entry of `sumsq` covers.
+SUMSQ_COLUMNS = 32
+
+
+def norm_linear(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sumsq: Tensor | None,
+    n_scaled: int,
+    activation: str,
+    divisor: float,
+    eps: float,
+) -> Tensor:
+    """`[act(rms(h) Wᵀ + bias) | h Fᵀ]` in float64, rounded once to h's dtype; see `slicegpt.ops.norm_linear`."""
+    product = h.double() @ weight.double().mT
+    sums = h.double().square() if sumsq is None else sumsq.double()
+    scale = (sums.sum(dim=1, keepdim=True) / divisor + eps).rsqrt()
+    pre = product[:, :n_scaled] * scale
+    if bias is not None:
+        pre += bias.double()
+    return torch.cat((activate(pre, activation), product[:, n_scaled:]), dim=1).to(h.dtype)
+
+
+def activate(pre: Tensor, activation: str) -> Tensor:
+    """The activation of [..., n], of n / 2 columns where it is gated: `act(first half) * second half`."""
+    if activation in GATED:
+        gate, up = pre.chunk(2, dim=-1)
+        return GATED[activation](gate) * up
+    return ACTIVATIONS[activation](pre)
+
+
+def rotate_add(
+    a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`h Sᵀ + a Wᵀ + bias` in float64, rounded once, and its sums of squares; see `slicegpt.ops.rotate_add`."""
+    total = a.double() @ weight.double().mT
+    if shortcut is None:
+        total[:, : h.shape[1]] += h.double()
+    else:
+        total += h.double() @ shortcut.double().mT
+    if bias is not None:
+        total += bias.double()
+    h_next = total.to(h.dtype)
+    return h_next, block_sums_of_squares(h_next.double()).to(sumsq_dtype(h.dtype))
+
+
+def block_sums_of_squares(h: Tensor) -> Tensor:
+    """[T, d] -> [T, ceil(d / 32)]: the sum of squares over every 32 columns, in h's dtype."""
+    padded = F.pad(h, (0, -h.shape[1] % SUMSQ_COLUMNS))
+    return padded.square().unflatten(1, (-1, SUMSQ_COLUMNS)).sum(dim=2)
+
+
+def sumsq_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the sums of squares of a stream: float32, float64 for a float64 stream."""
+    return torch.promote_types(dtype, torch.float32)

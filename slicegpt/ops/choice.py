@@ -1,0 +1,76 @@
+"""Which implementation a fused GEMM (`norm_linear`, `rotate_add`) takes: CUDA for decode, Triton, torch's GEMMs."""
+
+from functools import lru_cache
+
+import torch
+
+from slicegpt.errors import SliceGPTError
+from slicegpt.ops.registration import logger, triton_is_available
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Up to so many rows a product is bound by reading its weights, which the CUDA kernels do once; above, Triton's.
+DECODE_ROWS = 16
+
+
+def is_supported(
+    op: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    rows: int,
+    backend: str = "auto",
+) -> bool:
+    """Whether `op` ("norm_linear", "rotate_add") runs for `rows` rows of this dtype on a device (None: a CPU).
+
+    Every width and every activation is supported wherever the dtype is.
+    """
+    return any(
+        _implements(name, op, capability, dtype, rows) for name in _candidates(backend, capability, rows)
+    )
+
+
+def choose(op: str, backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, rows: int) -> str:
+    """The implementation that will run: "cuda", "triton", "torch" or "reference"."""
+    return _choose(op, backend, capability, dtype, min(rows, DECODE_ROWS + 1))
+
+
+@lru_cache
+def _choose(op: str, backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, rows: int) -> str:
+    """Cached, so that each class of calls is logged once."""
+    device = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+    for name in _candidates(backend, capability, rows):
+        if _implements(name, op, capability, dtype, rows):
+            size = f"at most {DECODE_ROWS}" if rows <= DECODE_ROWS else f"more than {DECODE_ROWS}"
+            logger.info("%s: %s, %s rows on %s: %s", op, dtype, size, device, name)
+            return name
+    raise SliceGPTError(f"{op}: backend {backend!r} does not take {dtype}, {rows} rows on {device}")
+
+
+def _candidates(backend: str, capability: tuple[int, int] | None, rows: int) -> tuple[str, ...]:
+    if backend != "auto":
+        return (backend,)
+    if capability is None:
+        return ("torch",)
+    return ("cuda", "triton", "torch") if rows <= DECODE_ROWS else ("triton", "torch")
+
+
+def _implements(
+    name: str, op: str, capability: tuple[int, int] | None, dtype: torch.dtype, rows: int
+) -> bool:
+    if dtype not in DTYPES:
+        return False
+    if name in ("torch", "reference"):
+        return True
+    if capability is None:
+        return False
+    if name == "cuda":
+        from slicegpt.ops import cuda, cuda_decode
+
+        return cuda.is_available() and cuda_decode.is_supported(capability, dtype, rows)
+    if not triton_is_available():
+        return False
+    if op == "norm_linear":
+        from slicegpt.kernels.norm_linear import is_supported as triton_supports
+    else:
+        from slicegpt.kernels.rotate_add import is_supported as triton_supports
+    return triton_supports(capability, dtype)

@@ -1,0 +1,115 @@
+"""`rotate_add`: a block's output projection, its shortcut and the residual sum in one GEMM."""
+
+import torch
+from torch import Tensor
+
+from slicegpt import reference
+from slicegpt.ops import choice, library_gemm
+from slicegpt.ops.registration import bad, device_capability, register, requested_backend
+
+OP = "rotate_add"
+
+
+def rotate_add(
+    a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`h_next = a Wᵀ + h Sᵀ + bias`, and the sums of squares of its rows for the norm that follows.
+
+    With a dense shortcut, two sources and one accumulator. Without one, h itself is added (padded with zero columns
+    where the next boundary is wider). That is an identity shortcut, and a compact one `S = I - F Fᵀ` as well: pass
+    `a = [a | z]`, `z = h F` from `norm_linear`, and `weight = [W_out | -F]`. Sums are kept in float32 and rounded
+    once (on a CPU, 16-bit ones a second time, after `h Sᵀ + bias`). The same call gives the same bits.
+
+    Args:
+        a: [T, K] float16, bfloat16, float32 or float64, what the block computed; unit column stride, T may be 0.
+        weight: [d', K], a's dtype, as `nn.Linear` stores it.
+        h: [T, d], a's dtype, the stream before the block; unit column stride.
+        shortcut: [d', d], a's dtype (as `nn.Linear` stores it), or None, which needs d' >= d.
+        bias: [d'], a's dtype, or None.
+
+    Returns:
+        h_next: [T, d'] of a's dtype.
+        sumsq: [T, ceil(d' / 32)] float32 (float64 for a float64 stream): the sums of squares of h_next as it is
+            stored, over every 32 columns.
+
+    Raises:
+        SliceGPTError: an argument has the wrong shape, dtype, device or layout, or the requested backend
+            (environment variable SLICEGPT_BACKEND) cannot do it.
+    """
+    return _operator(a, weight, h, shortcut, bias)
+
+
+def is_supported(
+    capability: tuple[int, int] | None, dtype: torch.dtype, rows: int = 1, backend: str = "auto"
+) -> bool:
+    """Whether `rotate_add` takes `rows` rows of this dtype on a device (None: a CPU) with a backend present here."""
+    return choice.is_supported(OP, capability, dtype, rows, backend)
+
+
+def _check(a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None) -> None:
+    """What can be known from the arguments' metadata: also run while tracing."""
+    if a.dim() != 2:
+        raise bad(OP, "a", "be [T, K]", list(a.shape))
+    if a.dtype not in choice.DTYPES:
+        raise bad(OP, "a", "be float16, bfloat16, float32 or float64", a.dtype)
+    if weight.dim() != 2 or weight.shape[1] != a.shape[1]:
+        raise bad(OP, "weight", f"be [d', K] for a's {a.shape[1]} columns", list(weight.shape))
+    if h.dim() != 2 or h.shape[0] != a.shape[0]:
+        raise bad(OP, "h", f"be [T, d] for a's {a.shape[0]} rows", list(h.shape))
+    if shortcut is not None and (
+        shortcut.dim() != 2 or shortcut.shape[0] != weight.shape[0] or shortcut.shape[1] != h.shape[1]
+    ):
+        expected = f"be [d', d] = [{weight.shape[0]}, {h.shape[1]}]"
+        raise bad(OP, "shortcut", expected, list(shortcut.shape))
+    if shortcut is None and weight.shape[0] < h.shape[1]:
+        expected = f"have at least h's {h.shape[1]} columns as rows where there is no shortcut"
+        raise bad(OP, "weight", expected, weight.shape[0])
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise bad(OP, "bias", f"be [d'] = [{weight.shape[0]}]", list(bias.shape))
+    for name, tensor in (("weight", weight), ("h", h), ("shortcut", shortcut), ("bias", bias)):
+        if tensor is not None and tensor.dtype != a.dtype:
+            raise bad(OP, name, f"have a's dtype {a.dtype}", tensor.dtype)
+        if tensor is not None and tensor.device != a.device:
+            raise bad(OP, name, f"be on a's device {a.device}", tensor.device)
+
+
+def _outputs(a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = a.shape[0], weight.shape[0]
+    blocks = (columns + reference.SUMSQ_COLUMNS - 1) // reference.SUMSQ_COLUMNS
+    sums = a.new_empty((rows, blocks), dtype=reference.sumsq_dtype(a.dtype))
+    return a.new_empty((rows, columns)), sums
+
+
+def _fake(a, weight, h, shortcut, bias) -> tuple[Tensor, Tensor]:
+    _check(a, weight, h, shortcut, bias)
+    return _outputs(a, weight)
+
+
+def _run(a, weight, h, shortcut, bias) -> tuple[Tensor, Tensor]:
+    _check(a, weight, h, shortcut, bias)
+    if a.shape[0] == 0 or weight.shape[0] == 0:
+        return _outputs(a, weight)
+    capability = device_capability(a.get_device()) if a.is_cuda else None
+    backend = choice.choose(OP, requested_backend(), capability, a.dtype, a.shape[0])
+    if backend == "torch":
+        return library_gemm.rotate_add(a, weight, h, shortcut, bias)
+    if backend == "reference":
+        return reference.rotate_add(a, weight, h, shortcut, bias)
+    a = a if a.stride(1) == 1 else a.contiguous()
+    h = h if h.stride(1) == 1 else h.contiguous()
+    weight = weight.contiguous()
+    shortcut = None if shortcut is None else shortcut.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if backend == "cuda":
+        from slicegpt.ops.cuda_decode import rotate_add as launch
+    else:
+        from slicegpt.kernels.rotate_add import rotate_add as launch
+    with torch.cuda.device(a.device):
+        return launch(a, weight, h, shortcut, bias)
+
+
+_operator = register(
+    "rotate_add(Tensor a, Tensor weight, Tensor h, Tensor? shortcut, Tensor? bias) -> (Tensor, Tensor)",
+    implementation=_run,
+    fake=_fake,
+)
