@@ -13,6 +13,8 @@ EXTRAS = {
     "gguf": ("gguf", "accelerate"),
     "parquet": ("pyarrow",),
     "plot": ("matplotlib",),
+    "eval": ("lm_eval",),
+    "finetune": ("peft", "accelerate"),
 }
 
 

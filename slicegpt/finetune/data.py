@@ -1,0 +1,102 @@
+"""Token windows to train on, and others, held out, to evaluate on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from slicegpt.calibration import encode_text
+from slicegpt.errors import SliceGPTError
+
+
+class Windows(Dataset):
+    """Rows of an int64 tensor [n, seqlen] as causal language modelling takes them: the labels are the inputs."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Windows of equal length: `train` in random order, `held_out` never trained on."""
+
+    train: Windows
+    held_out: Windows
+
+    def sha256(self) -> str:
+        """A hash of all ids, in order."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part.ids.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def training_text(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int = 1024,
+    nsamples: int | None = None,
+    eval_samples: int = 32,
+    eval_documents: Sequence[str] | None = None,
+    seed: int = 42,
+) -> TrainingText:
+    """Cut the joined documents into windows of `seqlen` tokens that do not overlap, and deal them out at random.
+
+    Args:
+        nsamples: windows to train on (the paper takes 1,000 to 5,000); None takes all.
+        eval_samples: windows to hold out; at most a tenth of the text where that is all there is to choose from.
+        eval_documents: a text of its own to evaluate on; none of `documents` is held out then.
+        seed: the same seed deals the same windows.
+
+    Raises:
+        SliceGPTError: an argument is out of range, or a text is too short.
+    """
+    for name, value, least in (
+        ("seqlen", seqlen, 2),
+        ("nsamples", nsamples, 1),
+        ("eval_samples", eval_samples, 1),
+    ):
+        if value is not None and value < least:
+            raise SliceGPTError(f"finetune: {name} must be at least {least}, got {value}")
+    windows = _windows(documents, tokenizer, seqlen, seed, "data")
+    if eval_documents is not None:
+        held_out = _windows(eval_documents, tokenizer, seqlen, seed, "eval_data")[:eval_samples]
+    else:
+        if len(windows) < 2:
+            raise SliceGPTError(
+                f"finetune: data: one window of {seqlen} tokens cannot be split into text to train on and text"
+                " to evaluate on; add text, lower seqlen, or give eval_data"
+            )
+        count = min(eval_samples, max(1, len(windows) // 10))
+        held_out, windows = windows[:count], windows[count:]
+    if nsamples is not None and nsamples > len(windows):
+        raise SliceGPTError(
+            f"finetune: nsamples={nsamples} windows of {seqlen} tokens were asked for; the text has"
+            f" {len(windows)} to train on"
+        )
+    return TrainingText(Windows(windows[:nsamples]), Windows(held_out))
+
+
+def _windows(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, seqlen: int, seed: int, name: str
+) -> torch.Tensor:
+    ids = encode_text("\n\n".join(documents), tokenizer)
+    count = len(ids) // seqlen
+    if not count:
+        raise SliceGPTError(
+            f"finetune: {name}: the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return ids[: count * seqlen].view(count, seqlen)[order]

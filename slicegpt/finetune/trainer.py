@@ -1,0 +1,204 @@
+"""transformers' Trainer with a clock, a guard against non-finite numbers, and an optional teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from slicegpt.errors import SliceGPTError
+
+# Keys of what the Trainer logs; the log is part of every checkpoint.
+ELAPSED = "elapsed"
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over a run: a rise over its first `warmup` (a fraction), then a fall to 0, or none.
+
+    Attributes:
+        peak: the highest learning rate.
+        kind: `linear`, `cosine` (half a period) or `constant`.
+    """
+
+    peak: float = 2e-4
+    warmup: float = 0.05
+    kind: str = "linear"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak < math.inf:
+            raise SliceGPTError(f"finetune: learning_rate must be above 0, got {self.peak}")
+        if not 0 <= self.warmup < 1:
+            raise SliceGPTError(f"finetune: warmup must lie in [0, 1), got {self.warmup}")
+        if self.kind not in SCHEDULES:
+            raise SliceGPTError(
+                f"finetune: schedule must be one of {', '.join(SCHEDULES)}, got {self.kind!r}"
+            )
+
+    def rate(self, progress: float) -> float:
+        """The learning rate at `progress` in [0, 1] through the run."""
+        if progress < self.warmup:
+            return self.peak * progress / self.warmup
+        if self.kind == "constant":
+            return self.peak
+        left = 1 - min(1.0, (progress - self.warmup) / (1 - self.warmup))
+        return self.peak * (left if self.kind == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
+
+
+class Clock(TrainerCallback):
+    """How far the run is, by its steps and by its time limit, whichever is further.
+
+    A run that is given minutes rather than steps then still ends with a small learning rate. Time is counted over
+    all parts of a run that was interrupted. All processes go by the first one's time, since their weights stay
+    equal only while their learning rates do.
+
+    Args:
+        seconds: the limit; None is none.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds = seconds
+        self.progress = 0.0
+        self.evaluating = 0.0  # seconds that an evaluation takes: time is kept for the last one
+        self._started = time.monotonic()
+        self._before = 0.0
+
+    def elapsed(self) -> float:
+        """Seconds of training and evaluation so far, those before an interruption included."""
+        return self._before + time.monotonic() - self._started
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        self._before = max((entry.get(ELAPSED, 0.0) for entry in state.log_history), default=0.0)
+        self._started = time.monotonic()
+
+    def on_step_begin(self, args, state, control, **_) -> None:
+        self.progress = max((state.global_step + 1) / state.max_steps, self._share_of_time())
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        # The last step is evaluated and saved wherever it falls, or its work could not be chosen as the best.
+        if state.global_step >= state.max_steps or self._share_of_time() >= 1:
+            control.should_training_stop = control.should_evaluate = control.should_save = True
+
+    def _share_of_time(self) -> float:
+        if self.seconds is None:
+            return 0.0
+        share = self.elapsed() / max(self.seconds - self.evaluating, 1e-9)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            shared = [share]
+            torch.distributed.broadcast_object_list(shared, src=0)
+            share = shared[0]
+        return share
+
+
+class _LearningRate(TrainerCallback):
+    """Sets the rate of the step that begins; the Trainer's own scheduler would be a step behind the clock."""
+
+    def __init__(self, clock: Clock, schedule: Schedule) -> None:
+        self.clock, self.schedule = clock, schedule
+
+    def on_step_begin(self, args, state, control, optimizer=None, **_) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedule.rate(self.clock.progress)
+
+
+class FiniteGuard(TrainerCallback):
+    """Stops before an optimizer step that would spoil the weights.
+
+    Gradients are looked at and not losses: they are the same in all processes by then, so all stop together.
+    """
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise NonFinite(f"the gradient of step {state.global_step + 1} is not finite")
+
+    def on_evaluate(self, args, state, control, metrics=None, **_) -> None:
+        loss = metrics.get("eval_loss", 0.0)
+        if not math.isfinite(loss):
+            raise NonFinite(f"the held-out loss after step {state.global_step} is {loss}")
+
+
+class NonFinite(SliceGPTError):
+    """The run met a NaN or an infinity; the caller adds where the last good state is."""
+
+
+class RecoveryTrainer(Trainer):
+    """The Trainer for a sliced model with adapters.
+
+    Args:
+        clock: where in the run we are; also a callback.
+        schedule: the learning rate as a function of that. The optimizer's own must be 1, as the one that stands
+            in a checkpoint: a run that is resumed with another learning rate gets it at once.
+        autocast: dtype of the matrix products, None for that of the weights.
+        teacher: a dense model whose distribution of the next token is learned rather than the token itself.
+        teacher_weight: the share of that loss, `KL(teacher || student)`; the rest is cross entropy.
+    """
+
+    def __init__(
+        self,
+        *arguments,
+        clock: Clock,
+        schedule: Schedule,
+        autocast: torch.dtype | None = None,
+        teacher: PreTrainedModel | None = None,
+        teacher_weight: float = 0.5,
+        **keywords,
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self.clock, self.schedule, self.autocast = clock, schedule, autocast
+        for callback in (clock, _LearningRate(clock, schedule), FiniteGuard()):
+            self.add_callback(callback)
+        self.teacher, self.teacher_weight = teacher, teacher_weight
+        if teacher is not None:
+            self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+            # Our loss is the mean of a batch: the Trainer is to divide it by the steps of an accumulation.
+            self.model_accepts_loss_kwargs = False
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda _: self.schedule.rate(self.clock.progress)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with self._arithmetic():
+            if self.teacher is None or not model.training:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+            with torch.no_grad():
+                taught = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
+        loss = self._distillation(outputs.logits[:, :-1], taught[:, :-1], inputs["labels"][:, 1:])
+        return (loss, outputs) if return_outputs else loss
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, self.autocast)
+
+    def _distillation(
+        self, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean over tokens of `w KL(teacher || student) + (1 - w) CE`, from logits [b, s, V] and labels [b, s]."""
+        student = student.flatten(0, 1).float().log_softmax(-1)
+        teacher = teacher.flatten(0, 1).float().log_softmax(-1)
+        divergence = functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        token_loss = functional.nll_loss(student, labels.flatten())
+        return self.teacher_weight * divergence + (1 - self.teacher_weight) * token_loss
+
+    def evaluate(self, *arguments, **keywords) -> dict[str, float]:
+        start = time.monotonic()
+        metrics = super().evaluate(*arguments, **keywords)
+        self.clock.evaluating = time.monotonic() - start
+        return metrics
+
+    def log(self, logs: dict[str, float], *arguments, **keywords) -> None:
+        super().log(logs | {ELAPSED: round(self.clock.elapsed(), 3)}, *arguments, **keywords)
