@@ -17,6 +17,7 @@ from transformers.utils import logging
 from slicegpt.errors import SliceGPTError
 from slicegpt.loading import read_safetensors_header
 from slicegpt.model_card import model_card
+from slicegpt.self_contained import write_modeling_code
 from slicegpt.table import write_json
 
 RECORD = "slicing.json"
@@ -106,12 +107,15 @@ def save_sliced(
     output: str | Path,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    self_contained: bool = False,
 ) -> Path:
     """Write config, safetensors, tokenizer, generation config, `slicing.json` and a model card under `output`.
 
     Args:
         record: what `slicing.json` says; the card is made from it.
         overwrite: an existing folder is replaced once the new one is whole.
+        self_contained: write the modelling code as well, so that the folder loads without slicegpt; a model that
+            came from such a folder keeps to it.
 
     Returns:
         The folder's absolute path.
@@ -120,12 +124,15 @@ def save_sliced(
         `SliceGPTError` for an existing folder, a path that cannot be written, and a full disk.
     """
     path = check_output(output, overwrite)
+    self_contained = self_contained or getattr(model.config, "auto_map", None) is not None
     with atomic_folder(path) as folder, _no_progress_bars():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if self_contained:
+            write_modeling_code(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_json(folder / RECORD, record)
-        (folder / "README.md").write_text(model_card(record, path.name), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(record, path.name, self_contained), encoding="utf-8")
     return path
 
 

@@ -8,7 +8,7 @@ pipeline_tag: text-generation
 tags:
 - slicegpt
 - compression
----
+{custom_code}---
 
 # {name}
 
@@ -26,16 +26,20 @@ Shortcuts: {shortcuts}.
 Calibration: {tokens:,} tokens of {calibration}, seed {seed}.
 
 ```python
-import slicegpt  # registers the architecture with transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
+{imports}
+model = AutoModelForCausalLM.from_pretrained({arguments})
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
 ```
 
 The licence of the original model applies. Evaluate the sliced model on your own task before you rely on it.
+"""
+
+_WITH_PACKAGE = """import slicegpt  # registers the architecture with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+"""
+_WITHOUT_PACKAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer  # the network is in this repository
 """
 
 
@@ -47,12 +51,21 @@ def summarise(values: list) -> str:
     return ", ".join(f"{value} ({count})" for value, count in counts.items())
 
 
-def model_card(record: dict, name: str) -> str:
-    """Markdown with a metadata header, as the Hugging Face hub shows it."""
+def model_card(record: dict, name: str, self_contained: bool = False) -> str:
+    """Markdown with a metadata header, as the Hugging Face hub shows it.
+
+    Args:
+        record: `slicing.json`.
+        name: of the folder or the hub repository, as `from_pretrained` takes it.
+        self_contained: the modelling code is beside the weights, and is loaded with `trust_remote_code`.
+    """
     size, calibration = record["size"], record["calibration"]
     widths = [boundary["width"] for boundary in record["boundaries"]]
     return _CARD.format(
         name=name,
+        custom_code="- custom_code\n" if self_contained else "",
+        imports=_WITHOUT_PACKAGE if self_contained else _WITH_PACKAGE,
+        arguments=f'"{name}", trust_remote_code=True' if self_contained else f'"{name}"',
         source=record["source"],
         dtype=record["dtype"],
         dense_parameters=size["dense_parameters"],

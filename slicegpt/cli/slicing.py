@@ -19,6 +19,11 @@ def add_parser(commands) -> None:
         "--output", required=True, metavar="DIR", help="folder to write; appears only when whole"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    parser.add_argument(
+        "--self-contained",
+        action="store_true",
+        help="put the modelling code beside the weights, for machines without slicegpt",
+    )
 
     size = parser.add_argument_group("how much (one of)").add_mutually_exclusive_group(required=True)
     size.add_argument("--slice", type=float, metavar="F", help="fraction of columns to delete, in [0, 1)")
@@ -156,7 +161,15 @@ def run(options: argparse.Namespace) -> None:
     )
     record = slicing_record(sliced, report, settings, options.model, calibration)
     with step(progress, f"saving {options.output}"):
-        save_sliced(sliced, tokenizer, record, path, options.overwrite, options.max_shard_size)
+        save_sliced(
+            sliced,
+            tokenizer,
+            record,
+            path,
+            options.overwrite,
+            options.max_shard_size,
+            options.self_contained,
+        )
     print_sizes(record)
     if options.json:
         write_json(options.json, {key: value for key, value in record.items() if key != "eigenvalues"})

@@ -83,6 +83,7 @@ class SlicedPreTrainedModel(PreTrainedModel):
     config_class = SlicedConfig
     config: SlicedConfig
     base_model_prefix = "model"
+    model_tags = ["slicegpt"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["SlicedDecoderLayer", "SlicedParallelDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012

@@ -1,0 +1,22 @@
+"""`slicegpt push`: publish a sliced folder on the Hugging Face hub."""
+
+import argparse
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "push",
+        help="publish a sliced model on the hub",
+        description="Upload a sliced folder to the Hugging Face hub with its model card; log in with `hf auth login`.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("repo_id", metavar="USER/NAME")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (the main one)")
+
+
+def run(options: argparse.Namespace) -> None:
+    from slicegpt.hub import push_folder
+
+    print(push_folder(options.folder, options.repo_id, options.private, revision=options.revision))
