@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, float64
+from torch import Tensor, float32, float64
 
 # One chunk of X is upcast at a time, 32 MiB in float64: about a server's last-level cache. Below 1024 tokens a
 # chunk, reading and writing C for every chunk would cost as much as the product.
@@ -15,29 +15,34 @@ COLUMN_BLOCKS = 8
 MIN_BLOCK_COLUMNS = 192
 
 
-def gram_(C: Tensor, X: Tensor, weight: Tensor | None = None) -> None:
+def gram_(C: Tensor, X: Tensor, weight: Tensor | None = None, fast: bool = False) -> None:
     """Add `Xᵀ diag(weight) X` to the symmetric C in place, in float64; the contract is `slicegpt.ops.gram_`.
 
     Only C's upper triangle is read and computed; the extra memory is one chunk of X in float64, two with
-    weights.
+    weights. fast: chunks of MIN_CHUNK_TOKENS are multiplied in float32, and their sums added in float64.
     """
     tokens, columns = X.shape
     if tokens == 0 or columns == 0:
         return
     block = max(MIN_BLOCK_COLUMNS, -(-columns // COLUMN_BLOCKS))
-    chunk = min(tokens, max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // columns))
-    buffer = X.new_empty((chunk, columns), dtype=float64)
+    chunk = min(tokens, MIN_CHUNK_TOKENS if fast else max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // columns))
+    dtype = float32 if fast else float64
+    buffer = X.new_empty((chunk, columns), dtype=dtype)
     weighted_buffer = buffer if weight is None else torch.empty_like(buffer)
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
         rows = buffer[: stop - start].copy_(X[start:stop])
         weighted = rows
         if weight is not None:
-            w = weight[start:stop, None].to(float64)
+            w = weight[start:stop, None].to(dtype)
             rows.masked_fill_(w == 0, 0)  # an absent token may hold anything, also infinities
             weighted = torch.mul(rows, w, out=weighted_buffer[: stop - start])
         for i in range(0, columns, block):
-            C[i : i + block, i:].addmm_(rows[:, i : i + block].T, weighted[:, i:])
+            target = C[i : i + block, i:]
+            if fast:
+                target += rows[:, i : i + block].T @ weighted[:, i:]
+            else:
+                target.addmm_(rows[:, i : i + block].T, weighted[:, i:])
     _finish_symmetric(C, block)
 
 
@@ -119,3 +124,27 @@ def block_sums_of_squares(h: Tensor) -> Tensor:
 def sumsq_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the sums of squares of a stream: float32, float64 for a float64 stream."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def cross_gram_(C: Tensor, A: Tensor, B: Tensor, weight: Tensor | None = None, fast: bool = False) -> None:
+    """Add `Aᵀ diag(weight) B` to C [K, D] in place; the contract is `slicegpt.ops.cross_gram_`.
+
+    The extra memory is one chunk of A and one of B. fast: as in `gram_`.
+    """
+    tokens = A.shape[0]
+    if C.numel() == 0 or tokens == 0:
+        return
+    dtype = float32 if fast else float64
+    columns = max(C.shape)
+    chunk = min(tokens, MIN_CHUNK_TOKENS if fast else max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // columns))
+    for start in range(0, tokens, chunk):
+        left, right = (X[start : start + chunk].to(dtype) for X in (A, B))
+        if weight is not None:
+            w = weight[start : start + chunk, None].to(dtype)
+            left = left.masked_fill(w == 0, 0) * w  # an absent token may hold anything, also infinities
+            right = right.masked_fill(w == 0, 0)
+        if fast:
+            C += left.T @ right
+        else:
+            C.addmm_(left.T, right)
+    C.masked_fill_(~C.isfinite(), torch.nan)

@@ -1,7 +1,8 @@
 """The operators: one schema each, with CUDA, Triton and plain-PyTorch implementations behind it."""
 
+from slicegpt.ops.cross_gram import cross_gram_
 from slicegpt.ops.gram import gram_
 from slicegpt.ops.norm_linear import norm_linear
 from slicegpt.ops.rotate_add import rotate_add
 
-__all__ = ["gram_", "norm_linear", "rotate_add"]
+__all__ = ["cross_gram_", "gram_", "norm_linear", "rotate_add"]

@@ -24,7 +24,7 @@ DTYPES_OF = {
     "auto": (*_HALF, torch.float32, torch.float64),
     "fp64": (*_HALF, torch.float32, torch.float64),
     "exact": (*_HALF, torch.float32),
-    "fast": _HALF,
+    "fast": (*_HALF, torch.float32),
 }
 MAX_DIGITS = 7
 
@@ -46,12 +46,14 @@ def gram_(
         X: [N, D], float16, bfloat16, float32 or float64, any strides, N may be 0.
         weight: [N], bool, integer or floating, or None for ones. A token of weight 0 is absent, whatever it
             holds: padding may be infinite. Pass masks as bool: "auto" then knows that they are 0 and 1.
-        precision: how the products and sums are computed; on a CPU all of them mean "fp64".
+        precision: how the products and sums are computed; on a CPU all but "fast" mean "fp64".
             "fp64": float64 products and sums.
             "exact": integers on int8 tensor cores, not for a float64 X. Exact within a block of tokens,
             rounded to float64 once a block: no less accurate than "fp64". What integers cannot hold (weights
             other than 0 and 1, extreme spans) takes float64 arithmetic instead.
-            "fast": half-precision tensor cores, float16 and bfloat16 only, relative error about 1e-7.
+            "fast": not for a float64 X. Half-precision tensor cores on float16 and bfloat16, relative error
+            about 1e-7; elsewhere float32 products of at most 1024 tokens at a time, whose sums are added up in
+            float64: |error of C_ij| <= 1025·2^-24 Σ |x_i x_j| at worst, some 1e-7 of it in practice.
             "auto": "exact" where `choose_precision` expects it to be faster, else "fp64"; logged once.
         digits: None, or 1 to 7 with precision "exact": a stated error for fewer products. X is rounded, in
             each column and block of N tokens, by at most e = 2^(1 - 7·digits) times the column's largest
@@ -218,7 +220,7 @@ def _run(C: Tensor, X: Tensor, weight: Tensor | None, precision: str, digits: in
     float_weight = weight is not None and weight.is_floating_point()
     backend, precision = choose(requested_backend(), capability, X.dtype, X.shape[1], precision, float_weight)
     if backend == "reference":
-        reference.gram_(C, X, weight)
+        reference.gram_(C, X, weight, fast=precision == "fast")
         return
     if weight is not None:
         weight = weight.to(torch.float64).contiguous()

@@ -10,11 +10,15 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from slicegpt.kernels import gram_exact, gram_fp64  # noqa: E402
+from slicegpt.kernels import cross_gram, gram_exact, gram_fp64  # noqa: E402
 
 PRODUCT = {
     "X": "fp16", "weight": "fp64", "out": "fp64", "skip": "i32",
     "FAST": False, "ONTO_C": True, "BLOCK": 64, "BLOCK_K": 16, "SKIP_BLOCK": 128,
+}  # fmt: skip
+CROSS_PRODUCT = {
+    "A": "fp16", "B": "fp16", "weight": "fp64", "partials": "fp64",
+    "FAST": False, "BLOCK": 64, "BLOCK_K": 16,
 }  # fmt: skip
 MULTIPLY = {
     "residues": "i8", "tile_planes": "i32", "moduli": "i64", "products": "i8", "BLOCK": 128, "BLOCK_K": 128,
@@ -40,13 +44,13 @@ def build(
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = arguments.get(name, "i32")
-        if value is None or (name.isupper() and name not in ("X", "C")):
+        if value is None or (name.isupper() and name not in ("A", "B", "C", "X")):
             signature[name], constexprs[name] = "constexpr", value
-        elif name == "stride_column":
+        elif name.endswith("stride_column"):
             signature[name], constexprs[name] = "constexpr", 1
         else:
             signature[name] = value if name not in arguments else "*" + value
-            if name in arguments or name in ("padded", "length", "stride_token"):
+            if name in arguments or name in ("padded", "length") or name.endswith("stride_token"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -113,3 +117,22 @@ def test_integer_product_uses_int8_tensor_cores(capability, instruction):
 def test_memory_bound_kernels_do_not_spill(capability):
     for kernel, arguments in ((gram_exact._residues, RESIDUES), (gram_exact._reconstruct, RECONSTRUCT)):
         assert_no_spills(*build(kernel, capability, arguments, num_warps=8))
+
+
+@pytest.mark.parametrize(("capability", "instruction"), [(75, "DFMA"), (80, "DMMA"), (90, "DMMA")])
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_cross_product_in_float64(capability, instruction, dtype):
+    arch = (capability // 10, capability % 10)
+    config = cross_gram.cross_gram_config(arch, 1 << 18, 11008, 4096, 128)
+    arguments = CROSS_PRODUCT | {"A": dtype, "B": dtype}
+    sass, resources = build(cross_gram._cross_product, capability, arguments, config.num_warps)
+    assert instruction in sass
+    assert_no_spills(sass, resources)
+
+
+@pytest.mark.parametrize(("capability", "instruction"), [(80, "HMMA"), (90, "HGMMA")])
+def test_fast_cross_product_uses_half_precision_tensor_cores(capability, instruction):
+    arguments = CROSS_PRODUCT | {"A": "bf16", "B": "bf16", "FAST": True, "BLOCK_K": 32, "weight": None}
+    sass, resources = build(cross_gram._cross_product, capability, arguments)
+    assert instruction in sass
+    assert_no_spills(sass, resources)

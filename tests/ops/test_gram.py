@@ -73,8 +73,8 @@ def test_strides_and_weights(strided, weight_dtype):
     assert_close_to_longdouble(C, identity(X.shape[1]), X, weight)
 
 
-@pytest.mark.parametrize("precision", ["auto", "fp64", "exact", "fast"])
-def test_every_precision_is_float64_on_the_cpu(precision):
+@pytest.mark.parametrize("precision", ["auto", "fp64", "exact"])
+def test_every_precision_but_fast_is_float64_on_the_cpu(precision):
     X = normal(60, 9, torch.float16)
     C = torch.zeros(9, 9, dtype=torch.float64)
     gram_(C, X, precision=precision, digits=3 if precision == "exact" else None)
@@ -163,7 +163,7 @@ X = torch.zeros(7, 4)
         ((C, X[:4], C[0]), "gram_: weight must not share memory with C"),
         ((C, X, None, "double"), "gram_: precision must be one of auto, fp64, exact, fast, got 'double'"),
         ((C, X.double(), None, "exact"), "gram_: X must be one of .* for precision 'exact', got torch.float64"),
-        ((C, X, None, "fast"), "gram_: X must be one of float16, bfloat16 for precision 'fast'"),
+        ((C, X.double(), None, "fast"), "gram_: X must be one of float16, .*, float32 for precision 'fast'"),
         ((C, X, None, "fp64", 3), "gram_: precision must be 'exact' when digits is given, got 'fp64'"),
         ((C, X, None, "exact", 8), "gram_: digits must be None or 1 to 7, got 8"),
     ],
@@ -226,7 +226,8 @@ def test_is_supported():
     assert is_supported(None, torch.float64)
     assert not is_supported(None, torch.float64, "exact")
     assert not is_supported(None, torch.float32, backend="triton")
-    assert not is_supported((9, 0), torch.float32, "fast")
+    assert not is_supported((9, 0), torch.float64, "fast")
+    assert not is_supported((9, 0), torch.float32, "fast", "triton")
     assert not is_supported(None, torch.int8)
 
 

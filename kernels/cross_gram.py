@@ -1,0 +1,154 @@
+"""`C += Aᵀ diag(weight) B` with float64 accumulation: portable, upcast in registers, deterministic.
+
+The product of `gram_fp64` for two different operands, so there is no triangle to save.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slicegpt.kernels.gram_fp64 import GramConfig, is_supported
+from slicegpt.ops.devices import FP64_TENSOR_CORES
+
+__all__ = ["cross_gram", "cross_gram_config", "is_supported"]
+
+
+def cross_gram_config(
+    capability: tuple[int, int],
+    tokens: int,
+    rows: int,
+    columns: int,
+    multiprocessors: int,
+    fast: bool = False,
+) -> GramConfig:
+    """Tiles and splits by the rules of `gram_config`, over all tiles of C [rows, columns]."""
+    block = 64
+    tiles = triton.cdiv(rows, block) * triton.cdiv(columns, block)
+    splits = max(1, min(4 * multiprocessors // tiles, tokens // 512))
+    num_warps = 4 if fast or capability in FP64_TENSOR_CORES else 8
+    return GramConfig(block, block_k=32 if fast else 16, num_warps=num_warps, splits=splits)
+
+
+def cross_gram(
+    C: Tensor,
+    A: Tensor,
+    B: Tensor,
+    weight: Tensor | None = None,
+    fast: bool = False,
+    config: GramConfig | None = None,
+) -> None:
+    """Add `Aᵀ diag(weight) B` to C [K, D] (float64, contiguous); A [N, K] and B [N, D] may have any strides.
+
+    weight: float64 [N], contiguous. fast: multiply in the operands' precision (weights are rounded to it).
+    """
+    tokens, rows, columns = A.shape[0], A.shape[1], B.shape[1]
+    if tokens == 0 or rows == 0 or columns == 0:
+        return
+    config = config or _config_for(A, B, fast)
+    grid = (triton.cdiv(rows, config.block), triton.cdiv(columns, config.block))
+    tokens_a_split = triton.cdiv(triton.cdiv(tokens, config.splits), config.block_k) * config.block_k
+    partials = C.new_empty((config.splits, rows, columns))
+    _cross_product[(*grid, config.splits)](
+        A,
+        B,
+        weight,
+        partials,
+        tokens,
+        rows,
+        columns,
+        A.stride(0),
+        A.stride(1),
+        B.stride(0),
+        B.stride(1),
+        tokens_a_split,
+        FAST=fast,
+        BLOCK=config.block,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+    )
+    _add_partials[grid](C, partials, rows, columns, config.splits, BLOCK=config.block, num_warps=4)
+
+
+def _config_for(A: Tensor, B: Tensor, fast: bool) -> GramConfig:
+    """`cross_gram_config` for the device that A is on (for an A100 in the interpreter, which has no device)."""
+    capability, multiprocessors = (8, 0), 1
+    if A.is_cuda:
+        properties = torch.cuda.get_device_properties(A.device)
+        capability = (properties.major, properties.minor)
+        multiprocessors = properties.multi_processor_count
+    return cross_gram_config(capability, *A.shape, B.shape[1], multiprocessors, fast)
+
+
+@triton.jit
+def _load_tokens(
+    X, weight, k, stop, cols, columns, stride_token, stride_column,
+    WEIGHTED: tl.constexpr, FAST: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows k.. of X [BLOCK_K, BLOCK], times their weight if WEIGHTED; 0 outside and where the weight is 0."""
+    tokens = k + tl.arange(0, BLOCK_K)
+    present = tokens < stop
+    if weight is not None:
+        w = tl.load(weight + tokens, mask=present, other=0.0)
+        present = present & (w != 0.0)
+    pointers = X + tokens.to(tl.int64)[:, None] * stride_token + cols.to(tl.int64)[None, :] * stride_column
+    x = tl.load(pointers, mask=present[:, None] & (cols < columns)[None, :], other=0.0)
+    if not FAST:
+        x = x.to(tl.float64)
+    if WEIGHTED and weight is not None:
+        x = (x * w[:, None]).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _cross_product(
+    A, B, weight, partials, tokens, a_columns, b_columns, a_stride_token, a_stride_column, b_stride_token,
+    b_stride_column, tokens_a_split, FAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(2)
+    start = split * tokens_a_split
+    stop = tl.minimum(start + tokens_a_split, tokens)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+
+    # Loaded one step ahead and carried as float64, for the reasons given in gram_fp64.
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float64)
+    a = _load_tokens(
+        A, weight, start, stop, rows, a_columns, a_stride_token, a_stride_column, False, FAST, BLOCK_K
+    )
+    b = _load_tokens(
+        B, weight, start, stop, cols, b_columns, b_stride_token, b_stride_column, True, FAST, BLOCK_K
+    )
+    for step in range(BLOCK_K, tokens_a_split + BLOCK_K, BLOCK_K):
+        k = start + step
+        if FAST:
+            acc += tl.dot(tl.trans(a), b, out_dtype=tl.float32).to(tl.float64)
+        else:
+            acc = tl.dot(tl.trans(a), b, acc, out_dtype=tl.float64)
+        a = _load_tokens(
+            A, weight, k, stop, rows, a_columns, a_stride_token, a_stride_column, False, FAST, BLOCK_K
+        )
+        b = _load_tokens(
+            B, weight, k, stop, cols, b_columns, b_stride_token, b_stride_column, True, FAST, BLOCK_K
+        )
+
+    inside = (rows < a_columns)[:, None] & (cols < b_columns)[None, :]
+    offset = (split.to(tl.int64) * a_columns + rows.to(tl.int64)[:, None]) * b_columns + cols[None, :]
+    tl.store(partials + offset, acc, mask=inside)
+
+
+@triton.jit
+def _add_partials(C, partials, a_columns, b_columns, splits, BLOCK: tl.constexpr):
+    """Add the splits' sums to C in a fixed order; infinities become NaN."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (rows < a_columns)[:, None] & (cols < b_columns)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * b_columns + cols[None, :]
+    total = tl.load(C + offsets, mask=inside, other=0.0)
+    source = partials + offsets
+    stride = a_columns.to(tl.int64) * b_columns
+    for _ in range(splits):
+        total += tl.load(source, mask=inside, other=0.0)
+        source += stride
+    # x - x is 0 for every finite x and NaN for infinities and NaNs.
+    tl.store(C + offsets, tl.where(total - total == 0.0, total, float("nan")), mask=inside)
