@@ -97,18 +97,16 @@ class ZeroShotTasks:
         if include_path is not None and not Path(include_path).is_dir():
             raise SliceGPTError(f"zero_shot: include_path: {include_path} is not a folder")
         _check_lm_eval()
-        from lm_eval.tasks import TaskManager
-
         self.num_fewshot, self.limit = num_fewshot, limit
         with _quiet_lm_eval():
-            self.manager = TaskManager(include_path=None if include_path is None else str(include_path))
+            self.manager = _task_manager(_expanded(names), include_path)
             self.names = self._known(names)
             for name in self.names:
                 self._load(name)
 
     def _known(self, names: Sequence[str]) -> list[str]:
         """The names with `paper` expanded and duplicates dropped, all of them known to lm-eval."""
-        expanded = [each for name in names for each in (PAPER_TASKS if name == "paper" else (name,))]
+        expanded = _expanded(names)
         if not expanded:
             raise SliceGPTError("zero_shot: tasks: at least one name is needed")
         for name in expanded:
@@ -160,6 +158,22 @@ class ZeroShotTasks:
         likelihoods = {task: _log_likelihoods(task, asked) for task, asked in outcome["samples"].items()}
         scores = tuple(_score(outcome, task) for name in self.names for task in _rows(outcome, name))
         return ZeroShotResult(scores, likelihoods, time.perf_counter() - start)
+
+
+def _expanded(names: Sequence[str]) -> list[str]:
+    """The names, `paper` replaced by the tasks that it stands for."""
+    return [each for name in names for each in (PAPER_TASKS if name == "paper" else (name,))]
+
+
+def _task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
+    """lm-eval's index of task definitions; its own thousands take seconds to read, so only where they are needed."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        if names and set(names) <= set(manager.all_tasks):
+            return manager
+    return TaskManager(include_path=None if include_path is None else str(include_path))
 
 
 def _check_lm_eval() -> None:

@@ -179,7 +179,11 @@ def finetune(
     _freeze_in(adapted, precision)
     model.config.use_cache = False
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.2x renames it.
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
     trainer = RecoveryTrainer(
         model=adapted,
         args=arguments,

@@ -52,6 +52,21 @@ class Schedule:
         return self.peak * (left if self.kind == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 
+def distillation_loss(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, weight: float
+) -> torch.Tensor:
+    """Mean over tokens of `weight * KL(teacher || student) + (1 - weight) * CE(student)`, in nats.
+
+    Args:
+        student, teacher: logits [b, s, V]; the softmaxes are float32.
+        labels: int64 [b, s], the tokens that came next.
+    """
+    student = student.flatten(0, 1).float().log_softmax(-1)
+    teacher = teacher.flatten(0, 1).float().log_softmax(-1)
+    divergence = functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    return weight * divergence + (1 - weight) * functional.nll_loss(student, labels.flatten())
+
+
 class Clock(TrainerCallback):
     """How far the run is, by its steps and by its time limit, whichever is further.
 
@@ -176,23 +191,15 @@ class RecoveryTrainer(Trainer):
             outputs = model(input_ids=inputs["input_ids"], use_cache=False)
             with torch.no_grad():
                 taught = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
-        loss = self._distillation(outputs.logits[:, :-1], taught[:, :-1], inputs["labels"][:, 1:])
+        loss = distillation_loss(
+            outputs.logits[:, :-1], taught[:, :-1], inputs["labels"][:, 1:], self.teacher_weight
+        )
         return (loss, outputs) if return_outputs else loss
 
     def _arithmetic(self) -> contextlib.AbstractContextManager:
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, self.autocast)
-
-    def _distillation(
-        self, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """Mean over tokens of `w KL(teacher || student) + (1 - w) CE`, from logits [b, s, V] and labels [b, s]."""
-        student = student.flatten(0, 1).float().log_softmax(-1)
-        teacher = teacher.flatten(0, 1).float().log_softmax(-1)
-        divergence = functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
-        token_loss = functional.nll_loss(student, labels.flatten())
-        return self.teacher_weight * divergence + (1 - self.teacher_weight) * token_loss
 
     def evaluate(self, *arguments, **keywords) -> dict[str, float]:
         start = time.monotonic()
