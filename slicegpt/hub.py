@@ -4,7 +4,7 @@ from pathlib import Path
 
 from slicegpt.checkpoint import read_record
 from slicegpt.errors import SliceGPTError
-from slicegpt.loading import check_folder, first_line
+from slicegpt.loading import check_folder
 from slicegpt.model_card import model_card
 from slicegpt.self_contained import is_self_contained
 
@@ -52,5 +52,6 @@ def push_folder(
             repo_id, operations, commit_message="Upload sliced model", revision=revision
         )
     except Exception as error:  # the hub's own errors, and those of the network below it
-        raise SliceGPTError(f"push: the hub did not take {repo_id!r}: {first_line(error)}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SliceGPTError(f"push: the hub did not take {repo_id!r}: {reason[:300]}") from error
     return commit.commit_url
