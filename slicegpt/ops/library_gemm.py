@@ -2,14 +2,16 @@
 
 On a GPU the products stay in float32 until they are scaled and summed (cuBLAS writes float32 from 16-bit inputs).
 A CPU's 16-bit GEMMs round what they write. So there `norm_linear` normalises its input first, as the unfused network
-does, and `rotate_add` adds onto a base that is rounded once before: `h` or `h + bias` or `h Sᵀ + bias`.
+does, and `rotate` adds onto a base that is rounded once before: `h`, `h + bias` or `h Sᵀ + bias`.
+
+One row on a CPU is a matrix-vector product, bound by reading the weights: there the number of calls is what counts.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicegpt.reference import activate, block_sums_of_squares, sumsq_dtype
+from slicegpt.reference import ACTIVATIONS, GATED, sumsq_dtype
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -24,50 +26,81 @@ def norm_linear(
     divisor: float,
     eps: float,
 ) -> Tensor:
-    """See `slicegpt.ops.norm_linear`."""
-    scale = row_scale(h, sumsq, divisor, eps)
+    """See `slicegpt.ops.norm_linear`; the result may have a larger row stride than it has columns."""
+    scale = _row_scale(h, sumsq, divisor, eps)
     if h.dtype in _HALF and not h.is_cuda:
-        normed = (h * scale).to(h.dtype)
-        output = activate(F.linear(normed, weight[:n_scaled], bias), activation)
-        unscaled = F.linear(h, weight[n_scaled:])
+        product = h.new_empty((h.shape[0], weight.shape[0]))
+        pre = product[:, :n_scaled]
+        _linear_into(pre, h * scale if isinstance(scale, float) else (h * scale).to(h.dtype), weight[:n_scaled])
+        if n_scaled < weight.shape[0]:
+            _linear_into(product[:, n_scaled:], h, weight[n_scaled:])
+        if bias is not None:
+            pre += bias
     else:
         product = _product(h, weight)
         pre = product[:, :n_scaled]
-        pre *= scale
-        if bias is not None:
-            pre += bias
-        if activation == "none":
-            return product.to(h.dtype)
-        output, unscaled = activate(pre, activation).to(h.dtype), product[:, n_scaled:].to(h.dtype)
-    return torch.cat((output, unscaled), dim=1) if len(weight) > n_scaled else output
+        if bias is None:
+            pre *= scale
+        elif isinstance(scale, float):
+            torch.add(bias, pre, alpha=scale, out=pre)
+        else:
+            torch.addcmul(bias.to(pre.dtype), pre, scale, out=pre)
+    if activation in GATED:
+        # Into the place of the values, so that what follows stays beside it without a copy.
+        gate, up = pre.chunk(2, dim=1)
+        up *= GATED[activation](gate)
+        product = product[:, n_scaled // 2 :]
+    elif activation == "relu":
+        pre.relu_()
+    elif activation != "none":
+        pre.copy_(ACTIVATIONS[activation](pre))
+    return product.to(h.dtype)
 
 
-def rotate_add(
+def rotate(
     a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `slicegpt.ops.rotate_add`."""
+) -> Tensor:
+    """`h_next` of `slicegpt.ops.rotate_add`."""
     if shortcut is not None:
         base = _product(h, shortcut)
-        base = base if bias is None else base + bias
+    elif weight.shape[0] > h.shape[1]:
+        base = F.pad(h, (0, weight.shape[0] - h.shape[1]))
     else:
-        base = F.pad(h, (0, len(weight) - h.shape[1]))
-        base = base if bias is None else base + bias
-    if h.dtype in _HALF and h.is_cuda:
-        h_next = torch.addmm(base.float(), a, weight.mT, out_dtype=torch.float32).to(h.dtype)
-    else:
-        h_next = torch.addmm(base.to(h.dtype), a, weight.mT)
-    return h_next, block_sums_of_squares(h_next.to(sumsq_dtype(h.dtype)))
+        base = h
+    if bias is not None:
+        base = base + bias
+    if h.is_cuda and h.dtype in _HALF:
+        return torch.addmm(base.float(), a, weight.mT, out_dtype=torch.float32).to(h.dtype)
+    if h.shape[0] == 1:
+        return torch.addmv(base[0], weight, a[0])[None]
+    return torch.addmm(base, a, weight.mT)
 
 
-def row_scale(h: Tensor, sumsq: Tensor | None, divisor: float, eps: float) -> Tensor:
-    """`rsqrt(|h|² / divisor + eps)` of every row, [T, 1], float32 or wider."""
+def _row_scale(h: Tensor, sumsq: Tensor | None, divisor: float, eps: float) -> Tensor | float:
+    """`rsqrt(|h|² / divisor + eps)` of every row: [T, 1], float32 or wider; a number for one row on a CPU."""
+    one_row = h.shape[0] == 1 and not h.is_cuda
     if sumsq is None:
-        sumsq = h.to(sumsq_dtype(h.dtype)).square()
+        wide = h.to(sumsq_dtype(h.dtype))
+        if one_row:
+            return (float(torch.dot(wide[0], wide[0])) / divisor + eps) ** -0.5
+        sumsq = wide.square()
+    if one_row:
+        return (float(sumsq.sum()) / divisor + eps) ** -0.5
     return (sumsq.sum(dim=1, keepdim=True) / divisor + eps).rsqrt()
 
 
 def _product(h: Tensor, weight: Tensor) -> Tensor:
-    """`h Wᵀ` in float32 or wider on a GPU, in h's dtype on a CPU."""
-    if h.dtype in _HALF and h.is_cuda:
+    """`h Wᵀ`, in float32 where a GPU has 16-bit inputs, else in h's dtype."""
+    if h.is_cuda and h.dtype in _HALF:
         return torch.mm(h, weight.mT, out_dtype=torch.float32)
+    if h.shape[0] == 1:
+        return torch.mv(weight, h[0])[None]
     return torch.mm(h, weight.mT)
+
+
+def _linear_into(out: Tensor, h: Tensor, weight: Tensor) -> None:
+    """`out = h Wᵀ` for a block of columns."""
+    if h.shape[0] == 1:
+        torch.mv(weight, h[0], out=out[0])
+    else:
+        out.copy_(F.linear(h, weight))

@@ -116,7 +116,8 @@ def _run(h, weight, bias, sumsq, n_scaled, activation, divisor, eps) -> Tensor:
     capability = device_capability(h.get_device()) if h.is_cuda else None
     backend = choice.choose(OP, requested_backend(), capability, h.dtype, h.shape[0])
     if backend == "torch":
-        return library_gemm.norm_linear(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
+        y = library_gemm.norm_linear(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
+        return y.contiguous()
     if backend == "reference":
         return reference.norm_linear(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
     h = h if h.stride(1) == 1 else h.contiguous()

@@ -92,7 +92,9 @@ def _run(a, weight, h, shortcut, bias) -> tuple[Tensor, Tensor]:
     capability = device_capability(a.get_device()) if a.is_cuda else None
     backend = choice.choose(OP, requested_backend(), capability, a.dtype, a.shape[0])
     if backend == "torch":
-        return library_gemm.rotate_add(a, weight, h, shortcut, bias)
+        h_next = library_gemm.rotate(a, weight, h, shortcut, bias)
+        wide = h_next.to(reference.sumsq_dtype(a.dtype))
+        return h_next, reference.block_sums_of_squares(wide)
     if backend == "reference":
         return reference.rotate_add(a, weight, h, shortcut, bias)
     a = a if a.stride(1) == 1 else a.contiguous()
