@@ -66,6 +66,13 @@ def add_parser(commands) -> None:
         help="end after M minutes; the learning rate falls in that time",
     )
     training.add_argument("--learning-rate", type=float, default=2e-4, metavar="F")
+    training.add_argument(
+        "--shortcut-scale",
+        type=float,
+        default=0.03,
+        metavar="F",
+        help="shortcuts' learning rate over adapters'",
+    )
     training.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear")
     training.add_argument(
         "--warmup", type=float, default=0.05, metavar="F", help="fraction of the run (0.05)"
@@ -124,6 +131,7 @@ def run(options: argparse.Namespace) -> None:
         epochs=options.epochs,
         max_minutes=options.max_minutes,
         schedule=Schedule(options.learning_rate, options.warmup, options.schedule),
+        shortcut_scale=options.shortcut_scale,
         weight_decay=options.weight_decay,
         eval_samples=options.eval_samples,
         eval_every=options.eval_every,

@@ -49,7 +49,9 @@ class TrainingOptions:
         epochs: passes over the windows.
         max_minutes: end after so many minutes of training and evaluation; the learning rate falls accordingly.
         schedule: the learning rate.
-        weight_decay: AdamW's.
+        shortcut_scale: the learning rate of trained shortcuts over that of the adapters. It is small because a
+            step changes an entry of F by the learning rate itself, and one of W by far less (through B A).
+        weight_decay: AdamW's, of the adapters.
         eval_samples: windows held out to evaluate on.
         eval_every: optimizer steps between evaluations, after each of which a checkpoint is saved.
         patience: stop after so many evaluations in a row without a new best.
@@ -67,6 +69,7 @@ class TrainingOptions:
     epochs: int = 1
     max_minutes: float | None = None
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    shortcut_scale: float = 0.03
     weight_decay: float = 0.01
     eval_samples: int = 32
     eval_every: int = 16
@@ -82,8 +85,9 @@ class TrainingOptions:
                 raise SliceGPTError(f"finetune: {name} must be at least 1, got {getattr(self, name)}")
         if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
             raise SliceGPTError(f"finetune: max_minutes must be above 0, got {self.max_minutes}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise SliceGPTError(f"finetune: weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("weight_decay", "shortcut_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SliceGPTError(f"finetune: {name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.teacher_weight <= 1:
             raise SliceGPTError(f"finetune: teacher_weight must lie in [0, 1], got {self.teacher_weight}")
         if self.precision not in PRECISIONS:
@@ -192,6 +196,7 @@ def finetune(
         callbacks=[EarlyStoppingCallback(options.patience), _Report(progress or Progress(quiet=True))],
         clock=Clock(None if options.max_minutes is None else 60 * options.max_minutes),
         schedule=options.schedule,
+        shortcut_scale=options.shortcut_scale,
         autocast=None if precision == torch.float32 else precision,
         teacher=_load_teacher(teacher, model, precision),
         teacher_weight=options.teacher_weight,

@@ -120,7 +120,7 @@ class _LearningRate(TrainerCallback):
 
     def on_step_begin(self, args, state, control, optimizer=None, **_) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = self.schedule.rate(self.clock.progress)
+            group["lr"] = group["scale"] * self.schedule.rate(self.clock.progress)
 
 
 class FiniteGuard(TrainerCallback):
@@ -151,6 +151,7 @@ class RecoveryTrainer(Trainer):
         clock: where in the run we are; also a callback.
         schedule: the learning rate as a function of that. The optimizer's own must be 1, as the one that stands
             in a checkpoint: a run that is resumed with another learning rate gets it at once.
+        shortcut_scale: the learning rate of trained shortcuts over that of the adapters.
         autocast: dtype of the matrix products, None for that of the weights.
         teacher: a dense model whose distribution of the next token is learned rather than the token itself.
         teacher_weight: the share of that loss, `KL(teacher || student)`; the rest is cross entropy.
@@ -161,6 +162,7 @@ class RecoveryTrainer(Trainer):
         *arguments,
         clock: Clock,
         schedule: Schedule,
+        shortcut_scale: float = 1.0,
         autocast: torch.dtype | None = None,
         teacher: PreTrainedModel | None = None,
         teacher_weight: float = 0.5,
@@ -168,6 +170,7 @@ class RecoveryTrainer(Trainer):
     ) -> None:
         super().__init__(*arguments, **keywords)
         self.clock, self.schedule, self.autocast = clock, schedule, autocast
+        self.shortcut_scale = shortcut_scale
         for callback in (clock, _LearningRate(clock, schedule), FiniteGuard()):
             self.add_callback(callback)
         self.teacher, self.teacher_weight = teacher, teacher_weight
@@ -175,6 +178,27 @@ class RecoveryTrainer(Trainer):
             self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
             # Our loss is the mean of a batch: the Trainer is to divide it by the steps of an accumulation.
             self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model=None):
+        """AdamW. Shortcuts have a rate of their own, and no decay: it would pull every S towards the identity."""
+        if self.optimizer is None:
+            trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            groups = [
+                {
+                    "params": [p for name, p in trained if "modules_to_save" not in name],
+                    "weight_decay": self.args.weight_decay,
+                    "scale": 1.0,
+                },
+                {
+                    "params": [p for name, p in trained if "modules_to_save" in name],
+                    "weight_decay": 0.0,
+                    "scale": self.shortcut_scale,
+                },
+            ]
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            filled = [group for group in groups if group["params"]]
+            self.optimizer = torch.optim.AdamW(filled, lr=self.args.learning_rate, betas=betas)
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
