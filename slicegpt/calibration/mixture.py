@@ -58,9 +58,8 @@ def parse_sources(spec: str) -> list[tuple[str, float]]:
     Raises:
         SliceGPTError: a name is empty or given twice, or a weight is not above 0.
     """
-    parts = [spec] if Path(spec).exists() else re.split(r"(?<!\\),", spec)
     sources = []
-    for part in parts:
+    for part in _split(spec):
         name, weight = part, 1.0
         match = None if Path(part).exists() else re.fullmatch(r"(.*)(?<!\\):([^:/\\]*)", part, re.DOTALL)
         if match:
@@ -74,7 +73,7 @@ def parse_sources(spec: str) -> list[tuple[str, float]]:
                 ) from None
             if not 0 < weight < float("inf"):
                 raise SliceGPTError(f"--calibration: the weight of {name} must be above 0, got {match[2]}")
-        name = name.replace(r"\,", ",").replace(r"\:", ":")
+        name = _unescape(name)
         if not name:
             raise SliceGPTError(f"--calibration: a source without a name in {spec!r}")
         sources.append((name, weight))
@@ -83,6 +82,27 @@ def parse_sources(spec: str) -> list[tuple[str, float]]:
     if twice is not None:
         raise SliceGPTError(f"--calibration: {twice} is named twice; give it one weight")
     return sources
+
+
+def split_names(option: str, spec: str) -> list[str]:
+    r"""Return the names of `NAME[,NAME]...`, which have no weights; `\,` stands for a comma of a name.
+
+    Raises:
+        SliceGPTError: a name is empty or given twice; the message begins with `option`.
+    """
+    names = [part if Path(part).exists() else _unescape(part) for part in _split(spec)]
+    for name in names:
+        if not name or names.count(name) > 1:
+            raise SliceGPTError(f"{option}: every name must be given once, got {spec!r}")
+    return names
+
+
+def _split(spec: str) -> list[str]:
+    return [spec] if Path(spec).exists() else re.split(r"(?<!\\),", spec)
+
+
+def _unescape(name: str) -> str:
+    return name.replace(r"\,", ",").replace(r"\:", ":")
 
 
 def load_sources(spec: str, text_column: str | None = None) -> list[Source]:

@@ -1,13 +1,37 @@
-"""The command line: `slicegpt slice | eval | generate | info | bench | env | demo`."""
+"""The command line: `slicegpt slice | finetune | eval | generate | info | frontier | serve | push | bench | env | demo`."""
 
 import argparse
 import logging
 import sys
 
-from slicegpt.cli import benchmark, demo, env, evaluation, generation, info, slicing
+from slicegpt.cli import (
+    benchmark,
+    demo,
+    env,
+    evaluation,
+    finetune,
+    frontier,
+    generation,
+    info,
+    publishing,
+    serving,
+    slicing,
+)
 from slicegpt.errors import SliceGPTError
 
-COMMANDS = (slicing, evaluation, generation, info, benchmark, env, demo)
+COMMANDS = (
+    slicing,
+    finetune,
+    evaluation,
+    generation,
+    info,
+    frontier,
+    serving,
+    publishing,
+    benchmark,
+    env,
+    demo,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
