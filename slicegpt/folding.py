@@ -41,19 +41,17 @@ def fold_reader(linear: Linear, norm: Norm, basis: torch.Tensor) -> Linear:
     return Linear((weight @ basis) * (dense_width / width) ** 0.5, bias)
 
 
-def fold_writer(
-    linear: Linear, basis: torch.Tensor | None, mean_subtraction: bool, device: torch.device
-) -> Linear:
-    """A layer that writes the stream: mean subtraction and rotation folded in, float64.
-
-    `basis=None` leaves the output at full width.
-    """
+def fold_writer(linear: Linear, mean_subtraction: bool, device: torch.device) -> Linear:
+    """A layer that writes the stream: mean subtraction folded in, at full width, float64."""
     columns = centre(linear.weight.to(device).mT, mean_subtraction)
     bias = None if linear.bias is None else centre(linear.bias.to(device), mean_subtraction)
-    if basis is not None:
-        columns = columns @ basis
-        bias = None if bias is None else bias @ basis
     return Linear(columns.mT, bias)
+
+
+def rotate_writer(linear: Linear, basis: torch.Tensor) -> Linear:
+    """A layer that writes the stream at full width, brought onto a basis, float64."""
+    bias = None if linear.bias is None else linear.bias @ basis
+    return Linear((linear.weight.mT @ basis).mT, bias)
 
 
 # Rows of a vocabulary-sized table that are held in float64 on the device at a time: 1 GB at D = 8192.
@@ -105,16 +103,3 @@ def reader_state(
         state["q_norm.weight"] = layer.q_norm.to(basis.device, dtype)
         state["k_norm.weight"] = layer.k_norm.to(basis.device, dtype)
     return state
-
-
-def writer_state(
-    part: str,
-    layer: DenseLayer,
-    basis: torch.Tensor | None,
-    mean_subtraction: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, torch.Tensor]:
-    """State of the layer of `part` that writes the stream, into `basis` (None: full width)."""
-    name, field = WRITERS[part]
-    return named(name, fold_writer(getattr(layer, field), basis, mean_subtraction, device), dtype)

@@ -72,6 +72,13 @@ def slicing_record(
         "slicing": slicing_fraction(config),
         "orientation": options.orientation,
         "signal": options.signal,
+        "refit": [
+            {
+                name: float(f"{value:.6g}") if isinstance(value, float) else value
+                for name, value in entry.items()
+            }
+            for entry in report.refit
+        ],
         "size": size_record(config, options.dtype),
         "boundaries": boundary_report(config),
         "calibration": calibration | {"tokens": report.tokens},

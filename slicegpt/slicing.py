@@ -6,27 +6,35 @@ and that basis gives the block's output weights and shortcut. So every block see
 and each block runs once (paper section 3.4 and appendix A.1; the published code runs every layer twice).
 """
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from slicegpt.blocks import MODULE_NAMES, WRITER_NAMES, Block, LiftedBlock, blocks_of
 from slicegpt.calibration.sampling import CalibrationBatch
 from slicegpt.covariance import SIGNALS, Covariance
 from slicegpt.eigensolver import leading_eigenvectors
 from slicegpt.errors import SliceGPTError
-from slicegpt.families import Checkpoint, DenseLayer, checkpoint_of
-from slicegpt.folding import TABLE_ROWS, centre, fold_head, named, reader_state, rotate_table, writer_state
-from slicegpt.modeling import SlicedConfig, SlicedForCausalLM, SlicedModel, WeightlessRMSNorm
-from slicegpt.modeling.layers import SlicedAttention, SlicedRotaryEmbedding, build_mlp
+from slicegpt.families import Checkpoint, DenseLayer, Linear, checkpoint_of
+from slicegpt.folding import (
+    TABLE_ROWS,
+    WRITERS,
+    centre,
+    fold_head,
+    fold_writer,
+    named,
+    reader_state,
+    rotate_table,
+    rotate_writer,
+)
+from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling.layers import SlicedRotaryEmbedding
+from slicegpt.passes import Passes
 from slicegpt.progress import Progress
+from slicegpt.refit import Moments, choose_ridge, fit
 from slicegpt.rotation import ORIENTATIONS, align, random_orthogonal
-from slicegpt.signals import Signals
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class SlicingOptions:
         seed: of the random orientation.
         vocabulary_prior: the embedding's basis is chosen from the calibration tokens and, this much beside them,
             from the whole vocabulary, so that tokens which the text never shows keep their embeddings.
+        refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.refit`.
+        ridge: its λ; None chooses one for every block by cross-validation.
     """
 
     dtype: torch.dtype = torch.float32
@@ -51,6 +61,8 @@ class SlicingOptions:
     place: str = "auto"
     seed: int = 42
     vocabulary_prior: float = 0.0
+    refit: bool = False
+    ridge: float | None = None
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -63,82 +75,28 @@ class SlicingOptions:
             raise SliceGPTError(
                 f"--vocabulary-prior: must be a weight of at least 0, got {self.vocabulary_prior}"
             )
+        if self.ridge is not None and not 0 < self.ridge < float("inf"):
+            raise SliceGPTError(f"--ridge: must be above 0, got {self.ridge}")
+        if self.ridge is not None and not self.refit:
+            raise SliceGPTError(f"--ridge: needs the output refit, got {self.ridge} with --no-refit")
 
 
 @dataclass
 class SlicingReport:
-    """What slicing saw: calibration tokens, seconds a stage, and eigenvalues [D] a boundary (None: none needed)."""
+    """What slicing saw.
 
-    tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    eigenvalues: list[list[float] | None] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Block:
-    """What lies between two boundaries: attention, MLP, or both in parallel."""
-
-    index: int
-    layer: int
-    parts: tuple[str, ...]
-    shortcut: str
-
-    @property
-    def prefix(self) -> str:
-        return f"model.layers.{self.layer}"
-
-
-def blocks_of(config: SlicedConfig) -> list[Block]:
-    """The blocks of the network in order."""
-    if config.parallel_blocks:
-        return [Block(i, i, ("attention", "mlp"), "shortcut") for i in range(config.num_hidden_layers)]
-    return [
-        Block(2 * i + k, i, (part,), f"{part}_shortcut")
-        for i in range(config.num_hidden_layers)
-        for k, part in enumerate(("attention", "mlp"))
-    ]
-
-
-MODULE_NAMES = {"attention": "self_attn", "mlp": "mlp"}
-
-
-class LiftedBlock(nn.Module):
-    """A block with its final input weights in the basis of its boundary, and its output at full width.
-
-    Takes and returns the stream at full width: `x -> (x V) Vᵀ + block(norm(x V))`.
+    Attributes:
+        tokens: of the calibration, padding left out.
+        seconds: of each stage.
+        eigenvalues: [D] for each boundary; None where none were needed.
+        refit: for each refitted block its λ and `left`, the fraction of what its output missed, in energy, that is
+            left: on all tokens, and (`held_out`) on those that the cross-validated fit did not see.
     """
 
-    def __init__(
-        self,
-        config: SlicedConfig,
-        block: Block,
-        basis: torch.Tensor,
-        states: dict[str, dict],
-        dtype: torch.dtype,
-    ):
-        super().__init__()
-        dense_width, width = basis.shape
-        with torch.device("meta"):
-            self.parts = nn.ModuleDict()
-            if "attention" in block.parts:
-                self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width)
-            if "mlp" in block.parts:
-                self.parts["mlp"] = build_mlp(config, width, dense_width)
-        for part, state in states.items():
-            self.parts[part].load_state_dict(state, assign=True)
-        self.norm = WeightlessRMSNorm(width, config.boundary_eps(block.index))
-        self.basis = basis.to(dtype)
-        self.eval()
-
-    def forward(self, stream: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = stream @ self.basis
-        normed = self.norm(hidden_states)
-        lifted = hidden_states @ self.basis.mT
-        if "attention" in self.parts:
-            lifted += self.parts["attention"](normed, **kwargs)[0]
-        if "mlp" in self.parts:
-            lifted += self.parts["mlp"](normed)
-        return lifted
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    eigenvalues: list[list[float] | None] = field(default_factory=list)
+    refit: list[dict] = field(default_factory=list)
 
 
 class Slicer:
@@ -160,23 +118,18 @@ class Slicer:
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
         self.state: dict[str, torch.Tensor] = {}
-        self.signals = Signals(
-            batches, config.dense_hidden_size, options.dtype, options.device, options.place
-        )
-        self.report.tokens = self.signals.tokens
-        with torch.device("meta"):
-            self.shell = SlicedModel(config)  # for its masks and rotary positions; its weights are never used
-        if self.shell.rotary_emb is not None:
-            self.shell.rotary_emb = SlicedRotaryEmbedding(config).to(options.device)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to the report, device work included."""
-        start = time.perf_counter()
-        yield
-        if self.options.device.type == "cuda":
-            torch.cuda.synchronize(self.options.device)
-        self.report.seconds[name] += time.perf_counter() - start
+        self.ridges: dict[tuple[str, ...], float] = {}  # the last one of each kind of block
+        sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
+        self.refits = options.refit and sliced
+        self.passes = Passes(config, batches, options.dtype, options.device, options.place, self.refits)
+        self.stage = self.passes.stage
+        samples = sum(len(batch.input_ids) for batch in batches)
+        if self.refits and options.ridge is None and samples < 2:
+            raise SliceGPTError(
+                f"--refit: choosing its ridge takes at least two calibration samples, got {samples}"
+            )
+        self.report.tokens = self.passes.signals.tokens
+        self.report.seconds = self.stage.seconds
 
     def store(self, entries: dict[str, torch.Tensor], prefix: str = "") -> None:
         self.state |= {f"{prefix}{name}": tensor.to("cpu") for name, tensor in entries.items()}
@@ -196,9 +149,9 @@ class Slicer:
         return sliced or (self.options.orientation == "pca" and not self.is_fixed(boundary))
 
     def needs_pass(self, block: Block) -> bool:
-        """The calibration tokens pass a block where a boundary behind it still needs its covariance."""
+        """The calibration tokens pass a block that is refitted, or has a boundary behind that needs its covariance."""
         behind = range(block.index + 1, self.config.num_blocks + 1)
-        return any(self.needs_covariance(boundary) for boundary in behind)
+        return self.refits or any(self.needs_covariance(boundary) for boundary in behind)
 
     def choose_basis(
         self, boundary: int, covariance: torch.Tensor | None, previous: torch.Tensor | None
@@ -222,45 +175,11 @@ class Slicer:
                 return align(previous, basis, complement)
         return basis, None
 
-    # --- passes ------------------------------------------------------------------------------------------------
-
-    def start_stream(self, covariance: Covariance | None) -> None:
-        """Fill the signals with the stream before the first block, at full width."""
-        device, dtype = self.options.device, self.options.dtype
-        table, positions = self.checkpoint.embedding.to(device), self.checkpoint.positions
-        positions = None if positions is None else positions.to(device)
-        for index, batch in enumerate(self.signals.batches):
-            stream = table[batch.input_ids]
-            if positions is not None:
-                ids = self.shell.default_position_ids(stream, batch.attention_mask, 0)
-                stream = stream + positions[ids + self.config.position_offset]
-            if self.mean_subtraction:
-                stream = centre(stream, True)
-            stream = stream.to(dtype)
-            if covariance is not None:
-                covariance.add(stream, batch.attention_mask)
-            self.signals[index] = stream
-
-    def run_block(self, block: Block, lifted: LiftedBlock, covariance: Covariance | None) -> None:
-        """Bring the stream of every batch past a block, and add it to the covariance of the next boundary."""
-        for index, batch, stream in self.signals:
-            with self.stage("signals"):
-                shape = stream.shape[:2]
-                positions = torch.arange(shape[1], device=stream.device).expand(shape)
-                masks, rotary = self.shell.block_inputs(stream, positions, batch.attention_mask)
-                kind = self.config.layer_types[block.layer]
-                out = lifted(stream, attention_mask=masks[kind], position_embeddings=rotary)
-                self.signals[index] = out
-            if covariance is not None:
-                with self.stage("covariance"):
-                    covariance.add(out, batch.attention_mask)
-            self.advance(1)
-
     def new_covariance(self, boundary: int) -> Covariance | None:
         if not self.needs_covariance(boundary):
             return None
         config, options = self.config, self.options
-        if not len(self.signals):
+        if not len(self.passes.signals):
             raise SliceGPTError(f"batches: boundary {boundary} needs calibration tokens, got none")
         return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
@@ -275,6 +194,35 @@ class Slicer:
             )
         return covariance.matrix
 
+    # --- refit -------------------------------------------------------------------------------------------------
+
+    def corrected(
+        self, block: Block, writers: dict[str, Linear], folds: tuple[Moments, Moments]
+    ) -> dict[str, Linear]:
+        """The output weights [D, K] fitted to the dense model's stream; they keep the biases that they have."""
+        biased = [part for part, writer in writers.items() if writer.bias is not None]
+        ridge, entry = self.options.ridge, {"block": block.index}
+        if ridge is None:
+            choice = choose_ridge(folds, bool(biased), self.ridges.get(block.parts))
+            ridge = self.ridges[block.parts] = choice.ridge
+            entry["held_out"] = choice.held_out
+        moments, other = folds
+        moments += other
+        correction = fit(moments, ridge, bool(biased))
+        energy = moments.energy.item()
+        self.report.refit.append(
+            entry | {"ridge": ridge, "left": correction.loss(moments) / energy if energy else 0.0}
+        )
+        additions = correction.weight.mT.split(moments.groups, dim=1)
+        corrected = {
+            part: Linear(writer.weight + addition, writer.bias)
+            for (part, writer), addition in zip(writers.items(), additions, strict=True)
+        }
+        if biased:
+            last = corrected[biased[-1]]
+            corrected[biased[-1]] = Linear(last.weight, last.bias + correction.bias)
+        return corrected
+
     # --- steps -------------------------------------------------------------------------------------------------
 
     def slice_embedding(self) -> torch.Tensor:
@@ -282,7 +230,7 @@ class Slicer:
         device, dtype = self.options.device, self.options.dtype
         covariance = self.new_covariance(0)
         with self.stage("signals"):
-            self.start_stream(covariance)
+            self.passes.start(self.checkpoint, covariance)
         if covariance is not None and self.options.vocabulary_prior:
             with self.stage("covariance"):
                 pieces = self.checkpoint.embedding.split(TABLE_ROWS)
@@ -308,31 +256,51 @@ class Slicer:
     def slice_block(self, block: Block, layer: DenseLayer, basis: torch.Tensor) -> torch.Tensor:
         """One block: input weights, a pass over the calibration tokens, output weights; returns the next basis."""
         dtype, device, boundary = self.options.dtype, self.options.device, block.index + 1
+        kind = self.config.shortcuts[block.index]
         with self.stage("rotation"):
             readers = {part: reader_state(part, layer, basis, dtype) for part in block.parts}
+            writers = {
+                part: fold_writer(getattr(layer, WRITERS[part][1]), self.mean_subtraction, device)
+                for part in block.parts
+            }
         covariance = self.new_covariance(boundary)
-        if self.needs_pass(block):
+        if self.refits:
             with self.stage("rotation"):
-                whole = {
-                    part: state | writer_state(part, layer, None, self.mean_subtraction, dtype, device)
-                    for part, state in readers.items()
-                }
-                lifted = LiftedBlock(self.config, block, basis, whole, dtype)
-            self.run_block(block, lifted, covariance)
+                teacher = self.dense_block(block, layer, writers)
+                if kind == "dense":  # a matrix of its own, so it is fitted like the others
+                    writers["shortcut"] = Linear(basis)
+                lifted = LiftedBlock(self.config, block, basis, readers, writers, dtype)
+
+            def refit(folds: tuple[Moments, Moments]) -> dict[str, Linear]:
+                writers.update(self.corrected(block, writers, folds))
+                return writers
+
+            self.passes.run_refitted(block, lifted, teacher, refit, covariance)
+        elif self.needs_pass(block):
+            with self.stage("rotation"):
+                lifted = LiftedBlock(self.config, block, basis, readers, writers, dtype)
+            self.passes.run(block, lifted, covariance)
         matrix = self.check_finite(covariance, f"layer {block.layer} ({' and '.join(block.parts)})")
         next_basis, factor = self.choose_basis(boundary, matrix, basis)
 
         with self.stage("rotation"):
             for part, state in readers.items():
-                state |= writer_state(part, layer, next_basis, self.mean_subtraction, dtype, device)
+                writer = rotate_writer(writers[part], next_basis)
+                state |= named(WRITER_NAMES[part], writer, dtype)
                 self.store(state, f"{block.prefix}.{MODULE_NAMES[part]}.")
-            kind = self.config.shortcuts[block.index]
             if kind == "compact":
                 self.store({f"{block.prefix}.{block.shortcut}.factor": factor.mT.to(dtype).contiguous()})
             elif kind == "dense":
-                shortcut = (next_basis.mT @ basis).to(dtype).contiguous()
-                self.store({f"{block.prefix}.{block.shortcut}.weight": shortcut})
+                shortcut = rotate_writer(writers.get("shortcut", Linear(basis)), next_basis)
+                self.store(named(f"{block.prefix}.{block.shortcut}", shortcut, dtype))
         return next_basis
+
+    def dense_block(self, block: Block, layer: DenseLayer, writers: dict[str, Linear]) -> LiftedBlock:
+        """The dense model's block."""
+        dtype, device = self.options.dtype, self.options.device
+        identity = torch.eye(self.config.dense_hidden_size, dtype=torch.float64, device=device)
+        states = {part: reader_state(part, layer, identity, dtype) for part in block.parts}
+        return LiftedBlock(self.config, block, None, states, writers, dtype)
 
     def slice_head(self, basis: torch.Tensor) -> None:
         """Final norm and head, in the basis of the last boundary."""
@@ -358,8 +326,9 @@ class Slicer:
     def run(self) -> SlicedForCausalLM:
         """Slice everything and return the model on the CPU."""
         blocks = blocks_of(self.config)
-        passes = sum(self.needs_pass(block) for block in blocks) * len(self.signals)
-        with self.progress.stage("slicing", passes, "steps") as self.advance:
+        steps = sum(self.needs_pass(block) for block in blocks) * len(self.passes.signals)
+        steps *= 2 if self.refits else 1
+        with self.progress.stage("slicing", steps, "steps") as self.passes.advance:
             basis = self.slice_embedding()
             for block in blocks:
                 basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)

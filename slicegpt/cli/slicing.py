@@ -48,6 +48,8 @@ def add_parser(commands) -> None:
     )
     shape.add_argument("--signal", choices=("residual", "normalized"), default="residual")
 
+    add_refit(parser)
+
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--calibration",
@@ -71,6 +73,23 @@ def add_parser(commands) -> None:
     )
     machine.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
     add_json(parser)
+
+
+def add_refit(parser: argparse.ArgumentParser) -> None:
+    """`--refit`, `--no-refit` and `--ridge`."""
+    group = parser.add_argument_group("output refit")
+    group.add_argument(
+        "--refit",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="fit every block's output weights to the dense model's stream",
+    )
+    group.add_argument(
+        "--ridge",
+        type=float,
+        metavar="L",
+        help="its ridge, relative to the mean diagonal (default: cross-validated for every block)",
+    )
 
 
 def read_widths(file: str) -> list[int]:
@@ -151,7 +170,14 @@ def run(options: argparse.Namespace) -> None:
             options.varied_seqlen,
         )
     settings = SlicingOptions(
-        dtype, device, options.orientation, options.signal, options.signals, options.seed
+        dtype,
+        device,
+        options.orientation,
+        options.signal,
+        options.signals,
+        options.seed,
+        refit=options.refit,
+        ridge=options.ridge,
     )
     sliced, report = slice_model(model, config, batches, settings, progress)
     if model.generation_config is not None:

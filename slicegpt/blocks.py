@@ -1,0 +1,110 @@
+"""The blocks between the boundaries, as slicing runs them: input weights final, output at full width."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from slicegpt.families import Linear
+from slicegpt.modeling import SlicedConfig, WeightlessRMSNorm
+from slicegpt.modeling.layers import SlicedAttention, build_mlp
+
+MODULE_NAMES = {"attention": "self_attn", "mlp": "mlp"}
+WRITER_NAMES = {"attention": "o_proj", "mlp": "down_proj"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """What lies between two boundaries: attention, MLP, or both in parallel."""
+
+    index: int
+    layer: int
+    parts: tuple[str, ...]
+    shortcut: str
+
+    @property
+    def prefix(self) -> str:
+        return f"model.layers.{self.layer}"
+
+
+def blocks_of(config: SlicedConfig) -> list[Block]:
+    """The blocks of the network in order."""
+    if config.parallel_blocks:
+        return [Block(i, i, ("attention", "mlp"), "shortcut") for i in range(config.num_hidden_layers)]
+    return [
+        Block(2 * i + k, i, (part,), f"{part}_shortcut")
+        for i in range(config.num_hidden_layers)
+        for k, part in enumerate(("attention", "mlp"))
+    ]
+
+
+class LiftedBlock(nn.Module):
+    """A block with its final input weights in the basis of its boundary, and its output at full width.
+
+    Takes and returns the stream at full width: `x -> (x V) Vᵀ + block(norm(x V))`, in two steps, so that the
+    output weights may be fitted to the activations in between.
+
+    Args:
+        basis: V [D, d] float64; None for the identity, which makes it the dense model's block.
+        states: of each part, all but its output projection.
+        writers: of each part, in order, the output projection at full width, float64. A last one, "shortcut", with
+            V itself as its weight, writes what a dense shortcut carries.
+    """
+
+    def __init__(
+        self,
+        config: SlicedConfig,
+        block: Block,
+        basis: torch.Tensor | None,
+        states: dict[str, dict],
+        writers: dict[str, Linear],
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        dense_width = config.dense_hidden_size
+        width = dense_width if basis is None else basis.shape[1]
+        with torch.device("meta"):
+            self.parts = nn.ModuleDict()
+            if "attention" in block.parts:
+                self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width)
+            if "mlp" in block.parts:
+                self.parts["mlp"] = build_mlp(config, width, dense_width)
+        for part, state in states.items():
+            setattr(self.parts[part], WRITER_NAMES[part], nn.Identity())
+            self.parts[part].load_state_dict(state, assign=True)
+        self.norm = WeightlessRMSNorm(width, config.rms_norm_eps * dense_width / width)
+        self.basis = None if basis is None else basis.to(dtype)
+        self.dtype = dtype
+        self.set_writers(writers)
+        self.eval()
+
+    def set_writers(self, writers: dict[str, Linear]) -> None:
+        """Take the output weights [D, K], side by side, and the sum of their biases."""
+        self.weight = torch.cat([writer.weight for writer in writers.values()], dim=1).to(self.dtype)
+        biases = [writer.bias for writer in writers.values() if writer.bias is not None]
+        self.bias = sum(biases).to(self.dtype) if biases else None
+        self.groups = [writer.weight.shape[1] for writer in writers.values()]
+        self.writes_shortcut = "shortcut" in writers
+
+    def activations(self, stream: torch.Tensor, **kwargs) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What the shortcut carries, lifted [..., D], and the inputs of the writers [..., K]."""
+        hidden_states = stream if self.basis is None else stream @ self.basis
+        normed = self.norm(hidden_states)
+        inputs = []
+        if "attention" in self.parts:
+            inputs.append(self.parts["attention"](normed, **kwargs)[0])
+        if "mlp" in self.parts:
+            inputs.append(self.parts["mlp"](normed))
+        if self.writes_shortcut:
+            return None, torch.cat([*inputs, hidden_states], dim=-1)
+        carried = stream if self.basis is None else hidden_states @ self.basis.mT
+        return carried, inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=-1)
+
+    def write(self, carried: torch.Tensor | None, activations: torch.Tensor) -> torch.Tensor:
+        """The block's output at full width."""
+        written = functional.linear(activations, self.weight, self.bias)
+        return written if carried is None else carried + written
+
+    def forward(self, stream: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.write(*self.activations(stream, **kwargs))

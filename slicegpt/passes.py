@@ -1,0 +1,171 @@
+"""The calibration tokens on their way through the network: block by block, in the sliced and in the dense model."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from slicegpt.blocks import Block, LiftedBlock
+from slicegpt.calibration.sampling import CalibrationBatch
+from slicegpt.covariance import Covariance
+from slicegpt.families import Checkpoint, Linear
+from slicegpt.folding import centre
+from slicegpt.modeling import SlicedConfig, SlicedModel
+from slicegpt.modeling.layers import SlicedRotaryEmbedding
+from slicegpt.refit import Moments
+from slicegpt.signals import Signals, TokenBatch
+
+
+class Stopwatch:
+    """Seconds spent in each of several stages, device work included."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] += time.perf_counter() - start
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device; a host that does not tell has none."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+class Passes:
+    """The streams of all calibration tokens at full width, and how they pass a block.
+
+    Args:
+        batches: calibration tokens.
+        dtype: of the streams.
+        device: where blocks run.
+        place: where streams are kept, see `Signals`.
+        with_teacher: the dense model's stream is carried beside the sliced one.
+    """
+
+    def __init__(
+        self,
+        config: SlicedConfig,
+        batches: Sequence[CalibrationBatch],
+        dtype: torch.dtype,
+        device: torch.device,
+        place: str,
+        with_teacher: bool,
+    ):
+        self.config, self.dtype, self.device = config, dtype, device
+        self.signals = Signals(batches, config.dense_hidden_size, dtype, device, place)
+        self.teacher = None
+        if with_teacher:
+            self.teacher = Signals(batches, config.dense_hidden_size, dtype, device, place)
+        self.stage = Stopwatch(device)
+        self.advance: Callable[[int], None] = lambda steps: None
+        with torch.device("meta"):
+            self.shell = SlicedModel(config)  # for its masks and rotary positions; its weights are never used
+        if self.shell.rotary_emb is not None:
+            self.shell.rotary_emb = SlicedRotaryEmbedding(config).to(device)
+
+    def start(self, checkpoint: Checkpoint, covariance: Covariance | None) -> None:
+        """Fill the streams before the first block."""
+        table, positions = checkpoint.embedding.to(self.device), checkpoint.positions
+        positions = None if positions is None else positions.to(self.device)
+        for index, batch in enumerate(self.signals.batches):
+            stream = table[batch.input_ids]
+            if positions is not None:
+                ids = self.shell.default_position_ids(stream, batch.attention_mask, 0)
+                stream = stream + positions[ids + self.config.position_offset]
+            if checkpoint.family.mean_subtraction:
+                stream = centre(stream, True)
+            stream = stream.to(self.dtype)
+            if covariance is not None:
+                covariance.add(stream, batch.attention_mask)
+            self.signals[index] = stream
+            if self.teacher is not None:
+                self.teacher[index] = stream
+
+    def inputs(self, block: Block, stream: torch.Tensor, batch: TokenBatch) -> dict:
+        """Attention mask and rotary positions, as the block's attention takes them."""
+        shape = stream.shape[:2]
+        positions = torch.arange(shape[1], device=stream.device).expand(shape)
+        masks, rotary = self.shell.block_inputs(stream, positions, batch.attention_mask)
+        mask = masks[self.config.layer_types[block.layer]]
+        return {"attention_mask": mask, "position_embeddings": rotary}
+
+    def run(self, block: Block, lifted: LiftedBlock, covariance: Covariance | None) -> None:
+        """Bring every batch past a block, and add it to the covariance of the next boundary."""
+        for index, batch, stream in self.signals:
+            with self.stage("signals"):
+                self.signals[index] = out = lifted(stream, **self.inputs(block, stream, batch))
+            if covariance is not None:
+                with self.stage("covariance"):
+                    covariance.add(out, batch.attention_mask)
+            self.advance(1)
+
+    def run_refitted(
+        self,
+        block: Block,
+        lifted: LiftedBlock,
+        teacher: LiftedBlock,
+        refit: Callable[[tuple[Moments, Moments]], dict[str, Linear]],
+        covariance: Covariance | None,
+    ) -> None:
+        """As `run`, with the output weights that `refit` makes of the moments of two halves of the samples.
+
+        Activations are kept from the moments to the output where they take at most half of the free memory;
+        otherwise the block computes them twice.
+        """
+        groups, dense_width = lifted.groups, self.config.dense_hidden_size
+        folds = tuple(Moments(groups, dense_width, self.device) for _ in range(2))
+        elements = sum(batch.input_ids.numel() for batch in self.signals.batches) * sum(groups)
+        keep = elements * self.dtype.itemsize <= free_memory(self.device) // 2
+        kept: list[torch.Tensor | None] = []
+        samples = 0
+        for (index, batch, stream), (_, _, dense) in zip(self.signals, self.teacher, strict=True):
+            inputs = self.inputs(block, stream, batch)
+            with self.stage("teacher"):
+                self.teacher[index] = target = teacher(dense, **inputs)
+            self.advance(1)
+            with self.stage("signals"):
+                carried, activations = lifted.activations(stream, **inputs)
+                missing = target - lifted.write(carried, activations)
+            with self.stage("refit"):
+                for k, fold in enumerate(folds):  # every other sample, whatever the batches
+                    rows = slice((samples + k) % 2, None, 2)
+                    mask = (
+                        None if batch.attention_mask is None else batch.attention_mask[rows].flatten().bool()
+                    )
+                    fold.add(activations[rows].flatten(0, 1), missing[rows].flatten(0, 1), mask)
+                samples += len(activations)
+            if keep:
+                kept.append(activations)
+                if carried is not None:
+                    self.signals[index] = carried
+        with self.stage("refit"):
+            lifted.set_writers(refit(folds))
+        del folds
+        for index, batch, stream in self.signals:
+            with self.stage("signals"):
+                if keep:
+                    carried, activations = None if lifted.writes_shortcut else stream, kept[index]
+                    kept[index] = None
+                else:
+                    carried, activations = lifted.activations(stream, **self.inputs(block, stream, batch))
+                self.signals[index] = out = lifted.write(carried, activations)
+            if covariance is not None:
+                with self.stage("covariance"):
+                    covariance.add(out, batch.attention_mask)
+            self.advance(1)

@@ -1,0 +1,310 @@
+"""Output refit: the ridge regression against a stacked least-squares problem, its choice of λ, and the driver."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import relative_error, tiny_model, token_ids
+
+from slicegpt import refit
+from slicegpt.calibration import CalibrationBatch
+from slicegpt.errors import SliceGPTError
+from slicegpt.families import canonical_fields
+from slicegpt.refit import RIDGES, Moments, choose_ridge, fit
+from slicegpt.schedule import Shape, constant_widths, plan
+from slicegpt.slicing import SlicingOptions, slice_model
+
+CASES = ["llama", "llama-tied", "llama-biased", "mistral-window", "qwen3-tied", "opt", "opt-untied", "phi"]
+
+
+def problem(
+    tokens: int, inputs: int = 12, outputs: int = 7, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations with a mean and correlated columns, and targets that are partly linear in them."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(inputs, inputs, generator=torch.Generator().manual_seed(99)).double()
+    truth = torch.randn(inputs, outputs, generator=torch.Generator().manual_seed(98)).double()
+    activations = torch.randn(tokens, inputs, generator=generator).double() @ mixing + 0.5
+    noise = torch.randn(tokens, outputs, generator=generator).double()
+    return activations, activations @ truth + 2 * noise + 3
+
+
+def moments_of(activations: torch.Tensor, missing: torch.Tensor, keep=None) -> Moments:
+    moments = Moments([activations.shape[1]], missing.shape[1], torch.device("cpu"))
+    for rows in torch.arange(len(activations)).split(17):
+        moments.add(activations[rows], missing[rows], None if keep is None else keep[rows])
+    return moments
+
+
+def stacked_ridge(activations, missing, ridge, intercept) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same regression as one least-squares problem, by QR: rows √(λ ḡ) I below the activations."""
+    inputs, outputs = activations.shape[1], missing.shape[1]
+    centred = activations - activations.mean(dim=0) if intercept else activations
+    penalty = (ridge * centred.square().sum(dim=0).mean()).sqrt() * torch.eye(inputs).double()
+    below = torch.zeros(inputs, outputs).double()
+    left, right = torch.cat((activations, penalty)), torch.cat((missing, below))
+    if intercept:
+        ones = torch.cat((torch.ones(len(activations)), torch.zeros(inputs))).double()
+        left = torch.cat((left, ones[:, None]), dim=1)
+    solution = torch.linalg.lstsq(left, right, driver="gelsd").solution
+    return solution[:inputs], solution[inputs:].sum(dim=0)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("ridge", [1e-4, 0.1, 10.0])
+def test_fit_is_the_stacked_least_squares_solution(ridge, intercept):
+    activations, missing = problem(200)
+    keep = torch.arange(200) % 5 != 2
+    correction = fit(moments_of(activations, missing, keep), ridge, intercept)
+    weight, bias = stacked_ridge(activations[keep], missing[keep], ridge, intercept)
+    # Normal equations lose the square of the condition number, about 1e4 here, times 2^-53.
+    assert relative_error(correction.weight, weight) < 1e-11
+    if intercept:
+        assert relative_error(correction.bias, bias) < 1e-11
+    else:
+        assert correction.bias is None
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_loss_is_that_of_the_tokens(intercept):
+    """The quadratic form in the moments of other tokens, against their residuals themselves."""
+    correction = fit(moments_of(*problem(200)), 0.1, intercept)
+    activations, missing = problem(90, seed=1)
+    left = missing - activations @ correction.weight
+    if intercept:
+        left = left - correction.bias
+    expected = left.square().sum().item()
+    assert correction.loss(moments_of(activations, missing)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_moments_add_up():
+    activations, missing = problem(120)
+    total = moments_of(activations[:50], missing[:50])
+    total += moments_of(activations[50:], missing[50:])
+    whole = moments_of(activations, missing)
+    for name in ("gram", "cross", "energy", "inputs", "outputs", "tokens"):
+        assert relative_error(getattr(total, name), getattr(whole, name)) < 1e-13
+
+
+@pytest.mark.parametrize("tokens", [16, 60, 2000])
+def test_the_ridge_is_the_best_on_unseen_tokens(tokens):
+    """The walk over the grid against a search of all of it, with the losses taken from the tokens themselves."""
+    data = [problem(tokens, seed=seed) for seed in (0, 1)]
+    losses = {}
+    for ridge in RIDGES:
+        losses[ridge] = 0.0
+        for (seen, target), (unseen, judge) in (data, data[::-1]):
+            weight, _ = stacked_ridge(seen, target, ridge, intercept=False)
+            losses[ridge] += (judge - unseen @ weight).square().sum().item()
+    choice = choose_ridge([moments_of(*pair) for pair in data], intercept=False)
+    energy = sum(missing.square().sum().item() for _, missing in data)
+    assert choice.ridge == min(losses, key=losses.get)
+    assert choice.held_out == pytest.approx(losses[choice.ridge] / energy, rel=1e-8)
+
+
+def test_fewer_tokens_ask_for_more_ridge():
+    few, many = (
+        choose_ridge([moments_of(*problem(tokens, seed=seed)) for seed in (0, 1)], intercept=False).ridge
+        for tokens in (8, 5000)
+    )
+    assert few > 3 * many
+
+
+def test_a_system_that_is_not_positive_definite_is_solved_in_its_range():
+    """Cholesky fails on a singular matrix; the eigenvalues' pseudoinverse still solves a consistent system."""
+    basis = torch.linalg.qr(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double())[0]
+    system = basis @ torch.diag(torch.tensor([5.0, 3, 2, 1]).double()) @ basis.T - 1e-20 * torch.eye(9)
+    right = system @ torch.ones(9, 2).double()
+    assert relative_error(system @ refit.solve(system, right), right) < 1e-12
+
+
+# --- the driver -------------------------------------------------------------------------------------------------
+
+
+def batches(count: int = 6, batch: int = 4, length: int = 16) -> list[CalibrationBatch]:
+    ids = [token_ids(batch, length, seed) for seed in range(count)]
+    return [CalibrationBatch(tokens, torch.ones_like(tokens)) for tokens in ids]
+
+
+def sliced(model, width, calibration=None, dtype=torch.float64, shape=None, **options):
+    fields = canonical_fields(model)
+    config = plan(fields, constant_widths(fields, width), shape or Shape())
+    calibration = batches() if calibration is None else calibration
+    return slice_model(model, config, calibration, SlicingOptions(dtype=dtype, refit=True, **options))
+
+
+def blocks_and_streams(model, calibration, padding=None):
+    """Streams of a Hugging Face Llama before and behind every attention and MLP, from hooks: [N, D] each."""
+    streams = []
+
+    def before(module, arguments, keywords):
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        streams[-1].append(hidden.flatten(0, 1))
+
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        for layer in model.model.layers
+        for module in (layer.input_layernorm, layer.post_attention_layernorm)
+    ]
+    handles.append(model.model.norm.register_forward_pre_hook(before, with_kwargs=True))
+    with torch.no_grad():
+        for batch in calibration:
+            streams.append([])
+            model(batch.input_ids)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(parts) for parts in zip(*streams, strict=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["llama", "llama-tied"])
+def test_first_block_is_fitted_to_the_dense_stream(case):
+    """Attention of layer 0: its weights and the spectrum behind it, from Hugging Face's own activations.
+
+    At boundary 0 nothing has been fitted yet, so the block's activations are those of the unfitted sliced model.
+    """
+    model, calibration = tiny_model(case), batches()
+    fields = canonical_fields(model)
+    config = plan(fields, constant_widths(fields, 36), Shape())
+    plain, _ = slice_model(model, config, calibration, SlicingOptions(dtype=torch.float64))
+    fitted, report = slice_model(
+        model, config, calibration, SlicingOptions(dtype=torch.float64, refit=True, ridge=0.1)
+    )
+    activations = []
+    plain.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda module, arguments: activations.append(arguments[0].flatten(0, 1))
+    )
+    streams = []
+    plain.model.layers[0].input_norm.register_forward_pre_hook(
+        lambda module, arguments: streams.append(arguments[0].flatten(0, 1))
+    )
+    for batch in calibration:
+        plain(batch.input_ids)
+    a, h = torch.cat(activations), torch.cat(streams)
+    # The basis of boundary 0, from what the embedding became there (exact: the tokens span the whole width).
+    embedded = model.get_input_embeddings()(torch.cat([b.input_ids for b in calibration]).flatten())
+    basis = torch.linalg.lstsq(embedded, h).solution
+    carried, target = h @ basis.mT, blocks_and_streams(model, calibration)[1]
+    dense = model.model.layers[0].self_attn.o_proj.weight.mT
+    delta, _ = stacked_ridge(a, target - carried - a @ dense, 0.1, intercept=False)
+    out = carried + a @ (dense + delta)
+    spectrum = torch.linalg.svdvals(out).square()
+    actual = torch.tensor(report.eigenvalues[1], dtype=torch.float64)
+    assert (actual - spectrum).abs().max() < 1e-9 * spectrum[0]  # float64 rounding through two least squares
+    # The stored weights are the fitted ones on the next basis: the sliced output is the projection of `out`.
+    outputs = []
+    fitted.model.layers[0].mlp_norm.register_forward_pre_hook(
+        lambda module, arguments: outputs.append(arguments[0].flatten(0, 1))
+    )
+    for batch in calibration:
+        fitted(batch.input_ids)
+    leading = torch.linalg.svd(out, full_matrices=False)[2][:36].mT
+    assert relative_error(torch.cat(outputs).square().sum(1), (out @ leading).square().sum(1)) < 1e-8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_the_fitted_network_is_closer_to_the_dense_one(case):
+    """On the calibration tokens, logits and all: what the refit is for. Families with biases fit them as well."""
+    model, calibration = tiny_model(case), batches(12)
+    ids = torch.cat([batch.input_ids for batch in calibration])
+    dense = model(ids).logits
+    fields = canonical_fields(model)
+    config = plan(fields, constant_widths(fields, 36), Shape())
+    plain, _ = slice_model(model, config, calibration, SlicingOptions(dtype=torch.float64))
+    fitted, report = sliced(model, 36, calibration)
+    assert relative_error(fitted(ids).logits, dense) < relative_error(plain(ids).logits, dense)
+    assert fitted.num_parameters() == plain.num_parameters()
+    assert [entry["block"] for entry in report.refit] == list(range(config.num_blocks))
+    assert all(entry["left"] < 1 and entry["ridge"] in RIDGES for entry in report.refit)
+    assert all(entry["left"] <= entry["held_out"] + 1e-9 for entry in report.refit)
+    json.dumps(report.refit)  # it goes into slicing.json
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_compact_and_written_out_shortcuts_agree_when_neither_is_fitted(case):
+    """At a huge ridge the refit changes nothing, dense shortcuts (which are fitted as well) among them."""
+    model, ids = tiny_model(case), token_ids()
+    fields = canonical_fields(model)
+    for shape in (Shape(), Shape("dense")):
+        config = plan(fields, constant_widths(fields, 36), shape)
+        plain, _ = slice_model(model, config, batches(), SlicingOptions(dtype=torch.float64))
+        fitted, _ = sliced(model, 36, shape=shape, ridge=1e12)
+        # Biases are fitted without a ridge: compare families without them.
+        if not (fields.get("attention_output_bias") or fields.get("mlp_output_bias")):
+            assert relative_error(fitted(ids).logits, plain(ids).logits) < 1e-8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["llama", "opt", "phi"])
+def test_nothing_to_fit_at_full_width(case):
+    """Without slicing there is nothing to fit, and the model stays exact."""
+    model, ids = tiny_model(case), token_ids()
+    whole, report = sliced(model, 48)
+    assert relative_error(whole(ids).logits, model(ids).logits) < 1e-10
+    assert report.refit == []
+
+
+@torch.no_grad()
+def test_activations_kept_or_computed_twice_are_the_same(monkeypatch):
+    model, ids = tiny_model("phi"), token_ids()
+    kept, _ = sliced(model, 36)
+    monkeypatch.setattr("slicegpt.passes.free_memory", lambda device: 0)
+    again, _ = sliced(model, 36)
+    assert torch.equal(kept(ids).logits, again(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["llama", "opt"])
+def test_padding_does_not_count(case):
+    """Right-padded samples give the same model as the same samples alone, whatever the padding holds."""
+    model = tiny_model(case)
+    lengths = [16, 9, 15, 12] * 4
+    ids = torch.cat([token_ids(4, 16, seed) for seed in range(4)])
+    mask = (torch.arange(16) < torch.tensor(lengths)[:, None]).long()
+    padded = [CalibrationBatch(torch.where(mask.bool(), ids, 7), mask)]
+    alone = [
+        CalibrationBatch(ids[row : row + 1, :length], torch.ones(1, length, dtype=torch.long))
+        for row, length in enumerate(lengths)
+    ]
+    first, first_report = sliced(model, 36, padded)
+    second, second_report = sliced(model, 36, alone)
+    assert [e["ridge"] for e in first_report.refit] == [e["ridge"] for e in second_report.refit]
+    logits = [network(ids, attention_mask=mask).logits[mask.bool()] for network in (first, second)]
+    assert relative_error(*logits) < 1e-7
+
+
+@torch.no_grad()
+def test_half_precision():
+    """Stored and computed in bfloat16; close to the same fit in float64 (2^-8, a few layers)."""
+    ids = token_ids()
+    exact = sliced(tiny_model("llama"), 44, ridge=0.1)[0](ids).logits
+    rounded, _ = sliced(tiny_model("llama").to(torch.bfloat16), 44, dtype=torch.bfloat16, ridge=0.1)
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
+    assert relative_error(rounded(ids).logits, exact) < 0.15
+
+
+def test_too_few_samples_are_named():
+    with pytest.raises(SliceGPTError, match=r"--refit: .* two calibration samples, got 1"):
+        sliced(tiny_model("llama"), 36, [CalibrationBatch(token_ids(1), torch.ones(1, 12, dtype=torch.long))])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ridge": 0.0}, "--ridge: must be above 0, got 0.0"),
+        ({"ridge": float("nan")}, "--ridge: must be above 0"),
+    ],
+)
+def test_bad_ridges_are_refused(options, message):
+    with pytest.raises(SliceGPTError, match=message):
+        SlicingOptions(refit=True, **options)
+    with pytest.raises(SliceGPTError, match=r"--ridge: needs the output refit, got 0\.1"):
+        SlicingOptions(refit=False, ridge=0.1)
+
+
+def test_refit_is_deterministic():
+    model = tiny_model("llama")
+    states = [sliced(model, 36)[0].state_dict() for _ in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
