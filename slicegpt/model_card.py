@@ -1,5 +1,7 @@
 """The model card of a sliced folder, made from its `slicing.json`."""
 
+import math
+
 from slicegpt.sizes import format_bytes
 
 _CARD = """---
@@ -24,7 +26,7 @@ deleted along the principal components of the residual stream. All weights are d
 Removed: {removed:.1%} of all parameters, shortcuts and head counted. Slicing (1 - d / D): {slicing:.1%}.
 Shortcuts: {shortcuts}.
 Calibration: {tokens:,} tokens of {calibration}, seed {seed}.
-
+{finetuning}
 ```python
 {imports}
 model = AutoModelForCausalLM.from_pretrained({arguments})
@@ -49,6 +51,19 @@ def summarise(values: list) -> str:
     for value in values:
         counts[value] = counts.get(value, 0) + 1
     return ", ".join(f"{value} ({count})" for value, count in counts.items())
+
+
+def _describe_finetuning(run: dict | None) -> str:
+    """One sentence on the `finetuning` of a record; nothing where there was none."""
+    if run is None:
+        return ""
+    result, adapters = run["result"], run["adapters"]
+    before, after = (math.exp(min(result[key], 700)) for key in ("loss_before", "loss_after"))
+    return (
+        f"Fine-tuned after slicing: low-rank adapters (r = {adapters['rank']}), merged, trained on"
+        f" {result['tokens']:,} tokens of {run['data']['source']}; perplexity of its held-out part {before:.4g} before,"
+        f" {after:.4g} after.\n"
+    )
 
 
 def model_card(record: dict, name: str, self_contained: bool = False) -> str:
@@ -80,4 +95,5 @@ def model_card(record: dict, name: str, self_contained: bool = False) -> str:
         tokens=calibration["tokens"],
         calibration=calibration["source"],
         seed=calibration["seed"],
+        finetuning=_describe_finetuning(record.get("finetuning")),
     )

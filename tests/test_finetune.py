@@ -109,6 +109,7 @@ def test_merged_model_is_better_and_no_larger(sliced, text, tmp_path, capsys):
     assert new["finetuning"]["data"]["source"] == str(text)
     assert new["finetuning"]["adapters"]["alpha"] == 10
     assert new["finetuning"]["result"]["loss_after"] == facts["loss_after"]
+    assert "Fine-tuned after slicing" in (tmp_path / "tuned/README.md").read_text(encoding="utf-8")
     assert "tuned" in capsys.readouterr().out
     # The held-out loss of the saved model, by definition, on the same windows.
     windows = held_out(text, sliced)

@@ -10,7 +10,9 @@ for _package in ("peft", "accelerate"):
 
 from .adapters import TARGETS, AdapterOptions, attach, merge  # noqa: E402
 from .data import TrainingText, training_text  # noqa: E402
-from .run import FinetuneResult, TrainingOptions, finetune  # noqa: E402
+from .options import TrainingOptions  # noqa: E402
+from .run import finetune  # noqa: E402
+from .saving import FinetuneResult  # noqa: E402
 from .trainer import Schedule  # noqa: E402
 
 __all__ = [

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,108 +14,22 @@ from accelerate import PartialState
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
 
-from slicegpt.checkpoint import atomic_folder, check_output, read_record, save_sliced
+from slicegpt.checkpoint import check_output, read_record, save_sliced
 from slicegpt.errors import SliceGPTError
 from slicegpt.finetune import checkpoints
 from slicegpt.finetune.adapters import AdapterOptions, attach, merge
 from slicegpt.finetune.data import TrainingText, training_text
-from slicegpt.finetune.trainer import ELAPSED, Clock, NonFinite, RecoveryTrainer, Schedule
+from slicegpt.finetune.options import TrainingOptions
+from slicegpt.finetune.saving import FinetuneResult, run_record, save_adapters
+from slicegpt.finetune.trainer import ELAPSED, Clock, NonFinite, RecoveryTrainer
 from slicegpt.loading import load_dense
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
-from slicegpt.record import versions
-from slicegpt.table import write_json
-
-PRECISIONS = ("auto", "fp32", "bf16")
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How it is trained. Sequence length as in SliceGPT section 4; the rest as its published code has it.
-
-    Attributes:
-        seqlen: tokens in a window.
-        nsamples: windows to train on; None takes all of the text.
-        batch_size: windows in a forward pass of one process.
-        accumulation: forward passes per optimizer step.
-        epochs: passes over the windows.
-        max_minutes: end after so many minutes of training and evaluation; the learning rate falls accordingly.
-        schedule: the learning rate.
-        shortcut_scale: the learning rate of trained shortcuts over that of the adapters. It is small because a
-            step changes an entry of F by the learning rate itself, and one of W by far less (through B A).
-        weight_decay: AdamW's, of the adapters.
-        eval_samples: windows held out to evaluate on.
-        eval_every: optimizer steps between evaluations, after each of which a checkpoint is saved.
-        patience: stop after so many evaluations in a row without a new best.
-        precision: `bf16` holds the frozen weights in bfloat16 and multiplies in it, `fp32` does all in float32;
-            `auto` is bf16 on GPUs that have it.
-        gradient_checkpointing: keep only the layers' inputs and compute the rest twice: less memory, more time.
-        teacher_weight: the share of the teacher's distribution in the loss, where there is a teacher.
-        seed: of the windows, their order, the adapters' first values and dropout.
-    """
-
-    seqlen: int = 1024
-    nsamples: int | None = None
-    batch_size: int = 1
-    accumulation: int = 4
-    epochs: int = 1
-    max_minutes: float | None = None
-    schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    shortcut_scale: float = 0.03
-    weight_decay: float = 0.01
-    eval_samples: int = 32
-    eval_every: int = 16
-    patience: int = 5
-    precision: str = "auto"
-    gradient_checkpointing: bool = False
-    teacher_weight: float = 0.5
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "epochs", "eval_every", "patience"):
-            if getattr(self, name) < 1:
-                raise SliceGPTError(f"finetune: {name} must be at least 1, got {getattr(self, name)}")
-        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
-            raise SliceGPTError(f"finetune: max_minutes must be above 0, got {self.max_minutes}")
-        for name in ("weight_decay", "shortcut_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise SliceGPTError(f"finetune: {name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.teacher_weight <= 1:
-            raise SliceGPTError(f"finetune: teacher_weight must lie in [0, 1], got {self.teacher_weight}")
-        if self.precision not in PRECISIONS:
-            raise SliceGPTError(
-                f"finetune: precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
-            )
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a run did.
-
-    Attributes:
-        output: the folder that was written.
-        loss_before, loss_after: mean loss of a held-out token in nats, of the sliced model and of the best state,
-            which is the one that was kept. Both as the run computed them, in its precision.
-        best_step, steps: optimizer steps up to the state that was kept, and in all.
-        tokens: tokens trained on, in all.
-        trained_parameters: elements of adapters and trained shortcuts.
-        seconds: training and evaluation, those before an interruption included.
-    """
-
-    output: Path
-    loss_before: float
-    loss_after: float
-    best_step: int
-    steps: int
-    tokens: int
-    trained_parameters: int
-    seconds: float
 
 
 def finetune(
@@ -212,12 +124,12 @@ def finetune(
     if not PartialState().is_main_process:
         return None
     result = _result(path, trainer, adapted, options)
-    entry = _record(result, source, adapters, options, teacher, text)
+    entry = run_record(result, source, adapters, options, teacher, text)
     if merged:
         sliced, _ = load_dense(str(folder))
         save_sliced(merge(sliced, adapted), tokenizer, record | {"finetuning": entry}, path, overwrite)
     else:
-        _save_adapters(adapted, tokenizer, entry, folder, path)
+        save_adapters(adapted, tokenizer, entry, folder, path)
     shutil.rmtree(work)
     return result
 
@@ -400,69 +312,3 @@ def _result(
         trained_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         seconds=max(entry[ELAPSED] for entry in state.log_history if ELAPSED in entry),
     )
-
-
-def _record(
-    result: FinetuneResult,
-    source: str,
-    adapters: AdapterOptions,
-    options: TrainingOptions,
-    teacher: str | None,
-    text: TrainingText,
-) -> dict:
-    """What `slicing.json` (or `finetuning.json` beside adapters) says of the run."""
-    figures = dataclasses.asdict(result)
-    del figures["output"]
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "data": {
-            "source": source,
-            "windows": len(text.train),
-            "held_out": len(text.held_out),
-            "sha256": text.sha256(),
-        },
-        "adapters": dataclasses.asdict(adapters),
-        "training": dataclasses.asdict(options),
-        "teacher": teacher,
-        "result": figures,
-    }
-
-
-def _save_adapters(
-    adapted: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    entry: dict,
-    folder: str | Path,
-    path: Path,
-) -> None:
-    """Write a PEFT folder: adapters and trained shortcuts alone."""
-    with atomic_folder(path) as temporary:
-        adapted.peft_config["default"].base_model_name_or_path = str(Path(folder).resolve())
-        adapted.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / "finetuning.json", entry)
-        (temporary / "README.md").write_text(
-            f"""---
-library_name: peft
-tags:
-- slicegpt
-- lora
----
-
-# {path.name}
-
-Low-rank adapters for the sliced model `{Path(folder).name}`; held-out perplexity
-{math.exp(entry["result"]["loss_before"]):.4g} before, {math.exp(entry["result"]["loss_after"]):.4g} with them.
-
-```python
-import slicegpt  # registers the architecture with transformers
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{Path(folder).name}")
-model = PeftModel.from_pretrained(model, "{path.name}")
-```
-""",
-            encoding="utf-8",
-        )
