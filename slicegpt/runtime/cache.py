@@ -1,0 +1,179 @@
+"""The key-value cache, and attention of one forward pass on it.
+
+The cache is allocated once. A pass over several tokens of every row (prefill), or over one token where the number of
+cached tokens is known to Python (`GrowingStep`), reads a view of what is filled. A captured pass knows that number on
+the device only (`StaticStep`): it reads all of the cache under a mask.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slicegpt.modeling import SlicedConfig
+from slicegpt.runtime.packing import Attention
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values [layers, batch, key heads, capacity, head_dim]; `valid` [batch, capacity] is False on padding."""
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+
+    @classmethod
+    def allocate(
+        cls, config: SlicedConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> "KVCache":
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        # Zeros, because what a mask hides is still multiplied by zero, and uninitialised memory may hold NaNs.
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return cls(keys, values, torch.ones((batch, capacity), dtype=torch.bool, device=device))
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+
+def rotate_pairs(states: Tensor, angles: Tensor) -> Tensor:
+    """Turn neighbouring pairs of the first columns of [tokens, heads, head_dim] by unit complex [tokens, 1, pairs]."""
+    columns = 2 * angles.shape[-1]
+    # In float32 at least; contiguous, because a complex view needs even strides.
+    wide = states[..., :columns].to(torch.promote_types(states.dtype, torch.float32)).contiguous()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * angles).flatten(-2).to(states.dtype)
+    return turned if columns == states.shape[-1] else torch.cat((turned, states[..., columns:]), dim=-1)
+
+
+class Step:
+    """One pass through the network: `attend` is called once a layer.
+
+    Args:
+        cache: written from `start` on.
+        tokens: new tokens of each row of the batch.
+        angles: complex [batch * tokens, 1, pairs], or None without rotary positions.
+    """
+
+    def __init__(self, cache: KVCache, tokens: int, angles: Tensor | None):
+        self.cache = cache
+        self.tokens = tokens
+        self.angles = angles
+
+    def attend(self, attention: Attention, rows: Tensor) -> Tensor:
+        """[batch * tokens, v | k | q | z] to [batch * tokens, attended | z]; overwrites q in `rows`."""
+        key_columns = attention.key_heads * attention.head_dim
+        query_columns = attention.heads * attention.head_dim
+        values = rows[:, :key_columns].unflatten(1, (attention.key_heads, -1))
+        states = rows[:, key_columns : 2 * key_columns + query_columns].unflatten(1, (-1, attention.head_dim))
+        if attention.norm is not None:
+            states = F.rms_norm(states, (attention.head_dim,), None, attention.norm_eps) * attention.norm
+        if self.angles is not None:
+            states = rotate_pairs(states, self.angles)
+        attended = self._attend(
+            attention, states[:, attention.key_heads :], states[:, : attention.key_heads], values
+        )
+        rows[:, 2 * key_columns : 2 * key_columns + query_columns] = attended
+        return rows[:, 2 * key_columns :]
+
+    def _attend(self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Write keys and values, return [batch * tokens, heads * head_dim]."""
+        raise NotImplementedError
+
+    def _one_query(
+        self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of one token a row; the query heads that share a key head are so many queries of it."""
+        queries = queries.unflatten(1, (attention.key_heads, -1))
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return attended.reshape(len(queries), -1)
+
+
+class GrowingStep(Step):
+    """A pass whose first slot in the cache is a Python number.
+
+    Args:
+        start: tokens that the cache holds already, padding included.
+        padded: whether `cache.valid` hides anything.
+    """
+
+    def __init__(self, cache: KVCache, tokens: int, angles: Tensor | None, start: int, padded: bool):
+        super().__init__(cache, tokens, angles)
+        self.start, self.stop = start, start + tokens
+        self.padded = padded
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def _attend(self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        cached_keys, cached_values = self.cache.keys[attention.layer], self.cache.values[attention.layer]
+        if self.tokens == 1:
+            cached_keys[:, :, self.start] = keys
+            cached_values[:, :, self.start] = values
+            first = 0 if attention.window is None else max(0, self.stop - attention.window)
+            mask = self.cache.valid[:, None, None, first : self.stop] if self.padded else None
+            seen = slice(first, self.stop)
+            return self._one_query(
+                attention, queries, cached_keys[:, :, seen], cached_values[:, :, seen], mask
+            )
+        queries, keys, values = (
+            states.unflatten(0, (-1, self.tokens)).transpose(1, 2) for states in (queries, keys, values)
+        )
+        cached_keys[:, :, self.start : self.stop] = keys
+        cached_values[:, :, self.start : self.stop] = values
+        if attention.window not in self._masks:
+            self._masks[attention.window] = self._mask(attention.window)
+        mask = self._masks[attention.window]
+        attended = F.scaled_dot_product_attention(
+            queries,
+            cached_keys[:, :, : self.stop],
+            cached_values[:, :, : self.stop],
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=attention.heads != attention.key_heads,
+        )
+        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        """What each new token sees, bool [batch or 1, 1, tokens, stop]; None where that is plainly causal."""
+        if self.start == 0 and not self.padded and (window is None or window >= self.stop):
+            return None
+        device = self.cache.keys.device
+        query = torch.arange(self.start, self.stop, device=device)[:, None]
+        key = torch.arange(self.stop, device=device)
+        seen = key <= query
+        if window is not None:
+            seen &= key > query - window
+        if self.padded:
+            # Padding sees itself: a row of the mask that hides everything would make NaNs.
+            seen = (seen & self.cache.valid[:, None, : self.stop]) | (key == query)
+            return seen[:, None]
+        return seen[None, None]
+
+
+class StaticStep(Step):
+    """A pass of one token a row whose slot is known on the device only, so that it can be captured in a CUDA graph.
+
+    Args:
+        slot: int64 [1], where the token goes.
+    """
+
+    def __init__(self, cache: KVCache, angles: Tensor | None, slot: Tensor):
+        super().__init__(cache, 1, angles)
+        self.slot = slot
+        self._masks: dict[int | None, Tensor] = {}
+
+    def _attend(self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        cached_keys, cached_values = self.cache.keys[attention.layer], self.cache.values[attention.layer]
+        cached_keys.index_copy_(2, self.slot, keys[:, :, None])
+        cached_values.index_copy_(2, self.slot, values[:, :, None])
+        if attention.window not in self._masks:
+            key = torch.arange(self.cache.capacity, device=self.slot.device)
+            seen = (key <= self.slot) & self.cache.valid
+            if attention.window is not None:
+                seen &= key > self.slot - attention.window
+            self._masks[attention.window] = seen[:, None, None]
+        return self._one_query(attention, queries, cached_keys, cached_values, self._masks[attention.window])

@@ -1,0 +1,159 @@
+"""One token after another: the state of a generation on its device, advanced without waiting for the device.
+
+On a GPU a step is captured once in a CUDA graph and replayed, so that a token costs one launch. What a step decides
+(the next token, who is finished) stays on the device; the host reads tokens a few steps later.
+
+The graph has not been run on a GPU yet; `StaticDecoder.step`, what it captures, is tested on the CPU.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from slicegpt.runtime.cache import GrowingStep, KVCache, StaticStep, Step
+from slicegpt.runtime.network import Network
+from slicegpt.runtime.sampling import Sampling
+
+# Steps launched before the host reads the oldest token: enough to hide a launch, few enough to be thrown away when
+# that token ends the text.
+RUN_AHEAD = 4
+
+
+class Decoder:
+    """Next tokens of a batch; `start` gives the first, every `step` one more.
+
+    Args:
+        network: what computes logits.
+        cache: filled up to the prompt's length by the time of `start`.
+        sampling: how tokens are chosen.
+        stop_ids: token ids that end a row; after one, a row gets `pad_id`.
+        generator: on the network's device.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        cache: KVCache,
+        sampling: Sampling,
+        stop_ids: tuple[int, ...],
+        pad_id: int,
+        generator: torch.Generator,
+    ):
+        self.network, self.cache, self.sampling = network, cache, sampling
+        self.generator = generator
+        device, batch = network.packed.device, cache.batch
+        self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
+        self.pad_id = torch.tensor(pad_id, dtype=torch.long, device=device)
+        self.token = torch.zeros(batch, dtype=torch.long, device=device)
+        self.position = torch.zeros(batch, dtype=torch.long, device=device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+
+    def start(self, logits: Tensor, position: Tensor, slot: int, padded: bool) -> Tensor:
+        """Take the prompt's last logits; `position` [batch] and `slot` are those of the token they give."""
+        self.finished.zero_()
+        self.position.copy_(position)
+        self._choose(logits)
+        return self.token
+
+    def step(self) -> Tensor:
+        """Put the last token through the network; returns the next one, [batch], a buffer that the next step reuses."""
+        raise NotImplementedError
+
+    def _advance(self, angles: Tensor | None, step: Step) -> None:
+        stream = self.network.embed(self.token[:, None], self.position[:, None])
+        self._choose(self.network.logits(*self.network.blocks(stream, step)))
+        self.position += 1
+
+    def _choose(self, logits: Tensor) -> None:
+        token = self.sampling.choose(logits, self.generator)
+        if len(self.stop_ids):
+            token = torch.where(self.finished, self.pad_id, token)
+            self.finished |= torch.isin(token, self.stop_ids)
+        self.token.copy_(token)
+
+
+class GrowingDecoder(Decoder):
+    """For the CPU: attention reads what the cache holds, no more."""
+
+    @torch.inference_mode()
+    def start(self, logits: Tensor, position: Tensor, slot: int, padded: bool) -> Tensor:
+        self.slot, self.padded = slot, padded
+        return super().start(logits, position, slot, padded)
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        angles = self.network.angles(self.position)
+        self._advance(angles, GrowingStep(self.cache, 1, angles, self.slot, self.padded))
+        self.slot += 1
+        return self.token
+
+
+class StaticDecoder(Decoder):
+    """Every number that changes lives on the device: the same launches for every token."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.slot = torch.zeros(1, dtype=torch.long, device=self.token.device)
+
+    @torch.inference_mode()
+    def start(self, logits: Tensor, position: Tensor, slot: int, padded: bool) -> Tensor:
+        self.slot.fill_(slot)
+        return super().start(logits, position, slot, padded)
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        angles = self.network.angles(self.position)
+        self._advance(angles, StaticStep(self.cache, angles, self.slot))
+        self.slot += 1
+        return self.token
+
+
+class GraphDecoder(StaticDecoder):
+    """`StaticDecoder` captured in a CUDA graph when it is made; warming up leaves traces only in the cache's slot 0."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        stream = torch.cuda.Stream(self.token.device)
+        stream.wait_stream(torch.cuda.current_stream(self.token.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles kernels, allocates workspaces
+                self.slot.zero_()
+                self.position.zero_()
+                super().step()
+        torch.cuda.current_stream(self.token.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(self.generator)
+        with torch.cuda.graph(self.graph):
+            super().step()
+
+    def step(self) -> Tensor:
+        self.graph.replay()
+        return self.token
+
+
+def tokens_on_host(decoder: Decoder, first: Tensor, count: int) -> Iterator[Tensor]:
+    """Yield `count` tokens [batch] on the host, the first being `first`; steps run ahead of what is read."""
+    if first.device.type == "cpu":
+        yield first.clone()
+        for _ in range(count - 1):
+            yield decoder.step().clone()
+        return
+    waiting: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+    for index in range(count):
+        token = first if index == 0 else decoder.step()
+        copy = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
+        copy.copy_(token, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        waiting.append((copy, event))
+        if len(waiting) > RUN_AHEAD:
+            yield _arrived(*waiting.popleft())
+    while waiting:
+        yield _arrived(*waiting.popleft())
+
+
+def _arrived(copy: Tensor, event: torch.cuda.Event) -> Tensor:
+    event.synchronize()
+    return copy

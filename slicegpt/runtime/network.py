@@ -1,0 +1,88 @@
+"""The forward pass of a packed network: rows of tokens through `norm_linear`, attention and `rotate_add`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slicegpt import ops
+from slicegpt.ops import library_gemm
+from slicegpt.ops.registration import requested_backend
+from slicegpt.runtime.cache import Step
+from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
+
+
+def _rotate_without_sums(
+    a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, None]:
+    return library_gemm.rotate(a, weight, h, shortcut, bias), None
+
+
+class Network:
+    """Runs a `PackedNetwork`.
+
+    Args:
+        packed: the weights.
+        through_operators: call the registered operators, which `torch.compile` can trace; False calls the CPU's
+            GEMMs directly, which saves about 20 µs of dispatch and checks a call. None: directly on a CPU, unless
+            SLICEGPT_BACKEND asks for something.
+    """
+
+    def __init__(self, packed: PackedNetwork, through_operators: bool | None = None):
+        self.packed = packed
+        if through_operators is None:
+            through_operators = packed.device.type != "cpu" or requested_backend() != "auto"
+        self.norm_linear = ops.norm_linear if through_operators else library_gemm.norm_linear
+        self.rotate_add = ops.rotate_add if through_operators else _rotate_without_sums
+
+    def angles(self, positions: Tensor) -> Tensor | None:
+        """Rotary angles for `Step` at these positions; padding may have negative ones."""
+        if self.packed.rotary is None:
+            return None
+        return self.packed.rotary[positions.flatten().clamp(min=0)][:, None]
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Token ids and positions [batch, tokens] to the stream [batch * tokens, d] at boundary 0."""
+        packed = self.packed
+        stream = F.embedding(ids.flatten(), packed.embedding)
+        if packed.embed_projection is not None:
+            stream = F.linear(stream, packed.embed_projection)
+        if packed.positions is not None:
+            offset = packed.config.position_offset
+            stream = stream + F.embedding(positions.flatten().clamp(min=-offset) + offset, packed.positions)
+        return stream
+
+    def blocks(self, stream: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """The stream past all blocks, and its rows' sums of squares (None: to be computed from it)."""
+        sums = None
+        for block in self.packed.blocks:
+            stream, sums = self._block(block, stream, sums, step)
+        return stream, sums
+
+    def _block(
+        self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: Step
+    ) -> tuple[Tensor, Tensor | None]:
+        pieces = []
+        for projection in block.inputs:
+            rows = self._project(projection, stream, sums, block.width, block.eps)
+            pieces.append(rows if projection.attention is None else step.attend(projection.attention, rows))
+        a = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        return self.rotate_add(a, block.output, stream, block.shortcut, block.output_bias)
+
+    def _project(
+        self, projection: Projection, stream: Tensor, sums: Tensor | None, width: float, eps: float
+    ) -> Tensor:
+        weight, bias, n_scaled = projection.weight, projection.bias, projection.n_scaled
+        return self.norm_linear(stream, weight, bias, sums, n_scaled, projection.activation, width, eps)
+
+    def logits(self, stream: Tensor, sums: Tensor | None) -> Tensor:
+        """Logits [rows, vocab_size] of rows of the stream behind the last block."""
+        packed, width = self.packed, stream.shape[1]
+        if packed.final_scale is not None:
+            if sums is None:
+                sums = stream.to(torch.promote_types(stream.dtype, torch.float32)).square()
+            stream = stream * packed.final_scale
+        if packed.head_projection is None:
+            return self._project(packed.head, stream, sums, width, packed.final_eps)
+        inner = self._project(packed.head_projection, stream, sums, width, packed.final_eps)
+        logits = self.norm_linear(inner, packed.head.weight, None, None, 0, "none", width, packed.final_eps)
+        return logits if packed.head.bias is None else logits + packed.head.bias

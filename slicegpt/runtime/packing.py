@@ -1,0 +1,280 @@
+"""The weights of a `SlicedForCausalLM` laid out for `norm_linear` and `rotate_add`: two GEMMs a block.
+
+One input GEMM holds the rows of v, k, q and the factor Fᵀ of a compact shortcut, or of gate, up and the factor; one
+output GEMM holds `[W_out | -F]`. The order v, k, q, z lets attention write its result over q, where it lies beside
+z: the output GEMM reads `[attended | z]` without a copy. Parallel blocks have two input GEMMs, whose activations
+differ. Rotary pairs `(i, i + n / 2)` of q and k become neighbours, so that rotating is one complex product.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slicegpt.errors import SliceGPTError
+from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling.layers import FinalNorm, SlicedAttention, SlicedMLP
+
+ACTIVATION_NAMES = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+# Their frequencies depend on the length of the sequence, so there is no table of angles to prepare.
+UNSUPPORTED_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What attention needs besides its rows: the heads, and what is done to queries and keys.
+
+    Attributes:
+        layer: index into the cache.
+        norm: scales [key heads + query heads, head_dim] of the norm over keys and queries, or None.
+        window: tokens that a token sees, itself included, or None.
+    """
+
+    layer: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    norm: Tensor | None
+    norm_eps: float
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One `norm_linear`: weight [N, d], bias [n_scaled] or None; `attention` is what its output goes through."""
+
+    weight: Tensor
+    bias: Tensor | None
+    n_scaled: int
+    activation: str
+    attention: Attention | None = None
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """From one boundary to the next: input GEMMs, and one `rotate_add` of their results side by side."""
+
+    inputs: tuple[Projection, ...]
+    width: int
+    eps: float
+    output: Tensor
+    output_bias: Tensor | None
+    shortcut: Tensor | None
+
+
+@dataclass(frozen=True)
+class PackedNetwork:
+    """All weights of a model.
+
+    Attributes:
+        embed_projection, positions: None where the model has none; positions [rows, d] begin at row
+            `config.position_offset`.
+        rotary: complex [positions, rotary_dim / 2], or None.
+        final_scale: [d], the scale that the last norm of a tied model keeps, or None.
+        head_projection: from a sliced last boundary to the width of a tied head, or None.
+        head: it reads the last norm; or what `head_projection` gives, as it is: then `n_scaled` is 0.
+    """
+
+    config: SlicedConfig
+    dtype: torch.dtype
+    device: torch.device
+    embedding: Tensor
+    embed_projection: Tensor | None
+    positions: Tensor | None
+    rotary: Tensor | None
+    blocks: tuple[PackedBlock, ...]
+    final_scale: Tensor | None
+    final_eps: float
+    head_projection: Projection | None
+    head: Projection
+
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that generating a token reads at least once; of the embedding, one row."""
+        tensors = [
+            self.embedding[:1],
+            self.embed_projection,
+            self.final_scale,
+            self.head.weight,
+            self.head.bias,
+        ]
+        if self.positions is not None:
+            tensors.append(self.positions[:1])
+        if self.head_projection is not None:
+            tensors += [self.head_projection.weight, self.head_projection.bias]
+        for block in self.blocks:
+            tensors += [block.output, block.output_bias, block.shortcut]
+            for projection in block.inputs:
+                tensors += [projection.weight, projection.bias]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+@torch.no_grad()
+def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bool = False) -> PackedNetwork:
+    """Lay the weights out anew, on the model's device; embedding and head are shared with the model.
+
+    Args:
+        model: in float16, bfloat16, float32 or float64.
+        max_positions: rows of the rotary table; the config's `max_position_embeddings` where not given.
+        release: take each layer's weights out of `model` once they are packed, so that they are never held twice.
+            The model cannot be used afterwards.
+
+    Errors: `SliceGPTError` for an activation or a rotary variant that the fused operators do not have.
+    """
+    config, trunk = model.config, model.model
+    if config.hidden_act not in ACTIVATION_NAMES or (config.gated_mlp and config.hidden_act == "relu"):
+        gated = "gated " if config.gated_mlp else ""
+        raise SliceGPTError(
+            f"runtime: {gated}activation {config.hidden_act!r} is not supported; use the plain model"
+        )
+    embedding = trunk.embed_tokens.weight.detach()
+    rotary = None
+    if trunk.rotary_emb is not None:
+        if trunk.rotary_emb.rope_type in UNSUPPORTED_ROPE:
+            raise SliceGPTError(
+                f"runtime: rope type {trunk.rotary_emb.rope_type!r} is not supported; use the plain model"
+            )
+        rotary = rotary_table(trunk.rotary_emb, embedding, max_positions or config.max_position_embeddings)
+    half_rotary = 0 if rotary is None else rotary.shape[1]
+    blocks: list[PackedBlock] = []
+    for layer in trunk.layers:
+        if config.parallel_blocks:
+            parts = [(layer.input_norm, (layer.self_attn, layer.mlp), layer.shortcut)]
+        else:
+            parts = [
+                (layer.input_norm, (layer.self_attn,), layer.attention_shortcut),
+                (layer.mlp_norm, (layer.mlp,), layer.mlp_shortcut),
+            ]
+        blocks += [_pack_block(config, *part, half_rotary) for part in parts]
+        if release:
+            layer.to("meta")
+    scale, head_projection, head = _pack_head(model)
+    projection, positions = trunk.embed_projection, trunk.embed_positions
+    return PackedNetwork(
+        config=config,
+        dtype=embedding.dtype,
+        device=embedding.device,
+        embedding=embedding,
+        embed_projection=projection.weight.detach() if isinstance(projection, nn.Linear) else None,
+        positions=None if positions is None else positions.weight.detach(),
+        rotary=rotary,
+        blocks=tuple(blocks),
+        final_scale=scale,
+        final_eps=trunk.norm.eps,
+        head_projection=head_projection,
+        head=head,
+    )
+
+
+def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
+    """`cos + i sin` of every position, complex64 [positions, rotary_dim / 2] (complex128 for a float64 model)."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    ids = torch.arange(positions, device=like.device)[None]
+    cos, sin = rotary_emb(torch.empty(0, dtype=wide, device=like.device), ids)
+    half = cos.shape[-1] // 2
+    return torch.complex(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+
+
+def _pack_block(
+    config: SlicedConfig,
+    norm: nn.Module,
+    modules: tuple[nn.Module, ...],
+    shortcut: nn.Module,
+    half_rotary: int,
+) -> PackedBlock:
+    inputs, outputs, biases = [], [], []
+    for module in modules:
+        if isinstance(module, SlicedAttention):
+            inputs.append(_pack_attention(config, module, half_rotary))
+            writer = module.o_proj
+        else:
+            inputs.append(_pack_mlp(config, module))
+            writer = module.down_proj
+        outputs.append(writer.weight)
+        if writer.bias is not None:
+            biases.append(writer.bias)
+    if isinstance(shortcut, CompactShortcut) and len(shortcut.factor):
+        # z = h F are the last columns of the last input GEMM; -Fᵀ brings them back to h's columns.
+        last = inputs[-1]
+        weight = torch.cat((last.weight, shortcut.factor))
+        inputs[-1] = Projection(weight, last.bias, last.n_scaled, last.activation, last.attention)
+        outputs.append(-F.pad(shortcut.factor, (0, shortcut.padding)).mT)
+    return PackedBlock(
+        inputs=tuple(inputs),
+        width=norm.width,
+        eps=norm.eps,
+        output=torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].detach(),
+        output_bias=sum(biases) if biases else None,
+        shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
+    )
+
+
+def _pack_attention(config: SlicedConfig, module: SlicedAttention, half_rotary: int) -> Projection:
+    order = _neighbours(config.head_dim, half_rotary, module.q_proj.weight.device)
+
+    def in_order(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
+
+    weight = torch.cat((module.v_proj.weight, in_order(module.k_proj.weight), in_order(module.q_proj.weight)))
+    bias = norm = None
+    if module.q_proj.bias is not None:
+        bias = torch.cat((module.v_proj.bias, in_order(module.k_proj.bias), in_order(module.q_proj.bias)))
+    if config.qk_norm:
+        key_scale = module.k_norm.weight[order].expand(config.num_key_value_heads, -1)
+        query_scale = module.q_norm.weight[order].expand(config.num_attention_heads, -1)
+        norm = torch.cat((key_scale, query_scale))
+    attention = Attention(
+        layer=module.layer_idx,
+        heads=config.num_attention_heads,
+        key_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        norm=norm,
+        norm_eps=config.rms_norm_eps,
+        window=module.sliding_window,
+    )
+    return Projection(weight, bias, len(weight), "none", attention)
+
+
+def _neighbours(head_dim: int, half: int, device: torch.device) -> Tensor:
+    """Rows of a head in the order 0, half, 1, half + 1, ...; those that are not rotated keep their place."""
+    rotated = torch.arange(2 * half, device=device).view(2, half).mT.flatten()
+    return torch.cat((rotated, torch.arange(2 * half, head_dim, device=device)))
+
+
+def _pack_mlp(config: SlicedConfig, module: SlicedMLP) -> Projection:
+    activation = ACTIVATION_NAMES[config.hidden_act]
+    if not config.gated_mlp:
+        bias = None if module.up_proj.bias is None else module.up_proj.bias.detach()
+        return Projection(module.up_proj.weight.detach(), bias, config.intermediate_size, activation)
+    weight = torch.cat((module.gate_proj.weight, module.up_proj.weight))
+    bias = None if module.up_proj.bias is None else torch.cat((module.gate_proj.bias, module.up_proj.bias))
+    return Projection(weight, bias, len(weight), f"{activation}_gated")
+
+
+def _pack_head(model: SlicedForCausalLM) -> tuple[Tensor | None, Projection | None, Projection]:
+    """The scale of the last norm, the projection to a tied head's width, and the head.
+
+    The shift of the last norm passes through the head and becomes a bias of the logits.
+    """
+    norm, projection, head = model.model.norm, model.model.head_projection, model.lm_head
+    weight = head.weight.detach()
+    bias = None if head.bias is None else head.bias.detach()
+    scale = None
+    if isinstance(norm, FinalNorm):
+        scale = norm.weight.detach()
+        if norm.bias is not None:
+            shift = torch.cat([rows.double() @ norm.bias.double() for rows in weight.split(16384)])
+            bias = (shift if bias is None else shift + bias.double()).to(weight.dtype)
+    if isinstance(projection, nn.Linear):
+        inner_bias = None if projection.bias is None else projection.bias.detach()
+        inner = Projection(projection.weight.detach(), inner_bias, projection.out_features, "none")
+        return scale, inner, Projection(weight, bias, 0, "none")
+    return scale, None, Projection(weight, bias, len(weight), "none")
