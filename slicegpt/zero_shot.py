@@ -190,14 +190,16 @@ def _check_lm_eval() -> None:
 
 @contextlib.contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
-    """Without lm-eval's remarks on how it is called (a model that is there already draws a warning)."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without lm-eval's remarks on how it is called, and the hub's on every retry: our error says what failed."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _rows(outcome: dict[str, Any], name: str) -> list[str]:
