@@ -61,6 +61,10 @@ def vllm_tokens(
         "tensor_parallel_size": ranks[0],
         "pipeline_parallel_size": ranks[1],
     }
+    if (
+        ranks[1] > 1
+    ):  # vLLM 0.32 on a CPU makes a stage's buffers while it warms up, which eager mode leaves out
+        engine |= {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
     models = [str(folder) for folder in folders]
     job = {"models": models, "prompts": prompts, "max_tokens": NEW_TOKENS, "engine": engine}
     (work / "job.json").write_text(json.dumps(job))
