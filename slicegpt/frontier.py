@@ -53,13 +53,13 @@ class Method:
 # covariance is that of the stream before the norm, as here. Left out is what only harms it: it subtracts the mean
 # from the embeddings of RMSNorm models, too, which changes their function.
 METHODS = {
-    "ours": Method("ours", Shape()),
-    "compact": Method("compact shortcuts only", Shape(), slicing={"vocabulary_prior": 0.0}),
+    "ours": Method("ours", Shape(), slicing={"refit": True}),
+    "compact": Method("compact shortcuts only", Shape(), slicing={"refit": False, "vocabulary_prior": 0.0}),
     "published": Method(
         "published SliceGPT",
         Shape("dense", "random"),
         untied=True,
-        slicing={"vocabulary_prior": 0.0, "orientation": "random"},
+        slicing={"refit": False, "vocabulary_prior": 0.0, "orientation": "random"},
         round_to=8,
     ),
 }
@@ -132,7 +132,7 @@ def plan_point(method: Method, fields: dict, size: float, basis: str, round_to: 
         method.round_to or round_to,
     )
     fields = untied(fields) if method.untied and fields["tie_word_embeddings"] else fields
-    return plan_for_parameters(fields, int(size * whole), shape, count)
+    return plan_for_parameters(fields, round(size * whole), shape, count)
 
 
 def describe_widths(widths: Sequence[int]) -> str:

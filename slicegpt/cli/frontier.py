@@ -179,7 +179,10 @@ def run(options: argparse.Namespace) -> None:
     table = format_table(rows, list(dict.fromkeys(column for row in rows for column in row)))
     (folder / f"frontier-{options.basis}.txt").write_text(table + "\n", encoding="utf-8")
     print(table)
-    plot_frontier(points, options.basis, folder / f"frontier-{options.basis}.png")
+    try:
+        plot_frontier(points, options.basis, folder / f"frontier-{options.basis}.png")
+    except SliceGPTError as error:  # the figures are there; only matplotlib is not
+        print(f"no plot: {error}", file=sys.stderr)
 
 
 COLUMNS = (".jsonl", ".parquet")
