@@ -322,30 +322,29 @@ def run_frontier(
     remaining = len(planned) + 1 + (sparsegpt is not None)
     results, spent = [], []
 
-    def report(name: str, point: dict, seconds: float) -> None:
+    def report(name: str, point: dict, known: int) -> None:
         nonlocal remaining
         results.append(point)
         remaining -= 1
         measured = ", ".join(f"{text} {value:.4g}" for text, value in point["perplexity"].items())
-        if seconds < 0.5:
+        if len(frontier.points) == known:
             measured += " (measured before)"
         elif point["method"] != "dense":
-            spent.append(seconds)
+            spent.append(point["seconds"])
         # Points cost about the same, whatever their size: most of it is reading the calibration tokens.
         estimate = f"; about {remaining * sum(spent) / len(spent) / 60:.0f} min left" if spent else ""
         if not frontier.progress.quiet:
             print(f"{name}: {measured}{estimate}", file=frontier.progress.stream, flush=True)
 
-    start = time.perf_counter()
-    dense = frontier.dense()
-    report("dense", dense, time.perf_counter() - start)
+    known = len(frontier.points)
+    report("dense", frontier.dense(), known)
     for method, size, config in planned:
-        start = time.perf_counter()
+        known = len(frontier.points)
         point = frontier.point(method, config) | {"asked": size}
-        report(f"{method} {size:g} (width {point['widths']})", point, time.perf_counter() - start)
+        report(f"{method} {size:g} (width {point['widths']})", point, known)
     if sparsegpt is not None:
-        start = time.perf_counter()
-        report("sparsegpt-2:4", frontier.sparse_point(sparsegpt), time.perf_counter() - start)
+        known = len(frontier.points)
+        report("sparsegpt-2:4", frontier.sparse_point(sparsegpt), known)
     return results
 
 

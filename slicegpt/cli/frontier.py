@@ -108,7 +108,8 @@ def run(options: argparse.Namespace) -> None:
     from slicegpt.calibration import load_documents, load_sources, sample_sources
     from slicegpt.calibration.mixture import split_names
     from slicegpt.errors import SliceGPTError
-    from slicegpt.frontier import Frontier, cut_text, run_frontier, table_rows
+    from slicegpt.families import canonical_fields
+    from slicegpt.frontier import METHODS, Frontier, cut_text, plan_point, run_frontier, table_rows
     from slicegpt.loading import load_dense
     from slicegpt.plots import plot_frontier
     from slicegpt.progress import Progress
@@ -151,6 +152,9 @@ def run(options: argparse.Namespace) -> None:
             cut_text(name, text, tokenizer, options.seqlen, options.windows)
             for name, text in documents.items()
         ]
+    for method in methods:  # a size that cannot be reached is told before anything is computed
+        for size in sizes if method in METHODS else ():
+            plan_point(METHODS[method], canonical_fields(model), size, options.basis, options.round_to)
     calibration = sample_sources(
         sources,
         tokenizer,
