@@ -14,6 +14,9 @@ from tiny_models import tiny_model, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slicegpt import modeling
+from slicegpt.checkpoint import read_record, save_sliced
+from slicegpt.cli import main
+from slicegpt.loading import load_dense
 from slicegpt.self_contained import AUTO_MAP, MODULES, portable_source, write_modeling_code
 
 # Loads all three classes with slicegpt out of reach, and compares with what the package computed.
@@ -67,6 +70,23 @@ def test_with_the_package_its_own_classes_are_used(small, tmp_path):
     assert (
         json.loads((tmp_path / "config.json").read_text())["boundary_widths"] == small.config.boundary_widths
     )
+
+
+def test_slice_writes_it_and_saving_again_keeps_it(tiny_tokenizer, tmp_path):
+    dense, folder = tmp_path / "dense", tmp_path / "sliced"
+    tiny_model("llama", torch.float32, vocab_size=512).save_pretrained(dense)
+    tiny_tokenizer.save_pretrained(dense)
+    size = ["--slice", "0.25", "--round-to", "4", "--nsamples", "4", "--seqlen", "32"]
+    data = ["--calibration", "python-reference", "--self-contained"]
+    assert main(["slice", str(dense), "--output", str(folder), *size, *data]) == 0
+    written = {f"{name}.py" for name in MODULES.values()}
+    assert written <= {file.name for file in folder.iterdir()}
+    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+
+    model, tokenizer = load_dense(str(folder))
+    again = save_sliced(model, tokenizer, read_record(folder), tmp_path / "again")
+    assert written <= {file.name for file in again.iterdir()}
+    assert main(["generate", str(again), "--prompt", "The", "--max-new-tokens", "2"]) == 0
 
 
 @pytest.mark.parametrize("module", MODULES)
