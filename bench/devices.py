@@ -80,10 +80,10 @@ def device_of_product(product: str) -> Device | None:
     return None
 
 
-def current_device() -> Device | None:
-    """The CUDA device in use, if its peaks are listed; without CUDA, this CPU with measured peaks."""
-    if torch.cuda.is_available():
-        return device_of_product(torch.cuda.get_device_name())
+def current_device(device: torch.device | None = None) -> Device | None:
+    """The CUDA device in use (or this one), if its peaks are listed; without CUDA, this CPU with measured peaks."""
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return device_of_product(torch.cuda.get_device_name(device))
     return measured_cpu()
 
 

@@ -1,0 +1,98 @@
+"""The search for the batch of most throughput: doubling until memory ends or throughput drops, then finer steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+class Exhausted(Exception):
+    """A batch cannot be run; the message is the reason, such as "out of memory at batch 64"."""
+
+
+@dataclass
+class Search:
+    """What a search found.
+
+    Attributes:
+        rates: tokens/s by batch, in the order they were measured.
+        stop: "drop", "plateau", "memory", or "limit" (of the batch).
+        reason: the same in words, with figures.
+    """
+
+    rates: dict[int, float] = field(default_factory=dict)
+    stop: str | None = None
+    reason: str | None = None
+
+    @property
+    def best(self) -> int:
+        """The batch with most tokens/s."""
+        return max(self.rates, key=self.rates.get)
+
+
+def search(
+    measure: Callable[[int], float],
+    tolerance: float = 0.02,
+    most: int = 1 << 20,
+    found: Search | None = None,
+) -> Search:
+    """Double the batch from 1 on until memory is exhausted or throughput drops (the published protocol), then refine.
+
+    Two doublings in a row that change the best throughput by less than `tolerance` end it as well: beyond such a
+    plateau only the time of a step grows. A drop is believed when both batches, measured again,
+    still show it.
+
+    Args:
+        measure: batch -> tokens/s; raises `Exhausted` where memory does not suffice.
+        tolerance: relative changes below it are noise.
+        most: largest batch to try.
+        found: filled as the search goes, for a caller that wants to keep it when interrupted.
+
+    Returns:
+        `found`; without any rates where not even batch 1 could be run.
+    """
+    found = found if found is not None else Search()
+    batch, flat, ceiling = 1, 0, most + 1
+    while True:
+        if batch > most:
+            found.stop, found.reason = "limit", f"batch limit of {most}"
+            break
+        try:
+            rate, before = measure(batch), max(found.rates.values(), default=0.0)
+            if rate < before * (1 - tolerance):
+                before = min(before, measure(found.best))
+                rate = max(rate, measure(batch))
+        except Exhausted as reason:
+            found.stop, found.reason, ceiling = "memory", str(reason), batch
+            break
+        found.rates[batch] = rate
+        if rate < before * (1 - tolerance):
+            found.stop = "drop"
+            found.reason = f"throughput dropped from {before:.4g} to {rate:.4g} tokens/s at batch {batch}"
+            break
+        flat = flat + 1 if rate < before * (1 + tolerance) else 0
+        if flat == 2:
+            found.stop = "plateau"
+            found.reason = f"two doublings up to batch {batch} gained less than {tolerance:.0%}"
+            break
+        batch *= 2
+    if found.rates:
+        refine(measure, found, ceiling)
+    return found
+
+
+def refine(measure: Callable[[int], float], found: Search, ceiling: int) -> None:
+    """Measure between half and twice the best batch, in quarters of it, below `ceiling`, which did not fit."""
+    best = found.best
+    for batch in finer(best):
+        if batch >= ceiling or batch in found.rates:
+            continue
+        try:
+            found.rates[batch] = measure(batch)
+        except Exhausted as reason:
+            found.stop, found.reason = "memory", str(reason)
+            return  # what is larger does not fit either
+
+
+def finer(best: int) -> list[int]:
+    """Batches around a power of two, ascending: 3/4, 5/4, 3/2 and 7/4 of it, as far as they are whole."""
+    quarters = [best * quarter // 4 for quarter in (3, 5, 6, 7) if best * quarter % 4 == 0]
+    return [batch for batch in quarters if batch > 0]

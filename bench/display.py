@@ -1,0 +1,128 @@
+"""Rows of results as tables for people: which figures, under which names, in which units."""
+
+from collections.abc import Mapping, Sequence
+
+from slicegpt.sizes import format_bytes
+from slicegpt.table import format_table
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} x"
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+# (key of a row, title, how it is written).
+COLUMNS = {
+    "token": (
+        ("network", "network", str),
+        ("engine", "engine", str),
+        ("bytes", "weights", format_bytes),
+        ("ms_median", "ms per token", _round),
+        ("ms_p10", "p10", _round),
+        ("ms_p90", "p90", _round),
+        ("prompt_ms", "prompt ms", _round),
+        ("tokens_per_second", "tokens/s", _round),
+        ("gigabytes_per_second", "GB/s", _round),
+        ("bandwidth_fraction", "of bandwidth", _percent),
+        ("peak_bytes", "peak memory", format_bytes),
+        ("speedup", "speed-up", _times),
+    ),
+    "throughput": (
+        ("network", "network", str),
+        ("engine", "engine", str),
+        ("bytes", "weights", format_bytes),
+        ("tokens_per_second", "tokens/s", _round),
+        ("batch", "at batch", int),
+        ("peak_bytes", "memory there", format_bytes),
+        ("largest_batch", "largest batch", int),
+        ("speedup", "speed-up", _times),
+        ("reason", "stopped by", str),
+    ),
+    "layers": (
+        ("variant", "layer", str),
+        ("total_ms", "sum ms", _round),
+        ("layer_ms", "whole layer ms", _round),
+        ("difference", "difference", _percent),
+        ("shortcut_ms", "of which shortcuts", _round),
+        ("speedup", "speed-up", _times),
+    ),
+    "slicing": (
+        ("stage", "stage", str),
+        ("seconds", "seconds", _round),
+        ("of_dense_pass", "of a dense pass", _round),
+    ),
+}
+
+
+def table(benchmark: str, rows: Sequence[Mapping]) -> tuple[list[str], list[list[object]]]:
+    """Titles, and the cells of every row: text, numbers, or None where nothing was measured.
+
+    Columns without any figure are left out.
+    """
+    columns = [column for column in COLUMNS[benchmark] if any(row.get(column[0]) is not None for row in rows)]
+    cells = [
+        [None if row.get(key) is None else written(row[key]) for key, _, written in columns] for row in rows
+    ]
+    return [title for _, title, _ in columns], cells
+
+
+def operation_table(rows: Sequence[Mapping]) -> tuple[list[str], list[list[object]]]:
+    """Milliseconds of every operation of a layer, one column a form."""
+    rows = [row for row in rows if row["operations"]]
+    names = list(dict.fromkeys(name for row in rows for name in row["operations"]))
+    cells = [
+        [name, *(_round(row["operations"][name]) if name in row["operations"] else None for row in rows)]
+        for name in names
+    ]
+    sums = ["sum", *(_round(row["total_ms"]) for row in rows)]
+    return ["ms", *(row["variant"] for row in rows)], [*cells, sums]
+
+
+def print_table(titles: Sequence[str], cells: Sequence[Sequence]) -> None:
+    print(format_table([dict(zip(titles, row, strict=True)) for row in cells], titles))
+
+
+def print_rows(benchmark: str, rows: Sequence[Mapping]) -> None:
+    """The table on the screen."""
+    print_table(*table(benchmark, rows))
+
+
+def print_skipped(skipped: Sequence[Mapping]) -> None:
+    for row in skipped:
+        print(f"{row['network']}, {row['engine']}: not measured ({row['skipped']})")
+
+
+def print_summary(content: Mapping) -> None:
+    """Everything a run has to say, after its table: baseline, what was not measured, and how."""
+    if content["benchmark"] == "layers":
+        print_table(*operation_table(content["rows"]))
+        print()
+    print_rows(content["benchmark"], content["rows"])
+    print_skipped(content.get("skipped", ()))
+    for note in notes(content):
+        print(note)
+
+
+def notes(content: Mapping) -> list[str]:
+    """What a reader must know besides the table."""
+    told = [content["baseline"]] if content.get("baseline") else []
+    if content.get("taken_in_turns") is False:
+        told.append("The networks do not fit into memory together: they were measured one after the other.")
+    if content.get("cache_note"):
+        told.append(content["cache_note"])
+    apart = [row["variant"] for row in content["rows"] if row.get("agrees") is False]
+    if apart:
+        told.append(f"Operations and whole layer differ by more than 10 %: {', '.join(apart)}.")
+    load, threads = content["environment"].get("load_average"), content["environment"]["threads"]
+    if load is not None and load > threads + 0.5:
+        told.append(f"Other work was running (load average {load} at the start, {threads} threads measured).")
+    if not content["complete"]:
+        told.append("This run is incomplete.")
+    return told

@@ -1,0 +1,83 @@
+"""Memory: what is in use and its peak, on a GPU by PyTorch's allocator, on a CPU by the resident set."""
+
+import ctypes
+import gc
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+
+
+def bytes_in_use(device: torch.device) -> int:
+    """Allocated by tensors on a GPU; resident in this process on a CPU (Linux; 0 elsewhere)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS")
+
+
+def total_bytes(device: torch.device) -> int:
+    """All memory of the device; of this machine on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_bytes(device: torch.device) -> int:
+    """What can still be had without swapping."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return total_bytes(device)
+
+
+def start_peak(device: torch.device) -> None:
+    """From here on `peak_bytes` counts."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # Where the kernel forbids it, the peak is that of the whole process.
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was in use at once since `start_peak`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def give_back(device: torch.device) -> None:
+    """Collect what is unreachable and return it to the system, so that the next measurement finds it free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    with suppress(OSError, AttributeError):  # glibc keeps freed blocks; others may have no such call
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on a GPU or on a CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    known = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+    return isinstance(error, RuntimeError) and any(part in text for part in known)
+
+
+def _status(field: str) -> int:
+    with suppress(OSError):
+        for line in _STATUS.read_text(encoding="ascii").splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return 0

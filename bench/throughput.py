@@ -1,0 +1,239 @@
+"""`slicegpt bench throughput`: most tokens/s over all batches, at a given sequence length."""
+
+import statistics
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slicegpt.bench.batch_search import Exhausted, Search, search
+from slicegpt.bench.comparison import compare
+from slicegpt.bench.engines import Case, Decoder, NotApplicable, by_memory, cache_bytes, refusals, start
+from slicegpt.bench.memory import (
+    available_bytes,
+    bytes_in_use,
+    give_back,
+    is_out_of_memory,
+    peak_bytes,
+    start_peak,
+)
+from slicegpt.bench.results import Record
+from slicegpt.bench.timing import Stopwatch
+from slicegpt.bench.token_time import RESIDENT_SHARE, check_positions
+from slicegpt.progress import Progress
+from slicegpt.sizes import format_bytes
+
+WARMUP = 2
+
+
+@dataclass(frozen=True)
+class ThroughputOptions:
+    """How to measure.
+
+    Attributes:
+        seqlen: tokens of a sequence at its end.
+        steps: that are timed, around the middle of the sequence; None takes all of it.
+        max_batch: largest batch to try.
+        max_memory: bytes that weights and run of one network may take; None leaves it to the device.
+        tolerance: relative changes of throughput below it are noise.
+        rounds: turns in which the best batches are measured again.
+    """
+
+    seqlen: int = 128
+    steps: int | None = None
+    max_batch: int = 1 << 16
+    max_memory: float | None = None
+    tolerance: float = 0.02
+    rounds: int = 3
+
+    @property
+    def timed(self) -> int:
+        return min(self.steps or self.seqlen, self.seqlen)
+
+    @property
+    def context(self) -> int:
+        """Tokens in the cache before the first step that is timed."""
+        return (self.seqlen - self.timed) // 2
+
+
+class Prober:
+    """Measures one case at any batch, within the memory limit."""
+
+    def __init__(self, case: Case, options: ThroughputOptions, record: Record):
+        self.case, self.options, self.record = case, options, record
+        self.device = case.network.device
+        self.per_sequence = self.least_per_sequence()
+        self.stored = case.network.bytes
+        self.leaked = 0
+        self.largest_that_ran = 0
+
+    def least_per_sequence(self) -> float:
+        """Bytes that one more sequence cannot do without: its cache and its logits, in float32 as most engines do."""
+        network = self.case.network
+        return cache_bytes(network, 1, self.options.seqlen) + 4 * network.config.vocab_size
+
+    def check(self, batch: int) -> None:
+        """`Exhausted` where the estimate is above the limit."""
+        limit = self.options.max_memory
+        needed = self.stored + batch * self.per_sequence
+        if limit is not None and needed > limit:
+            raise Exhausted(
+                f"memory limit: batch {batch} would take {format_bytes(needed)} of {format_bytes(limit)}"
+            )
+
+    def warm_up(self) -> None:
+        """Weights into memory, kernels chosen: the first measurement shall not pay for them."""
+        with refusals(self.case):
+            decoder = start(self.case, 1, self.options.seqlen + WARMUP + 1)
+            decoder.fill(1)
+            self.steps(decoder, WARMUP)
+            self.stored = decoder.stored_bytes
+        del decoder
+        give_back(self.device)
+
+    def __call__(self, batch: int) -> float:
+        """Tokens/s at this batch; every measurement is a point of the record."""
+        self.check(batch)
+        level = bytes_in_use(self.device)
+        failed = None
+        try:
+            milliseconds, extra = self.decode(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = f"out of memory at batch {batch}"
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors that did not help
+        give_back(self.device)
+        self.leaked = max(self.leaked, bytes_in_use(self.device) - level)
+        if failed:
+            raise Exhausted(failed)
+        self.per_sequence = max(self.per_sequence, extra / batch)
+        total = self.stored + extra
+        if self.options.max_memory is not None and total > self.options.max_memory:
+            raise Exhausted(
+                f"memory limit: batch {batch} took {format_bytes(total)} "
+                f"of {format_bytes(self.options.max_memory)}"
+            )
+        rate = 1000 * batch / milliseconds
+        self.largest_that_ran = max(self.largest_that_ran, batch)
+        self.record.content["points"].append(
+            {
+                "network": self.case.network.label,
+                "engine": self.case.engine.name,
+                "batch": batch,
+                "tokens_per_second": rate,
+                "ms_median": milliseconds,
+                "peak_bytes": total,
+            }
+        )
+        return rate
+
+    def decode(self, batch: int) -> tuple[float, int]:
+        """Median milliseconds of a step, and bytes beyond the weights."""
+        options = self.options
+        before = bytes_in_use(self.device)
+        start_peak(self.device)
+        decoder = start(self.case, batch, options.seqlen + WARMUP + 1)
+        decoder.fill(max(1, options.context - WARMUP))
+        self.steps(decoder, WARMUP)
+        times = self.steps(decoder, options.timed)
+        return statistics.median(times), max(0, peak_bytes(self.device) - before)
+
+    def steps(self, decoder: Decoder, count: int) -> list[float]:
+        """Milliseconds of every step; a GPU is not waited for in between."""
+        decoder.resume()
+        watch = Stopwatch(self.device)
+        watch.mark()
+        for _ in range(count):
+            decoder.step()
+            watch.mark()
+        return watch.milliseconds()
+
+
+@dataclass
+class Found:
+    """A case, how it was probed, and what the search found so far."""
+
+    prober: Prober
+    search: Search
+    again: list[float]
+
+    def row(self) -> dict:
+        case, search = self.prober.case, self.search
+        measured = bool(search.rates)
+        best = search.best if measured else None
+        peaks = [
+            point["peak_bytes"]
+            for point in self.prober.record.content["points"]
+            if (point["network"], point["engine"], point["batch"])
+            == (case.network.label, case.engine.name, best)
+        ]
+        rate = search.rates[best] if measured else None
+        return {
+            **case.network.facts(),
+            "engine": case.engine.name,
+            "batch": best,
+            # The largest of many noisy figures is too large on average: what counts is the best batch, measured again.
+            "tokens_per_second": statistics.median(self.again) if self.again else rate,
+            "rounds": self.again,
+            "largest_batch": self.prober.largest_that_ran,
+            "peak_bytes": max(peaks, default=None),
+            "stop": search.stop,
+            "reason": search.reason,
+            "leaked_bytes": self.prober.leaked,
+        }
+
+
+def measure_throughput(
+    cases: Sequence[Case], options: ThroughputOptions, record: Record, progress: Progress | None = None
+) -> None:
+    """Search every case's best batch, then measure those again in turns; `record` is kept up to date.
+
+    `record.content` gets "points", one a measurement, and "rows", one a case.
+    """
+    check_positions(cases, options.seqlen, "--seqlen")
+    progress = progress or Progress(quiet=True)
+    device = cases[0].network.device
+    record.content |= {"points": [], "skipped": record.content.get("skipped", [])}
+    done: list[Found] = []
+
+    def save(**figures) -> None:
+        rows = [one.row() for one in done]
+        baseline = compare(rows, "tokens_per_second", smaller_is_better=False)
+        record.save(rows=rows, baseline=baseline, **figures)
+
+    groups = by_memory(cases, RESIDENT_SHARE * available_bytes(device))
+    for group in groups:
+        begun = len(done)
+        for case in group:
+            found = Found(Prober(case, options, record), Search(), [])
+
+            def measure(batch: int, found=found) -> float:
+                rate = found.prober(batch)
+                save()
+                return rate
+
+            done.append(found)
+            with progress.stage(f"search: {case.name}", 1, "search") as advance:
+                try:
+                    found.prober.warm_up()
+                    search(measure, options.tolerance, options.max_batch, found.search)
+                except NotApplicable as reason:
+                    done.remove(found)
+                    record.content["skipped"].append(
+                        {"network": case.network.label, "engine": case.engine.name, "skipped": str(reason)}
+                    )
+                advance(1)
+            save()
+        with progress.stage("best batches again", options.rounds, "rounds") as advance:
+            for _ in range(options.rounds):
+                for found in done[begun:]:
+                    if found.search.rates:
+                        best = found.search.best
+                        milliseconds, _ = found.prober.decode(best)
+                        give_back(device)
+                        found.again.append(1000 * best / milliseconds)
+                advance(1)
+                save()
+        for network in {id(case.network): case.network for case in group}.values():
+            network.release()
+    save(taken_in_turns=len(groups) == 1)
