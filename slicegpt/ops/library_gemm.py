@@ -31,7 +31,9 @@ def norm_linear(
     if h.dtype in _HALF and not h.is_cuda:
         product = h.new_empty((h.shape[0], weight.shape[0]))
         pre = product[:, :n_scaled]
-        _linear_into(pre, h * scale if isinstance(scale, float) else (h * scale).to(h.dtype), weight[:n_scaled])
+        _linear_into(
+            pre, h * scale if isinstance(scale, float) else (h * scale).to(h.dtype), weight[:n_scaled]
+        )
         if n_scaled < weight.shape[0]:
             _linear_into(product[:, n_scaled:], h, weight[n_scaled:])
         if bias is not None:
@@ -57,9 +59,7 @@ def norm_linear(
     return product.to(h.dtype)
 
 
-def rotate(
-    a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def rotate(a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None) -> Tensor:
     """`h_next` of `slicegpt.ops.rotate_add`."""
     if shortcut is not None:
         base = _product(h, shortcut)
@@ -78,14 +78,12 @@ def rotate(
 
 def _row_scale(h: Tensor, sumsq: Tensor | None, divisor: float, eps: float) -> Tensor | float:
     """`rsqrt(|h|² / divisor + eps)` of every row: [T, 1], float32 or wider; a number for one row on a CPU."""
-    one_row = h.shape[0] == 1 and not h.is_cuda
+    dtype = sumsq_dtype(h.dtype)
+    if h.shape[0] == 1 and not h.is_cuda:
+        total = float(torch.linalg.vector_norm(h, dtype=dtype)) ** 2 if sumsq is None else float(sumsq.sum())
+        return (total / divisor + eps) ** -0.5
     if sumsq is None:
-        wide = h.to(sumsq_dtype(h.dtype))
-        if one_row:
-            return (float(torch.dot(wide[0], wide[0])) / divisor + eps) ** -0.5
-        sumsq = wide.square()
-    if one_row:
-        return (float(sumsq.sum()) / divisor + eps) ** -0.5
+        sumsq = h.to(dtype).square()
     return (sumsq.sum(dim=1, keepdim=True) / divisor + eps).rsqrt()
 
 

@@ -41,13 +41,12 @@ class KVCache:
         return self.keys.shape[3]
 
 
-def rotate_pairs(states: Tensor, angles: Tensor) -> Tensor:
-    """Turn neighbouring pairs of the first columns of [tokens, heads, head_dim] by unit complex [tokens, 1, pairs]."""
-    columns = 2 * angles.shape[-1]
-    # In float32 at least; contiguous, because a complex view needs even strides.
-    wide = states[..., :columns].to(torch.promote_types(states.dtype, torch.float32)).contiguous()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * angles).flatten(-2).to(states.dtype)
+def rotate(states: Tensor, angles: Tensor) -> Tensor:
+    """Rotary positions for [tokens, heads, head_dim]: turns the first columns; angles as `Network.angles` gives."""
+    cos, sin = angles.unbind(1)
+    columns = cos.shape[-1]
+    turned = states[..., :columns]
+    turned = torch.addcmul(turned * cos, turned.roll(columns // 2, -1), sin)
     return turned if columns == states.shape[-1] else torch.cat((turned, states[..., columns:]), dim=-1)
 
 
@@ -57,7 +56,7 @@ class Step:
     Args:
         cache: written from `start` on.
         tokens: new tokens of each row of the batch.
-        angles: complex [batch * tokens, 1, pairs], or None without rotary positions.
+        angles: [batch * tokens, 2, 1, rotary_dim], see `Network.angles`.
     """
 
     def __init__(self, cache: KVCache, tokens: int, angles: Tensor | None):
@@ -74,7 +73,7 @@ class Step:
         if attention.norm is not None:
             states = F.rms_norm(states, (attention.head_dim,), None, attention.norm_eps) * attention.norm
         if self.angles is not None:
-            states = rotate_pairs(states, self.angles)
+            states = rotate(states, self.angles)
         attended = self._attend(
             attention, states[:, attention.key_heads :], states[:, : attention.key_heads], values
         )

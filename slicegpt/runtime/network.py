@@ -35,10 +35,13 @@ class Network:
         self.rotate_add = ops.rotate_add if through_operators else _rotate_without_sums
 
     def angles(self, positions: Tensor) -> Tensor | None:
-        """Rotary angles for `Step` at these positions; padding may have negative ones."""
+        """Cosines and sines at these positions, [positions, 2, 1, rotary_dim]; padding may have negative positions.
+
+        None without rotary positions.
+        """
         if self.packed.rotary is None:
             return None
-        return self.packed.rotary[positions.flatten().clamp(min=0)][:, None]
+        return self.packed.rotary[positions.flatten().clamp(min=0)][:, :, None]
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids and positions [batch, tokens] to the stream [batch * tokens, d] at boundary 0."""

@@ -3,7 +3,7 @@
 One input GEMM holds the rows of v, k, q and the factor Fᵀ of a compact shortcut, or of gate, up and the factor; one
 output GEMM holds `[W_out | -F]`. The order v, k, q, z lets attention write its result over q, where it lies beside
 z: the output GEMM reads `[attended | z]` without a copy. Parallel blocks have two input GEMMs, whose activations
-differ. Rotary pairs `(i, i + n / 2)` of q and k become neighbours, so that rotating is one complex product.
+differ.
 """
 
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class PackedNetwork:
     Attributes:
         embed_projection, positions: None where the model has none; positions [rows, d] begin at row
             `config.position_offset`.
-        rotary: complex [positions, rotary_dim / 2], or None.
+        rotary: `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, or None.
         final_scale: [d], the scale that the last norm of a tied model keeps, or None.
         head_projection: from a sliced last boundary to the width of a tied head, or None.
         head: it reads the last norm; or what `head_projection` gives, as it is: then `n_scaled` is 0.
@@ -143,7 +143,6 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
                 f"runtime: rope type {trunk.rotary_emb.rope_type!r} is not supported; use the plain model"
             )
         rotary = rotary_table(trunk.rotary_emb, embedding, max_positions or config.max_position_embeddings)
-    half_rotary = 0 if rotary is None else rotary.shape[1]
     blocks: list[PackedBlock] = []
     for layer in trunk.layers:
         if config.parallel_blocks:
@@ -153,7 +152,7 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
                 (layer.input_norm, (layer.self_attn,), layer.attention_shortcut),
                 (layer.mlp_norm, (layer.mlp,), layer.mlp_shortcut),
             ]
-        blocks += [_pack_block(config, *part, half_rotary) for part in parts]
+        blocks += [_pack_block(config, *part) for part in parts]
         if release:
             layer.to("meta")
     scale, head_projection, head = _pack_head(model)
@@ -175,25 +174,23 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
 
 
 def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
-    """`cos + i sin` of every position, complex64 [positions, rotary_dim / 2] (complex128 for a float64 model)."""
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    """Cosines and sines of every position, [positions, 2, rotary_dim] in the dtype of `like`.
+
+    The first half of the sines is negative: `x cos + roll(x, rotary_dim / 2) sin` turns the pairs.
+    """
     ids = torch.arange(positions, device=like.device)[None]
-    cos, sin = rotary_emb(torch.empty(0, dtype=wide, device=like.device), ids)
-    half = cos.shape[-1] // 2
-    return torch.complex(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+    cos, sin = (table[0] for table in rotary_emb(like[:0], ids))
+    sin[:, : sin.shape[1] // 2].neg_()
+    return torch.stack((cos, sin), dim=1)
 
 
 def _pack_block(
-    config: SlicedConfig,
-    norm: nn.Module,
-    modules: tuple[nn.Module, ...],
-    shortcut: nn.Module,
-    half_rotary: int,
+    config: SlicedConfig, norm: nn.Module, modules: tuple[nn.Module, ...], shortcut: nn.Module
 ) -> PackedBlock:
     inputs, outputs, biases = [], [], []
     for module in modules:
         if isinstance(module, SlicedAttention):
-            inputs.append(_pack_attention(config, module, half_rotary))
+            inputs.append(_pack_attention(config, module))
             writer = module.o_proj
         else:
             inputs.append(_pack_mlp(config, module))
@@ -217,19 +214,15 @@ def _pack_block(
     )
 
 
-def _pack_attention(config: SlicedConfig, module: SlicedAttention, half_rotary: int) -> Projection:
-    order = _neighbours(config.head_dim, half_rotary, module.q_proj.weight.device)
-
-    def in_order(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
-
-    weight = torch.cat((module.v_proj.weight, in_order(module.k_proj.weight), in_order(module.q_proj.weight)))
+def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection:
+    modules = (module.v_proj, module.k_proj, module.q_proj)
+    weight = torch.cat([one.weight for one in modules])
     bias = norm = None
     if module.q_proj.bias is not None:
-        bias = torch.cat((module.v_proj.bias, in_order(module.k_proj.bias), in_order(module.q_proj.bias)))
+        bias = torch.cat([one.bias for one in modules])
     if config.qk_norm:
-        key_scale = module.k_norm.weight[order].expand(config.num_key_value_heads, -1)
-        query_scale = module.q_norm.weight[order].expand(config.num_attention_heads, -1)
+        key_scale = module.k_norm.weight.expand(config.num_key_value_heads, -1)
+        query_scale = module.q_norm.weight.expand(config.num_attention_heads, -1)
         norm = torch.cat((key_scale, query_scale))
     attention = Attention(
         layer=module.layer_idx,
@@ -241,12 +234,6 @@ def _pack_attention(config: SlicedConfig, module: SlicedAttention, half_rotary: 
         window=module.sliding_window,
     )
     return Projection(weight, bias, len(weight), "none", attention)
-
-
-def _neighbours(head_dim: int, half: int, device: torch.device) -> Tensor:
-    """Rows of a head in the order 0, half, 1, half + 1, ...; those that are not rotated keep their place."""
-    rotated = torch.arange(2 * half, device=device).view(2, half).mT.flatten()
-    return torch.cat((rotated, torch.arange(2 * half, head_dim, device=device)))
 
 
 def _pack_mlp(config: SlicedConfig, module: SlicedMLP) -> Projection:

@@ -49,8 +49,8 @@ class Sampling:
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Token ids [batch]."""
         if not self.do_sample:
-            return logits.argmax(dim=-1)
+            return logits.max(dim=-1).indices  # vectorised on a CPU, which argmax is not
         probabilities = self.filtered(logits).softmax(dim=-1)
         # The first of independent exponential clocks of these rates: a draw without torch.multinomial's waiting.
         clocks = torch.empty_like(probabilities).exponential_(generator=generator)
-        return (probabilities / clocks).argmax(dim=-1)
+        return (probabilities / clocks).max(dim=-1).indices
