@@ -141,7 +141,7 @@ class Passes:
             self.advance(1)
             with self.stage("signals"):
                 carried, activations = lifted.activations(stream, **inputs)
-                missing = target - lifted.write(carried, activations)
+                missing = target if carried is None else target - carried
             with self.stage("refit"):
                 for k, fold in enumerate(folds):  # every other sample, whatever the batches
                     rows = slice((samples + k) % 2, None, 2)

@@ -1,10 +1,10 @@
 """Output refit: a block's output weights fitted in closed form to the dense model's stream.
 
 Slicing changes what reaches a block: its activations `a` [N, K], and what its shortcut carries, `u` [N, D]. With
-`x` the dense model's stream behind the block, `W` its output weights and `r = x - u - a W - c` what its output
-misses, the correction `Δ` solves the ridge regression
+`x` the dense model's stream behind the block, `t = x - u` is what the block has to write. Its output weights `W` give
+way to the solution of the ridge regression
 
-    min ‖r - a Δ‖² + λ ‖g Δ‖²,      (aᵀa + λ diag(g²)) Δ = aᵀr,
+    min ‖t - a W'‖² + λ ‖g (W' - W)‖²,      (aᵀa + λ diag(g²)) W' = aᵀt + λ diag(g²) W,
 
 at full width, before the basis of the next boundary is chosen. `g²` is the mean diagonal of aᵀa, apart for each kind
 of activations where several are fitted at once: attention's, the MLP's, the stream behind a dense shortcut. λ is
@@ -29,10 +29,10 @@ FIRST_RIDGE = RIDGES.index(0.1)
 
 
 class Moments:
-    """Second moments of activations [n, K] and of what the block's output misses [n, D], all in float64.
+    """Second moments of activations [n, K] and of what their block has to write [n, D], all in float64.
 
     Attributes:
-        gram: [K, K]; cross: [K, D]; energy: the sum of squares of what is missing.
+        gram: [K, K]; cross: [K, D]; energy: the sum of squares of what is to be written.
         inputs, outputs: sums [K] and [D], for an intercept; tokens: their number.
         groups: columns of each kind of activations, K in all; their scales differ.
     """
@@ -46,18 +46,20 @@ class Moments:
         self.gram, self.cross, self.energy = zeros(inputs, inputs), zeros(inputs, outputs), zeros()
         self.inputs, self.outputs, self.tokens = zeros(inputs), zeros(outputs), zeros()
 
-    def add(self, activations: torch.Tensor, missing: torch.Tensor, keep: torch.Tensor | None = None) -> None:
-        """Add tokens: `activations` [n, K] and `missing` [n, D] of one dtype, `keep` bool [n] (None: all)."""
+    def add(self, activations: torch.Tensor, target: torch.Tensor, keep: torch.Tensor | None = None) -> None:
+        """Add tokens: `activations` [n, K] and `target` [n, D] of one dtype, `keep` bool [n] (None: all)."""
         if keep is not None:
-            activations, missing = activations[keep], missing[keep]
-        # "fast" errs by some 1e-7 of the mean diagonal, a thousandth of the smallest ridge.
-        precision = "fp64" if activations.dtype == torch.float64 else "fast"
+            activations, target = activations[keep], target[keep]
+        # "fast" errs by some 1e-7 of the mean diagonal, a thousandth of the smallest ridge; so do float32 sums of
+        # one batch.
+        exact = activations.dtype == torch.float64
+        precision, dtype = ("fp64", torch.float64) if exact else ("fast", torch.float32)
         gram_(self.gram, activations, None, precision)
-        cross_gram_(self.cross, activations, missing, None, precision)
-        self.energy += missing.square().sum(dtype=torch.float64)
-        self.inputs += activations.sum(dim=0, dtype=torch.float64)
-        self.outputs += missing.sum(dim=0, dtype=torch.float64)
-        self.tokens += len(missing)
+        cross_gram_(self.cross, activations, target, None, precision)
+        self.energy += torch.linalg.vector_norm(target, dtype=dtype).double().square()
+        self.inputs += activations.sum(dim=0, dtype=dtype)
+        self.outputs += target.sum(dim=0, dtype=dtype)
+        self.tokens += len(target)
 
     def __iadd__(self, other: Moments) -> Moments:
         for name in ("gram", "cross", "energy", "inputs", "outputs", "tokens"):
@@ -71,37 +73,39 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Correction:
-    """What is added to a block's output: `a weight + bias`.
+class Writer:
+    """What a block writes: `a weight + bias`.
 
     Attributes:
-        weight: Δ [K, D] float64; bias: [D] float64, or None.
+        weight: W [K, D] float64; bias: [D] float64, or None.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     def loss(self, moments: Moments) -> float:
-        """`‖r - a Δ - bias‖²` over the tokens of `moments`: a quadratic form in them."""
-        delta, bias = self.weight, self.bias
-        loss = moments.energy + (delta * (moments.gram @ delta - 2 * moments.cross)).sum()
+        """`‖t - a W - bias‖²` over the tokens of `moments`: a quadratic form in them."""
+        weight, bias = self.weight, self.bias
+        loss = moments.energy + (weight * (moments.gram @ weight - 2 * moments.cross)).sum()
         if bias is not None:
-            loss += bias @ (moments.tokens * bias - 2 * moments.outputs + 2 * (moments.inputs @ delta))
+            loss += bias @ (moments.tokens * bias - 2 * moments.outputs + 2 * (moments.inputs @ weight))
         return loss.item()
 
 
-def fit(moments: Moments, ridge: float, intercept: bool) -> Correction:
-    """The correction at one λ; an intercept is fitted without a penalty."""
-    gram, cross = moments.gram, moments.cross
-    if intercept:
+def fit(moments: Moments, ridge: float, prior: Writer) -> Writer:
+    """The fit at one λ, drawn towards the weights of `prior`; a bias that it has is fitted without a penalty."""
+    gram, right = moments.gram, moments.cross
+    if prior.bias is not None:
         mean = moments.inputs / moments.tokens
         gram = gram - torch.outer(mean, moments.inputs)
-        cross = cross - torch.outer(mean, moments.outputs)
+        right = right - torch.outer(mean, moments.outputs)
+    penalty = ridge * moments.scales(gram)
     system = gram.clone()
-    system.diagonal().add_(ridge * moments.scales(gram))
-    delta = solve(system, cross)
-    bias = (moments.outputs - moments.inputs @ delta) / moments.tokens if intercept else None
-    return Correction(delta, bias)
+    system.diagonal().add_(penalty)
+    weight = solve(system, right + penalty[:, None] * prior.weight)
+    if prior.bias is None:
+        return Writer(weight, None)
+    return Writer(weight, (moments.outputs - moments.inputs @ weight) / moments.tokens)
 
 
 def solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -126,20 +130,19 @@ def solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RidgeChoice:
-    """λ, and the fraction of the missing energy that it leaves on tokens which the fit did not see."""
+    """λ, and the squared error that it leaves on tokens which the fit did not see."""
 
     ridge: float
-    held_out: float
+    loss: float
 
 
-def choose_ridge(folds: Sequence[Moments], intercept: bool, first: float | None = None) -> RidgeChoice:
+def choose_ridge(folds: Sequence[Moments], prior: Writer, first: float | None = None) -> RidgeChoice:
     """λ by two-fold cross-validation, walking down the losses over `RIDGES`.
 
     Args:
         folds: the moments of two halves of the calibration tokens.
         first: where the walk begins: the neighbouring block's λ is a good guess, and saves factorisations.
     """
-    energy = sum(fold.energy.item() for fold in folds)
     losses: dict[int, float] = {}
 
     def loss(index: int) -> float:
@@ -147,12 +150,12 @@ def choose_ridge(folds: Sequence[Moments], intercept: bool, first: float | None 
             return float("inf")
         if index not in losses:
             pairs = (folds, folds[::-1])
-            losses[index] = sum(fit(seen, RIDGES[index], intercept).loss(unseen) for seen, unseen in pairs)
+            losses[index] = sum(fit(seen, RIDGES[index], prior).loss(unseen) for seen, unseen in pairs)
         return losses[index]
 
     best = RIDGES.index(first) if first in RIDGES else FIRST_RIDGE
     while True:
         neighbour = min(best - 1, best + 1, key=loss)
         if loss(neighbour) >= loss(best):
-            return RidgeChoice(RIDGES[best], loss(best) / energy if energy else 0.0)
+            return RidgeChoice(RIDGES[best], loss(best))
         best = neighbour

@@ -33,7 +33,7 @@ from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.passes import Passes
 from slicegpt.progress import Progress
-from slicegpt.refit import Moments, choose_ridge, fit
+from slicegpt.refit import Moments, Writer, choose_ridge, fit
 from slicegpt.rotation import ORIENTATIONS, align, random_orthogonal
 
 
@@ -89,8 +89,8 @@ class SlicingReport:
         tokens: of the calibration, padding left out.
         seconds: of each stage.
         eigenvalues: [D] for each boundary; None where none were needed.
-        refit: for each refitted block its λ and `left`, the fraction of what its output missed, in energy, that is
-            left: on all tokens, and (`held_out`) on those that the cross-validated fit did not see.
+        refit: for each refitted block its λ and the fraction of its squared error, before the fit, that is left behind
+            it: on all tokens (`left`), and on those that the cross-validated fit did not see (`held_out`).
     """
 
     tokens: int = 0
@@ -154,15 +154,20 @@ class Slicer:
         return self.refits or any(self.needs_covariance(boundary) for boundary in behind)
 
     def choose_basis(
-        self, boundary: int, covariance: torch.Tensor | None, previous: torch.Tensor | None
+        self,
+        boundary: int,
+        covariance: Covariance | None,
+        block: Block | None,
+        previous: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The basis [D, d] of a boundary, and the factor of a compact shortcut that leads there."""
+        """The basis [D, d] of the boundary behind `block`, and the factor of a compact shortcut that leads there."""
         dense_width, width = self.config.dense_hidden_size, self.config.boundary_widths[boundary]
         device, orientation = self.options.device, self.options.orientation
         eigenvalues, vectors = None, torch.eye(dense_width, dtype=torch.float64, device=device)
         if covariance is not None:
+            self.check_finite(covariance, block)
             with self.stage("eigensolver"):
-                eigenvalues, vectors = leading_eigenvectors(covariance, dense_width)
+                eigenvalues, vectors = leading_eigenvectors(covariance.matrix, dense_width)
         self.report.eigenvalues.append(None if eigenvalues is None else eigenvalues.tolist())
 
         basis, complement = vectors[:, :width], vectors[:, width:]
@@ -184,44 +189,50 @@ class Slicer:
         return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
     @staticmethod
-    def check_finite(covariance: Covariance | None, where: str) -> torch.Tensor | None:
-        if covariance is None:
-            return None
-        if not bool(torch.isfinite(covariance.matrix).all()):
+    def check_finite(sums: Covariance | Moments, block: Block | None) -> None:
+        """One clear error for a stream that overflowed; `block` is what it comes from, None the embedding."""
+        tensors = (sums.matrix,) if isinstance(sums, Covariance) else (sums.gram, sums.cross, sums.energy)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            where = "the embedding" if block is None else f"layer {block.layer} ({' and '.join(block.parts)})"
             raise SliceGPTError(
                 f"activations: NaN or infinity in the stream after {where}; if the model is sound, the dtype "
                 "overflows: try --dtype float32 or bfloat16"
             )
-        return covariance.matrix
 
     # --- refit -------------------------------------------------------------------------------------------------
 
-    def corrected(
+    def refitted(
         self, block: Block, writers: dict[str, Linear], folds: tuple[Moments, Moments]
     ) -> dict[str, Linear]:
-        """The output weights [D, K] fitted to the dense model's stream; they keep the biases that they have."""
-        biased = [part for part, writer in writers.items() if writer.bias is not None]
-        ridge, entry = self.options.ridge, {"block": block.index}
+        """The output weights [D, K] fitted to the dense model's stream, and the bias where there is one."""
+        for fold in folds:
+            self.check_finite(fold, block)
+        biases = [writer.bias for writer in writers.values() if writer.bias is not None]
+        weight = torch.cat([writer.weight for writer in writers.values()], dim=1).mT
+        prior = Writer(weight, sum(biases) if biases else None)
+        ridge, held_out = self.options.ridge, None
         if ridge is None:
-            choice = choose_ridge(folds, bool(biased), self.ridges.get(block.parts))
-            ridge = self.ridges[block.parts] = choice.ridge
-            entry["held_out"] = choice.held_out
+            choice = choose_ridge(folds, prior, self.ridges.get(block.parts))
+            ridge, held_out = choice.ridge, choice.loss
+            self.ridges[block.parts] = ridge
         moments, other = folds
         moments += other
-        correction = fit(moments, ridge, bool(biased))
-        energy = moments.energy.item()
-        self.report.refit.append(
-            entry | {"ridge": ridge, "left": correction.loss(moments) / energy if energy else 0.0}
-        )
-        additions = correction.weight.mT.split(moments.groups, dim=1)
-        corrected = {
-            part: Linear(writer.weight + addition, writer.bias)
-            for (part, writer), addition in zip(writers.items(), additions, strict=True)
+        fitted, before = fit(moments, ridge, prior), prior.loss(moments)
+        entry = {"block": block.index, "ridge": ridge, "left": fitted.loss(moments)}
+        entry |= {} if held_out is None else {"held_out": held_out}
+        for name in entry.keys() - {"block", "ridge"}:
+            entry[name] = entry[name] / before if before > 0 else 0.0
+        self.report.refit.append(entry)
+
+        weights = fitted.weight.mT.split(moments.groups, dim=1)
+        refitted = {
+            part: Linear(weight, None if writer.bias is None else torch.zeros_like(writer.bias))
+            for (part, writer), weight in zip(writers.items(), weights, strict=True)
         }
-        if biased:
-            last = corrected[biased[-1]]
-            corrected[biased[-1]] = Linear(last.weight, last.bias + correction.bias)
-        return corrected
+        if biases:  # parallel parts: their sum is what counts, and the first takes it
+            first = next(part for part, writer in writers.items() if writer.bias is not None)
+            refitted[first] = Linear(refitted[first].weight, fitted.bias)
+        return refitted
 
     # --- steps -------------------------------------------------------------------------------------------------
 
@@ -236,7 +247,7 @@ class Slicer:
                 pieces = self.checkpoint.embedding.split(TABLE_ROWS)
                 rows = (centre(piece.to(device), self.mean_subtraction) for piece in pieces)
                 covariance.add_prior(rows, self.options.vocabulary_prior)
-        basis, _ = self.choose_basis(0, self.check_finite(covariance, "the embedding"), None)
+        basis, _ = self.choose_basis(0, covariance, None, None)
         with self.stage("rotation"):
             table, positions = self.checkpoint.embedding, self.checkpoint.positions
             if self.config.embed_projection:
@@ -272,7 +283,7 @@ class Slicer:
                 lifted = LiftedBlock(self.config, block, basis, readers, writers, dtype)
 
             def refit(folds: tuple[Moments, Moments]) -> dict[str, Linear]:
-                writers.update(self.corrected(block, writers, folds))
+                writers.update(self.refitted(block, writers, folds))
                 return writers
 
             self.passes.run_refitted(block, lifted, teacher, refit, covariance)
@@ -280,8 +291,7 @@ class Slicer:
             with self.stage("rotation"):
                 lifted = LiftedBlock(self.config, block, basis, readers, writers, dtype)
             self.passes.run(block, lifted, covariance)
-        matrix = self.check_finite(covariance, f"layer {block.layer} ({' and '.join(block.parts)})")
-        next_basis, factor = self.choose_basis(boundary, matrix, basis)
+        next_basis, factor = self.choose_basis(boundary, covariance, block, basis)
 
         with self.stage("rotation"):
             for part, state in readers.items():

@@ -10,7 +10,7 @@ from slicegpt import refit
 from slicegpt.calibration import CalibrationBatch
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
-from slicegpt.refit import RIDGES, Moments, choose_ridge, fit
+from slicegpt.refit import RIDGES, Moments, Writer, choose_ridge, fit
 from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.slicing import SlicingOptions, slice_model
 
@@ -29,21 +29,25 @@ def problem(
     return activations, activations @ truth + 2 * noise + 3
 
 
-def moments_of(activations: torch.Tensor, missing: torch.Tensor, keep=None) -> Moments:
-    moments = Moments([activations.shape[1]], missing.shape[1], torch.device("cpu"))
+def moments_of(activations: torch.Tensor, target: torch.Tensor, keep=None) -> Moments:
+    moments = Moments([activations.shape[1]], target.shape[1], torch.device("cpu"))
     for rows in torch.arange(len(activations)).split(17):
-        moments.add(activations[rows], missing[rows], None if keep is None else keep[rows])
+        moments.add(activations[rows], target[rows], None if keep is None else keep[rows])
     return moments
 
 
-def stacked_ridge(activations, missing, ridge, intercept) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same regression as one least-squares problem, by QR: rows √(λ ḡ) I below the activations."""
-    inputs, outputs = activations.shape[1], missing.shape[1]
-    centred = activations - activations.mean(dim=0) if intercept else activations
+def prior_of(inputs: int = 12, outputs: int = 7, bias: bool = False) -> Writer:
+    weight = torch.randn(inputs, outputs, generator=torch.Generator().manual_seed(97)).double()
+    return Writer(weight, torch.zeros(outputs).double() if bias else None)
+
+
+def stacked_ridge(activations, target, ridge, prior: Writer) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same regression as one least-squares problem, by SVD: rows √(λ g²) I below the activations."""
+    inputs = activations.shape[1]
+    centred = activations - activations.mean(dim=0) if prior.bias is not None else activations
     penalty = (ridge * centred.square().sum(dim=0).mean()).sqrt() * torch.eye(inputs).double()
-    below = torch.zeros(inputs, outputs).double()
-    left, right = torch.cat((activations, penalty)), torch.cat((missing, below))
-    if intercept:
+    left, right = torch.cat((activations, penalty)), torch.cat((target, penalty @ prior.weight))
+    if prior.bias is not None:
         ones = torch.cat((torch.ones(len(activations)), torch.zeros(inputs))).double()
         left = torch.cat((left, ones[:, None]), dim=1)
     solution = torch.linalg.lstsq(left, right, driver="gelsd").solution
@@ -53,35 +57,36 @@ def stacked_ridge(activations, missing, ridge, intercept) -> tuple[torch.Tensor,
 @pytest.mark.parametrize("intercept", [False, True])
 @pytest.mark.parametrize("ridge", [1e-4, 0.1, 10.0])
 def test_fit_is_the_stacked_least_squares_solution(ridge, intercept):
-    activations, missing = problem(200)
-    keep = torch.arange(200) % 5 != 2
-    correction = fit(moments_of(activations, missing, keep), ridge, intercept)
-    weight, bias = stacked_ridge(activations[keep], missing[keep], ridge, intercept)
+    activations, target = problem(200)
+    keep, prior = torch.arange(200) % 5 != 2, prior_of(bias=intercept)
+    fitted = fit(moments_of(activations, target, keep), ridge, prior)
+    weight, bias = stacked_ridge(activations[keep], target[keep], ridge, prior)
     # Normal equations lose the square of the condition number, about 1e4 here, times 2^-53.
-    assert relative_error(correction.weight, weight) < 1e-11
+    assert relative_error(fitted.weight, weight) < 1e-11
     if intercept:
-        assert relative_error(correction.bias, bias) < 1e-11
+        assert relative_error(fitted.bias, bias) < 1e-11
     else:
-        assert correction.bias is None
+        assert fitted.bias is None
 
 
 @pytest.mark.parametrize("intercept", [False, True])
 def test_loss_is_that_of_the_tokens(intercept):
     """The quadratic form in the moments of other tokens, against their residuals themselves."""
-    correction = fit(moments_of(*problem(200)), 0.1, intercept)
-    activations, missing = problem(90, seed=1)
-    left = missing - activations @ correction.weight
+    fitted = fit(moments_of(*problem(200)), 0.1, prior_of(bias=intercept))
+    activations, target = problem(90, seed=1)
+    left = target - activations @ fitted.weight
     if intercept:
-        left = left - correction.bias
-    expected = left.square().sum().item()
-    assert correction.loss(moments_of(activations, missing)) == pytest.approx(expected, rel=1e-10)
+        left = left - fitted.bias
+    assert fitted.loss(moments_of(activations, target)) == pytest.approx(
+        left.square().sum().item(), rel=1e-10
+    )
 
 
 def test_moments_add_up():
-    activations, missing = problem(120)
-    total = moments_of(activations[:50], missing[:50])
-    total += moments_of(activations[50:], missing[50:])
-    whole = moments_of(activations, missing)
+    activations, target = problem(120)
+    total = moments_of(activations[:50], target[:50])
+    total += moments_of(activations[50:], target[50:])
+    whole = moments_of(activations, target)
     for name in ("gram", "cross", "energy", "inputs", "outputs", "tokens"):
         assert relative_error(getattr(total, name), getattr(whole, name)) < 1e-13
 
@@ -89,22 +94,21 @@ def test_moments_add_up():
 @pytest.mark.parametrize("tokens", [16, 60, 2000])
 def test_the_ridge_is_the_best_on_unseen_tokens(tokens):
     """The walk over the grid against a search of all of it, with the losses taken from the tokens themselves."""
-    data = [problem(tokens, seed=seed) for seed in (0, 1)]
+    data, prior = [problem(tokens, seed=seed) for seed in (0, 1)], prior_of()
     losses = {}
     for ridge in RIDGES:
         losses[ridge] = 0.0
         for (seen, target), (unseen, judge) in (data, data[::-1]):
-            weight, _ = stacked_ridge(seen, target, ridge, intercept=False)
+            weight, _ = stacked_ridge(seen, target, ridge, prior)
             losses[ridge] += (judge - unseen @ weight).square().sum().item()
-    choice = choose_ridge([moments_of(*pair) for pair in data], intercept=False)
-    energy = sum(missing.square().sum().item() for _, missing in data)
+    choice = choose_ridge([moments_of(*pair) for pair in data], prior)
     assert choice.ridge == min(losses, key=losses.get)
-    assert choice.held_out == pytest.approx(losses[choice.ridge] / energy, rel=1e-8)
+    assert choice.loss == pytest.approx(losses[choice.ridge], rel=1e-8)
 
 
 def test_fewer_tokens_ask_for_more_ridge():
     few, many = (
-        choose_ridge([moments_of(*problem(tokens, seed=seed)) for seed in (0, 1)], intercept=False).ridge
+        choose_ridge([moments_of(*problem(tokens, seed=seed)) for seed in (0, 1)], prior_of()).ridge
         for tokens in (8, 5000)
     )
     assert few > 3 * many
@@ -186,8 +190,8 @@ def test_first_block_is_fitted_to_the_dense_stream(case):
     basis = torch.linalg.lstsq(embedded, h).solution
     carried, target = h @ basis.mT, blocks_and_streams(model, calibration)[1]
     dense = model.model.layers[0].self_attn.o_proj.weight.mT
-    delta, _ = stacked_ridge(a, target - carried - a @ dense, 0.1, intercept=False)
-    out = carried + a @ (dense + delta)
+    weight, _ = stacked_ridge(a, target - carried, 0.1, Writer(dense, None))
+    out = carried + a @ weight
     spectrum = torch.linalg.svdvals(out).square()
     actual = torch.tensor(report.eigenvalues[1], dtype=torch.float64)
     assert (actual - spectrum).abs().max() < 1e-9 * spectrum[0]  # float64 rounding through two least squares
@@ -283,6 +287,16 @@ def test_half_precision():
     rounded, _ = sliced(tiny_model("llama").to(torch.bfloat16), 44, dtype=torch.bfloat16, ridge=0.1)
     assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
     assert relative_error(rounded(ids).logits, exact) < 0.15
+
+
+def test_non_finite_activations_are_named_by_layer():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(
+        SliceGPTError, match=r"activations: NaN or infinity in the stream after layer 1 \(mlp\)"
+    ):
+        sliced(model, 36)
 
 
 def test_too_few_samples_are_named():
