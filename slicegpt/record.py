@@ -44,11 +44,11 @@ def versions() -> dict[str, str]:
 
 
 def calibration_record(
-    source: str, nsamples: int, seqlen: int, seed: int, batches: Sequence[CalibrationBatch]
+    source: str, nsamples: int, seqlen: int, seed: int, batches: Sequence[CalibrationBatch], **more
 ) -> dict:
-    """Where the calibration tokens came from, and their hash."""
+    """Where the calibration tokens came from, and their hash; `more` as it is: sources, coverage, warnings."""
     sha256 = calibration_hash(batches)
-    return {"source": source, "nsamples": nsamples, "seqlen": seqlen, "seed": seed, "sha256": sha256}
+    return {"source": source, "nsamples": nsamples, "seqlen": seqlen, "seed": seed, "sha256": sha256, **more}
 
 
 def slicing_record(
@@ -72,6 +72,7 @@ def slicing_record(
         "slicing": slicing_fraction(config),
         "orientation": options.orientation,
         "signal": options.signal,
+        "vocabulary_prior": options.vocabulary_prior,
         "refit": [
             {
                 name: float(f"{value:.6g}") if isinstance(value, float) else value

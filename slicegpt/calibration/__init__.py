@@ -1,5 +1,6 @@
 """Text in, token batches out: where documents come from and how calibration samples are drawn from them."""
 
+from slicegpt.calibration.coverage import calibration_warnings, coverage
 from slicegpt.calibration.mixture import Calibration, Source, load_sources, parse_sources, sample_sources
 from slicegpt.calibration.sampling import CalibrationBatch, calibration_hash, sample_batches
 from slicegpt.calibration.sources import load_documents
@@ -10,6 +11,8 @@ __all__ = [
     "CalibrationBatch",
     "Source",
     "calibration_hash",
+    "calibration_warnings",
+    "coverage",
     "encode_text",
     "load_documents",
     "load_sources",

@@ -147,6 +147,7 @@ def sample_sources(
     varied_seqlen: bool = False,
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> Calibration:
     """Draw calibration samples from several sources; the same seed draws the same samples.
 
@@ -157,6 +158,7 @@ def sample_sources(
     Args:
         varied_seqlen: a document a sample, where a source has documents.
         model: the dense model, needed by the source "self".
+        device: where the model writes; it is brought there and back. None: where it is.
 
     Raises:
         SliceGPTError: a weight is too small for a single sample, a text is too short, the model is missing.
@@ -173,7 +175,13 @@ def sample_sources(
         if source.name == SELF:
             if model is None:
                 raise SliceGPTError("sample_sources: the source 'self' needs the dense model, got None")
-            drawn.append(list(generate_samples(model, tokenizer, share, seqlen, seed, progress=progress)))
+            origin = model.device
+            model.to(device or origin)
+            try:
+                written = generate_samples(model, tokenizer, share, seqlen, seed, progress=progress)
+            finally:
+                model.to(origin)
+            drawn.append(list(written))
         elif source.name == RANDOM_TOKENS:
             drawn.append(_random_tokens(tokenizer, share, seqlen, seed))
         else:

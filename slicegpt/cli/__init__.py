@@ -1,4 +1,4 @@
-"""The command line: `slicegpt slice | finetune | eval | generate | info | frontier | serve | push | bench | env | demo`."""
+"""The command line: `slicegpt COMMAND`, one module a command."""
 
 import argparse
 import logging

@@ -164,6 +164,7 @@ def run(options: argparse.Namespace) -> None:
         options.seed,
         model=model,
         progress=progress,
+        device=device,
     )
     settings = {"model": options.model, "calibration": options.calibration}
     shared = SlicingOptions(model.dtype, device, seed=options.seed)

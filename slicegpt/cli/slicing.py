@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from .options import add_device, add_json, positive, resolve_device, resolve_dtype, step
@@ -54,8 +55,16 @@ def add_parser(commands) -> None:
     data.add_argument(
         "--calibration",
         default="wikitext2",
-        metavar="DATA",
-        help="text file, folder, .jsonl, .parquet, python-reference; or wikitext2 (default), ptb, c4, alpaca",
+        metavar="DATA[:W],...",
+        help="text file, folder, .jsonl, .parquet, python-reference; wikitext2 (default), ptb, c4, alpaca; self (the "
+        "model writes it), random-tokens; or several of them with weights, a.txt:2,self:1",
+    )
+    data.add_argument(
+        "--vocabulary-prior",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="the embedding's basis also counts the whole vocabulary, W times as much as the text (0)",
     )
     data.add_argument("--text-column", metavar="NAME", help="column of .jsonl and .parquet files (text)")
     data.add_argument("--nsamples", type=positive, default=128)
@@ -128,8 +137,7 @@ def plan_from(options: argparse.Namespace, fields: dict, dtype, shape):
 
 def run(options: argparse.Namespace) -> None:
     # What can be checked without the model is checked before it is loaded.
-    from slicegpt.calibration.sampling import sample_batches
-    from slicegpt.calibration.sources import load_documents
+    from slicegpt.calibration import calibration_warnings, coverage, load_sources, sample_sources
     from slicegpt.checkpoint import check_output, check_space, save_sliced
     from slicegpt.families import canonical_fields
     from slicegpt.loading import load_dense
@@ -147,7 +155,7 @@ def run(options: argparse.Namespace) -> None:
         width_for_slice(1, options.slice, 1)
     path = check_output(options.output, options.overwrite)
     device = resolve_device(options.device)
-    documents = load_documents(options.calibration, "train", options.text_column)
+    sources = load_sources(options.calibration, options.text_column)
     progress = Progress()
 
     with step(progress, f"loading {options.model}"):
@@ -159,16 +167,6 @@ def run(options: argparse.Namespace) -> None:
     check_space(path, int(size["bytes"] * 1.05) + 16_000_000)
     if size["parameters"] >= size["dense_parameters"] and options.slice:
         print(f"note: at this size the sliced model is no smaller than the dense one ({shortcut} shortcuts)")
-    with step(progress, f"tokenising {options.calibration}"):
-        batches = sample_batches(
-            documents,
-            tokenizer,
-            options.nsamples,
-            options.seqlen,
-            options.batch_size,
-            options.seed,
-            options.varied_seqlen,
-        )
     settings = SlicingOptions(
         dtype,
         device,
@@ -176,14 +174,39 @@ def run(options: argparse.Namespace) -> None:
         options.signal,
         options.signals,
         options.seed,
+        options.vocabulary_prior,
         refit=options.refit,
         ridge=options.ridge,
     )
-    sliced, report = slice_model(model, config, batches, settings, progress)
+    with step(progress, f"tokenising {options.calibration}"):
+        drawn = sample_sources(
+            sources,
+            tokenizer,
+            options.nsamples,
+            options.seqlen,
+            options.batch_size,
+            options.seed,
+            options.varied_seqlen,
+            model,
+            progress,
+            device,
+        )
+    figures = coverage(drawn.batches, config.vocab_size, config.dense_hidden_size)
+    warnings = calibration_warnings(figures)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    sliced, report = slice_model(model, config, drawn.batches, settings, progress)
     if model.generation_config is not None:
         sliced.generation_config = model.generation_config
     calibration = calibration_record(
-        options.calibration, options.nsamples, options.seqlen, options.seed, batches
+        options.calibration,
+        options.nsamples,
+        options.seqlen,
+        options.seed,
+        drawn.batches,
+        sources=drawn.sources,
+        coverage=figures,
+        warnings=warnings,
     )
     record = slicing_record(sliced, report, settings, options.model, calibration)
     with step(progress, f"saving {options.output}"):
