@@ -115,6 +115,12 @@ def notes(content: Mapping) -> list[str]:
     told = [content["baseline"]] if content.get("baseline") else []
     if content.get("taken_in_turns") is False:
         told.append("The networks do not fit into memory together: they were measured one after the other.")
+    if content.get("ratio"):
+        told.append(
+            f"{content['tokens']:,} tokens, width {content['width']}: slicing takes {content['ratio']:.2f} times one "
+            f"dense forward pass ({content['tokens_per_second']:,.0f} tokens/s) and at most "
+            f"{format_bytes(content['added_bytes'])} above what was in use before."
+        )
     if content.get("cache_note"):
         told.append(content["cache_note"])
     apart = [row["variant"] for row in content["rows"] if row.get("agrees") is False]

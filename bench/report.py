@@ -126,7 +126,8 @@ def _flat(value: object) -> object:
 def title_of(content: Mapping) -> str:
     """The benchmark and what it was run on."""
     settings = content.get("settings", {})
-    models = [Path(str(name)).name for name in settings.get("model") or []] if settings else []
+    models = settings.get("model") or []
+    models = [Path(name).name for name in ([models] if isinstance(models, str) else models)]
     subject = settings.get("shape") or ", ".join(models)
     name = TITLES.get(content["benchmark"], content["benchmark"])
     return f"{name}: {subject}" if subject else name
@@ -135,7 +136,7 @@ def title_of(content: Mapping) -> str:
 def section(file: Path, content: Mapping, anchor: str) -> str:
     """One result: title, what to know, plot, tables, where it was measured."""
     where = content["environment"]
-    known = content["benchmark"] in COLUMNS
+    known = content["benchmark"] in COLUMNS and "rows" in content
     told = notes(content) if known else []
     parts = [f'<section id="{anchor}"><h2>{html.escape(title_of(content))}']
     if not content.get("complete", True):

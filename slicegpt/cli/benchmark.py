@@ -5,43 +5,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .benchmark_options import SHORTCUTS, fraction, fractions, memory, names
 from .options import add_device, add_json, positive, resolve_device, resolve_dtype
-
-SHORTCUTS = ("compact", "dense")
-
-
-def fractions(text: str) -> list[float]:
-    """An argparse type: slicing fractions, `0,0.25,0.5`."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected fractions such as 0,0.25, got {text!r}") from error
-    if not all(0 <= value < 1 for value in values):
-        raise argparse.ArgumentTypeError(f"fractions must lie in [0, 1), got {text!r}")
-    return values
-
-
-def fraction(text: str) -> float:
-    """An argparse type: a number in (0, 1]."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie in (0, 1], got {value:g}")
-    return value
-
-
-def memory(text: str) -> float:
-    """An argparse type: bytes, `8e9` or `8GB`, in powers of 1000."""
-    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
-    unit = next((unit for unit in units if text.endswith(unit)), None)
-    value = float(text.removesuffix(unit)) * units[unit] if unit else float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
-    return value
-
-
-def names(text: str) -> list[str]:
-    """An argparse type: names between commas."""
-    return [part for part in text.split(",") if part]
+from .prediction import add_predict
 
 
 def add_parser(commands) -> None:
@@ -50,6 +16,7 @@ def add_parser(commands) -> None:
     add_token(benchmarks)
     add_throughput(benchmarks)
     add_layers(benchmarks)
+    add_slicing(benchmarks)
     add_predict(benchmarks)
     add_report(benchmarks)
 
@@ -272,6 +239,52 @@ def run_layers(options: argparse.Namespace) -> None:
         measure_layers(networks, how, record, Progress(), options.trace)
 
 
+def add_slicing(benchmarks) -> None:
+    parser = benchmarks.add_parser(
+        "slicing",
+        help="what slicing costs, stage by stage",
+        description="Slices a model once and compares every stage with a dense forward pass over the same tokens. "
+        "Nothing is kept; --shape takes random weights and tokens.",
+    )
+    parser.set_defaults(run=run_slicing)
+    parser.add_argument("--model", metavar="M", help="a dense model")
+    parser.add_argument("--shape", metavar="NAME", help="random weights: llama-2-7b, llama-1b, opt-66b, ...")
+    parser.add_argument("--slice", type=float, default=0.25, metavar="F", help="fraction of columns (0.25)")
+    parser.add_argument("--shortcut", choices=SHORTCUTS, default="compact")
+    parser.add_argument(
+        "--round-to", type=positive, default=64, metavar="N", help="widths are multiples of N (64)"
+    )
+    parser.add_argument(
+        "--calibration", default="python-reference", metavar="DATA", help="as in slicegpt slice"
+    )
+    parser.add_argument("--nsamples", type=positive, default=128)
+    parser.add_argument("--seqlen", type=positive, default=2048)
+    parser.add_argument("--batch-size", type=positive, default=8)
+    add_device(parser)
+    add_results(parser)
+
+
+def run_slicing(options: argparse.Namespace) -> None:
+    from slicegpt.bench.slicing_time import SlicingTimeOptions, measure_slicing
+    from slicegpt.progress import Progress
+    from slicegpt.schedule import Shape
+
+    device = resolve_device(options.device)
+    shape = Shape(options.shortcut, round_to=options.round_to)
+    record = record_of(options, device)
+    what = SlicingTimeOptions(
+        options.model,
+        options.shape,
+        options.slice,
+        options.calibration,
+        options.nsamples,
+        options.seqlen,
+        options.batch_size,
+    )
+    with measuring(record, options):
+        measure_slicing(what, shape, resolve_dtype(options.dtype), device, record, Progress())
+
+
 def add_report(benchmarks) -> None:
     parser = benchmarks.add_parser(
         "report",
@@ -294,81 +307,3 @@ def run_report(options: argparse.Namespace) -> None:
     check_writable("--output", output)
     Path(output).write_text(render(results), encoding="utf-8")
     print(f"{output}: {len(results)} results")
-
-
-def add_predict(benchmarks) -> None:
-    parser = benchmarks.add_parser(
-        "predict",
-        help="time per token and throughput on a device's data sheet",
-        description="Predicts decoding in float16 from bytes, operations and memory; nothing is run. "
-        "--published compares the method with the published tables instead.",
-    )
-    parser.set_defaults(run=run_predict)
-    parser.add_argument("--published", action="store_true", help="reproduce the paper's tables and the error")
-    parser.add_argument(
-        "--device", default="h200", help="h100, h200, a100-40, a100-80, rtx-6000, rtx-4090, b200"
-    )
-    parser.add_argument(
-        "--gpus", type=positive, metavar="N", help="the fewest that hold the model, if not given"
-    )
-    parser.add_argument(
-        "--shape", default="llama-2-7b", metavar="MODEL", help="llama-2-7b (default), opt-66b, ..."
-    )
-    parser.add_argument(
-        "--slice", type=fractions, default=[0.0, 0.25], metavar="F,...", help="default 0,0.25"
-    )
-    parser.add_argument("--shortcut", choices=SHORTCUTS, default="compact")
-    parser.add_argument("--runtime", choices=("fused", "eager"), default="fused", help="eager: transformers'")
-    parser.add_argument("--batch", type=positive, default=1, help="for the time per token (1)")
-    parser.add_argument("--length", type=positive, default=128, help="tokens a sequence at the end (128)")
-    parser.add_argument(
-        "--efficiency", type=fraction, metavar="E", help="share of the peaks that is reached (0.7, assumed)"
-    )
-    add_json(parser)
-
-
-def run_predict(options: argparse.Namespace) -> None:
-    from slicegpt.bench import predict
-    from slicegpt.bench.devices import device_named
-    from slicegpt.table import format_table, write_json
-
-    if options.published:
-        tables = {
-            "time per token": predict.reproduce_token_times(),
-            "throughput": predict.reproduce_throughputs(),
-        }
-        efficiencies = predict.calibrated_efficiencies()
-        for title, rows in tables.items():
-            print(f"{title}, published and predicted\n{format_table(rows, list(rows[0]))}\n")
-        calibrated = ", ".join(f"{name} {value:.2f}" for name, value in efficiencies.items())
-        print(f"One number a device is fitted to these figures, its efficiency: {calibrated}.")
-        if options.json:
-            write_json(options.json, {"efficiencies": efficiencies, **tables})
-        return
-    device = device_named(options.device)
-    rows = [
-        predict.predict(
-            options.shape,
-            value,
-            device,
-            options.gpus,
-            shortcut=options.shortcut,
-            runtime=options.runtime,
-            batch=options.batch,
-            length=options.length,
-            efficiency=options.efficiency,
-        )
-        for value in options.slice
-    ]
-    print(format_table(rows, list(rows[0])))
-    efficiency = options.efficiency or predict.ASSUMED_EFFICIENCY
-    how = "as given" if options.efficiency else "assumed, not measured"
-    print(
-        f"Predicted from {device.source}; at {efficiency:.0%} of its peaks ({how}); the largest batch is a power of "
-        f"two, of {options.length} tokens each. Nothing was measured."
-    )
-    if options.json:
-        settings = {
-            name: value for name, value in vars(options).items() if name not in ("run", "json", "verbose")
-        }
-        write_json(options.json, {"settings": settings, "efficiency": efficiency, "rows": rows})
