@@ -1,8 +1,9 @@
 """The fused GEMMs as library GEMMs and torch epilogues: on CPUs, and on GPUs without another implementation.
 
 On a GPU the products stay in float32 until they are scaled and summed (cuBLAS writes float32 from 16-bit inputs).
-A CPU's 16-bit GEMMs round what they write. So there `norm_linear` normalises its input first, as the unfused network
-does, and `rotate` adds onto a base that is rounded once before: `h`, `h + bias` or `h Sᵀ + bias`.
+A CPU's 16-bit GEMMs round what they write. So there `rotate` adds onto a base that is rounded once before (`h`,
+`h + bias` or `h Sᵀ + bias`), and `norm_linear` scales a product that is rounded to bfloat16, or, because a float16 one
+could overflow, normalises its float16 input first, as the unfused network does.
 
 One row on a CPU is a matrix-vector product, bound by reading the weights: there the number of calls is what counts.
 """
@@ -28,7 +29,7 @@ def norm_linear(
 ) -> Tensor:
     """See `slicegpt.ops.norm_linear`; the result may have a larger row stride than it has columns."""
     scale = _row_scale(h, sumsq, divisor, eps)
-    if h.dtype in _HALF and not h.is_cuda:
+    if h.dtype == torch.float16 and not h.is_cuda:
         product = h.new_empty((h.shape[0], weight.shape[0]))
         pre = product[:, :n_scaled]
         _linear_into(
