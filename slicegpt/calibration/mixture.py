@@ -61,7 +61,11 @@ def parse_sources(spec: str) -> list[tuple[str, float]]:
     sources = []
     for part in _split(spec):
         name, weight = part, 1.0
-        match = None if Path(part).exists() else re.fullmatch(r"(.*)(?<!\\):([^:/\\]*)", part, re.DOTALL)
+        match = (
+            None
+            if Path(_unescape(part)).exists()
+            else re.fullmatch(r"(.*)(?<!\\):([^:/\\]*)", part, re.DOTALL)
+        )
         if match:
             name = match[1]
             try:
