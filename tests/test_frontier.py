@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_models import tiny_model
 import slicegpt.frontier
 from slicegpt.calibration import CalibrationBatch, encode_text, load_documents, sample_batches
 from slicegpt.cli import main
+from slicegpt.errors import SliceGPTError
 from slicegpt.evaluate import perplexity
 from slicegpt.families import canonical_fields
 from slicegpt.frontier import METHODS, cut_text, describe_widths, loss_ratio, plan_point, table_rows, untied
@@ -19,6 +21,7 @@ from slicegpt.loading import load_dense
 from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.sizes import decoder_parameters, stored_parameters
 from slicegpt.slicing import SlicingOptions, slice_model
+from slicegpt.sparsegpt import check_2_4, decoder_linears, sparse_sizes, sparsegpt_2_4
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +211,48 @@ def test_plot(folder, text, tmp_path):
     pytest.importorskip("matplotlib")
     assert main(arguments(folder, text, tmp_path, "--method", "compact", "--basis", "decoder")) == 0
     assert (tmp_path / "frontier-decoder.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- SparseGPT 2:4 ---
+
+
+@torch.no_grad()
+def pruned_tiny_model():
+    model = tiny_model("llama", torch.float32)
+    for weight in decoder_linears(model).values():
+        weight[:, ::2] = 0
+    return model
+
+
+def test_sparse_sizes():
+    """Half of every decoder matrix, 2 bits for each number that is left; counted beside the dense model."""
+    model = pruned_tiny_model()
+    check_2_4(model)
+    nonzero = sum(int(weight.count_nonzero()) for weight in decoder_linears(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    sizes = sparse_sizes(model)
+    assert sizes["parameters"] == total - nonzero  # as many are left as are gone
+    assert sizes["bytes"] == 4 * sizes["parameters"] + nonzero * 2 // 8
+    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    assert sizes["decoder_parameters"] == layers - nonzero
+
+
+@torch.no_grad()
+def test_a_matrix_that_is_not_2_4():
+    model = pruned_tiny_model()
+    model.model.layers[1].mlp.up_proj.weight[3, :4] = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    with pytest.raises(SliceGPTError, match=r"layers\.1\.mlp\.up_proj\.weight keeps 3 of 4"):
+        check_2_4(model)
+
+
+def test_sparsegpt_prunes_to_2_4(folder, text, tiny_tokenizer):
+    """Through llm-compressor itself, where SLICEGPT_SPARSEGPT_PYTHON names an interpreter that has it."""
+    python = os.environ.get("SLICEGPT_SPARSEGPT_PYTHON")
+    if not python:
+        pytest.skip("set SLICEGPT_SPARSEGPT_PYTHON to an interpreter with llmcompressor")
+    model, tokenizer = load_dense(str(folder))
+    batches = sample_batches(load_documents(str(text)), tokenizer, 8, 32)
+    pruned = sparsegpt_2_4(model, tokenizer, batches, python)
+    for name, weight in decoder_linears(pruned).items():
+        assert weight.count_nonzero() * 2 == weight.numel(), name
+    assert torch.equal(pruned.model.embed_tokens.weight, model.model.embed_tokens.weight)
