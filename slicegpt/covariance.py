@@ -15,7 +15,7 @@ class Covariance:
     Args:
         width: D, columns of the stream.
         signal: "residual" sums over the stream as it is; "normalized" over the stream behind its RMS norm, as
-            the published code does.
+            the paper writes it (the published code, too, takes the stream before the norm).
         eps: the norm's epsilon, for "normalized".
     """
 
