@@ -102,7 +102,7 @@ class Prober:
                 raise
             failed = f"out of memory at batch {batch}"
             traceback.clear_frames(error.__traceback__)  # they hold the tensors that did not help
-        give_back(self.device)
+        give_back(self.device, collect=failed is not None)
         self.leaked = max(self.leaked, bytes_in_use(self.device) - level)
         if failed:
             raise Exhausted(failed)
@@ -230,7 +230,7 @@ def measure_throughput(
                     if found.search.rates:
                         best = found.search.best
                         milliseconds, _ = found.prober.decode(best)
-                        give_back(device)
+                        give_back(device, collect=False)
                         found.again.append(1000 * best / milliseconds)
                 advance(1)
                 save()

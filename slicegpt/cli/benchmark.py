@@ -137,16 +137,17 @@ def add_token(benchmarks) -> None:
 def run_token(options: argparse.Namespace) -> None:
     from slicegpt.bench.devices import current_device
     from slicegpt.bench.engines import chosen_engines, pair
-    from slicegpt.bench.token_time import TokenOptions, measure_token_times
+    from slicegpt.bench.token_time import TokenOptions, check_positions, measure_token_times
     from slicegpt.progress import Progress
 
     networks = networks_of(options)
     cases, skipped = pair(networks, chosen_engines(options.engines))
+    how = TokenOptions(options.tokens, options.prompt, options.batch, options.rounds, cold=options.cold_l2)
+    check_positions(cases, how.length, "--prompt, --tokens")
     record = record_of(options, networks[0].device)
     record.content["skipped"] = skipped
     peaks = current_device(networks[0].device)
     record.content["peaks"] = None if peaks is None else vars(peaks)
-    how = TokenOptions(options.tokens, options.prompt, options.batch, options.rounds, cold=options.cold_l2)
     with measuring(record, options):
         measure_token_times(cases, how, peaks, record, Progress())
 

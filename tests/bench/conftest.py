@@ -1,0 +1,41 @@
+"""A tiny dense model with random weights, as a folder and as networks."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from slicegpt.bench.networks import Network, sized_network
+from slicegpt.families import canonical_fields
+from slicegpt.schedule import Shape
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of width 48 with untied head and room for 4096 tokens. Do not write into it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_model("llama", torch.float32, max_position_embeddings=4096).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_networks() -> Callable[..., list[Network]]:
+    """A family's networks at some fractions, with random weights, in float32 on the CPU."""
+
+    def build(
+        fractions=(0.0, 0.5), family: str = "llama", shortcut: str = "compact", **changes
+    ) -> list[Network]:
+        model = tiny_model(family, torch.float32, **changes)
+        fields = canonical_fields(model)
+        shape = Shape(shortcut, round_to=8)
+        return [
+            sized_network(family, fields, fraction, torch.float32, CPU, model.config, None, shape)
+            for fraction in fractions
+        ]
+
+    return build

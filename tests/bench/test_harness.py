@@ -1,0 +1,349 @@
+"""The harness on tiny models: what it measures of which network, and what it says when something is wrong."""
+
+import csv
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+
+import numpy
+import pytest
+import torch
+
+from slicegpt.bench import engines as engines_module
+from slicegpt.bench.comparison import compare
+from slicegpt.bench.engines import Case, Engine, by_memory, bytes_read, chosen_engines, pair
+from slicegpt.bench.memory import is_out_of_memory
+from slicegpt.bench.models import sliced_config
+from slicegpt.bench.predict import load_of
+from slicegpt.bench.results import Record
+from slicegpt.bench.throughput import ThroughputOptions, measure_throughput
+from slicegpt.bench.timing import quantiles
+from slicegpt.bench.token_time import TokenOptions, measure_token_times
+from slicegpt.cli import main
+from slicegpt.sizes import skeleton
+
+CPU = torch.device("cpu")
+ALL = ["hf", "hf-eager", "hf-static", "plain", "fused"]
+
+
+def token_rows(cases, **options) -> tuple[list[dict], Record]:
+    record = Record("token", {}, CPU)
+    measure_token_times(
+        cases, TokenOptions(**{"tokens": 6, "prompt": 5, "rounds": 2} | options), None, record
+    )
+    return record.rows, record
+
+
+# --- pure functions -----------------------------------------------------------------------------------------
+
+
+def test_quantiles_are_those_of_numpy():
+    values = list(numpy.random.default_rng(0).normal(size=37))
+    seen = quantiles(values)
+    expected = numpy.quantile(values, [0.5, 0.1, 0.9])
+    numpy.testing.assert_allclose([seen.median, seen.p10, seen.p90], expected, rtol=1e-12)
+    assert quantiles([3.0]) == quantiles([3.0, 3.0])
+
+
+def test_speedups_are_against_the_best_dense_row_of_the_same_model():
+    rows = [
+        {"network": n, "engine": e, "slice": s, "dense_parameters": m, "ms": t}
+        for n, e, s, m, t in [
+            ("dense", "hf", 0.0, 7, 10.0),
+            ("dense", "fused", 0.0, 7, 8.0),
+            ("sliced 25 %", "fused", 0.25, 7, 4.0),
+            ("pruned", "2:4", None, 7, 2.0),
+            ("other", "hf", 0.0, 9, 1.0),
+            ("broken", "hf", 0.25, 9, None),
+        ]
+    ]
+    sentence = compare(rows, "ms", smaller_is_better=True)
+    assert [row["speedup"] for row in rows] == [0.8, 1.0, 2.0, 4.0, 1.0, None]
+    assert "Best dense baseline: fused (dense, 8; hf 10)" in sentence
+    compare(rows, "ms", smaller_is_better=False)
+    assert rows[2]["speedup"] == 0.4
+    assert compare([rows[2]], "ms", smaller_is_better=True) is None
+
+
+def test_steps_are_shared_out_over_rounds():
+    assert TokenOptions(tokens=10, rounds=4).shares() == [3, 3, 2, 2]
+    assert TokenOptions(tokens=2, rounds=4).shares() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "timed", "context"), [(None, 128, 0), (8, 8, 60), (1000, 128, 0), (1, 1, 63)]
+)
+def test_timed_steps_lie_in_the_middle_of_the_sequence(steps, timed, context):
+    options = ThroughputOptions(seqlen=128, steps=steps)
+    assert (options.timed, options.context) == (timed, context)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("size mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_which_errors_mean_too_little_memory(error, is_memory):
+    assert is_out_of_memory(error) is is_memory
+
+
+def test_real_failed_allocation_is_recognised():
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize("fraction", [0, 0.25])
+def test_bytes_read_are_those_of_the_prediction(fraction):
+    config = sliced_config("smollm2-135m", fraction, round_to=8)
+    model = skeleton(config).to(torch.float16)
+    model.tie_weights()
+    # The prediction leaves out what is not a layer or the head: the last norm and a tied model's projection.
+    rest = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if name.startswith(("model.norm", "model.embed_proj"))
+    )
+    assert bytes_read(model) == 2 * (load_of(config).read_weights + rest)
+
+
+def test_networks_share_memory_while_they_fit(tiny_networks):
+    networks = tiny_networks((0.0, 0.25, 0.5))
+    cases, _ = pair(networks, chosen_engines(["hf", "plain", "fused"]))
+    assert [len(group) for group in by_memory(cases, float("inf"))] == [7]
+    dense = 3 * networks[0].bytes
+    groups = by_memory(cases, dense + 2 * networks[1].bytes)
+    assert [[case.name for case in group] for group in groups] == [
+        ["dense, hf", "dense, plain", "dense, fused", "sliced 25 %, plain", "sliced 25 %, fused"],
+        ["sliced 50 %, plain", "sliced 50 %, fused"],
+    ]
+    assert [len(group) for group in by_memory(cases, 0)] == [3, 2, 2]
+
+
+# --- token --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi", "qwen3-tied"])
+def test_every_engine_decodes_every_family(tiny_networks, family):
+    cases, skipped = pair(tiny_networks(family=family), chosen_engines(ALL))
+    rows, record = token_rows(cases, batch=2)
+    names = {(row["network"], row["engine"]) for row in rows}
+    assert names == {("dense", engine) for engine in ALL} | {
+        ("sliced 50 %", "plain"),
+        ("sliced 50 %", "fused"),
+    }
+    assert not skipped
+    assert not record.content["skipped"]
+    for row in rows:
+        assert row["tokens"] == 6
+        assert 0 < row["ms_p10"] <= row["ms_median"] <= row["ms_p90"]
+        assert row["tokens_per_second"] == pytest.approx(2000 / row["ms_median"])
+        assert row["device_ms"] == row["ms_median"]
+        assert row["prompt_ms"] > 0
+        assert row["peak_bytes"] >= row["bytes"]
+        # Engines with the same weights are one network: they say the same.
+        assert row["same_tokens"] == 6
+    assert min(row["bytes"] for row in rows) < rows[0]["bytes"]
+
+
+def test_folder_speaks_the_same_in_hugging_faces_class_and_ours(tiny_folder, tmp_path, capsys):
+    file = tmp_path / "token.json"
+    arguments = ["--model", str(tiny_folder), "--slice", "0", "--engines", ",".join(ALL), "--json", str(file)]
+    assert main(["bench", "token", *arguments, "--tokens", "8", "--prompt", "6", "--csv", f"{file}.csv"]) == 0
+    content = json.loads(file.read_text())
+    assert content["complete"] is True
+    assert [row["engine"] for row in content["rows"]] == ALL
+    assert {row["same_tokens"] for row in content["rows"]} == {8}
+    assert {"device", "driver", "versions", "commit", "date", "command", "load_average"} <= set(
+        content["environment"]
+    )
+    assert content["settings"]["tokens"] == 8
+    assert content["peaks"]["bandwidth"] > 0
+    assert all(row["bandwidth_fraction"] > 0 for row in content["rows"])
+    with open(f"{file}.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["engine"] for row in rows] == ALL
+    assert {row["commit"] for row in rows} == {content["environment"]["commit"]}
+    assert float(rows[0]["ms_median"]) == content["rows"][0]["ms_median"]
+    printed = capsys.readouterr().out
+    best = min(content["rows"], key=lambda row: row["ms_median"])["engine"]
+    assert f"Best dense baseline: {best} (dense" in printed
+
+
+def test_compile_that_fails_is_reported_and_the_rest_is_measured(tiny_networks, monkeypatch):
+    def failing(network, batch, length):
+        raise RuntimeError("InductorError: no kernel\nat all")
+
+    broken = Engine("plain-compile", "broken", failing, compiled=True)
+    networks = tiny_networks()
+    rows, record = token_rows([Case(networks[1], broken), *pair(networks, chosen_engines(["plain"]))[0]])
+    assert len(rows) == 2
+    reason = "RuntimeError: InductorError: no kernel"
+    assert record.content["skipped"] == [
+        {"network": "sliced 50 %", "engine": "plain-compile", "skipped": reason}
+    ]
+
+
+def test_torch_compile_needs_a_compiler_on_a_cpu(tiny_networks, monkeypatch):
+    monkeypatch.setattr(engines_module.shutil, "which", lambda name: None)
+    cases, skipped = pair(tiny_networks(), chosen_engines(["hf", "hf-compile"]))
+    assert [case.name for case in cases] == ["dense, hf"]
+    assert skipped[0]["skipped"] == "torch.compile needs a C++ compiler on a CPU"
+
+
+def test_runtime_that_turns_a_network_down_is_reported(tiny_networks, monkeypatch):
+    (network,) = tiny_networks((0.5,))
+    network.config.hidden_act = "tanh"
+    rows, record = token_rows(pair([network], chosen_engines(["plain", "fused"]))[0])
+    assert [row["engine"] for row in rows] == ["plain"]
+    assert "'tanh' is not supported" in record.content["skipped"][0]["skipped"]
+
+
+# --- throughput ---------------------------------------------------------------------------------------------
+
+
+def test_throughput_of_a_tiny_model(tiny_networks):
+    record = Record("throughput", {}, CPU)
+    cases, _ = pair(tiny_networks(), chosen_engines(["hf", "fused"]))
+    options = ThroughputOptions(seqlen=16, steps=3, max_batch=4, rounds=2, tolerance=0.9)
+    measure_throughput(cases, options, record)
+    assert [(row["network"], row["engine"]) for row in record.rows] == [
+        ("dense", "hf"),
+        ("dense", "fused"),
+        ("sliced 50 %", "fused"),
+    ]
+    for row in record.rows:
+        points = [
+            p
+            for p in record.content["points"]
+            if (p["network"], p["engine"]) == (row["network"], row["engine"])
+        ]
+        assert {1, 2} <= {point["batch"] for point in points}
+        assert row["stop"] in ("limit", "plateau", "drop")
+        assert len(row["rounds"]) == 2
+        assert row["tokens_per_second"] == pytest.approx(sum(row["rounds"]) / 2)
+        assert row["largest_batch"] == max(point["batch"] for point in points)
+
+
+def test_memory_limit_stops_the_search_before_it_is_passed(tiny_networks):
+    record = Record("throughput", {}, CPU)
+    (network,) = tiny_networks((0.0,))
+    cases, _ = pair([network], chosen_engines(["plain"]))
+    # Room for some batches' caches: the estimate alone must stop it, whatever the resident set says.
+    limit = network.bytes + 40e6
+    options = ThroughputOptions(seqlen=64, steps=2, max_memory=limit, rounds=1, tolerance=0.99)
+    measure_throughput(cases, options, record)
+    (row,) = record.rows
+    assert row["stop"] in ("memory", "plateau", "drop")
+    assert all(point["peak_bytes"] <= limit for point in record.content["points"])
+    tight = ThroughputOptions(seqlen=64, steps=2, max_memory=network.bytes + 1, rounds=1)
+    measure_throughput(cases, tight, record)
+    (row,) = record.rows
+    assert (row["stop"], row["batch"], row["tokens_per_second"]) == ("memory", None, None)
+    assert row["reason"].startswith("memory limit: batch 1 would take")
+
+
+def test_out_of_memory_is_reported_and_leaves_nothing_behind(tiny_networks):
+    (network,) = tiny_networks((0.5,))
+    held: list[weakref.ref] = []
+
+    class Hungry(engines_module.CachedModel):
+        def fill(self, context: int) -> None:
+            block = torch.zeros(1 << 20)
+            held.append(weakref.ref(block))
+            if self.batch > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().fill(context)
+
+    engine = Engine(
+        "hungry", "hungry", lambda network, batch, length: Hungry(network.canonical(), batch, length)
+    )
+    record = Record("throughput", {}, CPU)
+    options = ThroughputOptions(seqlen=8, steps=1, rounds=1, tolerance=0.99)
+    measure_throughput([Case(network, engine)], options, record)
+    (row,) = record.rows
+    assert row["largest_batch"] <= 4
+    assert row["stop"] in ("memory", "plateau")
+    gc.collect()
+    assert held
+    assert not any(reference() is not None for reference in held)
+
+
+# --- command line -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["token"], "--model, --shape: one of them is needed, and not both"),
+        (["token", "--shape", "gpt-5"], "--shape: must be one of smollm2-135m"),
+        (["token", "--shape", "llama-1b", "--engines", "vllm"], "--engines: must be among hf"),
+        (["token", "--shape", "llama-1b", "--slice", "0.5", "--engines", "hf"], "--engines: none of hf runs"),
+        (["token", "--shape", "llama-1b", "--json", "nowhere/x.json"], "--json: cannot write nowhere/x.json"),
+        (
+            ["token", "--shape", "llama-1b", "--plot", "x.gif"],
+            "--plot: expected a file that ends in .png or .svg",
+        ),
+        (
+            ["token", "--shape", "llama-1b", "--tokens", "4000"],
+            "4020 tokens are beyond the 2048 positions of dense",
+        ),
+        (["throughput", "--shape", "llama-1b", "--seqlen", "4000"], "--seqlen: 4000 tokens are beyond"),
+        (["layers", "--shape", "llama-1b", "--slice", "0.99"], "less than one attention head"),
+        (["slicing"], "--model, --shape: one of them is needed"),
+        (["report", "nowhere"], "DIR: expected a folder of results, got nowhere"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
+    file = tmp_path / "token.json"
+    command = [sys.executable, "-m", "slicegpt", "bench", "token", "--model", str(tiny_folder), "--engines"]
+    command += [
+        "hf,fused",
+        "--slice",
+        "0,0.5",
+        "--round-to",
+        "8",
+        "--tokens",
+        "4000",
+        "--rounds",
+        "2000",
+        "--json",
+        str(file),
+        "--csv",
+        f"{file}.csv",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not os.path.exists(f"{file}.csv") and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    content = json.loads(file.read_text())
+    assert content["complete"] is False
+    assert {row["engine"] for row in content["rows"]} == {"hf", "fused"}
+    assert 0 < content["rows"][0]["tokens"] < 4000
+    assert os.path.exists(f"{file}.csv")
+    assert "This run is incomplete." in printed
+    assert "interrupted: 3 rows are kept" in errors
+    assert "Traceback" not in errors
