@@ -118,7 +118,8 @@ def _run(h, weight, bias, sumsq, n_scaled, activation, divisor, eps) -> Tensor:
     backend = choice.choose(OP, requested_backend(), capability, h.dtype, h.shape[0])
     if backend == "torch":
         y = library_gemm.norm_linear(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
-        return y.contiguous()
+        # Gated values lie behind their gates; a tensor of an operator begins where its memory does.
+        return y.clone(memory_format=torch.contiguous_format) if activation in GATED else y
     if backend == "reference":
         return reference.norm_linear(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
     h = h if h.stride(1) == 1 else h.contiguous()
