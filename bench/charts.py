@@ -140,7 +140,7 @@ def draw_token(content: Mapping, axis) -> None:
     axis.set_ylim(bottom=0)
     axis.margins(x=0.12)
     axis.set_xlabel(f"weights as stored, {unit}")
-    axis.set_ylabel(f"tokens/s at batch {rows[0]['batch']} (bars: 10th to 90th percentile)")
+    axis.set_ylabel(f"tokens/s, batch {rows[0]['batch']} (bars: 10th to 90th percentile)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
 

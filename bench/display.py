@@ -23,26 +23,26 @@ COLUMNS = {
     "token": (
         ("network", "network", str),
         ("engine", "engine", str),
-        ("bytes", "weights", format_bytes),
         ("ms_median", "ms per token", _round),
+        ("speedup", "speed-up", _times),
         ("ms_p10", "p10", _round),
         ("ms_p90", "p90", _round),
-        ("prompt_ms", "prompt ms", _round),
         ("tokens_per_second", "tokens/s", _round),
+        ("bytes", "weights", format_bytes),
         ("gigabytes_per_second", "GB/s", _round),
         ("bandwidth_fraction", "of bandwidth", _percent),
         ("peak_bytes", "peak memory", format_bytes),
-        ("speedup", "speed-up", _times),
+        ("prompt_ms", "prompt ms", _round),
     ),
     "throughput": (
         ("network", "network", str),
         ("engine", "engine", str),
-        ("bytes", "weights", format_bytes),
         ("tokens_per_second", "tokens/s", _round),
+        ("speedup", "speed-up", _times),
         ("batch", "at batch", int),
+        ("bytes", "weights", format_bytes),
         ("peak_bytes", "memory there", format_bytes),
         ("largest_batch", "largest batch", int),
-        ("speedup", "speed-up", _times),
         ("reason", "stopped by", str),
     ),
     "layers": (
@@ -110,9 +110,22 @@ def print_summary(content: Mapping) -> None:
         print(note)
 
 
+def token_notes(rows: Sequence[Mapping]) -> list[str]:
+    """Whether the engines of a network said the same, where the run compared their tokens."""
+    compared = [row for row in rows if row.get("same_tokens") is not None]
+    if not compared:
+        return []
+    apart = [row for row in compared if row["same_tokens"] < row["tokens"]]
+    if not apart:
+        return ["All engines of a network with the same weights chose the same tokens."]
+    which = ", ".join(f"{row['network']} {row['engine']} after {row['same_tokens']}" for row in apart)
+    return [f"Engines with the same weights chose other tokens than the network's first engine: {which}."]
+
+
 def notes(content: Mapping) -> list[str]:
     """What a reader must know besides the table."""
     told = [content["baseline"]] if content.get("baseline") else []
+    told += token_notes(content["rows"])
     if content.get("taken_in_turns") is False:
         told.append("The networks do not fit into memory together: they were measured one after the other.")
     if content.get("ratio"):

@@ -26,7 +26,7 @@ STYLE = """
   :root { --ink: #e8e8e8; --dim: #a3a3a3; --paper: #16181b; --rule: #3a3d41; --band: #1f2226; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 64rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.25rem; margin: 3rem 0 .5rem; }
 p { margin: .5rem 0; } .dim { color: var(--dim); font-size: .9rem; }
@@ -142,7 +142,8 @@ def section(file: Path, content: Mapping, anchor: str) -> str:
     if not content.get("complete", True):
         parts.append(' <span class="badge">incomplete</span>')
     parts.append("</h2>")
-    parts += [f'<p class="key">{html.escape(note)}</p>' for note in told]
+    classes = ["key", *["dim"] * len(told)] if content.get("baseline") else ["dim"] * len(told)
+    parts += [f'<p class="{kind}">{html.escape(note)}</p>' for kind, note in zip(classes, told, strict=False)]
     if known:
         parts.append(embedded_plot(content, anchor))
         if content["rows"]:
