@@ -276,6 +276,7 @@ def pair(networks: Sequence[Network], engines: Sequence[Engine]) -> tuple[list[C
     cases, skipped = [], []
     for network in networks:
         network.keeps_plain = any(engine.name.startswith("plain") for engine in engines)
+        network.keeps_huggingface = any(engine.huggingface for engine in engines)
         for engine in engines:
             reason = engine.reason_against(network)
             if reason is None:

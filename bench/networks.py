@@ -33,7 +33,7 @@ class Network:
         config: canonical; a dense network has identity shortcuts.
         folder: holds the weights of this very size; None where they are random.
         huggingface_config: of the dense model in Hugging Face's own class; None where sliced.
-        keeps_plain: the plain form is run beside the fused one.
+        keeps_plain, keeps_huggingface: these forms are run, and not only the way to another one.
     """
 
     label: str
@@ -44,6 +44,7 @@ class Network:
     folder: str | None = None
     huggingface_config: PreTrainedConfig | None = None
     keeps_plain: bool = True
+    keeps_huggingface: bool = True
     _models: dict[str, PreTrainedModel | Runtime] = field(default_factory=dict, repr=False)
 
     @property
@@ -71,6 +72,8 @@ class Network:
                 model = random_model(self.config, self.dtype, self.device)
             elif self.is_dense:
                 model = to_canonical(self.huggingface())
+                if not self.keeps_huggingface:
+                    del self._models["huggingface"]
             else:
                 model, _ = load_dense(self.folder, self.dtype, self.device)
             self._models["canonical"] = model
@@ -143,6 +146,7 @@ def networks_of_model(
     shape: Shape | None = None,
 ) -> list[Network]:
     """A sliced folder as it is; a dense model (anything `load_dense` takes) at every fraction, 0 being itself."""
+    model = None
     if Path(name).is_dir():
         check_folder(Path(name))
         config = AutoConfig.from_pretrained(name)
@@ -152,12 +156,16 @@ def networks_of_model(
         with torch.device("meta"):
             fields = canonical_fields(AutoModelForCausalLM.from_config(config))
     else:
-        model, _ = load_dense(name, dtype)
+        model, _ = load_dense(name, dtype, device)
         config, fields = model.config, canonical_fields(model)
     dtype = dtype or config.dtype or torch.float32
-    return [
+    networks = [
         sized_network(name, fields, fraction, dtype, device, config, name, shape) for fraction in fractions
     ]
+    for network in networks:
+        if network.is_dense and model is not None:
+            network._models["huggingface"] = model  # a download or a GGUF file is not read twice
+    return networks
 
 
 def sized_network(

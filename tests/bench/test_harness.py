@@ -19,12 +19,14 @@ from slicegpt.bench.comparison import compare
 from slicegpt.bench.engines import Case, Engine, by_memory, bytes_read, chosen_engines, pair
 from slicegpt.bench.memory import is_out_of_memory
 from slicegpt.bench.models import sliced_config
+from slicegpt.bench.networks import choose_networks
 from slicegpt.bench.predict import load_of
 from slicegpt.bench.results import Record
 from slicegpt.bench.throughput import ThroughputOptions, measure_throughput
 from slicegpt.bench.timing import quantiles
 from slicegpt.bench.token_time import TokenOptions, measure_token_times
 from slicegpt.cli import main
+from slicegpt.schedule import Shape
 from slicegpt.sizes import skeleton
 
 CPU = torch.device("cpu")
@@ -347,3 +349,57 @@ def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
     assert "This run is incomplete." in printed
     assert "interrupted: 3 rows are kept" in errors
     assert "Traceback" not in errors
+
+
+def test_forms_that_no_engine_needs_are_given_up(tiny_folder):
+    def forms(*engines: str) -> set[str]:
+        (network,) = choose_networks([str(tiny_folder)], None, [0.0], None, CPU, Shape(round_to=8))
+        cases, _ = pair([network], chosen_engines(list(engines)))
+        for case in cases:
+            engines_module.start(case, 1, 8)
+        return set(network._models)
+
+    assert forms("fused") == {"runtime"}
+    assert forms("plain", "fused") == {"canonical", "runtime"}
+    assert forms("fused", "hf") == {"huggingface", "runtime"}
+
+
+def test_labels_tell_models_apart(tiny_folder, tmp_path):
+    other = tmp_path / "other"
+    other.symlink_to(tiny_folder)
+    names = [str(tiny_folder), str(other)]
+    networks = choose_networks(names, None, [0.0, 0.5], None, CPU, Shape(round_to=8))
+    assert [network.label for network in networks] == [
+        "tiny-llama dense",
+        "tiny-llama sliced 50 %",
+        "other dense",
+        "other sliced 50 %",
+    ]
+
+
+def test_sliced_folder_is_measured_as_it_is(tiny_networks, tiny_folder, tiny_tokenizer, tmp_path, capsys):
+    (network,) = tiny_networks((0.5,))
+    folder = tmp_path / "sliced-half"
+    network.canonical().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    file = tmp_path / "token.json"
+    arguments = [
+        "--model",
+        str(tiny_folder),
+        str(folder),
+        "--slice",
+        "0",
+        "--engines",
+        "hf,fused",
+        "--tokens",
+        "4",
+    ]
+    assert main(["bench", "token", *arguments, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["network"], row["engine"]) for row in rows] == [
+        ("dense", "hf"),
+        ("dense", "fused"),
+        ("sliced-half", "fused"),
+    ]
+    assert rows[2]["slice"] == 0.5
+    assert all(row["speedup"] > 0 for row in rows)
