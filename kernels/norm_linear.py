@@ -27,8 +27,9 @@ from slicegpt.kernels.gemm_tiles import (
 
 __all__ = ["is_supported", "norm_linear"]
 
-# Up to so many rows every tile sums its rows' squares itself: a launch less, which would take longer.
+# Up to so many rows, and sums a row, every tile adds up its rows' sums itself: the launch saved takes longer.
 SUM_IN_TILE_ROWS = 256
+SUM_IN_TILE_PARTS = 512
 SUM_CHUNK = tl.constexpr(32)
 
 
@@ -42,40 +43,37 @@ def norm_linear(
     divisor: float,
     eps: float,
     config: GemmConfig | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """`[act(s (h W₁ᵀ) + bias) | h W₂ᵀ]`; the contract is `slicegpt.ops.norm_linear`, whose checks have passed.
 
     h [T, d] has unit column stride; weight [N, d], bias [n_scaled] and sumsq [T, P] are contiguous.
-    config: None chooses by the device and the sizes. out: written instead of a new tensor, contiguous.
+    config: None chooses by the device and the sizes.
     """
     rows, inner = h.shape
     gated = activation.endswith("_gated")
     width = n_scaled // 2 if gated else n_scaled
     z_columns = weight.shape[0] - n_scaled
     z_half = triton.cdiv(z_columns, 2)
-    if out is None:
-        out = h.new_empty((rows, width + z_columns))
+    out = h.new_empty((rows, width + z_columns))
     if out.numel() == 0:
         return out
     device = device_class(h.device)
     if config is None:
         config = norm_linear_config(device, h.dtype, rows, weight.shape[0], inner, gated)
     tma = config.tma and takes_tma(h, weight) and not (gated and z_columns % 2)
-    if sumsq is not None and rows <= SUM_IN_TILE_ROWS:
-        sums, parts = sumsq, sumsq.shape[1]
-        chunks = triton.cdiv(parts, SUM_CHUNK.value)
-    else:
-        sums, parts, chunks = row_scale(h, sumsq, divisor, eps), 1, 0
+    sums, parts, chunks = None, 0 if sumsq is None else sumsq.shape[1], 0
+    if n_scaled and rows <= SUM_IN_TILE_ROWS and 0 < parts <= SUM_IN_TILE_PARTS:
+        sums, chunks = sumsq, triton.cdiv(parts, SUM_CHUNK.value)
+    elif n_scaled:
+        sums = row_scale(h, sumsq, divisor, eps)
     block_n, block_k = config.block_n, config.block_k
-    if gated:
-        scaled = _pairs(weight[:n_scaled], block_n, block_k, tma) if n_scaled else None
-        z = _pairs(weight[n_scaled:], block_n, block_k, tma) if tma and z_columns else None
-        scaled = z if scaled is None else scaled
-        column_tiles = triton.cdiv(width, block_n // 2) + triton.cdiv(z_half, block_n // 2)
+    if gated and tma:
+        z = _pairs(weight[n_scaled:], block_n, block_k) if z_columns else None
+        scaled = _pairs(weight[:n_scaled], block_n, block_k) if n_scaled else z
     else:
         scaled, z = operand(weight, (block_n, block_k), tma), None
-        column_tiles = triton.cdiv(width, block_n) + triton.cdiv(z_columns, block_n)
+    step = block_n // 2 if gated else block_n
+    column_tiles = triton.cdiv(width, step) + triton.cdiv(z_half if gated else z_columns, step)
     tiles = triton.cdiv(rows, config.block_m) * column_tiles
     _norm_linear[(min(tiles, device.multiprocessors * config.programs_per_sm),)](
         operand(h, (config.block_m, block_k), tma), scaled, z, bias, sums, out,
@@ -88,10 +86,8 @@ def norm_linear(
     return out
 
 
-def _pairs(weight: Tensor, block_n: int, block_k: int, tma: bool) -> Tensor | TensorDescriptor:
-    """An even number of rows as [2, rows / 2, d], read half from each; a pointer needs no such view."""
-    if not tma:
-        return weight
+def _pairs(weight: Tensor, block_n: int, block_k: int) -> TensorDescriptor:
+    """An even number of rows as [2, rows / 2, d]: half of a block from each."""
     half, inner = weight.shape[0] // 2, weight.shape[1]
     shape, strides = [2, half, inner], [half * weight.stride(0), weight.stride(0), 1]
     return TensorDescriptor(weight, shape, strides, [2, block_n // 2, block_k])
@@ -129,10 +125,18 @@ def _row_scale(
 
 @triton.jit
 def _scale_of(sums, index, rows, parts, divisor, eps, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The row scale of a tile: read, or from `parts` sums of squares a row."""
+    """The row scale of a tile: 1 where nothing is scaled, read, or from `parts` sums of squares a row."""
     present = index < rows
-    if CHUNKS == 0:
+    if sums is None:
+        return tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
+    elif CHUNKS == 0:
         return tl.load(sums + index, mask=present, other=0.0)
+    else:
+        return _scale_from_sums(sums, index, present, parts, divisor, eps, CHUNKS, BLOCK_M)
+
+
+@triton.jit
+def _scale_from_sums(sums, index, present, parts, divisor, eps, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr):
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     pointers = sums + index.to(tl.int64)[:, None] * parts + tl.arange(0, SUM_CHUNK)[None, :]
     for chunk in tl.static_range(CHUNKS):

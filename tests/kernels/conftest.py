@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def interpreter():
-    """`interpreter(module, function, *arguments, **options)` returns the arguments as the call left them."""
+    """`interpreter(module, function, *arguments, **options)`: what it returns, or the arguments as it left them."""
     pytest.importorskip("triton")
     root = Path(__file__).parents[2]
     worker = subprocess.Popen(

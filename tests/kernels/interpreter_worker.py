@@ -19,8 +19,8 @@ while True:
     except EOFError:
         break
     try:
-        getattr(importlib.import_module(module), function)(*arguments, **options)
-        answer = arguments
+        answer = getattr(importlib.import_module(module), function)(*arguments, **options)
+        answer = arguments if answer is None else answer
     except Exception as error:
         answer = error
     pickle.dump(answer, results)
