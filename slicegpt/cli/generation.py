@@ -20,6 +20,12 @@ def add_parser(commands) -> None:
     parser.add_argument("--top-k", type=positive, default=50)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument(
+        "--runtime",
+        choices=("plain", "fused"),
+        default="plain",
+        help="plain: transformers' generate; fused: packed weights, fused operators and a static cache",
+    )
     add_device(parser)
     add_json(parser)
 
@@ -42,7 +48,6 @@ def encode(tokenizer, prompt: str, chat: bool):
 
 
 def run(options: argparse.Namespace) -> None:
-    import torch
     from transformers import TextStreamer
 
     from slicegpt.errors import SliceGPTError
@@ -56,6 +61,26 @@ def run(options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
     model, tokenizer = load_dense(options.model, resolve_dtype(options.dtype), device)
     inputs = encode(tokenizer, options.prompt, options.chat).to(device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    generate = _fused if options.runtime == "fused" else _plain
+    new_tokens, seconds = generate(options, model, tokenizer, inputs, streamer)
+    if options.json:
+        write_json(
+            options.json,
+            {
+                "prompt": options.prompt,
+                "text": tokenizer.decode(new_tokens, skip_special_tokens=True),
+                "tokens": len(new_tokens),
+                "seconds": round(seconds, 3),
+                "runtime": options.runtime,
+            },
+        )
+
+
+def _plain(options: argparse.Namespace, model, tokenizer, inputs, streamer) -> tuple[list[int], float]:
+    """The new tokens and the seconds they took."""
+    import torch
+
     sampling = {"do_sample": False}
     if options.sample:
         sampling = {
@@ -65,7 +90,6 @@ def run(options: argparse.Namespace) -> None:
             "top_p": options.top_p,
         }
     torch.manual_seed(options.seed)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     output = model.generate(
         input_ids=inputs["input_ids"],
@@ -76,14 +100,25 @@ def run(options: argparse.Namespace) -> None:
         **sampling,
     )
     seconds = time.perf_counter() - start
-    new_tokens = output[0, inputs["input_ids"].shape[1] :]
-    if options.json:
-        write_json(
-            options.json,
-            {
-                "prompt": options.prompt,
-                "text": tokenizer.decode(new_tokens, skip_special_tokens=True),
-                "tokens": len(new_tokens),
-                "seconds": round(seconds, 3),
-            },
-        )
+    return output[0, inputs["input_ids"].shape[1] :].tolist(), seconds
+
+
+def _fused(options: argparse.Namespace, model, tokenizer, inputs, streamer) -> tuple[list[int], float]:
+    """The new tokens and the seconds they took; packing the weights is not counted."""
+    from slicegpt.runtime import Runtime, Sampling
+
+    sampling = Sampling()
+    if options.sample:
+        sampling = Sampling(True, options.temperature, options.top_k, options.top_p)
+    length = inputs["input_ids"].shape[1] + options.max_new_tokens
+    runtime = Runtime(model, max_length=length, release=True)
+    new_tokens: list[int] = []
+    start = time.perf_counter()
+    streamer.put(inputs["input_ids"])
+    for token in runtime.stream(
+        inputs["input_ids"], inputs["attention_mask"], options.max_new_tokens, sampling, options.seed
+    ):
+        streamer.put(token)
+        new_tokens += token.tolist()
+    streamer.end()
+    return new_tokens, time.perf_counter() - start

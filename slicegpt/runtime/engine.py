@@ -55,8 +55,12 @@ class Runtime:
         canonical = to_canonical(model)
         self.config = canonical.config
         limit = self.config.max_position_embeddings
+        if max_length is not None and max_length < 1:
+            raise SliceGPTError(f"Runtime: max_length must be at least 1, got {max_length}")
         if max_length is not None and max_length > limit and self.config.position_embedding == "learned":
-            raise SliceGPTError(f"Runtime: max_length must be at most {limit}, got {max_length}")
+            raise SliceGPTError(
+                f"Runtime: max_length must be at most {limit}, the model's learned positions, got {max_length}"
+            )
         self.max_length = max_length or limit
         self.prefill_chunk = prefill_chunk
         self.network = Network(pack(canonical, self.max_length, release or canonical is not model))
