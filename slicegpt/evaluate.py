@@ -75,25 +75,35 @@ def perplexity(
         raise SliceGPTError(
             f"perplexity: the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}"
         )
-    device = model.get_input_embeddings().weight.device
-    report = progress or Progress(quiet=True)
-    total, start = 0.0, time.perf_counter()
-    with torch.no_grad(), _evaluating(model):
-        token_losses = _loss_function(model, windows[:1, :16].to(device))
-        with report.stage("perplexity", len(windows), "windows") as advance:
-            for first in range(0, len(windows), batch_size):
-                batch = windows[first : first + batch_size].to(device)
-                losses = token_losses(batch).sum(dim=1).tolist()
-                for window, loss in enumerate(losses, start=first):
-                    if not math.isfinite(loss):
-                        raise SliceGPTError(f"perplexity: the loss of window {window} is {loss}")
-                    total += loss
-                advance(len(batch))
+    start = time.perf_counter()
+    total = sum(window_losses(model, windows, batch_size, progress))
     tokens = len(windows) * (seqlen - 1)
     nll = total / tokens
     if nll > 700:  # exp() overflows; a model that guesses evenly among a million tokens has 14
         raise SliceGPTError(f"perplexity: the mean loss of a token is {nll:.4g} nats: the model is broken")
     return PerplexityResult(math.exp(nll), tokens, nll, len(windows), time.perf_counter() - start)
+
+
+def window_losses(
+    model: PreTrainedModel, windows: torch.Tensor, batch_size: int = 1, progress: Progress | None = None
+) -> list[float]:
+    """Sum over each of `windows` [n, s] of its tokens' negative log-likelihoods, the first token's left out, in nats.
+
+    Raises:
+        SliceGPTError: a loss is not finite.
+    """
+    device = model.get_input_embeddings().weight.device
+    report, losses = progress or Progress(quiet=True), []
+    with torch.no_grad(), _evaluating(model):
+        token_losses = _loss_function(model, windows[:1, :16].to(device))
+        with report.stage("perplexity", len(windows), "windows") as advance:
+            for batch in windows.split(batch_size):
+                losses += token_losses(batch.to(device)).sum(dim=1).tolist()
+                advance(len(batch))
+                bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
+                if bad is not None:
+                    raise SliceGPTError(f"perplexity: the loss of window {bad} is {losses[bad]}")
+    return losses
 
 
 def _loss_function(model: PreTrainedModel, probe: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,7 +1,8 @@
-"""Calibration from several sources: parsing, shares, generated samples, coverage."""
+"""Calibration from several sources: parsing, shares, generated samples, and whether the text was enough."""
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,10 @@ from slicegpt.calibration.generation import (
 )
 from slicegpt.calibration.mixture import share_out
 from slicegpt.errors import SliceGPTError
+from slicegpt.families import canonical_fields
+from slicegpt.held_out import held_out_check, held_out_warning
+from slicegpt.schedule import Shape, constant_widths, plan
+from slicegpt.slicing import slice_model
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +239,41 @@ def test_warnings():
     # A flatter law brings new tokens faster than 21 tokens a column can show them.
     flat = torch.multinomial(zipf.sqrt(), 12 * 1024, replacement=True, generator=generator).view(12, 1024)
     assert "it does not show" in warn(flat)[0]
+
+
+# --- held-out windows ---
+
+
+def test_held_out_windows_are_others_of_the_same_text(files, tiny_tokenizer):
+    a = str(files / "a.txt")
+    drawn = sample_sources(load_sources(f"{a}:3,random-tokens:1"), tiny_tokenizer, 8, 32)
+    plain = windows(sample_batches(load_documents(a), tiny_tokenizer, 9, 32))
+    assert [tuple(row) for row in drawn.held_out.tolist()] == plain[6:9]
+    assert [tuple(row) for row in drawn.seen.tolist()] == plain[:3]
+    assert not len(sample_sources(load_sources("random-tokens"), tiny_tokenizer, 8, 32).held_out)
+
+
+def test_held_out_check(files, tiny_tokenizer, model):
+    """Against the models' own losses, and against a text that is all there is."""
+    drawn = sample_sources(load_sources(str(files / "a.txt")), tiny_tokenizer, 8, 32)
+    fields = canonical_fields(model)
+    config = plan(fields, constant_widths(fields, fields["dense_hidden_size"] // 2), Shape(round_to=8))
+    sliced, _ = slice_model(model, config, drawn.batches)
+    check = held_out_check(model, sliced, drawn, torch.device("cpu"))
+
+    @torch.no_grad()
+    def loss(network, ids):
+        return network(ids, labels=ids).loss.item()  # the mean over tokens, in float32
+
+    for name in ("seen", "held_out"):
+        ids = getattr(drawn, name)
+        assert math.isclose(check[name], loss(sliced, ids) - loss(model, ids), abs_tol=2e-5)
+    assert check["windows"] == 4
+    everything = replace(drawn, held_out=drawn.held_out[:0])
+    assert held_out_check(model, sliced, everything, torch.device("cpu")) is None
+
+
+def test_held_out_warning():
+    assert held_out_warning({"windows": 4, "seen": 0.2, "held_out": 0.21, "excess": 1.05}) is None
+    assert held_out_warning({"windows": 4, "seen": 0.0, "held_out": 0.0, "excess": None}) is None
+    assert "1.50 times" in held_out_warning({"windows": 4, "seen": 0.2, "held_out": 0.3, "excess": 1.5})

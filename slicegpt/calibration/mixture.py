@@ -20,6 +20,8 @@ SELF = "self"  # text sampled from the dense model
 RANDOM_TOKENS = "random-tokens"  # tokens drawn uniformly from the vocabulary
 GENERATED = (SELF, RANDOM_TOKENS)
 
+HELD_OUT = 4  # windows drawn beside the samples, to see whether these were enough
+
 
 @dataclass(frozen=True)
 class Source:
@@ -43,10 +45,14 @@ class Calibration:
     Attributes:
         batches: all samples.
         sources: `[{name, weight, nsamples, tokens}]`.
+        held_out: a few windows [n, seqlen] of the same text that are not among the samples; maybe none.
+        seen: as many windows of the same sources that are.
     """
 
     batches: list[CalibrationBatch]
     sources: list[dict]
+    held_out: torch.Tensor
+    seen: torch.Tensor
 
 
 def parse_sources(spec: str) -> list[tuple[str, float]]:
@@ -169,8 +175,10 @@ def sample_sources(
     """
     check_positive(nsamples=nsamples, seqlen=seqlen, batch_size=batch_size)
     shares = share_out(nsamples, [source.weight for source in sources])
+    spares = share_out(HELD_OUT, [source.weight for source in sources])
     drawn: list[list[torch.Tensor]] = []
-    for source, share in zip(sources, shares, strict=True):
+    held_out, seen = [], []
+    for source, share, spare in zip(sources, shares, spares, strict=True):
         if not share:
             raise SliceGPTError(
                 f"--calibration: {source.name}'s weight leaves it none of {nsamples} samples; "
@@ -190,9 +198,12 @@ def sample_sources(
             drawn.append(_random_tokens(tokenizer, share, seqlen, seed))
         else:
             try:
-                drawn.append(draw_samples(source.documents, tokenizer, share, seqlen, seed, varied_seqlen))
+                samples = draw_samples(source.documents, tokenizer, share, seqlen, seed, varied_seqlen, spare)
             except SliceGPTError as error:
                 raise SliceGPTError(f"{source.name}: {error}" if len(sources) > 1 else str(error)) from error
+            drawn.append(samples[:share])
+            held_out += samples[share:]
+            seen += samples[: min(share, len(samples) - share)]
     # Interleaved: any stretch of the samples holds every source in its proportion.
     places = [((j + 0.5) / share, i, j) for i, share in enumerate(shares) for j in range(share)]
     samples = [drawn[i][j] for _, i, j in sorted(places)]
@@ -207,7 +218,9 @@ def sample_sources(
         }
         for source, part in zip(sources, drawn, strict=True)
     ]
-    return Calibration(collate(samples, tokenizer, batch_size), record)
+    none = torch.empty(0, seqlen, dtype=torch.int64)
+    pairs = [torch.stack(windows) if windows else none for windows in (held_out, seen)]
+    return Calibration(collate(samples, tokenizer, batch_size), record, *pairs)
 
 
 def _random_tokens(

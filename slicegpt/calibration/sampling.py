@@ -66,12 +66,18 @@ def draw_samples(
     seqlen: int,
     seed: int,
     varied_seqlen: bool,
+    spare: int = 0,
 ) -> list[torch.Tensor]:
-    """Draw calibration samples, int64 [s] each, as `sample_batches` does."""
+    """Draw calibration samples, int64 [s] each, as `sample_batches` does.
+
+    Args:
+        spare: windows to draw behind them, as many of these as the text has (none of whole documents).
+    """
     check_positive(nsamples=nsamples, seqlen=seqlen)
     generator = torch.Generator().manual_seed(seed)
-    draw = _draw_documents if varied_seqlen else _draw_windows
-    return draw(documents, tokenizer, nsamples, seqlen, generator)
+    if varied_seqlen:
+        return _draw_documents(documents, tokenizer, nsamples, seqlen, generator)
+    return _draw_windows(documents, tokenizer, nsamples, seqlen, generator, spare)
 
 
 def collate(
@@ -107,6 +113,7 @@ def _draw_windows(
     nsamples: int,
     seqlen: int,
     generator: torch.Generator,
+    spare: int,
 ) -> list[torch.Tensor]:
     ids = encode_text("\n\n".join(documents), tokenizer)
     available = len(ids) // seqlen
@@ -116,7 +123,7 @@ def _draw_windows(
             f" the text has {len(ids):,}, enough for {available} (lower nsamples or seqlen or add text)"
         )
     windows = ids[: available * seqlen].view(available, seqlen)
-    return list(windows[torch.randperm(available, generator=generator)[:nsamples]])
+    return list(windows[torch.randperm(available, generator=generator)[: nsamples + spare]])
 
 
 def _draw_documents(

@@ -135,11 +135,18 @@ def plan_from(options: argparse.Namespace, fields: dict, dtype, shape):
     return plan_for_parameters(fields, int(options.target_bytes / dtype.itemsize), shape)
 
 
+def tell(warnings: list[str]) -> None:
+    """Warnings about the calibration, on standard error."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
 def run(options: argparse.Namespace) -> None:
     # What can be checked without the model is checked before it is loaded.
     from slicegpt.calibration import calibration_warnings, coverage, load_sources, sample_sources
     from slicegpt.checkpoint import check_output, check_space, save_sliced
     from slicegpt.families import canonical_fields
+    from slicegpt.held_out import held_out_check, held_out_warning
     from slicegpt.loading import load_dense
     from slicegpt.progress import Progress
     from slicegpt.record import calibration_record, size_record, slicing_record
@@ -193,9 +200,12 @@ def run(options: argparse.Namespace) -> None:
         )
     figures = coverage(drawn.batches, config.vocab_size, config.dense_hidden_size)
     warnings = calibration_warnings(figures)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    tell(warnings)
     sliced, report = slice_model(model, config, drawn.batches, settings, progress)
+    check = held_out_check(model, sliced, drawn, device, progress)
+    if check is not None and (warning := held_out_warning(check)):
+        warnings.append(warning)
+        tell([warning])
     if model.generation_config is not None:
         sliced.generation_config = model.generation_config
     calibration = calibration_record(
@@ -206,6 +216,7 @@ def run(options: argparse.Namespace) -> None:
         drawn.batches,
         sources=drawn.sources,
         coverage=figures,
+        held_out=check,
         warnings=warnings,
     )
     record = slicing_record(sliced, report, settings, options.model, calibration)

@@ -1,0 +1,74 @@
+"""Was the calibration text enough? The sliced model's loss on windows it was calibrated on, and on others of the text.
+
+Slicing fits the samples: on them it loses less than on other windows of the same text, and the less text there was,
+the wider the gap. Both losses are taken above the dense model's on the same windows, which removes most of what makes
+one window harder than another.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from slicegpt.calibration import Calibration
+from slicegpt.evaluate import window_losses
+from slicegpt.progress import Progress
+
+# Held-out windows that cost a third more than seen ones: four windows of 512 tokens differ by a tenth by chance.
+EXCESS = 1.33
+# Below this a loss is too small to be compared: rounding and chance are of its size.
+SMALLEST_LOSS = 0.01
+
+
+def held_out_check(
+    dense: PreTrainedModel,
+    sliced: PreTrainedModel,
+    calibration: Calibration,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> dict | None:
+    """Losses above the dense model's, in nats a token, on `calibration.seen` and `calibration.held_out`.
+
+    Both models are brought to `device` one after the other, and back.
+
+    Returns:
+        `windows` of each kind, `seen`, `held_out` and `excess`, their ratio (None where they are too small to be
+        compared); None in place of all of it where no windows were left over, or a model does not fit on the device.
+    """
+    windows = min(len(calibration.seen), len(calibration.held_out))
+    if not windows:
+        return None
+    pairs = torch.cat((calibration.seen[:windows], calibration.held_out[:windows]))
+    tokens = windows * (pairs.shape[1] - 1)
+    if not tokens or not all(_fits(model, device) for model in (dense, sliced)):
+        return None
+    losses = []
+    for model in (dense, sliced):
+        origin = model.device
+        model.to(device)
+        try:
+            losses.append(torch.tensor(window_losses(model, pairs, 1, progress), dtype=torch.float64))
+        finally:
+            model.to(origin)
+    above = (losses[1] - losses[0]).view(2, windows).sum(dim=1) / tokens
+    seen, held_out = above.tolist()
+    excess = round(held_out / seen, 3) if min(seen, held_out) > SMALLEST_LOSS else None
+    return {"windows": windows, "seen": round(seen, 5), "held_out": round(held_out, 5), "excess": excess}
+
+
+def _fits(model: PreTrainedModel, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return 2 * sum(parameter.nbytes for parameter in model.parameters()) < free
+
+
+def held_out_warning(check: dict) -> str | None:
+    """One sentence where the held-out windows cost much more than those that were seen."""
+    if check["excess"] is None or check["excess"] <= EXCESS:
+        return None
+    return (
+        f"the calibration text is small: on windows of it that were held out the model loses {check['held_out']:.3f} "
+        f"nats a token, {check['excess']:.2f} times what it loses on those it saw (above {EXCESS} more text would "
+        "help); raise --nsamples or --seqlen"
+    )
