@@ -165,6 +165,17 @@ def test_the_cache_changes_nothing(model, tiny_tokenizer):
     assert torch.equal(ids[:, 2:][clear], top.indices[..., 0][clear])
 
 
+def test_starts_of_different_lengths(model):
+    """A start is kept as it is; a row is drawn from where its own ends."""
+    starts = torch.tensor([[5, 6, 7], [8, -1, -1], [9, 10, -1]])
+    greedy = SamplingSettings(1e-4)
+    ids = continue_tokens(model, starts, 8, torch.Generator().manual_seed(0), greedy)
+    assert torch.equal(torch.where(starts < 0, starts, ids[:, :3]), starts)
+    for row, start in zip(ids, starts, strict=True):
+        alone = continue_tokens(model, start[start >= 0][None], 8, torch.Generator(), greedy)
+        assert torch.equal(row, alone[0])
+
+
 def test_sampling_follows_the_probabilities(model):
     """2000 draws of a first token against the softmax: the chi-square statistic over 20 bins."""
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,23 +78,26 @@ def continue_tokens(
     generator: torch.Generator,
     settings: SamplingSettings | None = None,
     banned: torch.Tensor | None = None,
-    advance=lambda count: None,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> torch.Tensor:
     """Continue `starts` [n, s] to [n, length] by sampling token after token, all sequences at once.
 
     Args:
-        banned: ids [k] that are never drawn (special tokens, which would end the text).
+        starts: ids; -1 stands for tokens that a shorter start leaves to be drawn (the first column has none).
+        banned: bool [n, V] or [V], tokens that are never drawn (special tokens, which would end the text).
         advance: called with 1 after every token.
     """
     settings = settings or SamplingSettings()
-    ids = torch.empty(len(starts), length, dtype=torch.int64, device=starts.device)
+    ids = torch.full((len(starts), length), -1, dtype=torch.int64, device=starts.device)
     known = min(starts.shape[1], length)
     ids[:, :known] = starts[:, :known]
     cache, fed = _cache(model, length), 0
-    for position in range(known, length):
+    # What all starts have is read at once; from there on every sequence takes a token a step, given or drawn.
+    for position in range(int((ids >= 0).all(dim=0).int().cumprod(dim=0).sum()), length):
         output = model(ids[:, fed:position], past_key_values=cache, use_cache=True, logits_to_keep=1)
         fed = position
-        ids[:, position] = _draw(output.logits[:, -1], generator, settings, banned)
+        drawn = _draw(output.logits[:, -1], generator, settings, banned)
+        ids[:, position] = torch.where(ids[:, position] < 0, drawn, ids[:, position])
         advance(1)
     return ids
 
@@ -104,7 +108,7 @@ def _draw(
     """One id a row of `logits` [n, V], by inversion: a uniform number against the summed probabilities."""
     logits = logits.float() / settings.temperature
     if banned is not None:
-        logits[:, banned] = -torch.inf
+        logits = logits.masked_fill(banned, -torch.inf)
     probabilities = logits.softmax(dim=-1)
     if settings.min_p:
         floor = settings.min_p * probabilities.amax(dim=-1, keepdim=True)
