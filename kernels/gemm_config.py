@@ -100,8 +100,8 @@ def candidates(device: DeviceClass, dtype: torch.dtype) -> tuple[GemmConfig, ...
     fitting = []
     for block_m, block_n, k_bytes, num_warps, programs in _CANDIDATES:
         if dtype == torch.float32:
-            # The three tf32 products keep both halves of both operands in registers: half the columns.
-            block_n, k_bytes = max(32, block_n // 2), 128
+            # The three tf32 products keep both parts of an operand in registers, of both operands with mma.sync.
+            block_n, k_bytes = max(32, block_n // (2 if device.capability >= (9, 0) else 4)), 128
         if device.capability < (9, 0) and block_m * block_n > 64 * 32 * num_warps:
             num_warps, programs = 8, 1  # 256 threads of up to 255 registers fill a processor
         config = GemmConfig(

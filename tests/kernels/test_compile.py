@@ -1,12 +1,9 @@
 """Ahead-of-time compilation of the Triton kernels, without a GPU: tensor-core instructions, and no spills."""
 
-import os
-import re
-import subprocess
-
 import pytest
 
 triton = pytest.importorskip("triton")
+from cubins import assert_no_spills, disassemble  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -56,29 +53,6 @@ def build(
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return disassemble(compiled.asm["cubin"])
-
-
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    path = os.path.join(os.environ["PYTEST_CUBIN_DIR"], "kernel.cubin")
-    with open(path, "wb") as file:
-        file.write(cubin)
-    return tuple(
-        subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
-        for flag in ("-sass", "-res-usage")
-    )
-
-
-def assert_no_spills(sass: str, resources: str) -> None:
-    stack = re.search(r"STACK:(\d+)", resources)
-    assert stack is not None, resources
-    assert int(stack[1]) == 0, resources
-    assert not re.search(r"\b(LDL|STL)\b", sass)
-
-
-@pytest.fixture(autouse=True)
-def cubin_directory(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTEST_CUBIN_DIR", str(tmp_path))
 
 
 @pytest.mark.parametrize("capability", [80, 90])
