@@ -47,6 +47,26 @@ def free_memory(device: torch.device) -> int:
         return 0
 
 
+def mean_rows(stream: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of each sample of `stream` [batch, tokens, D] over its tokens, float64."""
+    if attention_mask is None:
+        return stream.double().mean(dim=1)
+    return (stream.double() * attention_mask[..., None]).sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)
+
+
+def opposite_halves(means: torch.Tensor) -> torch.Tensor:
+    """Halves of the samples as unlike each other as they come: bool [samples], True in the second one.
+
+    They lie on opposite sides of the median along the first principal component of the samples' mean embeddings
+    [samples, D]. Halves drawn at random would be of one kind of text, and judge a fit too kindly.
+    """
+    centred = means - means.mean(dim=0)
+    direction = torch.linalg.svd(centred, full_matrices=False)[2][0]
+    second = torch.zeros(len(means), dtype=torch.bool, device=means.device)
+    second[(centred @ direction).argsort()[len(means) // 2 :]] = True
+    return second
+
+
 class Passes:
     """The streams of all calibration tokens at full width, and how they pass a block.
 
@@ -81,6 +101,7 @@ class Passes:
 
     def start(self, checkpoint: Checkpoint, covariance: Covariance | None) -> None:
         """Fill the streams before the first block."""
+        means = []
         table, positions = checkpoint.embedding.to(self.device), checkpoint.positions
         positions = None if positions is None else positions.to(self.device)
         for index, batch in enumerate(self.signals.batches):
@@ -96,6 +117,20 @@ class Passes:
             self.signals[index] = stream
             if self.teacher is not None:
                 self.teacher[index] = stream
+                means.append(mean_rows(stream, batch.attention_mask))
+        if self.teacher is not None:
+            sizes = [len(batch.input_ids) for batch in self.signals.batches]
+            self.second_half = opposite_halves(torch.cat(means)).split(sizes)
+
+    def halves(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens [batch, tokens] of a batch, padding left out, that belong to each half of the calibration."""
+        batch = self.signals.batches[index]
+        second = self.second_half[index][:, None].expand_as(batch.input_ids)
+        if sum(map(len, self.second_half)) == 1:  # one sample is halved itself
+            length = batch.input_ids.shape[1]
+            second = (torch.arange(length, device=second.device) >= length // 2)[None]
+        present = torch.ones_like(second) if batch.attention_mask is None else batch.attention_mask.bool()
+        return present & ~second, present & second
 
     def inputs(self, block: Block, stream: torch.Tensor, batch: TokenBatch) -> dict:
         """Attention mask and rotary positions, as the block's attention takes them."""
@@ -133,7 +168,6 @@ class Passes:
         elements = sum(batch.input_ids.numel() for batch in self.signals.batches) * sum(groups)
         keep = elements * self.dtype.itemsize <= free_memory(self.device) // 2
         kept: list[torch.Tensor | None] = []
-        samples = 0
         for (index, batch, stream), (_, _, dense) in zip(self.signals, self.teacher, strict=True):
             inputs = self.inputs(block, stream, batch)
             with self.stage("teacher"):
@@ -143,13 +177,8 @@ class Passes:
                 carried, activations = lifted.activations(stream, **inputs)
                 missing = target if carried is None else target - carried
             with self.stage("refit"):
-                for k, fold in enumerate(folds):  # every other sample, whatever the batches
-                    rows = slice((samples + k) % 2, None, 2)
-                    mask = (
-                        None if batch.attention_mask is None else batch.attention_mask[rows].flatten().bool()
-                    )
-                    fold.add(activations[rows].flatten(0, 1), missing[rows].flatten(0, 1), mask)
-                samples += len(activations)
+                for fold, tokens in zip(folds, self.halves(index), strict=True):
+                    fold.add(activations[tokens], missing[tokens])
             if keep:
                 kept.append(activations)
                 if carried is not None:

@@ -8,7 +8,7 @@ way to the solution of the ridge regression
 
 at full width, before the basis of the next boundary is chosen. `g²` is the mean diagonal of aᵀa, apart for each kind
 of activations where several are fitted at once: attention's, the MLP's, the stream behind a dense shortcut. λ is
-chosen by two-fold cross-validation: each half of the calibration samples judges the fit to the other half.
+chosen by two-fold cross-validation: each half of the calibration samples judges the fit to the other, unlike half.
 """
 
 from __future__ import annotations
@@ -46,10 +46,8 @@ class Moments:
         self.gram, self.cross, self.energy = zeros(inputs, inputs), zeros(inputs, outputs), zeros()
         self.inputs, self.outputs, self.tokens = zeros(inputs), zeros(outputs), zeros()
 
-    def add(self, activations: torch.Tensor, target: torch.Tensor, keep: torch.Tensor | None = None) -> None:
-        """Add tokens: `activations` [n, K] and `target` [n, D] of one dtype, `keep` bool [n] (None: all)."""
-        if keep is not None:
-            activations, target = activations[keep], target[keep]
+    def add(self, activations: torch.Tensor, target: torch.Tensor) -> None:
+        """Add tokens: `activations` [n, K] and `target` [n, D] of one dtype."""
         # "fast" errs by some 1e-7 of the mean diagonal, a thousandth of the smallest ridge; so do float32 sums of
         # one batch.
         exact = activations.dtype == torch.float64

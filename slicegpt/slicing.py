@@ -61,7 +61,7 @@ class SlicingOptions:
     place: str = "auto"
     seed: int = 42
     vocabulary_prior: float = 0.0
-    refit: bool = False
+    refit: bool = True
     ridge: float | None = None
 
     def __post_init__(self):
@@ -123,11 +123,6 @@ class Slicer:
         self.refits = options.refit and sliced
         self.passes = Passes(config, batches, options.dtype, options.device, options.place, self.refits)
         self.stage = self.passes.stage
-        samples = sum(len(batch.input_ids) for batch in batches)
-        if self.refits and options.ridge is None and samples < 2:
-            raise SliceGPTError(
-                f"--refit: choosing its ridge takes at least two calibration samples, got {samples}"
-            )
         self.report.tokens = self.passes.signals.tokens
         self.report.seconds = self.stage.seconds
 

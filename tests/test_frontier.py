@@ -87,7 +87,7 @@ def test_untied_is_the_same_network(family):
     logits = []
     for each in (fields, untied(fields)):
         config = plan(each, constant_widths(each, width), Shape("dense"))
-        sliced, _ = slice_model(model, config, batches, SlicingOptions(torch.float64))
+        sliced, _ = slice_model(model, config, batches, SlicingOptions(torch.float64, refit=False))
         logits.append(sliced(ids).logits)
     # Both are the same product in another order, in float64.
     assert torch.allclose(*logits, rtol=1e-9, atol=1e-9 * logits[0].abs().max().item())
@@ -124,7 +124,7 @@ def test_points_are_what_slicing_and_evaluating_give(folder, text, tmp_path, cap
     model, tokenizer = load_dense(str(folder))
     batches = sample_batches(load_documents(str(text)), tokenizer, 8, 32)
     config = plan_point(METHODS["compact"], canonical_fields(model), 0.85, "total", 4)
-    sliced, _ = slice_model(model, config, batches, SlicingOptions())
+    sliced, _ = slice_model(model, config, batches, SlicingOptions(refit=False))
     expected = perplexity(sliced, tokenizer, load_documents("python-reference", "test"), 32, 4, 3)
     point = points[2]
     assert point["widths"] == describe_widths(config.boundary_widths)

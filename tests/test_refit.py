@@ -10,6 +10,7 @@ from slicegpt import refit
 from slicegpt.calibration import CalibrationBatch
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
+from slicegpt.passes import opposite_halves
 from slicegpt.refit import RIDGES, Moments, Writer, choose_ridge, fit
 from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.slicing import SlicingOptions, slice_model
@@ -32,7 +33,8 @@ def problem(
 def moments_of(activations: torch.Tensor, target: torch.Tensor, keep=None) -> Moments:
     moments = Moments([activations.shape[1]], target.shape[1], torch.device("cpu"))
     for rows in torch.arange(len(activations)).split(17):
-        moments.add(activations[rows], target[rows], None if keep is None else keep[rows])
+        rows = rows if keep is None else rows[keep[rows]]
+        moments.add(activations[rows], target[rows])
     return moments
 
 
@@ -170,7 +172,7 @@ def test_first_block_is_fitted_to_the_dense_stream(case):
     model, calibration = tiny_model(case), batches()
     fields = canonical_fields(model)
     config = plan(fields, constant_widths(fields, 36), Shape())
-    plain, _ = slice_model(model, config, calibration, SlicingOptions(dtype=torch.float64))
+    plain, _ = slice_model(model, config, calibration, SlicingOptions(dtype=torch.float64, refit=False))
     fitted, report = slice_model(
         model, config, calibration, SlicingOptions(dtype=torch.float64, refit=True, ridge=0.1)
     )
@@ -215,7 +217,7 @@ def test_the_fitted_network_is_closer_to_the_dense_one(case):
     dense = model(ids).logits
     fields = canonical_fields(model)
     config = plan(fields, constant_widths(fields, 36), Shape())
-    plain, _ = slice_model(model, config, calibration, SlicingOptions(dtype=torch.float64))
+    plain, _ = slice_model(model, config, calibration, SlicingOptions(dtype=torch.float64, refit=False))
     fitted, report = sliced(model, 36, calibration)
     assert relative_error(fitted(ids).logits, dense) < relative_error(plain(ids).logits, dense)
     assert fitted.num_parameters() == plain.num_parameters()
@@ -233,7 +235,7 @@ def test_compact_and_written_out_shortcuts_agree_when_neither_is_fitted(case):
     fields = canonical_fields(model)
     for shape in (Shape(), Shape("dense")):
         config = plan(fields, constant_widths(fields, 36), shape)
-        plain, _ = slice_model(model, config, batches(), SlicingOptions(dtype=torch.float64))
+        plain, _ = slice_model(model, config, batches(), SlicingOptions(dtype=torch.float64, refit=False))
         fitted, _ = sliced(model, 36, shape=shape, ridge=1e12)
         # Biases are fitted without a ridge: compare families without them.
         if not (fields.get("attention_output_bias") or fields.get("mlp_output_bias")):
@@ -299,9 +301,23 @@ def test_non_finite_activations_are_named_by_layer():
         sliced(model, 36)
 
 
-def test_too_few_samples_are_named():
-    with pytest.raises(SliceGPTError, match=r"--refit: .* two calibration samples, got 1"):
-        sliced(tiny_model("llama"), 36, [CalibrationBatch(token_ids(1), torch.ones(1, 12, dtype=torch.long))])
+@torch.no_grad()
+def test_a_single_sample_is_halved():
+    ids = token_ids(1, 16)
+    _, report = sliced(tiny_model("llama"), 36, [CalibrationBatch(ids, torch.ones_like(ids))])
+    assert [entry["block"] for entry in report.refit] == list(range(6))
+
+
+def test_halves_are_unlike():
+    """Two kinds of samples are told apart, whatever their order; the halves are equal, up to one sample."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(41, 30, generator=generator).double()
+    kind = torch.randperm(41, generator=generator) < 20
+    means[kind] += 4
+    second = opposite_halves(means)
+    assert torch.equal(second, kind) or torch.equal(second, ~kind) or (second ^ kind).sum() in (1, 40)
+    assert second.sum() in (20, 21)
+    assert torch.equal(opposite_halves(means[:1]), torch.tensor([True]))
 
 
 @pytest.mark.parametrize(

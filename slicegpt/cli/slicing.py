@@ -90,8 +90,8 @@ def add_refit(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--refit",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="fit every block's output weights to the dense model's stream",
+        default=True,
+        help="fit every block's output weights to the dense model's stream (default)",
     )
     group.add_argument(
         "--ridge",
