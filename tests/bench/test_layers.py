@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from slicegpt.bench import layer_ops
 from slicegpt.bench.layer_ops import one_layer, prune_2_4, reason_against_2_4
 from slicegpt.bench.layers import LayersOptions, check, measure_layers, variants_of, write_trace
 from slicegpt.bench.results import Record
@@ -75,6 +76,20 @@ def test_rows_name_the_operations_and_add_them_up(tiny_networks, tmp_path):
     assert "this is a CPU" in record.content["skipped"][0]["skipped"]
     ranges = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"dense, unfused / gate", "sliced 50 %, fused / out + shortcut"} <= ranges
+
+
+def test_sparse_library_that_turns_a_shape_down_is_reported(tiny_networks, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("shape not supported\nat all")
+
+    monkeypatch.setattr(layer_ops, "reason_against_2_4", lambda dtype, device: None)
+    monkeypatch.setattr(layer_ops, "sparse_2_4", refuse)
+    record = Record("layers", {}, CPU)
+    measure_layers(tiny_networks((0.0,)), OPTIONS, record)
+    assert [row["engine"] for row in record.rows] == ["hf", "unfused", "fused"]
+    assert record.content["skipped"] == [
+        {"network": "dense", "engine": "2:4", "skipped": "shape not supported"}
+    ]
 
 
 def test_trace_replaces_a_file(tiny_networks, tmp_path):
