@@ -123,7 +123,7 @@ def block_sums_of_squares(h: Tensor) -> Tensor:
 
 def sumsq_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the sums of squares of a stream: float32, float64 for a float64 stream."""
-    return torch.promote_types(dtype, torch.float32)
+    return float64 if dtype == float64 else torch.float32
 
 
 def cross_gram_(C: Tensor, A: Tensor, B: Tensor, weight: Tensor | None = None, fast: bool = False) -> None:

@@ -41,13 +41,13 @@ class KVCache:
         return self.keys.shape[3]
 
 
-def rotate(states: Tensor, angles: Tensor) -> Tensor:
-    """Rotary positions for [tokens, heads, head_dim]: turns the first columns; angles as `Network.angles` gives."""
-    cos, sin = angles.unbind(1)
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions for [tokens, heads, head_dim]: turns the first columns; see `Network.angles`."""
     columns = cos.shape[-1]
-    turned = states[..., :columns]
+    whole = columns == states.shape[-1]
+    turned = states if whole else states[..., :columns]
     turned = torch.addcmul(turned * cos, turned.roll(columns // 2, -1), sin)
-    return turned if columns == states.shape[-1] else torch.cat((turned, states[..., columns:]), dim=-1)
+    return turned if whole else torch.cat((turned, states[..., columns:]), dim=-1)
 
 
 class Step:
@@ -56,29 +56,27 @@ class Step:
     Args:
         cache: written from `start` on.
         tokens: new tokens of each row of the batch.
-        angles: [batch * tokens, 2, 1, rotary_dim], see `Network.angles`.
+        angles: cosines and sines [batch * tokens, 1, rotary_dim], or None without rotary positions.
     """
 
-    def __init__(self, cache: KVCache, tokens: int, angles: Tensor | None):
+    def __init__(self, cache: KVCache, tokens: int, angles: tuple[Tensor, Tensor] | None):
         self.cache = cache
         self.tokens = tokens
         self.angles = angles
 
     def attend(self, attention: Attention, rows: Tensor) -> Tensor:
         """[batch * tokens, v | k | q | z] to [batch * tokens, attended | z]; overwrites q in `rows`."""
-        key_columns = attention.key_heads * attention.head_dim
-        query_columns = attention.heads * attention.head_dim
-        values = rows[:, :key_columns].unflatten(1, (attention.key_heads, -1))
-        states = rows[:, key_columns : 2 * key_columns + query_columns].unflatten(1, (-1, attention.head_dim))
+        count, heads, key_heads, size = len(rows), attention.heads, attention.key_heads, attention.head_dim
+        first_key, first_query, end = key_heads * size, 2 * key_heads * size, (2 * key_heads + heads) * size
+        values = rows[:, :first_key].view(count, key_heads, size)
+        states = rows[:, first_key:end].view(count, key_heads + heads, size)
         if attention.norm is not None:
-            states = F.rms_norm(states, (attention.head_dim,), None, attention.norm_eps) * attention.norm
+            states = F.rms_norm(states, (size,), None, attention.norm_eps) * attention.norm
         if self.angles is not None:
-            states = rotate(states, self.angles)
-        attended = self._attend(
-            attention, states[:, attention.key_heads :], states[:, : attention.key_heads], values
-        )
-        rows[:, 2 * key_columns : 2 * key_columns + query_columns] = attended
-        return rows[:, 2 * key_columns :]
+            states = rotate(states, *self.angles)
+        attended = self._attend(attention, states[:, key_heads:], states[:, :key_heads], values)
+        rows[:, first_query:end] = attended
+        return rows[:, first_query:]
 
     def _attend(self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Write keys and values, return [batch * tokens, heads * head_dim]."""
@@ -88,7 +86,7 @@ class Step:
         self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Attention of one token a row; the query heads that share a key head are so many queries of it."""
-        queries = queries.unflatten(1, (attention.key_heads, -1))
+        queries = queries.view(len(queries), attention.key_heads, -1, attention.head_dim)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return attended.reshape(len(queries), -1)
 
@@ -101,23 +99,43 @@ class GrowingStep(Step):
         padded: whether `cache.valid` hides anything.
     """
 
-    def __init__(self, cache: KVCache, tokens: int, angles: Tensor | None, start: int, padded: bool):
+    def __init__(
+        self,
+        cache: KVCache,
+        tokens: int,
+        angles: tuple[Tensor, Tensor] | None,
+        start: int,
+        padded: bool,
+    ):
         super().__init__(cache, tokens, angles)
         self.start, self.stop = start, start + tokens
         self.padded = padded
         self._masks: dict[int | None, Tensor | None] = {}
+        self._views: dict[int | None, tuple] = {}
+        if tokens == 1:  # views of all layers at once: a token's cost on a CPU is the number of calls
+            self._new = (cache.keys[:, :, :, start].unbind(), cache.values[:, :, :, start].unbind())
+
+    def _seen(self, window: int | None) -> tuple:
+        """What one token sees: keys and values of every layer, and the mask."""
+        if window not in self._views:
+            first = 0 if window is None else max(0, self.stop - window)
+            seen, cache = slice(first, self.stop), self.cache
+            mask = cache.valid[:, None, None, seen] if self.padded else None
+            self._views[window] = (
+                cache.keys[:, :, :, seen].unbind(),
+                cache.values[:, :, :, seen].unbind(),
+                mask,
+            )
+        return self._views[window]
 
     def _attend(self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        cached_keys, cached_values = self.cache.keys[attention.layer], self.cache.values[attention.layer]
+        layer = attention.layer
         if self.tokens == 1:
-            cached_keys[:, :, self.start] = keys
-            cached_values[:, :, self.start] = values
-            first = 0 if attention.window is None else max(0, self.stop - attention.window)
-            mask = self.cache.valid[:, None, None, first : self.stop] if self.padded else None
-            seen = slice(first, self.stop)
-            return self._one_query(
-                attention, queries, cached_keys[:, :, seen], cached_values[:, :, seen], mask
-            )
+            self._new[0][layer].copy_(keys)
+            self._new[1][layer].copy_(values)
+            seen_keys, seen_values, mask = self._seen(attention.window)
+            return self._one_query(attention, queries, seen_keys[layer], seen_values[layer], mask)
+        cached_keys, cached_values = self.cache.keys[layer], self.cache.values[layer]
         queries, keys, values = (
             states.unflatten(0, (-1, self.tokens)).transpose(1, 2) for states in (queries, keys, values)
         )
@@ -160,7 +178,7 @@ class StaticStep(Step):
         slot: int64 [1], where the token goes.
     """
 
-    def __init__(self, cache: KVCache, angles: Tensor | None, slot: Tensor):
+    def __init__(self, cache: KVCache, angles: tuple[Tensor, Tensor] | None, slot: Tensor):
         super().__init__(cache, 1, angles)
         self.slot = slot
         self._masks: dict[int | None, Tensor] = {}

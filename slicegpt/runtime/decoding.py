@@ -61,7 +61,7 @@ class Decoder:
         """Put the last token through the network; returns the next one, [batch], a buffer that the next step reuses."""
         raise NotImplementedError
 
-    def _advance(self, angles: Tensor | None, step: Step) -> None:
+    def _advance(self, step: Step) -> None:
         stream = self.network.embed(self.token[:, None], self.position[:, None])
         self._choose(self.network.logits(*self.network.blocks(stream, step)))
         self.position += 1
@@ -85,7 +85,7 @@ class GrowingDecoder(Decoder):
     @torch.inference_mode()
     def step(self) -> Tensor:
         angles = self.network.angles(self.position)
-        self._advance(angles, GrowingStep(self.cache, 1, angles, self.slot, self.padded))
+        self._advance(GrowingStep(self.cache, 1, angles, self.slot, self.padded))
         self.slot += 1
         return self.token
 
@@ -105,7 +105,7 @@ class StaticDecoder(Decoder):
     @torch.inference_mode()
     def step(self) -> Tensor:
         angles = self.network.angles(self.position)
-        self._advance(angles, StaticStep(self.cache, angles, self.slot))
+        self._advance(StaticStep(self.cache, angles, self.slot))
         self.slot += 1
         return self.token
 

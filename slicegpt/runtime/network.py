@@ -34,14 +34,15 @@ class Network:
         self.norm_linear = ops.norm_linear if through_operators else library_gemm.norm_linear
         self.rotate_add = ops.rotate_add if through_operators else _rotate_without_sums
 
-    def angles(self, positions: Tensor) -> Tensor | None:
-        """Cosines and sines at these positions, [positions, 2, 1, rotary_dim]; padding may have negative positions.
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and signed sines of these positions, each [positions, 1, rotary_dim]; padding may have negative ones.
 
         None without rotary positions.
         """
         if self.packed.rotary is None:
             return None
-        return self.packed.rotary[positions.flatten().clamp(min=0)][:, :, None]
+        cos, sin = self.packed.rotary[positions.flatten().clamp(min=0)][:, :, None].unbind(1)
+        return cos, sin
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids and positions [batch, tokens] to the stream [batch * tokens, d] at boundary 0."""
