@@ -37,11 +37,17 @@ SAVE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class LayersOptions:
-    """batch, seqlen: of the input; repeats: runs of which medians are taken; cold: empty the last cache before each."""
+    """How to measure.
+
+    Attributes:
+        batch, seqlen: of the input.
+        repeats: runs, of which the fastest quarter counts: what other load there is only adds.
+        cold: empty the last cache before each.
+    """
 
     batch: int = 1
     seqlen: int = 2048
-    repeats: int = 20
+    repeats: int = 40
     cold: bool = False
 
 
@@ -139,13 +145,18 @@ def variants_of(networks: Sequence[Network], options: LayersOptions) -> tuple[li
     return variants, skipped
 
 
+def fastest_quarter(runs: Sequence, key: Callable | None = None) -> list:
+    """The quarter with the smallest values, at least one."""
+    return sorted(runs, key=key)[: max(1, len(runs) // 4)]
+
+
 def row_of(variant: Variant, run: LayerRun, operations: list[list[float]], wholes: list[float]) -> dict:
-    """Medians of the operations, in order, their sum, and the whole layer."""
+    """The operations in order, their sum, and the whole layer: means over the fastest quarter of the runs."""
     names = [operation.name for operation in run.operations]
-    medians = [statistics.median(column) for column in zip(*operations, strict=True)]
-    times = dict(zip(names, medians, strict=True))
-    layer = statistics.median(wholes)
-    total = sum(medians)
+    columns = zip(*fastest_quarter(operations, key=sum), strict=True)
+    times = dict(zip(names, map(statistics.fmean, columns), strict=True))
+    layer = statistics.fmean(fastest_quarter(wholes))
+    total = sum(times.values())
     return {
         "variant": variant.name,
         **variant.network.facts(),
@@ -169,7 +180,7 @@ def whole_row(network: Network, times: list[float]) -> dict:
         "engine": "hf",
         "operations": {},
         "total_ms": None,
-        "layer_ms": statistics.median(times),
+        "layer_ms": statistics.fmean(fastest_quarter(times)),
         "difference": None,
         "agrees": None,
         "shortcut_ms": None,
