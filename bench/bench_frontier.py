@@ -5,7 +5,9 @@
 Sizes are compared at what the published form stores: for every nominal size the nearest of its widths is taken, and
 every other method may store at most as much. The loss is the log-perplexity above the dense model's. Results are kept
 point by point in the output folder; the same command goes on where it was interrupted, and `--rerun ours` measures
-one method again.
+one method again. Methods measured into folders of their own, at the same time, are put together with
+
+    python -m slicegpt.bench.bench_frontier MODEL --compare runs/published runs/ours
 """
 
 import argparse
@@ -83,13 +85,38 @@ def compare(content: dict, method: str, fields: dict, round_to: int) -> list[dic
     return rows
 
 
+def measure(options: argparse.Namespace, fields: dict) -> None:
+    """Run `slicegpt frontier` for every basis, at the published method's sizes."""
+    rerun = options.rerun
+    for basis in options.bases.split(","):
+        sizes = [published_size(fields, nominal, basis) for of, nominal in TARGETS if of == basis]
+        arguments = ["frontier", options.model, "--basis", basis, "--sizes", ",".join(map(repr, sizes))]
+        for name in ("method", "calibration", "data", "nsamples", "seqlen", "windows", "output"):
+            arguments += [f"--{name}", str(getattr(options, name))]
+        arguments += ["--round-to", str(options.round_to), "--dtype", "float32"]
+        arguments += ["--rerun", rerun] if rerun else []
+        if code := slicegpt(arguments):
+            raise SystemExit(code)
+        rerun = ""  # the second basis may share points with the first
+
+
+def merge(folders: list[str]) -> dict:
+    """The points of several frontiers of the same settings; of one point measured twice, the last folder's."""
+    contents = [json.loads(Path(folder, "frontier.json").read_text(encoding="utf-8")) for folder in folders]
+    for folder, content in zip(folders, contents, strict=True):
+        if content["settings"] != contents[0]["settings"]:
+            raise SystemExit(f"{folder} was measured with other settings than {folders[0]}")
+    return contents[0] | {"points": [point for content in contents for point in content["points"]]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--data", required=True, help="the calibration's domain first")
+    parser.add_argument("--calibration")
+    parser.add_argument("--data", help="the calibration's domain first")
+    parser.add_argument("--compare", nargs="+", metavar="DIR", help="measure nothing, compare what is there")
     parser.add_argument(
         "--method", default="published,ours", help="methods to measure, as of slicegpt frontier"
     )
@@ -104,19 +131,13 @@ def main() -> None:
     options = parser.parse_args()
 
     fields = canonical_fields(load_dense(options.model)[0])
-    rerun = options.rerun
-    for basis in options.bases.split(","):
-        sizes = [published_size(fields, nominal, basis) for of, nominal in TARGETS if of == basis]
-        arguments = ["frontier", options.model, "--basis", basis, "--sizes", ",".join(map(repr, sizes))]
-        for name in ("method", "calibration", "data", "nsamples", "seqlen", "windows", "output"):
-            arguments += [f"--{name}", str(getattr(options, name))]
-        arguments += ["--round-to", str(options.round_to), "--dtype", "float32"]
-        arguments += ["--rerun", rerun] if rerun else []
-        if code := slicegpt(arguments):
-            raise SystemExit(code)
-        rerun = ""  # the second basis may share points with the first
-    content = json.loads(Path(options.output, "frontier.json").read_text(encoding="utf-8"))
-    measured = [name for name in options.method.split(",") if name in METHODS and name != "published"]
+    if not options.compare:
+        if not options.calibration or not options.data:
+            parser.error("--calibration and --data are needed")
+        measure(options, fields)
+    content = merge(options.compare or [options.output])
+    measured = list(dict.fromkeys(p["method"] for p in content["points"]))
+    measured = [name for name in measured if name in METHODS and name != "published"]
     comparisons = {name: compare(content, name, fields, options.round_to) for name in measured}
     for rows in comparisons.values():
         if rows:
