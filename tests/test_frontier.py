@@ -11,6 +11,7 @@ from test_cli import bad
 from tiny_models import tiny_model
 
 import slicegpt.frontier
+from slicegpt.bench import bench_frontier
 from slicegpt.calibration import CalibrationBatch, encode_text, load_documents, sample_batches
 from slicegpt.cli import main
 from slicegpt.errors import SliceGPTError
@@ -211,6 +212,38 @@ def test_plot(folder, text, tmp_path):
     pytest.importorskip("matplotlib")
     assert main(arguments(folder, text, tmp_path, "--method", "compact", "--basis", "decoder")) == 0
     assert (tmp_path / "frontier-decoder.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- against the published method ---
+
+
+def test_comparison_at_the_published_sizes(folder, monkeypatch, tmp_path):
+    """Targets are what the published form stores; the other method never stores more; ratios are of losses."""
+    fields = canonical_fields(load_dense(str(folder))[0])
+    monkeypatch.setattr(bench_frontier, "TARGETS", {("decoder", 0.9): (0.5, 0.1)})
+    size = bench_frontier.published_size(fields, 0.9, "decoder")
+    assert abs(size - 0.9) < 0.1
+    configs = {name: plan_point(METHODS[name], fields, size, "decoder", 4) for name in ("published", "ours")}
+    assert decoder_parameters(configs["ours"]) <= decoder_parameters(configs["published"])
+    losses = {"dense": (1.0, 2.0), "published": (3.0, 4.0), "ours": (1.5, 2.5)}
+    points = [
+        {
+            "method": name,
+            "widths": describe_widths(configs[name].boundary_widths) if name in configs else "48",
+            "nll": dict(zip(("in", "out"), nll, strict=True)),
+            "perplexity": {text: math.exp(value) for text, value in zip(("in", "out"), nll, strict=True)},
+        }
+        for name, nll in losses.items()
+    ]
+    for name, part in (("a", points[:2]), ("b", [points[0], points[2]])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "frontier.json").write_text(json.dumps({"settings": {}, "points": part}))
+    content = bench_frontier.merge([str(tmp_path / "a"), str(tmp_path / "b")])
+    rows = bench_frontier.compare(content, "ours", fields, 4)
+    assert [(row["text"], row["loss ratio"], row["met"]) for row in rows] == [
+        ("in", 0.25, "yes"),
+        ("out", 0.25, "no"),
+    ]
 
 
 # --- SparseGPT 2:4 ---
