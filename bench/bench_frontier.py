@@ -101,12 +101,17 @@ def measure(options: argparse.Namespace, fields: dict) -> None:
 
 
 def merge(folders: list[str]) -> dict:
-    """The points of several frontiers of the same settings; of one point measured twice, the last folder's."""
+    """The points of several frontiers of one model on the same texts; of one measured twice, the last folder's."""
     contents = [json.loads(Path(folder, "frontier.json").read_text(encoding="utf-8")) for folder in folders]
     for folder, content in zip(folders, contents, strict=True):
-        if content["settings"] != contents[0]["settings"]:
-            raise SystemExit(f"{folder} was measured with other settings than {folders[0]}")
-    return contents[0] | {"points": [point for content in contents for point in content["points"]]}
+        for name in ("dense_parameters", "texts", "eval_seqlen"):  # methods may differ in their calibration
+            if content["settings"][name] != contents[0]["settings"][name]:
+                raise SystemExit(f"{folder}: {name} is another than in {folders[0]}")
+    return (
+        contents[0]
+        | {"settings": [content["settings"] for content in contents]}
+        | {"points": [point for content in contents for point in content["points"]]}
+    )
 
 
 def main() -> None:

@@ -235,9 +235,10 @@ def test_comparison_at_the_published_sizes(folder, monkeypatch, tmp_path):
         }
         for name, nll in losses.items()
     ]
+    same = {"dense_parameters": 1, "texts": [], "eval_seqlen": 32}
     for name, part in (("a", points[:2]), ("b", [points[0], points[2]])):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "frontier.json").write_text(json.dumps({"settings": {}, "points": part}))
+        (tmp_path / name / "frontier.json").write_text(json.dumps({"settings": same, "points": part}))
     content = bench_frontier.merge([str(tmp_path / "a"), str(tmp_path / "b")])
     rows = bench_frontier.compare(content, "ours", fields, 4)
     assert [(row["text"], row["loss ratio"], row["met"]) for row in rows] == [
