@@ -8,6 +8,8 @@ could overflow, normalises its float16 input first, as the unfused network does.
 One row on a CPU is a matrix-vector product, bound by reading the weights: there the number of calls is what counts.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,19 +31,21 @@ def norm_linear(
 ) -> Tensor:
     """See `slicegpt.ops.norm_linear`; the result may have a larger row stride than it has columns."""
     scale = _row_scale(h, sumsq, divisor, eps)
-    if h.dtype == torch.float16 and not h.is_cuda:
+    whole = n_scaled == weight.shape[0]
+    if isinstance(scale, float) and h.dtype not in _HALF:
+        product = _scaled_row(h[0], weight, bias, n_scaled, scale).unsqueeze(0)
+        pre = product if whole else product[:, :n_scaled]
+    elif h.dtype == torch.float16 and not h.is_cuda:
         product = h.new_empty((h.shape[0], weight.shape[0]))
         pre = product[:, :n_scaled]
-        _linear_into(
-            pre, h * scale if isinstance(scale, float) else (h * scale).to(h.dtype), weight[:n_scaled]
-        )
-        if n_scaled < weight.shape[0]:
+        _linear_into(pre, (h * scale).to(h.dtype), weight[:n_scaled])
+        if not whole:
             _linear_into(product[:, n_scaled:], h, weight[n_scaled:])
         if bias is not None:
             pre += bias
     else:
         product = _product(h, weight)
-        pre = product[:, :n_scaled]
+        pre = product if whole else product[:, :n_scaled]
         if bias is None:
             pre *= scale
         elif isinstance(scale, float):
@@ -58,6 +62,19 @@ def norm_linear(
     elif activation != "none":
         pre.copy_(ACTIVATIONS[activation](pre))
     return product.to(h.dtype)
+
+
+def _scaled_row(row: Tensor, weight: Tensor, bias: Tensor | None, n_scaled: int, scale: float) -> Tensor:
+    """The product of one row, scaled and shifted by the BLAS in passing; the few z columns are scaled back."""
+    if n_scaled == weight.shape[0]:
+        if bias is not None:
+            return torch.addmv(bias, weight, row, alpha=scale)
+        return torch.addmv(row[:1], weight, row, beta=0, alpha=scale)
+    product = torch.addmv(row[:1], weight, row, beta=0, alpha=scale)
+    product[n_scaled:] /= scale
+    if bias is not None:
+        product[:n_scaled] += bias
+    return product
 
 
 def rotate(a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -81,8 +98,15 @@ def _row_scale(h: Tensor, sumsq: Tensor | None, divisor: float, eps: float) -> T
     """`rsqrt(|h|² / divisor + eps)` of every row: [T, 1], float32 or wider; a number for one row on a CPU."""
     dtype = sumsq_dtype(h.dtype)
     if h.shape[0] == 1 and not h.is_cuda:
-        total = float(torch.linalg.vector_norm(h, dtype=dtype)) ** 2 if sumsq is None else float(sumsq.sum())
-        return (total / divisor + eps) ** -0.5
+        if sumsq is not None:
+            total = float(sumsq.sum())
+        elif h.dtype == dtype:
+            total = float(torch.dot(h[0], h[0]))
+        else:
+            total = float(torch.linalg.vector_norm(h, dtype=dtype)) ** 2
+        mean = total / divisor + eps
+        if 0 < mean < math.inf:
+            return mean**-0.5
     if sumsq is None:
         sumsq = h.to(dtype).square()
     return (sumsq.sum(dim=1, keepdim=True) / divisor + eps).rsqrt()

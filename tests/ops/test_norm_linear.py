@@ -130,6 +130,16 @@ def test_empty():
     assert norm_linear(torch.zeros(3, 4), weight[:0], None, None, 0, "none", 4.0, 0.0).shape == (3, 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_row_of_zeros(rows, dtype):
+    h, weight = torch.zeros(rows, 8, dtype=dtype), normal(6, 8, dtype=dtype)
+    assert norm_linear(h, weight, None, None, 4, "none", 8.0, 1e-5).eq(0).all()
+    without_eps = norm_linear(h, weight, None, None, 4, "none", 8.0, 0.0)
+    assert without_eps[:, :4].isnan().all()  # 0 / 0, as the norm itself
+    assert without_eps[:, 4:].eq(0).all()
+
+
 # --- errors -------------------------------------------------------------------------------------------------
 
 H, W = torch.ones(3, 4), torch.ones(6, 4)
