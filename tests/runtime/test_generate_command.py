@@ -1,0 +1,46 @@
+"""`slicegpt generate --runtime fused` says what the plain form says."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from slicegpt.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_tokenizer):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("llama", torch.float32, vocab_size=512).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+def generate(folder, tmp_path, capsys, *more: str) -> tuple[dict, str]:
+    file = tmp_path / "generate.json"
+    arguments = ["generate", str(folder), "--prompt", "The for statement", "--max-new-tokens", "12"]
+    assert main([*arguments, "--json", str(file), *more]) == 0
+    return json.loads(file.read_text()), capsys.readouterr().out
+
+
+def test_same_text(folder, tmp_path, capsys):
+    plain, _ = generate(folder, tmp_path, capsys)
+    fused, printed = generate(folder, tmp_path, capsys, "--runtime", "fused")
+    assert (fused["text"], fused["tokens"]) == (plain["text"], plain["tokens"])
+    assert fused["runtime"] == "fused"
+    assert fused["text"].strip() in printed
+
+
+def test_sampling_follows_the_seed(folder, tmp_path, capsys):
+    texts = [
+        generate(folder, tmp_path, capsys, "--runtime", "fused", "--sample", "--seed", seed)[0]["text"]
+        for seed in ("1", "1", "2")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_bad_input_is_one_line(folder, capsys):
+    arguments = ["generate", str(folder), "--prompt", "x", "--runtime", "fused", "--top-p", "2", "--sample"]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
