@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call: bench/gpu.sh OUTDIR
+# Everything that wants a GPU, in one call: bench/gpu.sh OUTDIR [STEP...]
 #
-# Builds the CUDA part for this GPU, runs the tests marked `gpu`, compute-sanitizer on small shapes, and the kernel
-# benchmarks. Logs, tables and JSON go to OUTDIR. A step that fails does not stop the others; the summary names it, and
-# the exit status is 1. A step is one line at the end of this file: `step NAME SECONDS COMMAND...`, SECONDS its limit.
-# The whole run stops starting steps after SLICEGPT_GPU_SECONDS (default 540). PYTHON chooses the interpreter.
+# Builds the CUDA part for this GPU, runs the tests marked `gpu`, compute-sanitizer on small shapes, tunes the Triton
+# GEMMs, and runs the kernel benchmarks, the most important first; only the named steps where some are named. Logs,
+# tables and JSON go to OUTDIR. A step that fails does not stop the others; the summary names it, and the exit status is
+# 1. A step is one line at the end of this file: `step NAME SECONDS COMMAND...`, SECONDS its limit. The whole run stops
+# starting steps after SLICEGPT_GPU_SECONDS (default 1500). PYTHON chooses the interpreter.
 set -uo pipefail
-[ $# -eq 1 ] || { echo "usage: bench/gpu.sh OUTDIR" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: bench/gpu.sh OUTDIR [STEP...]" >&2; exit 2; }
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
+shift
+wanted=" $* "
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
-budget=${SLICEGPT_GPU_SECONDS:-540}
+budget=${SLICEGPT_GPU_SECONDS:-1500}
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
     { echo "bench/gpu.sh: torch finds no CUDA device" >&2; exit 2; }
 
@@ -22,6 +25,7 @@ summary=$out/summary.txt
 step() {
     local name=$1 limit=$2 left=$((budget - SECONDS)) began=$SECONDS status
     shift 2
+    [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
     if [ "$left" -lt 5 ]; then
         status=skipped
     else
@@ -50,12 +54,32 @@ capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_c
 [ "$capability" = 9.0 ] && capability=9.0a
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} SLICEGPT_CUDA=1
 
+# The winners go beside the kernels too, so that the steps after this one run with them.
+tune() {
+    local status=0
+    "$python" -m slicegpt.bench.tune_rotation --output "$out/tuned.json" "$@" || status=$?
+    [ ! -s "$out/tuned.json" ] || "$python" - "$out/tuned.json" <<'EOF' || status=$?
+import shutil, sys, torch
+from slicegpt.kernels.gemm_config import tuned_file
+shutil.copyfile(sys.argv[1], tuned_file(torch.cuda.get_device_capability()))
+EOF
+    return $status
+}
+export -f tune
+export out
+
+rotation="$python -m slicegpt.bench.bench_rotation"
 step build 180 "$python" setup.py build_ext --inplace
 step environment 60 "$python" -c 'import sys; from slicegpt.cli import main; sys.exit(main())' env
-step tests 240 "$python" -m pytest -q -m gpu tests
+step tests 300 "$python" -m pytest -q -m gpu tests
+step tune 270 bash -c 'tune --models llama-2-7b --seconds 240'
+step bench_rotation 270 $rotation --seconds 240 --json "$out/bench_rotation.json"
 step bench_gram 220 "$python" -m slicegpt.bench.bench_gram --json "$out/bench_gram.json"
 step memcheck 90 bash -c 'sanitize memcheck tests/csrc/test_gram.py -m gpu -k "cuda and (127-63 or strides or weights or arrive)"'
 step racecheck 90 bash -c 'sanitize racecheck tests/csrc/test_gram.py -m gpu -k "cuda and 70-130"'
+step memcheck_gemm 90 bash -c 'sanitize memcheck tests/kernels -m gpu -k "test_gpu and 37 and (silu_gated or True) and not every"'
+step bench_rotation_70b 150 $rotation --models llama-2-70b --slices 0.25 --seconds 120 --json "$out/bench_rotation_70b.json"
+step bench_rotation_opt 150 $rotation --models opt-66b phi-2 --slices 0.25 --seconds 120 --json "$out/bench_rotation_opt.json"
 
 echo
 if [ ${#failed[@]} -gt 0 ]; then
