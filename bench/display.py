@@ -27,6 +27,7 @@ COLUMNS = {
         ("speedup", "speed-up", _times),
         ("ms_p10", "p10", _round),
         ("ms_p90", "p90", _round),
+        ("gpu_ms", "GPU-ms", _round),
         ("tokens_per_second", "tokens/s", _round),
         ("bytes", "weights", format_bytes),
         ("gigabytes_per_second", "GB/s", _round),

@@ -106,7 +106,8 @@ class Prober:
         self.leaked = max(self.leaked, bytes_in_use(self.device) - level)
         if failed:
             raise Exhausted(failed)
-        self.per_sequence = max(self.per_sequence, extra / batch)
+        # What is needed once for any batch shrinks in this as the batch grows.
+        self.per_sequence = max(self.least_per_sequence(), extra / batch)
         total = self.stored + extra
         if self.options.max_memory is not None and total > self.options.max_memory:
             raise Exhausted(

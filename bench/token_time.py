@@ -68,6 +68,7 @@ class Run:
         context = options.prompt + options.warmup + len(self.times) / 2
         moved = self.decoder.weight_bytes + cache_bytes(network, options.batch, context)
         seen = quantiles(self.times)
+        gpus = int(network.device.type == "cuda")  # the harness runs on one
         rate = moved / seen.median / 1e6
         return {
             **network.facts(),
@@ -77,7 +78,7 @@ class Run:
             "ms_median": seen.median,
             "ms_p10": seen.p10,
             "ms_p90": seen.p90,
-            "device_ms": seen.median * len(self.devices()),
+            "gpu_ms": gpus * seen.median or None,
             "tokens_per_second": 1000 * options.batch / seen.median,
             "prompt_ms": self.prompt_ms,
             "read_bytes": round(moved),
@@ -86,9 +87,6 @@ class Run:
             "peak_bytes": self.decoder.stored_bytes + self.extra,
             "setup_seconds": self.setup_seconds,
         }
-
-    def devices(self) -> set[torch.device]:
-        return {self.decoder.tokens.device}
 
 
 def prompt_ids(case: Case, batch: int, tokens: int) -> torch.Tensor:
