@@ -54,15 +54,11 @@ capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_c
 [ "$capability" = 9.0 ] && capability=9.0a
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} SLICEGPT_CUDA=1
 
-# The winners go beside the kernels too, so that the steps after this one run with them.
+# The winners go beside the kernels, so that the steps after this one run with them, and to OUTDIR.
 tune() {
     local status=0
-    "$python" -m slicegpt.bench.tune_rotation --output "$out/tuned.json" "$@" || status=$?
-    [ ! -s "$out/tuned.json" ] || "$python" - "$out/tuned.json" <<'EOF' || status=$?
-import shutil, sys, torch
-from slicegpt.kernels.gemm_config import tuned_file
-shutil.copyfile(sys.argv[1], tuned_file(torch.cuda.get_device_capability()))
-EOF
+    "$python" -m slicegpt.bench.tune_rotation "$@" || status=$?
+    cp kernels/tuned_sm*.json "$out" || status=$?
     return $status
 }
 export -f tune
