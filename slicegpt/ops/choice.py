@@ -1,6 +1,12 @@
-"""Which implementation a fused GEMM (`norm_linear`, `rotate_add`) takes: CUDA for decode, Triton, torch's GEMMs."""
+"""Which implementation a fused GEMM (`norm_linear`, `rotate_add`) takes.
 
+"cuda": the decode kernels, up to 16 rows. "triton": from sm_80 on. "epilogue": cuBLAS and a CUDA epilogue. "torch":
+library GEMMs and torch epilogues, also on CPUs. "reference": float64.
+"""
+
+import importlib
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 
@@ -30,7 +36,7 @@ def is_supported(
 
 
 def choose(op: str, backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, rows: int) -> str:
-    """The implementation that will run: "cuda", "triton", "torch" or "reference"."""
+    """The implementation that will run, by its name above."""
     return _choose(op, backend, capability, dtype, min(rows, DECODE_ROWS + 1))
 
 
@@ -47,11 +53,14 @@ def _choose(op: str, backend: str, capability: tuple[int, int] | None, dtype: to
 
 
 def _candidates(backend: str, capability: tuple[int, int] | None, rows: int) -> tuple[str, ...]:
+    if backend == "cuda":
+        return ("cuda", "epilogue")
     if backend != "auto":
         return (backend,)
     if capability is None:
         return ("torch",)
-    return ("cuda", "triton", "torch") if rows <= DECODE_ROWS else ("triton", "torch")
+    prefill = ("triton", "epilogue", "torch")
+    return ("cuda", *prefill) if rows <= DECODE_ROWS else prefill
 
 
 def _implements(
@@ -63,14 +72,16 @@ def _implements(
         return True
     if capability is None:
         return False
-    if name == "cuda":
-        from slicegpt.ops import cuda, cuda_decode
+    if name in ("cuda", "epilogue"):
+        from slicegpt.ops import cuda
 
-        return cuda.is_available() and cuda_decode.is_supported(capability, dtype, rows)
+        return cuda.is_available() and launchers(name, op).is_supported(capability, dtype, rows)
     if not triton_is_available():
         return False
-    if op == "norm_linear":
-        from slicegpt.kernels.norm_linear import is_supported as triton_supports
-    else:
-        from slicegpt.kernels.rotate_add import is_supported as triton_supports
-    return triton_supports(capability, dtype)
+    return launchers(name, op).is_supported(capability, dtype)
+
+
+def launchers(name: str, op: str) -> ModuleType:
+    """The module whose function `op` launches the kernels of an implementation; imported when it is needed."""
+    modules = {"cuda": "ops.cuda_decode", "epilogue": "ops.cuda_epilogue", "triton": f"kernels.{op}"}
+    return importlib.import_module(f"slicegpt.{modules[name]}")

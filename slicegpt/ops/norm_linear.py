@@ -126,10 +126,7 @@ def _run(h, weight, bias, sumsq, n_scaled, activation, divisor, eps) -> Tensor:
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     sumsq = None if sumsq is None else sumsq.contiguous()
-    if backend == "cuda":
-        from slicegpt.ops.cuda_decode import norm_linear as launch
-    else:
-        from slicegpt.kernels.norm_linear import norm_linear as launch
+    launch = getattr(choice.launchers(backend, OP), OP)
     with torch.cuda.device(h.device):
         return launch(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
 

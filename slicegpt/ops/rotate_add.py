@@ -102,10 +102,7 @@ def _run(a, weight, h, shortcut, bias) -> tuple[Tensor, Tensor]:
     weight = weight.contiguous()
     shortcut = None if shortcut is None else shortcut.contiguous()
     bias = None if bias is None else bias.contiguous()
-    if backend == "cuda":
-        from slicegpt.ops.cuda_decode import rotate_add as launch
-    else:
-        from slicegpt.kernels.rotate_add import rotate_add as launch
+    launch = getattr(choice.launchers(backend, OP), OP)
     with torch.cuda.device(a.device):
         return launch(a, weight, h, shortcut, bias)
 

@@ -189,23 +189,30 @@ def test_backends_that_cannot_say_so(monkeypatch):
 
 @pytest.mark.parametrize("op", ["norm_linear", "rotate_add"])
 def test_auto_takes_cuda_for_decode_and_triton_for_prefill(monkeypatch, op):
-    there = {"cuda": True, "triton": True}
+    present = {"cuda", "triton", "epilogue", "torch"}
 
     def implements(name, op, capability, dtype, rows):
-        return there.get(name, name != "reference")
+        return name in present and (name != "cuda" or rows <= 16)
+
+    def chosen(backend, capability, rows):
+        choice._choose.cache_clear()
+        return choice.choose(op, backend, capability, torch.float16, rows)
 
     monkeypatch.setattr(choice, "_implements", implements)
-    choice._choose.cache_clear()
-    assert choice.choose(op, "auto", None, torch.bfloat16, 1) == "torch"
-    assert choice.choose(op, "auto", (9, 0), torch.bfloat16, 16) == "cuda"
-    assert choice.choose(op, "auto", (9, 0), torch.bfloat16, 17) == "triton"
-    assert choice.choose(op, "cuda", (9, 0), torch.bfloat16, 8000) == "cuda"
-    there["cuda"] = False
-    choice._choose.cache_clear()
-    assert choice.choose(op, "auto", (9, 0), torch.bfloat16, 1) == "triton"
-    there["triton"] = False
-    choice._choose.cache_clear()
-    assert choice.choose(op, "auto", (7, 5), torch.float16, 4000) == "torch"
+    assert chosen("auto", None, 1) == "torch"
+    assert chosen("auto", (9, 0), 16) == "cuda"
+    assert chosen("auto", (9, 0), 17) == "triton"
+    assert chosen("cuda", (9, 0), 17) == "epilogue"
+    present.remove("cuda")
+    assert chosen("auto", (9, 0), 1) == "triton"
+    present.remove("triton")
+    assert chosen("auto", (7, 5), 4000) == "epilogue"
+    present.remove("epilogue")
+    assert chosen("auto", (7, 5), 4000) == "torch"
+    with pytest.raises(
+        SliceGPTError, match=rf"{op}: backend 'cuda' does not take .*float16, 4 rows on compute"
+    ):
+        chosen("cuda", (7, 5), 4)
     choice._choose.cache_clear()
 
 
