@@ -70,7 +70,7 @@ class Decoder:
         token = self.sampling.choose(logits, self.generator)
         if len(self.stop_ids):
             token = torch.where(self.finished, self.pad_id, token)
-            self.finished |= torch.isin(token, self.stop_ids)
+            self.finished |= (token[:, None] == self.stop_ids).any(dim=1)
         self.token.copy_(token)
 
 

@@ -16,6 +16,8 @@ from slicegpt.runtime.sampling import Sampling
 
 # The cache grows by so many tokens, so that prompts of similar lengths share one, and a captured graph.
 CAPACITY_STEP = 256
+# Batch sizes whose caches and captured graphs are kept; the one that was made first goes first.
+MAX_BATCH_SIZES = 4
 MAX_DECODERS = 4
 
 
@@ -67,8 +69,8 @@ class Runtime:
         self.device = self.network.packed.device
         on_gpu = self.device.type == "cuda"
         self._decoder_class = decoders[("graph" if on_gpu else "growing") if decoder == "auto" else decoder]
-        self._cache: KVCache | None = None
-        self._decoders: dict[tuple, Decoder] = {}
+        self._caches: dict[int, KVCache] = {}
+        self._decoders: dict[int, dict[tuple, Decoder]] = {}  # of each batch size
         self._generator = torch.Generator(self.device)
         generation = getattr(model, "generation_config", None)
         self.stop_ids = _as_ids(getattr(generation, "eos_token_id", None), self.config.eos_token_id)
@@ -187,29 +189,35 @@ class Runtime:
 
     @torch.inference_mode()
     def _cache_for(self, batch: int, length: int, mask: Tensor | None) -> KVCache:
-        """A cache of at least this capacity whose `valid` says what `mask` does."""
-        cache = self._cache
-        if cache is None or cache.batch != batch or cache.capacity < length:
-            self._decoders.clear()  # captured graphs point into the old cache
-            self._cache = None
+        """The batch size's cache, of at least this capacity, whose `valid` says what `mask` does."""
+        cache = self._caches.get(batch)
+        if cache is None or cache.capacity < length:
+            # Captured graphs point into the cache they were made with.
+            self._forget(batch)
+            if len(self._caches) >= MAX_BATCH_SIZES:
+                self._forget(next(iter(self._caches)))
             capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
             packed = self.network.packed
             cache = KVCache.allocate(self.config, batch, capacity, packed.dtype, self.device)
-            self._cache = cache
+            self._caches[batch], self._decoders[batch] = cache, {}
         cache.valid.fill_(True)
         if mask is not None:
             cache.valid[:, : mask.shape[1]] = mask
         return cache
 
     def _decoder_for(self, cache: KVCache, sampling: Sampling, stop_ids: tuple[int, ...]) -> Decoder:
-        key = (sampling, stop_ids)
-        if key not in self._decoders:
-            if len(self._decoders) >= MAX_DECODERS:
-                self._decoders.pop(next(iter(self._decoders)))
-            self._decoders[key] = self._decoder_class(
+        decoders, key = self._decoders[cache.batch], (sampling, stop_ids)
+        if key not in decoders:
+            if len(decoders) >= MAX_DECODERS:
+                decoders.pop(next(iter(decoders)))
+            decoders[key] = self._decoder_class(
                 self.network, cache, sampling, stop_ids, self.pad_id, self._generator
             )
-        return self._decoders[key]
+        return decoders[key]
+
+    def _forget(self, batch: int) -> None:
+        self._caches.pop(batch, None)
+        self._decoders.pop(batch, None)
 
     def _checked(
         self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int
