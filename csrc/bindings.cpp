@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "decode.h"
 #include "gram.h"
 
 namespace py = pybind11;
@@ -35,6 +36,8 @@ std::string describe(int status) {
             return "digits out of range";
         case kTooLarge:
             return "matrix too large";
+        case kBadCut:
+            return "rows, warps or splits out of range";
     }
     const auto error = static_cast<cudaError_t>(status);
     return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
@@ -71,6 +74,94 @@ void bind_gram(py::module_& m) {
     m.def("gram_fast_workspace", &gram_fast_workspace);
 }
 
+// An address as Python gives it; 0 is null.
+struct Address {
+    uintptr_t value;
+    template <typename T>
+    operator T*() const {
+        return reinterpret_cast<T*>(value);
+    }
+};
+
+void bind_decode(py::module_& m) {
+    using A = uintptr_t;
+    py::class_<DecodeCut>(m, "DecodeCut", py::module_local())
+        .def(py::init([](int row_warps, int column_warps, int splits, A partial, A arrivals, bool overlap, A stream) {
+                 return DecodeCut{row_warps,          column_warps, splits,         Address{partial},
+                                  Address{arrivals}, overlap,      Address{stream}};
+             }),
+             py::arg("row_warps"), py::arg("column_warps"), py::arg("splits"), py::arg("partial"), py::arg("arrivals"),
+             py::arg("overlap"), py::arg("stream"));
+    py::class_<NormLinearArguments>(m, "NormLinearArguments", py::module_local())
+        .def(py::init([](A h, int64_t h_stride, A weight, int64_t weight_stride, A bias, A sumsq, int parts, A y,
+                         int64_t y_stride, int dtype, int tokens, int d, int N, int n_scaled, int activation, bool gated,
+                         float divisor, float eps) {
+                 return NormLinearArguments{Address{h},
+                                            h_stride,
+                                            Address{weight},
+                                            weight_stride,
+                                            Address{bias},
+                                            Address{sumsq},
+                                            parts,
+                                            Address{y},
+                                            y_stride,
+                                            static_cast<Dtype>(dtype),
+                                            tokens,
+                                            d,
+                                            N,
+                                            n_scaled,
+                                            static_cast<Activation>(activation),
+                                            gated,
+                                            divisor,
+                                            eps};
+             }),
+             py::arg("h"), py::arg("h_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("bias"),
+             py::arg("sumsq"), py::arg("parts"), py::arg("y"), py::arg("y_stride"), py::arg("dtype"), py::arg("tokens"),
+             py::arg("d"), py::arg("N"), py::arg("n_scaled"), py::arg("activation"), py::arg("gated"),
+             py::arg("divisor"), py::arg("eps"));
+    py::class_<RotateAddArguments>(m, "RotateAddArguments", py::module_local())
+        .def(py::init([](A a, int64_t a_stride, A weight, int64_t weight_stride, A h, int64_t h_stride, A shortcut,
+                         int64_t shortcut_stride, A bias, A z, int64_t z_stride, A factor, int64_t factor_stride,
+                         A h_next, int64_t h_next_stride, A sumsq, int dtype, int tokens, int K, int d, int N,
+                         int rank) {
+                 return RotateAddArguments{Address{a},
+                                           a_stride,
+                                           Address{weight},
+                                           weight_stride,
+                                           Address{h},
+                                           h_stride,
+                                           Address{shortcut},
+                                           shortcut_stride,
+                                           Address{bias},
+                                           Address{z},
+                                           z_stride,
+                                           Address{factor},
+                                           factor_stride,
+                                           Address{h_next},
+                                           h_next_stride,
+                                           Address{sumsq},
+                                           static_cast<Dtype>(dtype),
+                                           tokens,
+                                           K,
+                                           d,
+                                           N,
+                                           rank};
+             }),
+             py::arg("a"), py::arg("a_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("h"),
+             py::arg("h_stride"), py::arg("shortcut"), py::arg("shortcut_stride"), py::arg("bias"), py::arg("z"),
+             py::arg("z_stride"), py::arg("factor"), py::arg("factor_stride"), py::arg("h_next"),
+             py::arg("h_next_stride"), py::arg("sumsq"), py::arg("dtype"), py::arg("tokens"), py::arg("K"), py::arg("d"),
+             py::arg("N"), py::arg("rank"));
+    m.def("decode_norm_linear", &decode_norm_linear);
+    m.def("decode_rotate_add", &decode_rotate_add);
+    m.def("norm_linear_epilogue", [](const NormLinearArguments& arguments, A product, A stream) {
+        return norm_linear_epilogue(arguments, Address{product}, Address{stream});
+    });
+    m.def("rotate_add_epilogue", [](const RotateAddArguments& arguments, A product, A second, A stream) {
+        return rotate_add_epilogue(arguments, Address{product}, Address{second}, Address{stream});
+    });
+}
+
 }  // namespace
 }  // namespace slicegpt
 
@@ -80,4 +171,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("architectures", [] { return slicegpt::split(SLICEGPT_ARCHITECTURES); });
     m.def("error_string", &slicegpt::describe);
     slicegpt::bind_gram(m);
+    slicegpt::bind_decode(m);
 }

@@ -16,6 +16,7 @@ enum Status : int {
     kWorkspaceTooSmall = -2,
     kBadDigits = -3,
     kTooLarge = -4,
+    kBadCut = -5,
 };
 
 enum class Dtype : int { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2, kFloat64 = 3 };

@@ -115,6 +115,51 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
     return value;
 }
 
+// To nearest, ties to even; beyond the largest finite number: infinity.
+__device__ __forceinline__ uint16_t float_to_half(float value) {
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+// 16 bytes that are read once: past L1, and the rest of their line into L2. Volatile, so that loads are issued where
+// they are written, well before their first use.
+__device__ __forceinline__ uint4 load_once_16(const void* global) {
+    uint4 v;
+#if SLICEGPT_ARCH >= 800
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+#else
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+#endif
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(global));
+    return v;
+}
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+// Programmatic dependent launch: wait until the kernels before this one are done and their results visible; allow the
+// next kernel to start. Nothing where the architecture has none, or the launch did not ask for it.
+__device__ __forceinline__ void wait_for_previous_kernels() {
+#if SLICEGPT_ARCH >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void allow_next_kernel() {
+#if SLICEGPT_ARCH >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// The bytes of two registers, numbered 0 to 7 from a's lowest on, as the four digits of `selector` choose.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
+
+__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+}
 __device__ __forceinline__ double shuffle(double value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
 }
@@ -134,6 +179,26 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
     kernel<<<grid, threads, shared, stream>>>(arguments...);
     // clang-format on
     return int(cudaGetLastError());
+}
+
+// The same, and where `overlap` is set (compute capability 9.0 on) the kernel may start before the one ahead of it in
+// the stream has ended; it must call wait_for_previous_kernels() before it touches what others write.
+template <typename... Parameters, typename... Arguments>
+int launch_overlapped(bool overlap, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+                      cudaStream_t stream, Arguments... arguments) {
+    if (!overlap) return launch(kernel, grid, threads, shared, stream, arguments...);
+    if (shared > 48 * 1024) return int(cudaErrorInvalidValue);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return int(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 }  // namespace slicegpt::ptx

@@ -38,6 +38,23 @@ struct Format<Float32> {
 __device__ __forceinline__ float to_float(Float16 x) { return ptx::half_to_float(x.bits); }
 __device__ __forceinline__ float to_float(Bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Float32 x) { return __uint_as_float(x.bits); }
+// Rounded to nearest, ties to even.
+template <typename T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ Float32 from_float<Float32>(float value) {
+    return {__float_as_uint(value)};
+}
+template <>
+__device__ __forceinline__ Float16 from_float<Float16>(float value) {
+    return {ptx::float_to_half(value)};
+}
+template <>
+__device__ __forceinline__ Bfloat16 from_float<Bfloat16>(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t(bits >> 16 | 0x40u)};  // a NaN stays one
+    return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
 template <typename T>
 __device__ __forceinline__ double to_double(T x) {
     return to_float(x);

@@ -117,8 +117,7 @@ def gram_fast(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
 
 
 def _gram(precision: str, C: Tensor, X: Tensor, weight: Tensor | None, *digits: int) -> None:
-    if _C is None:
-        raise SliceGPTError(f"gram_: the CUDA backend is not available: {why_not()}")
+    require("gram_")
     tokens, columns = X.shape
     if X.dtype not in _GRAM_DTYPES[precision]:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _GRAM_DTYPES[precision])
@@ -144,6 +143,12 @@ def _gram(precision: str, C: Tensor, X: Tensor, weight: Tensor | None, *digits: 
             stream=_stream(C),
         )
         _check("gram_", getattr(_C, f"gram_{precision}")(arguments, *digits))
+
+
+def require(op: str) -> None:
+    """Raises where `slicegpt._C` is missing."""
+    if _C is None:
+        raise SliceGPTError(f"{op}: the CUDA backend is not available: {why_not()}")
 
 
 def _on_device(tensor: Tensor) -> torch.cuda.device:

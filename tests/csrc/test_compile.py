@@ -45,6 +45,30 @@ INSTRUCTIONS = {
             ("gram_fast_tiles", r"LDSM\.16\.MT88\.4", True),
         ],
     },
+    **{
+        f"decode_{op}": {
+            "75": [
+                (f"{op}_decode", r"\bLDG\.E\.NA\.LTC128B\.128\.CONSTANT\b", True),
+                (f"{op}_decode", r"\bHMMA\.1688\.F32\b", True),
+            ],
+            "80": [
+                (f"{op}_decode", r"\bLDG\.E\.NA\.LTC256B\.128\.CONSTANT\b", True),
+                (f"{op}_decode", r"\bHMMA\.16816\.F32\b", True),
+                (f"{op}_decode", r"\bHMMA\.16816\.F32\.BF16\b", True),
+            ],
+            "90a": [
+                (f"{op}_decode", r"\bLDG\.E\.NA\.LTC256B\.128\.CONSTANT\b", True),
+                (f"{op}_decode", r"\bHMMA\.16816\.F32\.BF16\b", True),
+                (
+                    f"{op}_decode",
+                    r"\bACQBULK\b",
+                    True,
+                ),  # waits for the kernel before it, prefetches ahead of that
+                (f"{op}_decode", r"\bCCTL\.E\.PF2\b", True),
+            ],
+        }
+        for op in ("norm_linear", "rotate_add")
+    },
 }
 
 

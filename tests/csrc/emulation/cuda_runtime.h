@@ -41,6 +41,9 @@ struct dim3 {
 struct alignas(16) double2 {
     double x, y;
 };
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
@@ -220,4 +223,12 @@ inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
+// Blocks run one after another, so an atomic is an ordinary access and a fence nothing.
+inline unsigned atomicAdd(unsigned* target, unsigned value) {
+    const unsigned before = *target;
+    *target += value;
+    return before;
+}
+inline void __threadfence() {}
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }

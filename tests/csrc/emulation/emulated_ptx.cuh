@@ -160,6 +160,41 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { load_matrices(r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { load_matrices(r, row, true); }
 
+inline uint16_t float_to_half(float value) {
+    const uint16_t sign = uint16_t(__float_as_uint(value) >> 16 & 0x8000u);
+    const float magnitude = std::fabs(value);
+    if (std::isnan(value)) return sign | 0x7e00;
+    if (magnitude >= 65520.f) return sign | 0x7c00;
+    if (magnitude == 0) return sign;
+    // In units of the last place: below 2^-14 they are all 2^-24. nearbyint rounds ties to even.
+    int exponent;
+    std::frexp(magnitude, &exponent);
+    const int unit = max(exponent - 11, -24);
+    const int count = int(std::nearbyint(std::ldexp(magnitude, -unit)));
+    return sign | uint16_t(count + (unit + 24) * 1024);  // a carry into the exponent field is the right one
+}
+
+inline uint4 load_once_16(const void* global) {
+    if (uintptr_t(global) % 16) emulation::fail("a load of 16 bytes needs their alignment");
+    uint4 v;
+    std::memcpy(&v, global, 16);
+    return v;
+}
+inline void prefetch_l2(const void*) {}
+inline void wait_for_previous_kernels() {}
+inline void allow_next_kernel() {}
+
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = uint64_t(b) << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
+}
+
+inline float shuffle_xor(float value, int mask) {
+    float all[32];
+    return exchange(value, all)[lane() ^ mask];
+}
 inline double shuffle(double value, int source) {
     double all[32];
     return exchange(value, all)[source & 31];
@@ -179,13 +214,21 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
     emulation::block = dim3(threads);
     emulation::shared_bytes.resize(shared + 128);
     emulation::body = [=] { kernel(arguments...); };
-    for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
-                emulation::block_index = dim3(x, y, z);
-                emulation::run_block(threads);
-            }
+    // A GPU starts blocks in any order, and no kernel may depend on it: SLICEGPT_EMULATION_REVERSED=1 runs the last first.
+    const char* const wish = std::getenv("SLICEGPT_EMULATION_REVERSED");
+    const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+    for (uint64_t i = 0; i < blocks; ++i) {
+        const uint64_t b = wish && *wish == '1' ? blocks - 1 - i : i;
+        emulation::block_index =
+            dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y));
+        emulation::run_block(threads);
+    }
     return 0;
+}
+template <typename... Parameters, typename... Arguments>
+int launch_overlapped(bool, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+                      cudaStream_t stream, Arguments... arguments) {
+    return launch(kernel, grid, threads, shared, stream, arguments...);
 }
 
 }  // namespace slicegpt::ptx

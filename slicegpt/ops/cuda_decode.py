@@ -1,0 +1,320 @@
+"""`norm_linear` and `rotate_add` for 1 to 16 rows: the CUDA kernels that read every weight once.
+
+Arguments and results are those of `slicegpt.ops`; the tensors are validated, on one CUDA device, with unit column
+strides. The launchers allocate with torch, run on the current stream, never synchronise and can be captured into a CUDA
+graph; the same call gives the same bits. (The first call of a stream that needs to split synchronises once, for its
+counters.)
+"""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from slicegpt.errors import SliceGPTError
+from slicegpt.ops import cuda
+from slicegpt.reference import SUMSQ_COLUMNS
+
+MAX_TOKENS = 16
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# The order is csrc/decode.h's `Activation`.
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+WARP_ROWS = 16
+CHUNK_BYTES = 128
+# Warps that a multiprocessor needs: each has 2 to 4 KB of weights under way, so that 16 cover 4.8 TB/s times 0.7 µs.
+WARPS_PER_PROCESSOR = 16
+# A warp's chunks that are under way at a time, and those below which adding up splits costs more than it saves.
+CHUNKS_UNDER_WAY = 2
+MIN_SPLIT_CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a product is cut: a block has `row_warps * column_warps` warps, 16 rows of the weights each.
+
+    The `column_warps` that share rows take every so-many-th chunk of their columns. `splits` blocks share a tile of
+    rows, each with one range of the columns.
+    """
+
+    row_warps: int
+    column_warps: int
+    splits: int
+
+    def tiles(self, N: int, n_scaled: int = 0, gated: bool = False) -> int:
+        """Blocks along the rows of the weights: with gates, 8 gate rows and 8 others for each 16."""
+        rows = WARP_ROWS * self.row_warps
+        if not gated:
+            return -(-N // rows)
+        return -(-n_scaled // rows) + -(-(N - n_scaled) // rows)
+
+
+@lru_cache
+def norm_linear_cut(processors: int, tokens: int, N: int, d: int, itemsize: int) -> Cut:
+    """The cut for weights [N, d] on a device with so many multiprocessors."""
+    # The tokens' rows come from L2 once for each block: with 16 rows of weights a block they are tokens / 16 of the
+    # weights' bytes. Wider tiles keep that at a quarter of what DRAM delivers.
+    row_warps = 1 if tokens <= 4 else 2 if tokens <= 8 else 4
+    return _cut(processors, row_warps, N, -(-d * itemsize // CHUNK_BYTES))
+
+
+@lru_cache
+def rotate_add_cut(processors: int, tokens: int, N: int, K: int, d: int, itemsize: int) -> Cut:
+    """The cut for weights [N, K] and a shortcut [N, d]; d = 0 where there is none."""
+    # At least the 32 columns of one sum of squares.
+    chunks = -(-K * itemsize // CHUNK_BYTES) + -(-d * itemsize // CHUNK_BYTES)
+    return _cut(processors, 2 if tokens <= 8 else 4, N, chunks)
+
+
+def _cut(processors: int, row_warps: int, N: int, chunks: int) -> Cut:
+    tiles = -(-N // (WARP_ROWS * row_warps))
+    needed = WARPS_PER_PROCESSOR * processors
+    warps = 8 if tiles * 8 >= 2 * needed else 16
+    column_warps = min(warps // row_warps, _power_of_two(max(1, chunks // CHUNKS_UNDER_WAY)))
+    # Adding up splits costs a round trip through L2: only where a quarter of the multiprocessors would have no work.
+    have = tiles * row_warps * column_warps
+    most = max(1, chunks // (MIN_SPLIT_CHUNKS * column_warps))
+    splits = 1 if have >= 0.7 * needed else min(-(-needed // have), most)
+    return Cut(row_warps, column_warps, splits)
+
+
+def _power_of_two(value: int) -> int:
+    """The largest one that is not above value."""
+    return 1 << (value.bit_length() - 1)
+
+
+def is_supported(capability: tuple[int, int], dtype: torch.dtype, tokens: int = 1) -> bool:
+    """Whether the decode kernels take `tokens` rows of this dtype on this compute capability (any width)."""
+    if capability < (7, 5) or dtype not in DTYPES or not 0 <= tokens <= MAX_TOKENS:
+        return False
+    # Turing's tensor cores know no bfloat16.
+    return dtype is not torch.bfloat16 or capability >= (8, 0)
+
+
+def norm_linear(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sumsq: Tensor | None,
+    n_scaled: int,
+    activation: str,
+    divisor: float,
+    eps: float,
+) -> Tensor:
+    """See `slicegpt.ops.norm_linear`."""
+    cuda.require("norm_linear")
+    _check_rows("norm_linear", h)
+    gated = activation.endswith("_gated")
+    N, d = weight.shape
+    y = h.new_empty((h.shape[0], N - n_scaled // 2 if gated else N))
+    if y.numel() == 0:
+        return y
+    cut = norm_linear_cut(_processors(h), h.shape[0], N, d, h.element_size())
+    arguments = norm_linear_arguments(h, weight, bias, sumsq, y, n_scaled, activation, divisor, eps)
+    with cuda._on_device(h):
+        launch, _partial = _launch(cut, cut.tiles(N, n_scaled, gated), h)
+        cuda._check("norm_linear", cuda._C.decode_norm_linear(arguments, launch))
+    return y
+
+
+def rotate_add(
+    a: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    shortcut: Tensor | None = None,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `slicegpt.ops.rotate_add`; with `factor`, `h_next` has `- z factor` added.
+
+    z: [T, r] of a's dtype, unit column stride, any row stride; factor: [r, d'], any row stride. With them a compact
+    shortcut needs no columns in `weight`: factor is Fᵀ, the last r rows of `norm_linear`'s weight (padded to d' columns
+    where the next boundary is wider), which that call has just brought into L2.
+    """
+    cuda.require("rotate_add")
+    _check_rows("rotate_add", a)
+    (tokens, K), (N, d) = a.shape, (weight.shape[0], h.shape[1])
+    if (z is None) != (factor is None):
+        raise SliceGPTError("rotate_add: z and factor must be given together")
+    if factor is not None and (tuple(z.shape), factor.shape[1]) != ((tokens, factor.shape[0]), N):
+        expected = f"be [{tokens}, r] and [r, {N}]"
+        raise SliceGPTError(
+            f"rotate_add: z and factor must {expected}, got {list(z.shape)} and {list(factor.shape)}"
+        )
+    h_next = a.new_empty((tokens, N))
+    sumsq = a.new_empty((tokens, -(-N // SUMSQ_COLUMNS)), dtype=torch.float32)
+    if h_next.numel() == 0:
+        return h_next, sumsq
+    columns = 0 if shortcut is None else d
+    cut = rotate_add_cut(_processors(a), tokens, N, K, columns, a.element_size())
+    arguments = rotate_add_arguments(a, weight, h, shortcut, bias, z, factor, h_next, sumsq)
+    with cuda._on_device(a):
+        launch, _partial = _launch(cut, cut.tiles(N), a)
+        cuda._check("rotate_add", cuda._C.decode_rotate_add(arguments, launch))
+    return h_next, sumsq
+
+
+def norm_linear_arguments(h, weight, bias, sumsq, y, n_scaled, activation, divisor, eps):
+    """What the launchers in csrc/decode.h take."""
+    return cuda._C.NormLinearArguments(
+        h=h.data_ptr(),
+        h_stride=h.stride(0),
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0),
+        bias=_address(bias),
+        sumsq=_address(sumsq),
+        parts=0 if sumsq is None else sumsq.shape[1],
+        y=y.data_ptr(),
+        y_stride=y.stride(0),
+        dtype=DTYPES.index(h.dtype),
+        tokens=h.shape[0],
+        d=h.shape[1],
+        N=weight.shape[0],
+        n_scaled=n_scaled,
+        activation=ACTIVATIONS.index(activation.removesuffix("_gated")),
+        gated=activation.endswith("_gated"),
+        divisor=divisor,
+        eps=eps,
+    )
+
+
+def rotate_add_arguments(a, weight, h, shortcut, bias, z, factor, h_next, sumsq):
+    """What the launchers in csrc/decode.h take."""
+    return cuda._C.RotateAddArguments(
+        a=a.data_ptr(),
+        a_stride=a.stride(0),
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0),
+        h=h.data_ptr(),
+        h_stride=h.stride(0),
+        shortcut=_address(shortcut),
+        shortcut_stride=_stride(shortcut),
+        bias=_address(bias),
+        z=_address(z),
+        z_stride=_stride(z),
+        factor=_address(factor),
+        factor_stride=_stride(factor),
+        h_next=h_next.data_ptr(),
+        h_next_stride=h_next.stride(0),
+        sumsq=sumsq.data_ptr(),
+        dtype=DTYPES.index(a.dtype),
+        tokens=a.shape[0],
+        K=a.shape[1],
+        d=h.shape[1],
+        N=h_next.shape[1],
+        rank=0 if factor is None else factor.shape[0],
+    )
+
+
+def _launch(cut: Cut, tiles: int, like: Tensor):
+    """The cut as the launchers take it, and the memory for several splits, to be kept until the launch."""
+    tokens = like.shape[0]
+    partial, arrivals = None, 0
+    if cut.splits > 1:
+        items = cut.splits * tiles * tokens * WARP_ROWS * cut.row_warps
+        partial = torch.empty(items, dtype=torch.float32, device=like.device)
+        arrivals = _arrivals(like).take(tiles, like)
+    launch = cuda._C.DecodeCut(
+        row_warps=cut.row_warps,
+        column_warps=cut.column_warps,
+        splits=cut.splits,
+        partial=_address(partial),
+        arrivals=arrivals,
+        overlap=_overlap(like),
+        stream=cuda._stream(like),
+    )
+    return launch, partial
+
+
+class _Arrivals:
+    """Zeros that the blocks of a launch count their arrivals in, and leave zero.
+
+    Two launches that may run at the same time need different ones. Those on one stream follow each other and share;
+    a captured launch keeps its own for good, because graphs captured on one stream may be replayed on several.
+    """
+
+    POOL = 1 << 18
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool: Tensor | None = None
+        self.used = 0
+        self.of_stream: dict[int, Tensor] = {}
+        self.kept: list[Tensor] = []
+
+    def take(self, count: int, like: Tensor) -> int:
+        if _capturing(like):
+            if self.pool is None or self.used + count > self.POOL:
+                # No zeros from before the capture: they become a node of the graph.
+                self.kept.append(torch.zeros(count, dtype=torch.int32, device=self.device))
+                return self.kept[-1].data_ptr()
+            self.used += count
+            return self.pool.data_ptr() + 4 * (self.used - count)
+        if self.pool is None or self.used > self.POOL // 2:
+            if self.pool is not None:
+                self.kept.append(self.pool)
+            self.pool, self.used = self._zeros(self.POOL), 0
+        stream = cuda._stream(like)
+        if stream not in self.of_stream or self.of_stream[stream].numel() < count:
+            self.kept += [self.of_stream[stream]] if stream in self.of_stream else []
+            self.of_stream[stream] = self._zeros(max(count, 1024))
+        return self.of_stream[stream].data_ptr()
+
+    def _zeros(self, count: int) -> Tensor:
+        zeros = torch.zeros(count, dtype=torch.int32, device=self.device)
+        if zeros.is_cuda:
+            # Once for each pool: other streams may be the first to use it.
+            torch.cuda.current_stream(self.device).synchronize()
+        return zeros
+
+
+@lru_cache
+def _arrivals_of(device: torch.device) -> _Arrivals:
+    return _Arrivals(device)
+
+
+def _arrivals(like: Tensor) -> _Arrivals:
+    return _arrivals_of(like.device)
+
+
+def _capturing(like: Tensor) -> bool:
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@lru_cache
+def _processors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _processors(like: Tensor) -> int:
+    return _processors_of(like.device)
+
+
+@lru_cache
+def _overlaps(device: torch.device) -> bool:
+    if os.environ.get("SLICEGPT_PDL", "1") == "0":
+        return False
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _overlap(like: Tensor) -> bool:
+    """Programmatic dependent launch, from compute capability 9.0 on; SLICEGPT_PDL=0 turns it off."""
+    return _overlaps(like.device)
+
+
+def _check_rows(op: str, rows: Tensor) -> None:
+    if rows.shape[0] > MAX_TOKENS:
+        raise SliceGPTError(f"{op}: the decode kernels take at most {MAX_TOKENS} rows, got {rows.shape[0]}")
+    if rows.dtype not in DTYPES:
+        raise SliceGPTError(f"{op}: the decode kernels take float16, bfloat16 and float32, got {rows.dtype}")
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)

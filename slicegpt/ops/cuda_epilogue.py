@@ -1,0 +1,75 @@
+"""`norm_linear` and `rotate_add` as a library's GEMM with float32 output and a CUDA epilogue, for any number of rows.
+
+For GPUs whose tensor cores Triton does not reach (Turing), and wherever else nothing better exists. cuBLAS writes
+float32 products of 16-bit inputs, so that nothing is rounded, or overflows, before it is scaled; one kernel then does
+what torch needs several passes for. Arguments and results are those of `slicegpt.ops`, validated as for
+`slicegpt.ops.cuda_decode`.
+"""
+
+import torch
+from torch import Tensor
+
+from slicegpt.ops import cuda
+from slicegpt.ops.cuda_decode import DTYPES, norm_linear_arguments, rotate_add_arguments
+from slicegpt.reference import SUMSQ_COLUMNS
+
+
+def is_supported(capability: tuple[int, int], dtype: torch.dtype, tokens: int = 1) -> bool:
+    """Whether the epilogues take this dtype on this compute capability (any number of rows, any width)."""
+    if capability < (7, 5) or dtype not in DTYPES:
+        return False
+    # cuBLAS has no bfloat16 GEMM for Turing.
+    return dtype is not torch.bfloat16 or capability >= (8, 0)
+
+
+def norm_linear(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sumsq: Tensor | None,
+    n_scaled: int,
+    activation: str,
+    divisor: float,
+    eps: float,
+) -> Tensor:
+    """See `slicegpt.ops.norm_linear`."""
+    cuda.require("norm_linear")
+    N = weight.shape[0]
+    y = h.new_empty((h.shape[0], N - n_scaled // 2 if activation.endswith("_gated") else N))
+    if y.numel() == 0:
+        return y
+    with cuda._on_device(h):
+        product = _product(h, weight)
+        arguments = norm_linear_arguments(h, weight, bias, sumsq, y, n_scaled, activation, divisor, eps)
+        status = cuda._C.norm_linear_epilogue(arguments, product.data_ptr(), cuda._stream(h))
+        cuda._check("norm_linear", status)
+    return y
+
+
+def rotate_add(
+    a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `slicegpt.ops.rotate_add`."""
+    cuda.require("rotate_add")
+    tokens, N = a.shape[0], weight.shape[0]
+    h_next = a.new_empty((tokens, N))
+    sumsq = a.new_empty((tokens, -(-N // SUMSQ_COLUMNS)), dtype=torch.float32)
+    if h_next.numel() == 0:
+        return h_next, sumsq
+    with cuda._on_device(a):
+        product = _product(a, weight)
+        second = None if shortcut is None else _product(h, shortcut)
+        arguments = rotate_add_arguments(a, weight, h, shortcut, bias, None, None, h_next, sumsq)
+        rotated = 0 if second is None else second.data_ptr()
+        status = cuda._C.rotate_add_epilogue(arguments, product.data_ptr(), rotated, cuda._stream(a))
+        cuda._check("rotate_add", status)
+    return h_next, sumsq
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """`rows weightᵀ` in float32, contiguous."""
+    if rows.dtype is torch.float32:
+        return rows @ weight.mT
+    if not rows.is_cuda:
+        return rows.float() @ weight.float().mT  # a CPU's GEMMs write what they read
+    return torch.mm(rows, weight.mT, out_dtype=torch.float32)

@@ -1,0 +1,341 @@
+"""norm_linear's and rotate_add's CUDA kernels for 1 to 16 rows, and the epilogues alone, against float64.
+
+Bounds, with u = 2^-24. A sum of K products in float32, in any order: K u A, A the same sum of magnitudes; twice that,
+because tensor cores truncate. The row's scale and the bias add 8 roundings of their own, its sum of squares (K + 40)
+halves. An activation changes by at most 1.13 times its argument's change, and has an error of its own of 2^-20. A result
+is rounded once to its format, to U of its magnitude, or by half of float16's smallest number.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slicegpt.errors import SliceGPTError
+from slicegpt.ops import cuda_decode, cuda_epilogue
+from slicegpt.ops.cuda_decode import Cut
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+DTYPES = [F16, BF16, F32]
+NAMES = ["float16", "bfloat16", "float32"]
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": lambda x: x.clamp_min(0),
+    "gelu": lambda x: x * torch.special.erfc(-x / math.sqrt(2)) / 2,
+    "gelu_tanh": lambda x: x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
+    "silu": lambda x: x * torch.sigmoid(x),
+}
+GATED = ["silu_gated", "gelu_gated", "gelu_tanh_gated"]
+ROUNDING = {F16: 2.0**-11, BF16: 2.0**-8, F32: 2.0**-24}
+U = 2.0**-24
+DIVISOR, EPS = 96.0, 1e-5
+
+
+@pytest.fixture
+def run(backend, target, monkeypatch):
+    """A function that calls a launcher on the backend's device with copies that keep their strides."""
+    if backend.device == "cpu":
+        monkeypatch.setattr(cuda_decode, "_processors", lambda like: 3)
+
+    def call(launcher, *arguments):
+        moved = [backend._move(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        result = launcher(*moved)
+        return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
+
+    call.capability = target[0]
+    return call
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """A function that makes both launchers cut their work in a given way."""
+
+    def force(row_warps, column_warps, splits):
+        chosen = Cut(row_warps, column_warps, splits)
+        monkeypatch.setattr(cuda_decode, "norm_linear_cut", lambda *_: chosen)
+        monkeypatch.setattr(cuda_decode, "rotate_add_cut", lambda *_: chosen)
+
+    return force
+
+
+def skip_unless_supported(run, dtype, tokens=1, module=cuda_decode):
+    if not module.is_supported(run.capability, dtype, tokens):
+        pytest.skip("not on this device")
+
+
+def random(*shape, dtype=F16, seed=0, scale=1.0, pitch=None):
+    """Gaussian numbers; with `pitch`, rows so many items apart and NaN between them."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    if pitch is None:
+        return values
+    wide = torch.full((shape[0], pitch), torch.nan, dtype=dtype)
+    wide[:, : shape[1]] = values
+    return wide[:, : shape[1]]
+
+
+def norm_linear_arguments(
+    tokens, d, N, n_scaled, activation="none", dtype=F16, bias=True, sumsq=True, pitch=None
+):
+    h = random(tokens, d, dtype=dtype, pitch=pitch)
+    weight = random(N, d, dtype=dtype, seed=1, scale=d**-0.5, pitch=pitch)
+    shift = random(n_scaled, dtype=dtype, seed=2) if bias else None
+    parts = None
+    if sumsq:
+        parts = torch.nn.functional.pad(h.float().square(), (0, -d % 32)).unflatten(1, (-1, 32)).sum(2)
+    return h, weight, shift, parts, n_scaled, activation, DIVISOR, EPS
+
+
+def check_norm_linear(y, h, weight, bias, sumsq, n_scaled, activation, divisor, eps):
+    d, dtype = h.shape[1], h.dtype
+    h64, w64 = h.double(), weight.double()
+    scale = (h64.square().sum(1, keepdim=True) / divisor + eps).rsqrt()
+    product, magnitude = h64 @ w64.T, h64.abs() @ w64.abs().T
+    shift = 0 if bias is None else bias.double()
+    pre = product[:, :n_scaled] * scale + shift
+    slack = 2 * (1.5 * d + 48) * U * (magnitude[:, :n_scaled] * scale + abs(shift))
+    act = ACTIVATIONS[activation.removesuffix("_gated")]
+    own = 2.0**-20
+    if activation.endswith("_gated"):
+        (gate, up), (gate_slack, up_slack) = pre.chunk(2, 1), slack.chunk(2, 1)
+        value = act(gate) * up
+        gate_slack = 1.13 * gate_slack + own * (1 + gate.abs())
+        bound = gate_slack * (up.abs() + up_slack) + act(gate).abs() * up_slack
+    else:
+        value = act(pre)
+        bound = slack if activation == "none" else 1.13 * slack + own * (1 + pre.abs())
+    expected = torch.cat((value, product[:, n_scaled:]), 1)
+    bound = torch.cat((bound, 2 * d * U * magnitude[:, n_scaled:]), 1)
+    check(y, expected, bound, dtype)
+
+
+def check(actual, expected, bound, dtype):
+    assert actual.dtype == dtype and actual.shape == expected.shape
+    bound = bound + ROUNDING[dtype] * (expected.abs() + bound) + (2.0**-25 if dtype is F16 else 0)
+    error = (actual.double() - expected).abs()
+    assert (error <= bound).all(), f"error {(error / bound).max():.2f} times the bound"
+
+
+def rotate_add_arguments(tokens, K, d, N, dense, dtype=F16, bias=True, pitch=None):
+    a = random(tokens, K, dtype=dtype, seed=3, pitch=pitch)
+    weight = random(N, K, dtype=dtype, seed=4, scale=K**-0.5, pitch=pitch)
+    h = random(tokens, d, dtype=dtype, seed=5, pitch=pitch)
+    shortcut = random(N, d, dtype=dtype, seed=6, scale=d**-0.5, pitch=pitch) if dense else None
+    return a, weight, h, shortcut, random(N, dtype=dtype, seed=7) if bias else None
+
+
+def check_rotate_add(result, a, weight, h, shortcut, bias, z=None, factor=None):
+    h_next, sumsq = result
+    N = weight.shape[0]
+    expected = a.double() @ weight.double().T
+    magnitude = a.double().abs() @ weight.double().abs().T
+    terms = a.shape[1] + 4
+    if shortcut is None:
+        expected[:, : h.shape[1]] += h.double()
+        magnitude[:, : h.shape[1]] += h.double().abs()
+    else:
+        expected += h.double() @ shortcut.double().T
+        magnitude += h.double().abs() @ shortcut.double().abs().T
+        terms += h.shape[1]
+    if bias is not None:
+        expected += bias.double()
+        magnitude += bias.double().abs()
+    if factor is not None:
+        expected -= z.double() @ factor.double()
+        magnitude += z.double().abs() @ factor.double().abs()
+        terms += z.shape[1]
+    check(h_next, expected, 2 * terms * U * magnitude, a.dtype)
+    # Of what is stored: 32 squares and sums of positive numbers.
+    squares = torch.nn.functional.pad(h_next.double().square(), (0, -N % 32)).unflatten(1, (-1, 32)).sum(2)
+    assert sumsq.dtype is F32 and sumsq.shape == squares.shape
+    assert ((sumsq.double() - squares).abs() <= 40 * U * squares).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *GATED])
+@pytest.mark.parametrize("module", [cuda_decode, cuda_epilogue], ids=["decode", "epilogue"])
+def test_norm_linear(run, module, activation, dtype):
+    """Every activation, with bias, z columns that are left as they are, and sums of squares from outside."""
+    skip_unless_supported(run, dtype, 3, module)
+    arguments = norm_linear_arguments(3, 96, 75, 46, activation, dtype)
+    check_norm_linear(run(module.norm_linear, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@pytest.mark.parametrize("tokens", range(1, 17))
+def test_tokens(run, tokens, dtype):
+    """Each number of rows, sums of squares from h, no bias, more chunks than are under way at a time."""
+    skip_unless_supported(run, dtype, tokens)
+    arguments = norm_linear_arguments(tokens, 328, 33, 30, "silu_gated", dtype, bias=False, sumsq=False)
+    check_norm_linear(run(cuda_decode.norm_linear, *arguments), *arguments)
+    arguments = rotate_add_arguments(tokens, 328, 40, 40, False, dtype)
+    check_rotate_add(run(cuda_decode.rotate_add, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@pytest.mark.parametrize(("d", "N"), [(64, 64), (40, 33), (40, 104)])
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "residual"])
+@pytest.mark.parametrize("module", [cuda_decode, cuda_epilogue], ids=["decode", "epilogue"])
+def test_rotate_add(run, module, dense, d, N, dtype):
+    """Same width, a narrower one (dense alone), a wider one, where h is padded."""
+    skip_unless_supported(run, dtype, 5, module)
+    if not dense and N < d:
+        pytest.skip("needs a shortcut")
+    arguments = rotate_add_arguments(5, 200, d, N, dense, dtype)
+    check_rotate_add(run(module.rotate_add, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@pytest.mark.parametrize("tokens", [1, 9, 16])
+@pytest.mark.parametrize(("rank", "N", "pitch"), [(24, 72, 72), (19, 101, 103), (130, 64, 68)])
+def test_factor(run, cut, rank, N, pitch, tokens, dtype):
+    """The compact factor as norm_linear stores it, apart from the weights, in one split and in two."""
+    skip_unless_supported(run, dtype, tokens)
+    arguments = rotate_add_arguments(tokens, 160, N, N, False, dtype)
+    z = random(tokens, rank, dtype=dtype, seed=8, pitch=rank + 3)
+    factor = random(rank, N, dtype=dtype, seed=9, scale=rank**-0.5, pitch=pitch)
+    for splits in (1, 2):
+        cut(4, 2, splits)
+        result = run(cuda_decode.rotate_add, *arguments, z, factor)
+        check_rotate_add(result, *arguments, z, factor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@pytest.mark.parametrize(("d", "pitch"), [(96, 104), (77, 77), (90, 101), (5, 8), (1, 1)])
+def test_strides(run, dtype, d, pitch):
+    """Rows apart, rows that are not 16-byte aligned, widths that are no multiple of anything."""
+    skip_unless_supported(run, dtype)
+    arguments = norm_linear_arguments(2, d, 21, 18, "gelu_gated", dtype, sumsq=False, pitch=pitch)
+    check_norm_linear(run(cuda_decode.norm_linear, *arguments), *arguments)
+    arguments = rotate_add_arguments(2, d, d, d + 2, True, dtype, pitch=pitch)
+    check_rotate_add(run(cuda_decode.rotate_add, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@pytest.mark.parametrize("splits", [2, 3, 5])
+def test_splits(run, cut, splits, dtype, monkeypatch):
+    """Split columns: the same bits on every call and whichever block arrives last, counters back at zero."""
+    skip_unless_supported(run, dtype, 9)
+    cut(2, 2, splits)
+    arguments = norm_linear_arguments(9, 900, 70, 40, "silu_gated", dtype)
+    residual = rotate_add_arguments(9, 520, 480, 70, True, dtype)
+    results = []
+    for order in "010":
+        monkeypatch.setenv("SLICEGPT_EMULATION_REVERSED", order)
+        results.append((run(cuda_decode.norm_linear, *arguments), *run(cuda_decode.rotate_add, *residual)))
+    check_norm_linear(results[0][0], *arguments)
+    check_rotate_add(results[0][1:], *residual)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    row_warps=st.sampled_from([1, 2, 3, 4]),
+    column_warps=st.integers(1, 4),
+    splits=st.integers(1, 4),
+    tokens=st.integers(1, 16),
+    d=st.integers(1, 300),
+    N=st.integers(1, 80),
+    n_scaled=st.integers(0, 80),
+    gated=st.booleans(),
+)
+def test_any_cut(run, cut, row_warps, column_warps, splits, tokens, d, N, n_scaled, gated):
+    """Whatever the cut and the shape, also more splits than there are chunks."""
+    n_scaled = min(n_scaled, N) // 2 * 2
+    cut(row_warps, column_warps, splits)
+    arguments = norm_linear_arguments(tokens, d, N, n_scaled, "silu_gated" if gated else "gelu", F16)
+    check_norm_linear(run(cuda_decode.norm_linear, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("module", [cuda_decode, cuda_epilogue], ids=["decode", "epilogue"])
+def test_large_values(run, module):
+    """A float16 stream of 60000: products and squares are far beyond float16, results are not."""
+    arguments = list(norm_linear_arguments(4, 320, 64, 48, "none", bias=True, sumsq=False))
+    arguments[0] = torch.where(random(4, 320) > 0, 60000.0, -60000.0).half()
+    arguments[1][48:] *= 2.0**-8
+    y = run(module.norm_linear, *arguments)
+    assert y.isfinite().all()
+    check_norm_linear(y, *arguments)
+    # The rotation of such a row is as large, its parts are larger; sums of squares are 1e11.
+    a, weight, h, shortcut, bias = rotate_add_arguments(4, 96, 64, 64, True)
+    h = torch.where(h > 0, 60000.0, -60000.0).half()
+    shortcut = torch.eye(64).half()
+    shortcut[:, 0] = 0.01
+    result = run(module.rotate_add, a, weight, h, shortcut, bias)
+    assert result[0].isfinite().all() and result[1].max() > 1e11
+    check_rotate_add(result, a, weight, h, shortcut, bias)
+    # Beyond the format after all: infinity, as a cast gives it, and no NaN.
+    result = run(module.rotate_add, a, weight, h, 2 * torch.eye(64).half(), None)
+    assert result[0].isinf().all()
+
+
+def test_not_a_number(run):
+    """A NaN stays in its row, and one beside a row's end or in another token's row is not read into it."""
+    arguments = norm_linear_arguments(3, 96, 40, 40, "relu", sumsq=False)
+    arguments[0][1, 5] = torch.nan
+    y = run(cuda_decode.norm_linear, *arguments)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_no_rows(run):
+    arguments = norm_linear_arguments(1, 64, 40, 32, "silu_gated")
+    y = run(cuda_decode.norm_linear, arguments[0][:0], *arguments[1:3], arguments[3][:0], *arguments[4:])
+    assert y.shape == (0, 24)
+    a, weight, h, shortcut, bias = rotate_add_arguments(1, 64, 40, 40, False)
+    h_next, sumsq = run(cuda_decode.rotate_add, a[:0], weight, h[:0], shortcut, bias)
+    assert h_next.shape == (0, 40) and sumsq.shape == (0, 2)
+
+
+def test_errors(run):
+    arguments = norm_linear_arguments(17, 64, 40, 32)
+    with pytest.raises(SliceGPTError, match="norm_linear: the decode kernels take at most 16 rows, got 17"):
+        run(cuda_decode.norm_linear, *arguments)
+    arguments = rotate_add_arguments(1, 64, 40, 40, False)
+    with pytest.raises(SliceGPTError, match="rotate_add: z and factor must be given together"):
+        run(cuda_decode.rotate_add, *arguments, random(1, 8))
+    with pytest.raises(SliceGPTError, match=r"must be \[1, r\] and \[r, 40\], got \[1, 8\] and \[8, 39\]"):
+        run(cuda_decode.rotate_add, *arguments, random(1, 8), random(8, 39))
+
+
+def test_bad_cut(run, cut):
+    arguments = rotate_add_arguments(1, 64, 40, 40, False)
+    for bad in [(1, 2, 1), (4, 8, 1), (2, 0, 1)]:
+        cut(*bad)
+        with pytest.raises(SliceGPTError, match="rows, warps or splits out of range"):
+            run(cuda_decode.rotate_add, *arguments)
+
+
+def test_is_supported():
+    for dtype in (F16, F32):
+        assert cuda_decode.is_supported((7, 5), dtype, 16) and cuda_decode.is_supported((9, 0), dtype, 1)
+    assert cuda_decode.is_supported((8, 0), BF16, 1) and not cuda_decode.is_supported((7, 5), BF16, 1)
+    assert not cuda_decode.is_supported((9, 0), F16, 17) and cuda_epilogue.is_supported((9, 0), F16, 17)
+    assert not cuda_decode.is_supported((9, 0), torch.float64, 1)
+    assert not cuda_decode.is_supported((7, 0), F16, 1) and not cuda_epilogue.is_supported((7, 5), BF16, 1)
+
+
+# Llama-2-7B dense and at 25 %: widths of the stream, of the attention and of the MLP, SmolLM2-135M.
+@pytest.mark.parametrize("processors", [40, 68, 108, 132])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9, 16])
+@pytest.mark.parametrize(
+    ("N", "K"), [(4096, 4096), (3072, 11008 + 1024), (23040, 3072), (13312, 3072), (576, 1536)]
+)
+def test_cuts(processors, tokens, N, K):
+    """At most 512 threads and 48 KB; enough warps, each with enough chunks, unless the product is tiny."""
+    for cut in (
+        cuda_decode.norm_linear_cut(processors, tokens, N, K, 2),
+        cuda_decode.rotate_add_cut(processors, tokens, N, K, 0, 2),
+    ):
+        chunks = -(-K * 2 // cuda_decode.CHUNK_BYTES)
+        warps = cut.row_warps * cut.column_warps
+        assert warps <= 16 and cut.column_warps * cuda_decode.CHUNKS_UNDER_WAY <= chunks
+        assert cut.splits == 1 or chunks // (cut.column_warps * cut.splits) >= cuda_decode.MIN_SPLIT_CHUNKS
+        under_way = cut.tiles(N) * cut.splits * warps
+        if N * K > 1 << 23:
+            assert under_way >= 0.7 * cuda_decode.WARPS_PER_PROCESSOR * processors
+        # Activations from L2, as a part of the weights' bytes.
+        assert tokens / (16 * cut.row_warps) <= 0.25
+    assert cuda_decode.rotate_add_cut(processors, tokens, N, K, 0, 2).row_warps % 2 == 0

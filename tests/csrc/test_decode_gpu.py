@@ -1,0 +1,140 @@
+"""The decode kernels at real sizes and in conditions that only a GPU can show."""
+
+import pytest
+import torch
+
+from slicegpt import reference
+from slicegpt.ops import cuda, cuda_decode, cuda_epilogue
+
+pytestmark = pytest.mark.gpu
+
+HALF = [torch.float16, torch.bfloat16]
+# Relative Frobenius error of one rounding to the format, 2^-11 and 2^-8 at most; float32 sums are far below it.
+TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 2e-6}
+
+
+@pytest.fixture(autouse=True)
+def available():
+    if not cuda.is_available():
+        pytest.skip(cuda.why_not())
+
+
+def gaussian(*shape, dtype, seed=0, scale=1.0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(dtype)
+
+
+def inputs(tokens, d, N, n_scaled, dtype):
+    """norm_linear's and rotate_add's arguments for a stream of d columns."""
+    h = gaussian(tokens, d, dtype=dtype)
+    weight = gaussian(N, d, dtype=dtype, seed=1, scale=d**-0.5)
+    return (h, weight, gaussian(n_scaled, dtype=dtype, seed=2), None, n_scaled, "silu_gated", float(d), 1e-5)
+
+
+def block(tokens, K, d, dtype, dense=False):
+    a, h = gaussian(tokens, K, dtype=dtype, seed=3), gaussian(tokens, d, dtype=dtype, seed=5)
+    weight = gaussian(d, K, dtype=dtype, seed=4, scale=K**-0.5)
+    shortcut = gaussian(d, d, dtype=dtype, seed=6, scale=d**-0.5) if dense else None
+    return a, weight, h, shortcut, None
+
+
+def assert_close(actual, expected):
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error < TOLERANCE[actual.dtype], f"relative error {error:.1e}"
+
+
+def skip_unless_supported(dtype, tokens=1):
+    if not cuda_decode.is_supported(torch.cuda.get_device_capability(), dtype, tokens):
+        pytest.skip("not on this device")
+
+
+@pytest.mark.parametrize("module", [cuda_decode, cuda_epilogue], ids=["decode", "epilogue"])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 16])
+def test_large(module, tokens, dtype):
+    """Llama-2-7B's MLP at 25 %, with a compact shortcut and a dense one; the same bits on the second run."""
+    skip_unless_supported(dtype, tokens)
+    arguments = inputs(tokens, 3072, 2 * 11008 + 1024, 2 * 11008, dtype)
+    first = module.norm_linear(*arguments)
+    assert_close(first, reference.norm_linear(*arguments))
+    assert torch.equal(module.norm_linear(*arguments), first), "not deterministic"
+    for dense in (False, True):
+        arguments = block(tokens, 12032, 3072, dtype, dense)
+        h_next, sumsq = module.rotate_add(*arguments)
+        expected, squares = reference.rotate_add(*arguments)
+        assert_close(h_next, expected)
+        torch.testing.assert_close(sumsq.sum(1), squares.sum(1), rtol=1e-2, atol=0)
+        again = module.rotate_add(*arguments)
+        assert torch.equal(again[0], h_next) and torch.equal(again[1], sumsq), "not deterministic"
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=["float16", "bfloat16"])
+def test_narrow(dtype):
+    """SmolLM2's widths: split columns on any GPU."""
+    skip_unless_supported(dtype)
+    arguments = block(1, 1536, 576, dtype)
+    assert_close(cuda_decode.rotate_add(*arguments)[0], reference.rotate_add(*arguments)[0])
+
+
+def test_factor():
+    """The compact factor read from norm_linear's weight, against its columns in rotate_add's."""
+    a, weight, h, _, _ = block(3, 4096, 3072, torch.float16)
+    both = gaussian(4096 + 1024, 3072, dtype=torch.float16, seed=8, scale=3072**-0.5)
+    factor = both[4096:]
+    z = cuda_decode.norm_linear(h, both, None, None, 4096, "none", 4096.0, 1e-5)[:, 4096:]
+    h_next, _ = cuda_decode.rotate_add(a, weight, h, None, None, z, factor)
+    expected, _ = reference.rotate_add(torch.cat((a, z), 1), torch.cat((weight, -factor.T), 1), h, None, None)
+    assert_close(h_next, expected)
+
+
+@pytest.mark.parametrize("d", [3072, 576])
+def test_cuda_graph(d):
+    """A chain of both ops captures; replays see new data, find the counters at zero, and equal eager calls."""
+
+    def chain(h):
+        sumsq = None
+        for layer in range(4):
+            y = cuda_decode.norm_linear(h, up, None, sumsq, 4 * d, "silu_gated", float(d), 1e-5)
+            h, sumsq = cuda_decode.rotate_add(y, down, h, None, None)
+        return h, sumsq
+
+    up = gaussian(4 * d, d, dtype=torch.float16, scale=d**-0.5)
+    down = gaussian(d, 2 * d, dtype=torch.float16, seed=1, scale=(2 * d) ** -0.5)
+    h = gaussian(1, d, dtype=torch.float16, seed=2)
+    chain(h)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = chain(h)
+    for seed in range(3, 8):
+        h.copy_(gaussian(1, d, dtype=torch.float16, seed=seed))
+        graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip(result, chain(h), strict=True))
+
+
+def test_overlapping_launches(monkeypatch):
+    """With and without programmatic dependent launch: the same bits, also behind a kernel that is still writing."""
+    results = []
+    for overlap in (False, torch.cuda.get_device_capability() >= (9, 0)):
+        monkeypatch.setattr(cuda_decode, "_overlap", lambda like, overlap=overlap: overlap)
+        arguments = list(inputs(1, 3072, 4096, 4096, torch.float16))
+        arguments[0] = torch.zeros_like(arguments[0])
+        torch.cuda._sleep(20_000_000)
+        arguments[0].copy_(gaussian(1, 3072, dtype=torch.float16))
+        y = cuda_decode.norm_linear(*arguments)
+        results.append(cuda_decode.rotate_add(y, gaussian(3072, 2048, dtype=torch.float16), arguments[0])[0])
+    assert torch.equal(*results)
+
+
+def test_two_streams():
+    """Split launches on two streams at once do not count each other's blocks."""
+    arguments = block(1, 1536, 576, torch.float16)
+    expected = cuda_decode.rotate_add(*arguments)[0]
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream(), torch.cuda.Stream()], []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(cuda_decode.rotate_add(*arguments)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
