@@ -19,12 +19,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from slicegpt.bench.models import MODELS, random_model, sliced_config
+from slicegpt.bench.models import MODELS, sliced_config
 from slicegpt.bench.results import write_results
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.loading import load_dense
-from slicegpt.modeling import SlicedConfig
+from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.runtime import Runtime
 from slicegpt.schedule import Shape, constant_widths, plan, width_for_slice
 from slicegpt.table import format_table
@@ -94,10 +94,9 @@ def models(
 ) -> Iterator[tuple[str, Callable[[torch.Tensor, int], list[float]], int]]:
     """(name, method, bytes a token reads)."""
     if options.shape:
-        with torch.device(device):
-            dense = AutoModelForCausalLM.from_config(MODELS[options.shape], dtype=dtype).eval()
+        dense = filled(lambda: AutoModelForCausalLM.from_config(MODELS[options.shape]), dtype, device)
         # Packed from a model of the same shape: folding norms of random weights would change nothing.
-        canonical = random_model(sliced_config(options.shape, 0), dtype, device)
+        canonical = filled(lambda: SlicedForCausalLM(sliced_config(options.shape, 0)), dtype, device)
         runtime = Runtime(canonical, release=True)
         del canonical
         config = sliced_config(options.shape, options.slice, round_to=options.round_to)
@@ -109,8 +108,28 @@ def models(
     for cache in ("dynamic", "static"):
         yield f"Hugging Face, {cache} cache", hugging_face(dense, cache), weights_of(dense)
     yield "runtime, dense", fused(runtime), runtime.bytes_per_token()
-    sliced = Runtime(random_model(config, dtype, device), release=True)
+    sliced = Runtime(filled(lambda: SlicedForCausalLM(config), dtype, device), release=True)
     yield f"runtime, {100 * options.slice:g} % sliced", fused(sliced), sliced.bytes_per_token()
+
+
+@torch.no_grad()
+def filled(
+    make: Callable[[], PreTrainedModel], dtype: torch.dtype, device: str, block: int = 1 << 20
+) -> PreTrainedModel:
+    """A model with weights of one block of normal numbers over and over: made at the speed of memory."""
+    with torch.device("meta"):
+        model = make()
+    model = model.to(dtype).to_empty(device=device).eval()
+    model.tie_weights()
+    values = 0.02 * torch.randn(block, generator=torch.Generator().manual_seed(0))
+    values = values.to(device, dtype)
+    for parameter in model.parameters():
+        for piece in parameter.view(-1).split(block):
+            piece.copy_(values[: len(piece)])
+    base = model.base_model  # frequencies are computed, not stored
+    if getattr(base, "rotary_emb", None) is not None:
+        base.rotary_emb = type(base.rotary_emb)(model.config).to(device)
+    return model
 
 
 def sliced_shape(dense: PreTrainedModel, options: argparse.Namespace) -> SlicedConfig:
