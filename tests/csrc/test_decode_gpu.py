@@ -93,7 +93,7 @@ def test_cuda_graph(d):
 
     def chain(h):
         sumsq = None
-        for layer in range(4):
+        for _ in range(4):
             y = cuda_decode.norm_linear(h, up, None, sumsq, 4 * d, "silu_gated", float(d), 1e-5)
             h, sumsq = cuda_decode.rotate_add(y, down, h, None, None)
         return h, sumsq
