@@ -1,5 +1,6 @@
 """Calibration from several sources: parsing, shares, generated samples, and whether the text was enough."""
 
+import copy
 import math
 import re
 from dataclasses import replace
@@ -21,6 +22,7 @@ from slicegpt.calibration import (
 )
 from slicegpt.calibration.generation import (
     SamplingSettings,
+    chat_start,
     continue_tokens,
     generate_samples,
     ordinary_tokens,
@@ -146,10 +148,24 @@ def test_generated_samples(model, tiny_tokenizer):
     assert ordinary == set(range(len(tiny_tokenizer))) - {0, 1, 2}
     ids = generate_samples(model, tiny_tokenizer, 6, 20, seed=3)
     assert ids.shape == (6, 20)
-    assert set(ids.flatten().tolist()) <= ordinary
+    assert (ids[:, 0] == tiny_tokenizer.bos_token_id).all()
+    assert set(ids[:, 1:].flatten().tolist()) <= ordinary
+    assert len({tuple(row) for row in ids.tolist()}) == 6
     assert torch.equal(ids, generate_samples(model, tiny_tokenizer, 6, 20, seed=3))
     assert not torch.equal(ids, generate_samples(model, tiny_tokenizer, 6, 20, seed=4))
-    assert not model.training
+
+
+def test_half_of_the_samples_are_conversations(model, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+    opening = tokenizer("<bos>user: ", add_special_tokens=False).input_ids
+    assert chat_start(tokenizer) == opening
+    ids = generate_samples(model, tokenizer, 8, 200, seed=3, settings=SamplingSettings(batch_size=3))
+    assert all(row[: len(opening)] == opening for row in ids[1::2].tolist())
+    ordinary = set(ordinary_tokens(tokenizer).tolist())
+    assert set(ids[::2, 1:].flatten().tolist()) <= ordinary
+    # A turn ends with a special token, so conversations may draw them: 780 draws of about 1 in 540 tokens each.
+    assert not set(ids[1::2, len(opening) :].flatten().tolist()) <= ordinary
 
 
 def test_the_cache_changes_nothing(model, tiny_tokenizer):

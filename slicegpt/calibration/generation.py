@@ -139,21 +139,56 @@ def generate_samples(
 ) -> torch.Tensor:
     """Let the model write calibration text: int64 [nsamples, seqlen], on the CPU; the same seed, the same text.
 
-    Every sample starts from another token of the vocabulary, drawn uniformly, and special tokens are never
-    drawn, so that the samples are full of text.
+    Half of the samples start as documents do, without a special token in them, so that they are full of text. The
+    others start inside the chat template, where the user's turn begins, so that the model writes both sides of a
+    conversation (Xu et al., Magpie, arXiv 2406.08464); a model without a template writes documents only. At
+    temperature 1 the text is as varied as the model takes text to be.
+
+    Measured with SmolLM2-135M-Instruct: of its stream on presidents' addresses (each token scaled to length 1), the
+    504 leading axes of 4,096 tokens of other addresses miss 1.06 %; of documents 1.24 %, of conversations 1.29 %, of
+    text continuing random tokens 1.51 %; of documents and conversations, 4,096 tokens each, 1.11 %.
     """
     settings = settings or SamplingSettings()
     generator = torch.Generator().manual_seed(seed)
     device = model.get_input_embeddings().weight.device
-    ordinary = ordinary_tokens(tokenizer)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    banned = torch.ones(vocabulary, dtype=torch.bool)
-    banned[ordinary] = False
-    starts = ordinary[torch.randint(len(ordinary), (nsamples, 1), generator=generator)]
-    report, pieces = progress or Progress(quiet=True), starts.split(settings.batch_size)
-    with report.stage("sampling the model", len(pieces) * (seqlen - 1), "tokens") as advance:
+    special = torch.ones(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+    special[ordinary_tokens(tokenizer)] = False
+    document, chat = document_start(tokenizer), chat_start(tokenizer)
+    kinds = [document, chat or document]
+    width = max(map(len, kinds))
+    starts = torch.tensor([(kinds[i % 2] + [-1] * width)[:width] for i in range(nsamples)])
+    banned = special * torch.tensor([i % 2 == 0 or chat is None for i in range(nsamples)])[:, None]
+    report = progress or Progress(quiet=True)
+    pieces = list(zip(starts.split(settings.batch_size), banned.split(settings.batch_size), strict=True))
+    tokens = max(0, seqlen - min(map(len, kinds)))
+    with report.stage("sampling the model", len(pieces) * tokens, "tokens") as advance:
         written = [
-            continue_tokens(model, piece.to(device), seqlen, generator, settings, banned.to(device), advance)
-            for piece in pieces
+            continue_tokens(
+                model, piece.to(device), seqlen, generator, settings, never.to(device), advance
+            ).cpu()
+            for piece, never in pieces
         ]
-    return torch.cat(written).cpu()
+    return torch.cat(written)
+
+
+def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before a document: `<|endoftext|>` where the tokenizer has it, else BOS, EOS, or a line break.
+
+    A chat model's BOS may open a turn, so the token that separated documents in pre-training comes first.
+    """
+    names = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    candidates = (names.get("<|endoftext|>"), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    start = next((index for index in candidates if index is not None), None)
+    return tokenizer("\n", add_special_tokens=False).input_ids[:1] if start is None else [start]
+
+
+def chat_start(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The chat template up to where the user's words begin; None without a template."""
+    if not tokenizer.chat_template:
+        return None
+    words = "\u2603 words of the user"  # nothing that a template contains
+    conversation = [{"role": "user", "content": words}]
+    before, found, _ = tokenizer.apply_chat_template(conversation, tokenize=False).partition(words)
+    if not found or not before:
+        return None
+    return tokenizer(before, add_special_tokens=False).input_ids
