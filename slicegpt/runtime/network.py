@@ -23,7 +23,7 @@ class Network:
     Args:
         packed: the weights.
         through_operators: call the registered operators, which `torch.compile` can trace; False calls the CPU's
-            GEMMs directly, which saves about 20 µs of dispatch and checks a call. None: directly on a CPU, unless
+            GEMMs directly, which saves about 10 µs of dispatch and checks a call. None: directly on a CPU, unless
             SLICEGPT_BACKEND asks for something.
     """
 
