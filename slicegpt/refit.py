@@ -50,7 +50,7 @@ class Moments:
 
     def add(self, activations: torch.Tensor, target: torch.Tensor) -> None:
         """Add tokens: `activations` [n, K] and `target` [n, D] of one dtype."""
-        # "fast" errs by some 1e-7 of the mean diagonal, a thousandth of the smallest ridge; so do float32 sums of
+        # "fast" errs by some 1e-7 of the mean diagonal, a ten-thousandth of the smallest ridge; so do float32 sums of
         # one batch.
         exact = activations.dtype == torch.float64
         precision, dtype = ("fp64", torch.float64) if exact else ("fast", torch.float32)
