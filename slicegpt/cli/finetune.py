@@ -111,8 +111,6 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     import dataclasses
 
-    import torch
-
     from slicegpt.calibration import load_documents
     from slicegpt.finetune import TARGETS, AdapterOptions, Schedule, TrainingOptions, finetune
     from slicegpt.progress import Progress
@@ -161,8 +159,6 @@ def run(options: argparse.Namespace) -> None:
         device=device,
         progress=Progress(),
     )
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     if result is None:
         return
     print_result(result)
