@@ -52,7 +52,7 @@ INSTRUCTIONS = {
                 (f"{op}_decode", r"\bHMMA\.1688\.F32\b", True),
             ],
             "80": [
-                (f"{op}_decode", r"\bLDG\.E\.NA\.LTC256B\.128\.CONSTANT\b", True),
+                (f"{op}_decode", r"\bLDG\.E\.NA\.LTC128B\.128\.CONSTANT\b", True),
                 (f"{op}_decode", r"\bHMMA\.16816\.F32\b", True),
                 (f"{op}_decode", r"\bHMMA\.16816\.F32\.BF16\b", True),
             ],

@@ -65,7 +65,7 @@ def test_large(module, tokens, dtype):
         assert_close(h_next, expected)
         torch.testing.assert_close(sumsq.sum(1), squares.sum(1), rtol=1e-2, atol=0)
         again = module.rotate_add(*arguments)
-        assert torch.equal(again[0], h_next) and torch.equal(again[1], sumsq), "not deterministic"
+        assert all(map(torch.equal, again, (h_next, sumsq))), "not deterministic"
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=["float16", "bfloat16"])
