@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from slicegpt.bench.models import random_model
-from slicegpt.bench.networks import random_dense
+from slicegpt.bench.models import random_dense, random_model
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.layers import apply_rotary, eager_attention
 from slicegpt.modeling.network import SlicedDecoderLayer, SlicedParallelDecoderLayer

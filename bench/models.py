@@ -8,7 +8,14 @@ from functools import lru_cache
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
@@ -86,6 +93,44 @@ def sliced_config(name: str, fraction: float, shortcut: str = "compact", round_t
     return plan(fields, constant_widths(fields, width), Shape(shortcut, round_to=round_to))
 
 
+# Random values that large tensors are filled with, over and over: drawing a billion takes a CPU half a minute. Odd,
+# so that rows whose length is a power of two do not repeat.
+_BLOCK = (1 << 20) + 7
+
+
+class NormalValues:
+    """Fills tensors with normal numbers at the speed of memory."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int):
+        generator = torch.Generator(device).manual_seed(seed)
+        self.values = torch.randn(_BLOCK, device=device, generator=generator).to(dtype)
+
+    def fill(self, tensor: torch.Tensor, deviation: float) -> None:
+        """Overwrite a contiguous tensor."""
+        scaled = self.values * deviation
+        for piece in tensor.view(-1).split(_BLOCK):
+            piece.copy_(scaled[: len(piece)])
+
+
+@torch.no_grad()
+def random_dense(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Hugging Face's own class with random weights, made on `device`; norms scale by 1, biases are 0."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    normal = NormalValues(dtype, device, 0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            normal.fill(parameter, config.initializer_range)
+        else:
+            parameter.fill_(0 if name.endswith("bias") else 1)
+    base = model.base_model  # rotary frequencies are computed, not stored
+    if getattr(base, "rotary_emb", None) is not None:
+        base.rotary_emb = type(base.rotary_emb)(model.config).to(device)
+    return model.eval()
+
+
 @torch.no_grad()
 def random_model(
     config: SlicedConfig,
@@ -103,19 +148,24 @@ def random_model(
         model = SlicedForCausalLM(config)
     model = model.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
+    normal = NormalValues(dtype, device, seed)
+    directions: dict[
+        tuple[int, int], torch.Tensor
+    ] = {}  # orthogonal ones take a while: one set for each shape
     for module in model.modules():
         if isinstance(module, CompactShortcut):
             rank, width = module.factor.shape
-            directions = torch.randn(width, rank, device=device, generator=generator)
-            directions = torch.linalg.qr(directions)[0] if rank else directions
+            if (width, rank) not in directions:
+                start = torch.randn(width, rank, device=device, generator=generator)
+                directions[width, rank] = torch.linalg.qr(start)[0] if rank else start
             angles = torch.rand(rank, device=device, generator=generator)
-            module.factor.copy_((directions * (1 - angles.cos()).sqrt()).mT)
+            module.factor.copy_((directions[width, rank] * (1 - angles.cos()).sqrt()).mT)
         elif isinstance(module, nn.Linear):
-            module.weight.normal_(0, module.in_features**-0.5, generator=generator)
+            normal.fill(module.weight, module.in_features**-0.5)
             if module.bias is not None:
                 module.bias.zero_()
         elif isinstance(module, nn.Embedding):
-            module.weight.normal_(0, 1, generator=generator)
+            normal.fill(module.weight, 1)
         else:
             for name, parameter in module.named_parameters(recurse=False):
                 parameter.fill_(0 if name == "bias" else 1)

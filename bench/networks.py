@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slicegpt.bench.memory import give_back
-from slicegpt.bench.models import MODELS, fields_of, random_model
+from slicegpt.bench.models import MODELS, fields_of, random_dense, random_model
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.loading import check_folder, load_dense
@@ -113,14 +113,6 @@ class Network:
             "dense_parameters": self.config.source_parameters,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-
-
-@torch.no_grad()
-def random_dense(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Hugging Face's own class with its own random initialisation, made on the device."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def networks_of_shape(

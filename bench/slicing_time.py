@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from slicegpt.bench.memory import bytes_in_use, give_back, peak_bytes, start_peak
-from slicegpt.bench.models import MODELS
-from slicegpt.bench.networks import random_dense
+from slicegpt.bench.models import MODELS, random_dense
 from slicegpt.bench.results import Record
 from slicegpt.bench.timing import synchronise
 from slicegpt.calibration import CalibrationBatch, load_documents, sample_batches
