@@ -24,7 +24,7 @@ for step in "${steps[@]}"; do
         token-1b) "$slicegpt" bench token "${large[@]}" --engines hf,fused --tokens 48 "${results[@]}" ;;
         throughput) "$slicegpt" bench throughput "${small[@]}" --steps 4 "${results[@]}" ;;
         # Little memory: here it is the limit that ends the search.
-        throughput-1b) "$slicegpt" bench throughput "${large[@]}" --steps 3 --rounds 2 --max-memory 2.4GB "${results[@]}" ;;
+        throughput-1b) "$slicegpt" bench throughput "${large[@]}" --steps 3 --rounds 2 --max-memory 3GB "${results[@]}" ;;
         layers) "$slicegpt" bench layers "${small[@]}" --seqlen 512 "${results[@]}" ;;
         layers-1b) "$slicegpt" bench layers "${large[@]}" --seqlen 256 "${results[@]}" ;;
         slicing) "$slicegpt" bench slicing --model smollm2-135m --round-to 8 --nsamples 32 --seqlen 512 "${results[@]}" ;;
