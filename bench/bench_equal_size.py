@@ -58,7 +58,7 @@ def main() -> None:
     ]
     for shortcut, width in (("dense", options.dense_width), ("compact", options.compact_width)):
         config = plan(fields, constant_widths(fields, width), Shape(shortcut, round_to=8))
-        sliced, _ = slice_model(model, config, batches, SlicingOptions(), progress)
+        sliced, _ = slice_model(model, config, batches, SlicingOptions(refit=False), progress)
         rows.append(
             {
                 "shortcuts": shortcut,

@@ -7,8 +7,9 @@ way to the solution of the ridge regression
     min ‖t - a W'‖² + λ ‖g (W' - W)‖²,      (aᵀa + λ diag(g²)) W' = aᵀt + λ diag(g²) W,
 
 at full width, before the basis of the next boundary is chosen. `g²` is the mean diagonal of aᵀa, apart for each kind
-of activations where several are fitted at once: attention's, the MLP's, the stream behind a dense shortcut. λ is
-chosen by two-fold cross-validation: each half of the calibration samples judges the fit to the other, unlike half.
+of activations where several are fitted at once: attention's, the MLP's, the stream behind a dense shortcut. λ is a
+constant of the method, `RIDGE`, or chosen by two-fold cross-validation: each half of the calibration samples judges
+the fit to the other, unlike half.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from slicegpt.ops import cross_gram_, gram_
 
 logger = logging.getLogger("slicegpt")
 
+# The λ of lowest perplexity, in and out of the calibration's domain, wherever it was measured; the optimum is flat
+# (docs/quality.md).
+RIDGE = 0.1
+
 # What cross-validation chooses λ from, in half decades. A block's own error on unseen tokens undervalues the fit, which
 # also makes up for what the blocks before it lost: few tokens would ask for λ = 100, which is no fit at all, where
 # perplexity still gains at λ = 1. So the choice ends there.
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-6, 1))
-FIRST_RIDGE = RIDGES.index(0.1)
+FIRST_RIDGE = RIDGES.index(RIDGE)
 
 
 class Moments:

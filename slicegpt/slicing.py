@@ -33,7 +33,7 @@ from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.passes import Passes
 from slicegpt.progress import Progress
-from slicegpt.refit import Moments, Writer, choose_ridge, fit
+from slicegpt.refit import RIDGE, Moments, Writer, choose_ridge, fit
 from slicegpt.rotation import ORIENTATIONS, align, random_orthogonal
 
 
@@ -51,7 +51,7 @@ class SlicingOptions:
         vocabulary_prior: the embedding's basis is chosen from the calibration tokens and, this much beside them,
             from the whole vocabulary, so that tokens which the text never shows keep their embeddings.
         refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.refit`.
-        ridge: its λ; None chooses one for every block by cross-validation.
+        ridge: its λ; None chooses one for every block by cross-validation, which few tokens mislead.
     """
 
     dtype: torch.dtype = torch.float32
@@ -62,7 +62,7 @@ class SlicingOptions:
     seed: int = 42
     vocabulary_prior: float = 0.0
     refit: bool = True
-    ridge: float | None = None
+    ridge: float | None = RIDGE
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -77,8 +77,6 @@ class SlicingOptions:
             )
         if self.ridge is not None and not 0 < self.ridge < float("inf"):
             raise SliceGPTError(f"--ridge: must be above 0, got {self.ridge}")
-        if self.ridge is not None and not self.refit:
-            raise SliceGPTError(f"--ridge: needs the output refit, got {self.ridge} with --no-refit")
 
 
 @dataclass

@@ -150,6 +150,16 @@ def run_token(options: argparse.Namespace) -> None:
     record.content["peaks"] = None if peaks is None else vars(peaks)
     with measuring(record, options):
         measure_token_times(cases, how, peaks, record, Progress())
+        if networks[0].device.type == "cpu":  # other load may have hidden the peak the first time
+            use_higher_bandwidth(record, current_device(networks[0].device))
+
+
+def use_higher_bandwidth(record, again) -> None:
+    """Take the peaks as measured again where that bandwidth is higher."""
+    if again.bandwidth > record.content["peaks"]["bandwidth"]:
+        record.content["peaks"] = vars(again)
+        for row in record.rows:
+            row["bandwidth_fraction"] = row["gigabytes_per_second"] / again.bandwidth
 
 
 def add_throughput(benchmarks) -> None:

@@ -84,6 +84,11 @@ def add_parser(commands) -> None:
     add_json(parser)
 
 
+def ridge(text: str) -> float | str:
+    """An argparse type: a number, or auto."""
+    return text if text == "auto" else float(text)
+
+
 def add_refit(parser: argparse.ArgumentParser) -> None:
     """`--refit`, `--no-refit` and `--ridge`."""
     group = parser.add_argument_group("output refit")
@@ -95,9 +100,10 @@ def add_refit(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--ridge",
-        type=float,
+        type=ridge,
         metavar="L",
-        help="its ridge, relative to the mean diagonal (default: cross-validated for every block)",
+        help="its ridge, relative to the mean diagonal (0.1), or auto: cross-validated for every block, which wants "
+        "hundreds of thousands of tokens",
     )
 
 
@@ -145,6 +151,7 @@ def run(options: argparse.Namespace) -> None:
     # What can be checked without the model is checked before it is loaded.
     from slicegpt.calibration import calibration_warnings, coverage, load_sources, sample_sources
     from slicegpt.checkpoint import check_output, check_space, save_sliced
+    from slicegpt.errors import SliceGPTError
     from slicegpt.families import canonical_fields
     from slicegpt.held_out import held_out_check, held_out_warning
     from slicegpt.loading import load_dense
@@ -160,6 +167,8 @@ def run(options: argparse.Namespace) -> None:
     shape = Shape(shortcut, options.orientation, options.slice_head, options.round_to)
     if options.slice is not None:
         width_for_slice(1, options.slice, 1)
+    if options.ridge is not None and not options.refit:
+        raise SliceGPTError(f"--ridge: needs the output refit, got {options.ridge} with --no-refit")
     path = check_output(options.output, options.overwrite)
     device = resolve_device(options.device)
     sources = load_sources(options.calibration, options.text_column)
@@ -183,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
         options.seed,
         options.vocabulary_prior,
         refit=options.refit,
-        ridge=options.ridge,
+        **({} if options.ridge is None else {"ridge": None if options.ridge == "auto" else options.ridge}),
     )
     with step(progress, f"tokenising {options.calibration}"):
         drawn = sample_sources(
