@@ -114,7 +114,10 @@ def attend(module: nn.Module, inputs: LayerInputs, query: Tensor, key: Tensor, v
 
 
 class Unfused:
-    """The module's own operations, one by one."""
+    """The module's own operations, one by one.
+
+    What the module lets go of leaves the state as well: memory that is still warm is used again, here and there.
+    """
 
     def __init__(self, layer: Layer, inputs: LayerInputs):
         self.layer, self.inputs = layer, inputs
@@ -147,19 +150,21 @@ class Unfused:
     @staticmethod
     def linear(name: str, linear: nn.Module, source: str) -> Operation:
         def run(state: State) -> None:
-            state[name] = linear(state[source])
+            state[name] = linear(state[source] if source == "normed" else state.pop(source))
 
         return Operation(name, run)
 
     @staticmethod
     def shortcut(name: str, shortcut: nn.Module, block: str, target: str) -> Operation:
         def run(state: State) -> None:
-            state[target] = shortcut(state["stream"]) + state[block]
+            del state["normed"]
+            state[target] = shortcut(state["stream"]) + state.pop(block)
 
         return Operation(name, run)
 
     def parallel_shortcut(self, state: State) -> None:
-        state["output"] = self.layer.shortcut(state["stream"]) + state["out"] + state["down"]
+        del state["normed"]
+        state["output"] = self.layer.shortcut(state["stream"]) + state.pop("out") + state.pop("down")
 
     def attention_operations(self) -> list[Operation]:
         a = self.attention
@@ -172,13 +177,15 @@ class Unfused:
         ]
 
     def attend(self, state: State) -> None:
-        state["attended"] = attend(self.attention, self.inputs, state["q"], state["k"], state["v"])
+        query, key, value = (state.pop(name) for name in "qkv")
+        state["attended"] = attend(self.attention, self.inputs, query, key, value)
 
     def mlp_operations(self) -> list[Operation]:
         m, gated = self.mlp, self.mlp.gate_proj is not None
 
         def activate(state: State) -> None:
-            state["activated"] = m.act_fn(state["gate"]) * state["up"] if gated else m.act_fn(state["up"])
+            up = state.pop("up")
+            state["activated"] = m.act_fn(state.pop("gate")) * up if gated else m.act_fn(up)
 
         return [
             *([self.linear("gate", m.gate_proj, "normed")] if gated else []),

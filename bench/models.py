@@ -122,7 +122,7 @@ def random_dense(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
     normal = NormalValues(dtype, device, 0)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            normal.fill(parameter, config.initializer_range)
+            normal.fill(parameter, 0.02)  # what the families' initialisation takes
         else:
             parameter.fill_(0 if name.endswith("bias") else 1)
     base = model.base_model  # rotary frequencies are computed, not stored
