@@ -74,6 +74,9 @@ step bench_gram 220 "$python" -m slicegpt.bench.bench_gram --json "$out/bench_gr
 step memcheck 90 bash -c 'sanitize memcheck tests/csrc/test_gram.py -m gpu -k "cuda and (127-63 or strides or weights or arrive)"'
 step racecheck 90 bash -c 'sanitize racecheck tests/csrc/test_gram.py -m gpu -k "cuda and 70-130"'
 step memcheck_gemm 90 bash -c 'sanitize memcheck tests/kernels -m gpu -k "test_gpu and 37 and (silu_gated or True) and not every"'
+step memcheck_decode 90 bash -c 'sanitize memcheck tests/csrc/test_decode.py -m gpu -k "cuda and (strides or factor or splits)"'
+step racecheck_decode 90 bash -c 'sanitize racecheck tests/csrc/test_decode.py -m gpu -k "cuda and (splits or factor)"'
+step bench_token 200 "$python" -m slicegpt.bench.bench_token --shape llama-2-7b --dtype float16 --json "$out/bench_token.json"
 step bench_rotation_70b 150 $rotation --models llama-2-70b --slices 0.25 --seconds 120 --json "$out/bench_rotation_70b.json"
 step bench_rotation_opt 150 $rotation --models opt-66b phi-2 --slices 0.25 --seconds 120 --json "$out/bench_rotation_opt.json"
 
