@@ -101,17 +101,23 @@ def measure(options: argparse.Namespace, fields: dict) -> None:
 
 
 def merge(folders: list[str]) -> dict:
-    """The points of several frontiers of one model on the same texts; of one measured twice, the last folder's."""
+    """The points of several frontiers; of one point measured twice, the last folder's.
+
+    Texts, model and dtype must agree. Calibrations may differ, what a method calibrates on is its own choice; each
+    point says which it had.
+    """
     contents = [json.loads(Path(folder, "frontier.json").read_text(encoding="utf-8")) for folder in folders]
-    for folder, content in zip(folders, contents, strict=True):
-        for name in ("dense_parameters", "texts", "eval_seqlen"):  # methods may differ in their calibration
-            if content["settings"][name] != contents[0]["settings"][name]:
-                raise SystemExit(f"{folder}: {name} is another than in {folders[0]}")
-    return (
-        contents[0]
-        | {"settings": [content["settings"] for content in contents]}
-        | {"points": [point for content in contents for point in content["points"]]}
-    )
+    own = ("calibration", "calibration_sha256")
+    common = [{k: v for k, v in content["settings"].items() if k not in own} for content in contents]
+    for folder, settings in zip(folders, common, strict=True):
+        if settings != common[0]:
+            raise SystemExit(f"{folder} was measured with other settings than {folders[0]}")
+    points = [
+        point | {name: content["settings"].get(name) for name in own}
+        for content in contents
+        for point in content["points"]
+    ]
+    return contents[0] | {"settings": common[0], "points": points}
 
 
 def main() -> None:
@@ -147,7 +153,8 @@ def main() -> None:
     for rows in comparisons.values():
         if rows:
             print("\n" + format_table(rows, list(rows[0])))
-    write_results(options.json, "frontier", {"settings": content["settings"], "comparisons": comparisons})
+    figures = {"settings": content["settings"], "points": content["points"], "comparisons": comparisons}
+    write_results(options.json, "frontier", figures)
 
 
 if __name__ == "__main__":
