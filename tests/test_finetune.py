@@ -47,7 +47,17 @@ def slice_into(folder, text, tokenizer, *shape, case="llama"):
     dense = folder / "dense"
     tiny_model(case, torch.float32, vocab_size=len(tokenizer)).save_pretrained(dense)
     tokenizer.save_pretrained(dense)
-    size = ["--slice", "0.25", "--round-to", "4", "--nsamples", "8", "--seqlen", "32"]
+    size = [
+        "--slice",
+        "0.25",
+        "--round-to",
+        "4",
+        "--nsamples",
+        "8",
+        "--seqlen",
+        "32",
+        "--no-refit",
+    ]  # more is left to recover
     arguments = ["slice", dense, *size, "--calibration", text, *shape, "--output", folder / "sliced"]
     assert main(list(map(str, arguments))) == 0
     return folder / "sliced"

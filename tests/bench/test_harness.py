@@ -337,7 +337,7 @@ def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
         while not os.path.exists(f"{file}.csv") and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=60)
+        printed, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130, errors
