@@ -3,12 +3,11 @@
 The product of `gram_fp64` for two different operands, so there is no triangle to save.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from slicegpt.kernels.gram_fp64 import GramConfig, is_supported
+from slicegpt.kernels.gram_fp64 import GramConfig, device_of, is_supported, load_tokens
 from slicegpt.ops.devices import FP64_TENSOR_CORES
 
 __all__ = ["cross_gram", "cross_gram_config", "is_supported"]
@@ -45,7 +44,9 @@ def cross_gram(
     tokens, rows, columns = A.shape[0], A.shape[1], B.shape[1]
     if tokens == 0 or rows == 0 or columns == 0:
         return
-    config = config or _config_for(A, B, fast)
+    if config is None:
+        capability, multiprocessors = device_of(A)
+        config = cross_gram_config(capability, tokens, rows, columns, multiprocessors, fast)
     grid = (triton.cdiv(rows, config.block), triton.cdiv(columns, config.block))
     tokens_a_split = triton.cdiv(triton.cdiv(tokens, config.splits), config.block_k) * config.block_k
     partials = C.new_empty((config.splits, rows, columns))
@@ -70,36 +71,6 @@ def cross_gram(
     _add_partials[grid](C, partials, rows, columns, config.splits, BLOCK=config.block, num_warps=4)
 
 
-def _config_for(A: Tensor, B: Tensor, fast: bool) -> GramConfig:
-    """`cross_gram_config` for the device that A is on (for an A100 in the interpreter, which has no device)."""
-    capability, multiprocessors = (8, 0), 1
-    if A.is_cuda:
-        properties = torch.cuda.get_device_properties(A.device)
-        capability = (properties.major, properties.minor)
-        multiprocessors = properties.multi_processor_count
-    return cross_gram_config(capability, *A.shape, B.shape[1], multiprocessors, fast)
-
-
-@triton.jit
-def _load_tokens(
-    X, weight, k, stop, cols, columns, stride_token, stride_column,
-    WEIGHTED: tl.constexpr, FAST: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Rows k.. of X [BLOCK_K, BLOCK], times their weight if WEIGHTED; 0 outside and where the weight is 0."""
-    tokens = k + tl.arange(0, BLOCK_K)
-    present = tokens < stop
-    if weight is not None:
-        w = tl.load(weight + tokens, mask=present, other=0.0)
-        present = present & (w != 0.0)
-    pointers = X + tokens.to(tl.int64)[:, None] * stride_token + cols.to(tl.int64)[None, :] * stride_column
-    x = tl.load(pointers, mask=present[:, None] & (cols < columns)[None, :], other=0.0)
-    if not FAST:
-        x = x.to(tl.float64)
-    if WEIGHTED and weight is not None:
-        x = (x * w[:, None]).to(x.dtype)
-    return x
-
-
 @triton.jit
 def _cross_product(
     A, B, weight, partials, tokens, a_columns, b_columns, a_stride_token, a_stride_column, b_stride_token,
@@ -113,10 +84,10 @@ def _cross_product(
 
     # Loaded one step ahead and carried as float64, for the reasons given in gram_fp64.
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float64)
-    a = _load_tokens(
+    a = load_tokens(
         A, weight, start, stop, rows, a_columns, a_stride_token, a_stride_column, False, FAST, BLOCK_K
     )
-    b = _load_tokens(
+    b = load_tokens(
         B, weight, start, stop, cols, b_columns, b_stride_token, b_stride_column, True, FAST, BLOCK_K
     )
     for step in range(BLOCK_K, tokens_a_split + BLOCK_K, BLOCK_K):
@@ -125,10 +96,10 @@ def _cross_product(
             acc += tl.dot(tl.trans(a), b, out_dtype=tl.float32).to(tl.float64)
         else:
             acc = tl.dot(tl.trans(a), b, acc, out_dtype=tl.float64)
-        a = _load_tokens(
+        a = load_tokens(
             A, weight, k, stop, rows, a_columns, a_stride_token, a_stride_column, False, FAST, BLOCK_K
         )
-        b = _load_tokens(
+        b = load_tokens(
             B, weight, k, stop, cols, b_columns, b_stride_token, b_stride_column, True, FAST, BLOCK_K
         )
 

@@ -109,17 +109,22 @@ def finish(C: Tensor, partials: Tensor | None = None) -> None:
     _finish[(side, side)](C, partials, columns, splits, columns * columns, BLOCK=block, num_warps=4)
 
 
-def config_for(X: Tensor, fast: bool = False) -> GramConfig:
-    """`gram_config` for the device that X is on (for an A100 in the interpreter, which has no device)."""
+def device_of(X: Tensor) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors of X's device (an A100's in the interpreter, which has no device)."""
     if not X.is_cuda:
-        return gram_config((8, 0), *X.shape, multiprocessors=1, fast=fast)
+        return (8, 0), 1
     properties = torch.cuda.get_device_properties(X.device)
-    capability = (properties.major, properties.minor)
-    return gram_config(capability, *X.shape, multiprocessors=properties.multi_processor_count, fast=fast)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def config_for(X: Tensor, fast: bool = False) -> GramConfig:
+    """`gram_config` for the device that X is on."""
+    capability, multiprocessors = device_of(X)
+    return gram_config(capability, *X.shape, multiprocessors=multiprocessors, fast=fast)
 
 
 @triton.jit
-def _load(
+def load_tokens(
     X, weight, k, stop, cols, columns, stride_token, stride_column,
     WEIGHTED: tl.constexpr, FAST: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -160,16 +165,16 @@ def _product(
     # the product, and Triton 3.6 cannot lower a float64 dot whose operand it can trace back to a
     # half-precision load.
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float64)
-    a = _load(X, weight, start, stop, rows, columns, stride_token, stride_column, False, FAST, BLOCK_K)
-    b = _load(X, weight, start, stop, cols, columns, stride_token, stride_column, True, FAST, BLOCK_K)
+    a = load_tokens(X, weight, start, stop, rows, columns, stride_token, stride_column, False, FAST, BLOCK_K)
+    b = load_tokens(X, weight, start, stop, cols, columns, stride_token, stride_column, True, FAST, BLOCK_K)
     for step in range(BLOCK_K, tokens_a_split + BLOCK_K, BLOCK_K):
         k = start + step
         if FAST:
             acc += tl.dot(tl.trans(a), b, out_dtype=tl.float32).to(tl.float64)
         else:
             acc = tl.dot(tl.trans(a), b, acc, out_dtype=tl.float64)
-        a = _load(X, weight, k, stop, rows, columns, stride_token, stride_column, False, FAST, BLOCK_K)
-        b = _load(X, weight, k, stop, cols, columns, stride_token, stride_column, True, FAST, BLOCK_K)
+        a = load_tokens(X, weight, k, stop, rows, columns, stride_token, stride_column, False, FAST, BLOCK_K)
+        b = load_tokens(X, weight, k, stop, cols, columns, stride_token, stride_column, True, FAST, BLOCK_K)
 
     inside = (rows < columns)[:, None] & (cols < columns)[None, :]
     pointers = out + rows.to(tl.int64)[:, None] * columns + cols[None, :]
