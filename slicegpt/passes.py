@@ -67,6 +67,11 @@ def opposite_halves(means: torch.Tensor) -> torch.Tensor:
     return second
 
 
+def select(states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    """[batch, tokens, K] to [n, K]: the tokens of a mask, all of them (a view) where it is None."""
+    return states.flatten(0, 1) if tokens is None else states[tokens]
+
+
 class Passes:
     """The streams of all calibration tokens at full width, and how they pass a block.
 
@@ -76,6 +81,7 @@ class Passes:
         device: where blocks run.
         place: where streams are kept, see `Signals`.
         with_teacher: the dense model's stream is carried beside the sliced one.
+        halved: a refit gets the moments of two halves of the samples, to judge one by the other; else those of all.
     """
 
     def __init__(
@@ -86,8 +92,10 @@ class Passes:
         device: torch.device,
         place: str,
         with_teacher: bool,
+        halved: bool,
     ):
         self.config, self.dtype, self.device = config, dtype, device
+        self.halved = halved
         self.signals = Signals(batches, config.dense_hidden_size, dtype, device, place)
         self.teacher = None
         if with_teacher:
@@ -117,14 +125,20 @@ class Passes:
             self.signals[index] = stream
             if self.teacher is not None:
                 self.teacher[index] = stream
+            if self.halved:
                 means.append(mean_rows(stream, batch.attention_mask))
-        if self.teacher is not None:
+        if self.halved:
             sizes = [len(batch.input_ids) for batch in self.signals.batches]
             self.second_half = opposite_halves(torch.cat(means)).split(sizes)
 
-    def halves(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens [batch, tokens] of a batch, padding left out, that belong to each half of the calibration."""
+    def parts(self, index: int) -> tuple[torch.Tensor | None, ...]:
+        """The tokens of a batch that are not padding, bool [batch, tokens]: all, or those of each half of the samples.
+
+        None stands for every token.
+        """
         batch = self.signals.batches[index]
+        if not self.halved:
+            return (None if batch.attention_mask is None else batch.attention_mask.bool(),)
         second = self.second_half[index][:, None].expand_as(batch.input_ids)
         if sum(map(len, self.second_half)) == 1:  # one sample is halved itself
             length = batch.input_ids.shape[1]
@@ -155,16 +169,16 @@ class Passes:
         block: Block,
         lifted: LiftedBlock,
         teacher: LiftedBlock,
-        refit: Callable[[tuple[Moments, Moments]], dict[str, Linear]],
+        refit: Callable[[Sequence[Moments]], dict[str, Linear]],
         covariance: Covariance | None,
     ) -> None:
-        """As `run`, with the output weights that `refit` makes of the moments of two halves of the samples.
+        """As `run`, with the output weights that `refit` makes of the moments of the samples, or of their halves.
 
         Activations are kept from the moments to the output where they take at most half of the free memory;
         otherwise the block computes them twice.
         """
         groups, dense_width = lifted.groups, self.config.dense_hidden_size
-        folds = tuple(Moments(groups, dense_width, self.device) for _ in range(2))
+        folds = tuple(Moments(groups, dense_width, self.device) for _ in range(1 + self.halved))
         elements = sum(batch.input_ids.numel() for batch in self.signals.batches) * sum(groups)
         keep = elements * self.dtype.itemsize <= free_memory(self.device) // 2
         kept: list[torch.Tensor | None] = []
@@ -177,8 +191,8 @@ class Passes:
                 carried, activations = lifted.activations(stream, **inputs)
                 missing = target if carried is None else target - carried
             with self.stage("refit"):
-                for fold, tokens in zip(folds, self.halves(index), strict=True):
-                    fold.add(activations[tokens], missing[tokens])
+                for fold, tokens in zip(folds, self.parts(index), strict=True):
+                    fold.add(select(activations, tokens), select(missing, tokens))
             if keep:
                 kept.append(activations)
                 if carried is not None:

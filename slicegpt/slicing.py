@@ -119,7 +119,10 @@ class Slicer:
         self.ridges: dict[tuple[str, ...], float] = {}  # the last one of each kind of block
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and sliced
-        self.passes = Passes(config, batches, options.dtype, options.device, options.place, self.refits)
+        halved = self.refits and options.ridge is None
+        self.passes = Passes(
+            config, batches, options.dtype, options.device, options.place, self.refits, halved
+        )
         self.stage = self.passes.stage
         self.report.tokens = self.passes.signals.tokens
         self.report.seconds = self.stage.seconds
@@ -195,7 +198,7 @@ class Slicer:
     # --- refit -------------------------------------------------------------------------------------------------
 
     def refitted(
-        self, block: Block, writers: dict[str, Linear], folds: tuple[Moments, Moments]
+        self, block: Block, writers: dict[str, Linear], folds: Sequence[Moments]
     ) -> dict[str, Linear]:
         """The output weights [D, K] fitted to the dense model's stream, and the bias where there is one."""
         for fold in folds:
@@ -208,8 +211,9 @@ class Slicer:
             choice = choose_ridge(folds, prior, self.ridges.get(block.parts))
             ridge, held_out = choice.ridge, choice.loss
             self.ridges[block.parts] = ridge
-        moments, other = folds
-        moments += other
+        moments, *others = folds
+        for other in others:
+            moments += other
         fitted, before = fit(moments, ridge, prior), prior.loss(moments)
         entry = {"block": block.index, "ridge": ridge, "left": fitted.loss(moments)}
         entry |= {} if held_out is None else {"held_out": held_out}
@@ -275,7 +279,7 @@ class Slicer:
                     writers["shortcut"] = Linear(basis)
                 lifted = LiftedBlock(self.config, block, basis, readers, writers, dtype)
 
-            def refit(folds: tuple[Moments, Moments]) -> dict[str, Linear]:
+            def refit(folds: Sequence[Moments]) -> dict[str, Linear]:
                 writers.update(self.refitted(block, writers, folds))
                 return writers
 
