@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from slicegpt import reference
 from slicegpt.kernels.gemm_config import DeviceClass
 
-SUMSQ_COLUMNS = tl.constexpr(32)  # columns of the stream that one entry of `sumsq` covers
+SUMSQ_COLUMNS = tl.constexpr(reference.SUMSQ_COLUMNS)
 
 
 def is_supported(capability: tuple[int, int], dtype: torch.dtype) -> bool:

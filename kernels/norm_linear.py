@@ -24,6 +24,7 @@ from slicegpt.kernels.gemm_tiles import (
     takes_tma,
     tile_position,
 )
+from slicegpt.reference import norm_linear_output
 
 __all__ = ["is_supported", "norm_linear"]
 
@@ -54,7 +55,7 @@ def norm_linear(
     width = n_scaled // 2 if gated else n_scaled
     z_columns = weight.shape[0] - n_scaled
     z_half = triton.cdiv(z_columns, 2)
-    out = h.new_empty((rows, width + z_columns))
+    out = norm_linear_output(h, weight, n_scaled, activation)
     if out.numel() == 0:
         return out
     device = device_class(h.device)

@@ -5,7 +5,6 @@ by the same pipelined loads, whose descriptor (or pointer, stride and limits) is
 row would drain the pipeline between them. Without a shortcut the stream itself is added in the epilogue.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +21,7 @@ from slicegpt.kernels.gemm_tiles import (
     takes_tma,
     tile_position,
 )
+from slicegpt.reference import rotate_add_outputs
 
 __all__ = ["is_supported", "rotate_add"]
 
@@ -41,9 +41,8 @@ def rotate_add(
     """
     rows, inner = a.shape
     columns, dense = weight.shape[0], shortcut is not None
-    out = h.new_empty((rows, columns))
-    parts = triton.cdiv(columns, SUMSQ_COLUMNS.value)
-    sumsq = torch.empty((rows, parts), dtype=torch.float32, device=h.device)
+    out, sumsq = rotate_add_outputs(a, weight)
+    parts = sumsq.shape[1]
     if out.numel() == 0:
         return out, sumsq
     device = device_class(h.device)

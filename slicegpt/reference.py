@@ -115,6 +115,19 @@ def rotate_add(
     return h_next, block_sums_of_squares(h_next.double()).to(sumsq_dtype(h.dtype))
 
 
+def norm_linear_output(h: Tensor, weight: Tensor, n_scaled: int, activation: str) -> Tensor:
+    """An empty output of `norm_linear`: a gate and its values make one column."""
+    columns = weight.shape[0]
+    return h.new_empty((h.shape[0], columns - n_scaled // 2 if activation in GATED else columns))
+
+
+def rotate_add_outputs(a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty outputs of `rotate_add`: the next stream, and its sums of squares."""
+    rows, columns = a.shape[0], weight.shape[0]
+    blocks = (columns + SUMSQ_COLUMNS - 1) // SUMSQ_COLUMNS
+    return a.new_empty((rows, columns)), a.new_empty((rows, blocks), dtype=sumsq_dtype(a.dtype))
+
+
 def block_sums_of_squares(h: Tensor) -> Tensor:
     """[T, d] -> [T, ceil(d / 32)]: the sum of squares over every 32 columns, in h's dtype."""
     padded = F.pad(h, (0, -h.shape[1] % SUMSQ_COLUMNS))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import cuda
-from slicegpt.reference import SUMSQ_COLUMNS
+from slicegpt.reference import norm_linear_output, rotate_add_outputs
 
 MAX_TOKENS = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -108,7 +108,7 @@ def norm_linear(
     _check_rows("norm_linear", h)
     gated = activation.endswith("_gated")
     N, d = weight.shape
-    y = h.new_empty((h.shape[0], N - n_scaled // 2 if gated else N))
+    y = norm_linear_output(h, weight, n_scaled, activation)
     if y.numel() == 0:
         return y
     cut = norm_linear_cut(_processors(h), h.shape[0], N, d, h.element_size())
@@ -144,8 +144,7 @@ def rotate_add(
         raise SliceGPTError(
             f"rotate_add: z and factor must {expected}, got {list(z.shape)} and {list(factor.shape)}"
         )
-    h_next = a.new_empty((tokens, N))
-    sumsq = a.new_empty((tokens, -(-N // SUMSQ_COLUMNS)), dtype=torch.float32)
+    h_next, sumsq = rotate_add_outputs(a, weight)
     if h_next.numel() == 0:
         return h_next, sumsq
     columns = 0 if shortcut is None else d

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slicegpt.ops import cuda
 from slicegpt.ops.cuda_decode import DTYPES, norm_linear_arguments, rotate_add_arguments
-from slicegpt.reference import SUMSQ_COLUMNS
+from slicegpt.reference import norm_linear_output, rotate_add_outputs
 
 
 def is_supported(capability: tuple[int, int], dtype: torch.dtype, tokens: int = 1) -> bool:
@@ -34,8 +34,7 @@ def norm_linear(
 ) -> Tensor:
     """See `slicegpt.ops.norm_linear`."""
     cuda.require("norm_linear")
-    N = weight.shape[0]
-    y = h.new_empty((h.shape[0], N - n_scaled // 2 if activation.endswith("_gated") else N))
+    y = norm_linear_output(h, weight, n_scaled, activation)
     if y.numel() == 0:
         return y
     with cuda._on_device(h):
@@ -51,9 +50,7 @@ def rotate_add(
 ) -> tuple[Tensor, Tensor]:
     """See `slicegpt.ops.rotate_add`."""
     cuda.require("rotate_add")
-    tokens, N = a.shape[0], weight.shape[0]
-    h_next = a.new_empty((tokens, N))
-    sumsq = a.new_empty((tokens, -(-N // SUMSQ_COLUMNS)), dtype=torch.float32)
+    h_next, sumsq = rotate_add_outputs(a, weight)
     if h_next.numel() == 0:
         return h_next, sumsq
     with cuda._on_device(a):

@@ -59,11 +59,6 @@ def is_supported(
     return choice.is_supported(OP, capability, dtype, rows, backend)
 
 
-def output_columns(columns: int, n_scaled: int, activation: str) -> int:
-    """Columns of `norm_linear`'s output for a weight of `columns` rows."""
-    return columns - n_scaled // 2 if activation in GATED else columns
-
-
 def _check(
     h: Tensor,
     weight: Tensor,
@@ -107,13 +102,13 @@ def _check(
 
 def _fake(h, weight, bias, sumsq, n_scaled, activation, divisor, eps) -> Tensor:
     _check(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
-    return h.new_empty((h.shape[0], output_columns(weight.shape[0], n_scaled, activation)))
+    return reference.norm_linear_output(h, weight, n_scaled, activation)
 
 
 def _run(h, weight, bias, sumsq, n_scaled, activation, divisor, eps) -> Tensor:
     _check(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
     if h.shape[0] == 0 or weight.shape[0] == 0:
-        return h.new_empty((h.shape[0], output_columns(weight.shape[0], n_scaled, activation)))
+        return reference.norm_linear_output(h, weight, n_scaled, activation)
     capability = device_capability(h.get_device()) if h.is_cuda else None
     backend = choice.choose(OP, requested_backend(), capability, h.dtype, h.shape[0])
     if backend == "torch":

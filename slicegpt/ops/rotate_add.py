@@ -73,22 +73,15 @@ def _check(a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: 
             raise bad(OP, name, f"be on a's device {a.device}", tensor.device)
 
 
-def _outputs(a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = a.shape[0], weight.shape[0]
-    blocks = (columns + reference.SUMSQ_COLUMNS - 1) // reference.SUMSQ_COLUMNS
-    sums = a.new_empty((rows, blocks), dtype=reference.sumsq_dtype(a.dtype))
-    return a.new_empty((rows, columns)), sums
-
-
 def _fake(a, weight, h, shortcut, bias) -> tuple[Tensor, Tensor]:
     _check(a, weight, h, shortcut, bias)
-    return _outputs(a, weight)
+    return reference.rotate_add_outputs(a, weight)
 
 
 def _run(a, weight, h, shortcut, bias) -> tuple[Tensor, Tensor]:
     _check(a, weight, h, shortcut, bias)
     if a.shape[0] == 0 or weight.shape[0] == 0:
-        return _outputs(a, weight)
+        return reference.rotate_add_outputs(a, weight)
     capability = device_capability(a.get_device()) if a.is_cuda else None
     backend = choice.choose(OP, requested_backend(), capability, a.dtype, a.shape[0])
     if backend == "torch":
