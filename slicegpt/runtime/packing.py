@@ -114,6 +114,7 @@ class PackedNetwork:
             tensors += [block.output, block.output_bias, block.shortcut]
             for projection in block.inputs:
                 tensors += [projection.weight, projection.bias]
+                tensors.append(projection.attention and projection.attention.norm)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 

@@ -152,7 +152,9 @@ def test_every_engine_decodes_every_family(tiny_networks, family):
         assert row["tokens_per_second"] == pytest.approx(2000 / row["ms_median"])
         assert row["gpu_ms"] is None
         assert row["prompt_ms"] > 0
-        assert row["peak_bytes"] >= row["bytes"]
+        # "bytes" count a dense model's norms, which our forms fold into their neighbours: under 1 % here. The rest of
+        # the peak is the resident set's growth, which is nothing where the allocator has pages left.
+        assert row["peak_bytes"] >= 0.99 * row["bytes"]
         # Engines with the same weights are one network: they say the same.
         assert row["same_tokens"] == 6
     assert min(row["bytes"] for row in rows) < rows[0]["bytes"]
