@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,25 +15,6 @@ def bytes_in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS")
-
-
-def total_bytes(device: torch.device) -> int:
-    """All memory of the device; of this machine on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def available_bytes(device: torch.device) -> int:
-    """What can still be had without swapping."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    return total_bytes(device)
 
 
 def start_peak(device: torch.device) -> None:

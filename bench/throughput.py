@@ -9,7 +9,6 @@ from slicegpt.bench.batch_search import Exhausted, Search, search
 from slicegpt.bench.comparison import compare
 from slicegpt.bench.engines import Case, Decoder, NotApplicable, by_memory, cache_bytes, refusals, start
 from slicegpt.bench.memory import (
-    available_bytes,
     bytes_in_use,
     give_back,
     is_out_of_memory,
@@ -19,6 +18,7 @@ from slicegpt.bench.memory import (
 from slicegpt.bench.results import Record
 from slicegpt.bench.timing import Stopwatch
 from slicegpt.bench.token_time import RESIDENT_SHARE, check_positions
+from slicegpt.memory import free_memory
 from slicegpt.progress import Progress
 from slicegpt.sizes import format_bytes
 
@@ -202,7 +202,7 @@ def measure_throughput(
         baseline = compare(rows, "tokens_per_second", smaller_is_better=False)
         record.save(rows=rows, baseline=baseline, **figures)
 
-    groups = by_memory(cases, RESIDENT_SHARE * available_bytes(device))
+    groups = by_memory(cases, RESIDENT_SHARE * free_memory(device))
     for group in groups:
         begun = len(done)
         for case in group:

@@ -9,10 +9,11 @@ import torch
 from slicegpt.bench.comparison import compare
 from slicegpt.bench.devices import Device
 from slicegpt.bench.engines import Case, Decoder, NotApplicable, by_memory, cache_bytes, refusals, start
-from slicegpt.bench.memory import available_bytes, bytes_in_use, give_back, peak_bytes, start_peak
+from slicegpt.bench.memory import bytes_in_use, give_back, peak_bytes, start_peak
 from slicegpt.bench.results import Record
 from slicegpt.bench.timing import CacheFlush, milliseconds_of, quantiles, synchronise
 from slicegpt.errors import SliceGPTError
+from slicegpt.memory import free_memory
 from slicegpt.progress import Progress
 
 # Share of the free memory that weights of networks which take turns may fill; the rest is for caches.
@@ -176,7 +177,7 @@ def measure_token_times(
     flush = CacheFlush(torch_device) if options.cold else None
     finished: list[dict] = []
     skipped = record.content.setdefault("skipped", [])
-    groups = by_memory(cases, RESIDENT_SHARE * available_bytes(torch_device))
+    groups = by_memory(cases, RESIDENT_SHARE * free_memory(torch_device))
     for group in groups:
         runs: list[Run] = []
         with progress.stage("prompts and warm-up", len(group), "cases") as advance:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from slicegpt.calibration import Calibration
 from slicegpt.evaluate import window_losses
+from slicegpt.memory import free_memory
 from slicegpt.progress import Progress
 
 # Held-out windows that cost a third more than seen ones: four windows of 512 tokens differ by a tenth by chance.
@@ -59,8 +60,7 @@ def held_out_check(
 def _fits(model: PreTrainedModel, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return 2 * sum(parameter.nbytes for parameter in model.parameters()) < free
+    return 2 * sum(parameter.nbytes for parameter in model.parameters()) < free_memory(device)
 
 
 def held_out_warning(check: dict) -> str | None:

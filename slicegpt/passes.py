@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from slicegpt.calibration.sampling import CalibrationBatch
 from slicegpt.covariance import Covariance
 from slicegpt.families import Checkpoint, Linear
 from slicegpt.folding import centre
+from slicegpt.memory import free_memory
 from slicegpt.modeling import SlicedConfig, SlicedModel
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.refit import Moments
@@ -35,16 +35,6 @@ class Stopwatch:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[name] += time.perf_counter() - start
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a device; a host that does not tell has none."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 0
 
 
 def mean_rows(stream: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from slicegpt.calibration.sampling import CalibrationBatch
 from slicegpt.errors import SliceGPTError
+from slicegpt.memory import free_memory
 
 PLACES = ("auto", "device", "host")
 
@@ -27,8 +28,7 @@ def choose_place(place: str, stream_bytes: int, device: torch.device) -> torch.d
         return device
     if place == "host":
         return torch.device("cpu")
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if stream_bytes <= free // 2 else torch.device("cpu")
+    return device if stream_bytes <= free_memory(device) // 2 else torch.device("cpu")
 
 
 class Signals:

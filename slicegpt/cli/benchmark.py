@@ -194,15 +194,15 @@ def add_throughput(benchmarks) -> None:
 
 def run_throughput(options: argparse.Namespace) -> None:
     from slicegpt.bench.engines import chosen_engines, pair
-    from slicegpt.bench.memory import available_bytes
     from slicegpt.bench.throughput import ThroughputOptions, measure_throughput
+    from slicegpt.memory import free_memory
     from slicegpt.progress import Progress
 
     networks = networks_of(options)
     cases, skipped = pair(networks, chosen_engines(options.engines))
     device = networks[0].device
     if device.type == "cpu":  # a GPU says when it is full; a CPU begins to swap, or the process is killed
-        options.max_memory = options.max_memory or 0.8 * available_bytes(device)
+        options.max_memory = options.max_memory or 0.8 * free_memory(device) or None
         options.steps = options.steps or 8
     record = record_of(options, device)
     record.content["skipped"] = skipped
