@@ -4,6 +4,7 @@ Colours are those of Okabe and Ito, which readers with any colour vision can tel
 """
 
 import importlib.util
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from slicegpt.errors import SliceGPTError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#999999")
 MARKERS = "osD^vPX*"
+LINES = ("-", "--", ":")
 
 # Operations of a layer keep their colours from plot to plot; a fused one has that of its largest part, hatched.
 OPERATIONS = {
@@ -107,13 +109,17 @@ def draw_throughput(content: Mapping, axis) -> None:
 
 
 def draw_token(content: Mapping, axis) -> None:
-    """Tokens/s over the bytes that the weights take, one line an engine."""
+    """Tokens/s over the bytes that the weights take, one line an engine and dtype."""
     rows = content["rows"]
     styles = _styles(row["engine"] for row in rows)
+    dtypes = list(dict.fromkeys(row.get("dtype") for row in rows))
     largest = max(row["bytes"] for row in rows)
     scale, unit = (1e9, "GB") if largest >= 2e9 else (1e6, "MB")
-    for engine, style in styles.items():
-        own = sorted((row for row in rows if row["engine"] == engine), key=lambda row: row["bytes"])
+    for (engine, style), (index, dtype) in itertools.product(styles.items(), enumerate(dtypes)):
+        chosen = (row for row in rows if (row["engine"], row.get("dtype")) == (engine, dtype))
+        own = sorted(chosen, key=lambda row: row["bytes"])
+        if not own:
+            continue
         sizes = [row["bytes"] / scale for row in own]
         middle = [row["tokens_per_second"] for row in own]
         # Of a time's quantiles, the slow one is the low rate.
@@ -121,9 +127,9 @@ def draw_token(content: Mapping, axis) -> None:
             [1000 * row["batch"] * abs(1 / row["ms_median"] - 1 / row[key]) for row in own]
             for key in ("ms_p90", "ms_p10")
         ]
-        axis.errorbar(
-            sizes, middle, yerr=spread, label=engine, capsize=3, linewidth=1.5, markersize=5, **style
-        )
+        label = f"{engine}, {dtype}" if len(dtypes) > 1 else engine
+        look = {"capsize": 3, "linewidth": 1.5, "markersize": 5, "linestyle": LINES[index % len(LINES)]}
+        axis.errorbar(sizes, middle, yerr=spread, label=label, **look, **style)
     for size, label in {row["bytes"]: row["network"] for row in rows}.items():
         axis.axvline(size / scale, linewidth=0.8, linestyle=":", color="#888888", zorder=0)
         axis.annotate(

@@ -54,6 +54,12 @@ COLUMNS = {
         ("shortcut_ms", "of which shortcuts", _round),
         ("speedup", "speed-up", _times),
     ),
+    "ratios": (
+        ("comparison", "speed-up of", str),
+        ("dtype", "dtype", str),
+        ("ratio", "measured", _times),
+        ("bytes_ratio", "bytes allow", _times),
+    ),
     "slicing": (
         ("stage", "stage", str),
         ("seconds", "seconds", _round),
@@ -107,6 +113,9 @@ def print_summary(content: Mapping) -> None:
         print()
     print_rows(content["benchmark"], content["rows"])
     print_skipped(content.get("skipped", ()))
+    if content.get("ratios"):
+        print()
+        print_rows("ratios", content["ratios"])
     for note in notes(content):
         print(note)
 

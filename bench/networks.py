@@ -23,6 +23,10 @@ from slicegpt.schedule import Shape, constant_widths, plan, width_for_slice
 from slicegpt.sizes import stored_parameters
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass
 class Network:
     """One size of one model; its weights are made when they are first asked for, and kept until `release`.
@@ -111,7 +115,7 @@ class Network:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "dense_parameters": self.config.source_parameters,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
         }
 
 
@@ -183,11 +187,14 @@ def choose_networks(
     models: Sequence[str],
     shape_name: str | None,
     fractions: Sequence[float],
-    dtype: torch.dtype | None,
+    dtypes: Sequence[torch.dtype | None],
     device: torch.device,
     shape: Shape | None = None,
 ) -> list[Network]:
-    """The networks of one run, from the options `--model`, `--shape` and `--slice`; labels are unique.
+    """The networks of one run, from the options `--model`, `--shape`, `--slice` and `--dtype`; labels are unique.
+
+    Args:
+        dtypes: of the weights; None is the stored one, of a shape float32 on a CPU and float16 on a GPU.
 
     Raises:
         SliceGPTError: neither a model nor a shape is given, or both, or a shape's or folder's name is unknown.
@@ -196,11 +203,21 @@ def choose_networks(
         raise SliceGPTError("--model, --shape: one of them is needed, and not both")
     if shape_name:
         default = torch.float32 if device.type == "cpu" else torch.float16
-        networks = networks_of_shape(shape_name, fractions, dtype or default, device, shape)
+        networks = [
+            network
+            for dtype in dtypes
+            for network in networks_of_shape(shape_name, fractions, dtype or default, device, shape)
+        ]
     else:
         networks = [
-            network for name in models for network in networks_of_model(name, fractions, dtype, device, shape)
+            network
+            for dtype in dtypes
+            for name in models
+            for network in networks_of_model(name, fractions, dtype, device, shape)
         ]
+    if len(dtypes) > 1:
+        for network in networks:
+            network.label += f", {dtype_name(network.dtype)}"
     labels = [network.label for network in networks]
     for network in networks:
         if labels.count(network.label) > 1:

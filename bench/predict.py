@@ -14,6 +14,7 @@ does not. What lies between the kernels (launches, Python, copies between GPUs) 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from slicegpt.bench.devices import Device, device_named
 from slicegpt.bench.models import sliced_config
@@ -118,9 +119,15 @@ def calibrate(pairs: Iterable[tuple[float, float]]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
+@lru_cache
+def published_load(model: str, fraction: float) -> Load:
+    """The costs of the published form: dense shortcuts, widths of eights, eager."""
+    return load_of(sliced_config(model, fraction, "dense", 8), "eager")
+
+
 def _published_step(row, device: Device) -> float:
-    """Seconds at peak of a published row's step: the published form (dense shortcuts, widths of eights), eager."""
-    load = load_of(sliced_config(row.model, row.slice, "dense", 8), "eager")
+    """Seconds at peak of a published row's step."""
+    load = published_load(row.model, row.slice)
     return step_seconds(load, device, getattr(row, "batch", 1), context=64)  # on average, of 128 tokens
 
 
@@ -141,7 +148,7 @@ def reproduce_token_times() -> list[dict]:
     efficiencies, rows = calibrated_efficiencies(), []
     for row in TOKEN_TIMES:
         device = device_named(row.device)
-        load = load_of(sliced_config(row.model, row.slice, "dense", 8), "eager")
+        load = published_load(row.model, row.slice)
         predicted = 1000 * _published_step(row, device) / efficiencies[row.device]
         rows.append(
             {
@@ -164,7 +171,7 @@ def reproduce_throughputs() -> list[dict]:
     efficiency, rows = calibrated_efficiencies()[THROUGHPUT_DEVICE], []
     dense: tuple[float, float] = (1.0, 1.0)
     for row in THROUGHPUTS:
-        load = load_of(sliced_config(row.model, row.slice, "dense", 8), "eager")
+        load = published_load(row.model, row.slice)
         predicted = row.batch / _published_step(row, device) * efficiency
         if row.slice == 0:  # the dense row comes first
             dense = (row.tokens_per_second, predicted)

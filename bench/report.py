@@ -17,7 +17,6 @@ TITLES = {
     "layers": "One transformer layer",
     "slicing": "Cost of slicing",
     "gram": "Covariance (gram_)",
-    "equal size": "Quality at equal size",
 }
 
 STYLE = """
@@ -150,6 +149,8 @@ def section(file: Path, content: Mapping, anchor: str) -> str:
             parts.append(html_table(*table(content["benchmark"], content["rows"])))
         if content["benchmark"] == "layers" and content["rows"]:
             parts.append(html_table(*operation_table(content["rows"])))
+        if content.get("ratios"):
+            parts.append(html_table(*table("ratios", content["ratios"])))
         for row in content.get("skipped", ()):
             text = f"{row['network']}, {row['engine']}: not measured ({row['skipped']})"
             parts.append(f'<p class="dim">{html.escape(text)}</p>')

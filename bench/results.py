@@ -4,6 +4,7 @@ import csv
 import datetime
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,21 @@ def driver() -> str | None:
     return found.splitlines()[0] if found else None
 
 
+# A folder from the root on, or from a home.
+_FOLDERS = re.compile(r"(?<![\w./])(?:~\w*)?/(?:[^/\s,:'\"]+/)+")
+
+
+def without_folders(value):
+    """Text, or a list or mapping of it, with absolute paths cut to their last part: results are for other machines."""
+    if isinstance(value, str):
+        return _FOLDERS.sub("", value)
+    if isinstance(value, list | tuple):
+        return [without_folders(part) for part in value]
+    if isinstance(value, Mapping):
+        return {name: without_folders(part) for name, part in value.items()}
+    return value
+
+
 def _run(command: list[str], **options) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, **options)
@@ -71,7 +87,7 @@ def environment(device: torch.device | None = None) -> dict:
         "versions": versions() | extra,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": without_folders(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
     }
 
 
@@ -130,7 +146,7 @@ class Record:
             "benchmark": benchmark,
             "complete": False,
             "environment": environment(device),
-            "settings": dict(settings),
+            "settings": without_folders(settings),
             "rows": [],
         }
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from slicegpt.bench.batch_search import Exhausted, Search, search
 from slicegpt.bench.comparison import compare
-from slicegpt.bench.engines import Case, Decoder, NotApplicable, by_memory, cache_bytes, refusals, start
+from slicegpt.bench.decoders import Decoder
+from slicegpt.bench.engines import Case, NotApplicable, by_memory, cache_bytes, refusals, start
 from slicegpt.bench.memory import (
     bytes_in_use,
     give_back,
@@ -23,6 +24,8 @@ from slicegpt.progress import Progress
 from slicegpt.sizes import format_bytes
 
 WARMUP = 2
+# Steps before those that are timed: each of two series begins with one that nobody watches.
+UNTIMED = WARMUP + 2
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class ThroughputOptions:
 
     Attributes:
         seqlen: tokens of a sequence at its end.
-        steps: that are timed, around the middle of the sequence; None takes all of it.
+        steps: that are timed, around the middle of the sequence; None takes all of it but the first few.
         max_batch: largest batch to try.
         max_memory: bytes that weights and run of one network may take; None leaves it to the device.
         tolerance: relative changes of throughput below it are noise.
@@ -47,12 +50,17 @@ class ThroughputOptions:
 
     @property
     def timed(self) -> int:
-        return min(self.steps or self.seqlen, self.seqlen)
+        return min(self.steps or self.seqlen, max(1, self.seqlen - UNTIMED - 1))
 
     @property
     def context(self) -> int:
         """Tokens in the cache before the first step that is timed."""
-        return (self.seqlen - self.timed) // 2
+        return max((self.seqlen - self.timed) // 2, UNTIMED + 1)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache at the end."""
+        return max(self.seqlen, self.context + self.timed)
 
 
 class Prober:
@@ -83,7 +91,7 @@ class Prober:
     def warm_up(self) -> None:
         """Weights into memory, kernels chosen: the first measurement shall not pay for them."""
         with refusals(self.case):
-            decoder = start(self.case, 1, self.options.seqlen + WARMUP + 1)
+            decoder = start(self.case, 1, UNTIMED)
             decoder.fill(1)
             self.steps(decoder, WARMUP)
             self.stored = decoder.stored_bytes
@@ -133,21 +141,17 @@ class Prober:
         options = self.options
         before = bytes_in_use(self.device)
         start_peak(self.device)
-        decoder = start(self.case, batch, options.seqlen + WARMUP + 1)
-        decoder.fill(max(1, options.context - WARMUP))
+        decoder = start(self.case, batch, options.length)
+        decoder.fill(options.context - UNTIMED)
         self.steps(decoder, WARMUP)
         times = self.steps(decoder, options.timed)
         return statistics.median(times), max(0, peak_bytes(self.device) - before)
 
     def steps(self, decoder: Decoder, count: int) -> list[float]:
-        """Milliseconds of every step; a GPU is not waited for in between."""
-        decoder.resume()
+        """Milliseconds of every step but one before; a GPU is not waited for in between."""
         watch = Stopwatch(self.device)
-        watch.mark()
-        for _ in range(count):
-            decoder.step()
-            watch.mark()
-        return watch.milliseconds()
+        decoder.steps(count, after=watch.mark, before=watch.mark)
+        return watch.milliseconds()[::2]
 
 
 @dataclass

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from slicegpt.bench.comparison import compare
+from slicegpt.bench.comparison import compare, token_ratios
+from slicegpt.bench.decoders import Decoder
 from slicegpt.bench.devices import Device
-from slicegpt.bench.engines import Case, Decoder, NotApplicable, by_memory, cache_bytes, refusals, start
+from slicegpt.bench.engines import Case, NotApplicable, by_memory, cache_bytes, refusals, start
 from slicegpt.bench.memory import bytes_in_use, give_back, peak_bytes, start_peak
 from slicegpt.bench.results import Record
-from slicegpt.bench.timing import CacheFlush, milliseconds_of, quantiles, synchronise
+from slicegpt.bench.timing import CacheFlush, Stopwatch, milliseconds_of, quantiles, synchronise
 from slicegpt.errors import SliceGPTError
 from slicegpt.memory import free_memory
 from slicegpt.progress import Progress
@@ -28,7 +29,7 @@ class TokenOptions:
         tokens: steps that are timed, in `rounds` turns.
         prompt: tokens of the prompt.
         batch: sequences.
-        warmup: steps before, not timed.
+        warmup: steps before, not timed; nor is the first of every turn.
         cold: overwrite the last cache before every step.
     """
 
@@ -41,7 +42,7 @@ class TokenOptions:
 
     @property
     def length(self) -> int:
-        return self.prompt + self.warmup + self.tokens
+        return self.prompt + 1 + self.warmup + self.tokens + len(self.shares())
 
     def shares(self) -> list[int]:
         """Steps of each round: as equal as can be."""
@@ -66,7 +67,7 @@ class Run:
         """The figures so far."""
         network, engine = self.case.network, self.case.engine
         # The cache holds prompt and warm-up, and on average half of what was decoded since.
-        context = options.prompt + options.warmup + len(self.times) / 2
+        context = options.prompt + 1 + options.warmup + len(self.times) / 2
         moved = self.decoder.weight_bytes + cache_bytes(network, options.batch, context)
         seen = quantiles(self.times)
         gpus = int(network.device.type == "cuda")  # the harness runs on one
@@ -109,8 +110,7 @@ def prepare(case: Case, options: TokenOptions) -> Run:
         start_peak(network.device)
         decoder = start(case, options.batch, options.length)
         prompt_ms = milliseconds_of(lambda: decoder.prompt(ids), network.device)
-        for _ in range(options.warmup):
-            decoder.step()
+        decoder.steps(options.warmup, after=lambda: None)
         synchronise(network.device)
     seconds = time.perf_counter() - began
     extra = max(0, peak_bytes(network.device) - before)
@@ -119,15 +119,24 @@ def prepare(case: Case, options: TokenOptions) -> Run:
 
 def decode(run: Run, steps: int, flush: Callable[[], object] | None) -> None:
     """Time so many steps of a run. Every step is waited for, as a reader of the text waits for it."""
-    device = run.case.network.device
-    run.decoder.resume()
+    device, watch, tokens = run.case.network.device, Stopwatch(run.case.network.device), []
     level = bytes_in_use(device)
     start_peak(device)
-    for _ in range(steps):
+
+    def before() -> None:
         if flush is not None:
             flush()
-        run.times.append(milliseconds_of(run.decoder.step, device))
-        run.tokens.append(run.decoder.tokens.clone())
+        synchronise(device)
+        watch.mark()
+
+    def after() -> None:
+        watch.mark()
+        synchronise(device)
+        tokens.append(run.decoder.tokens.clone())
+
+    run.decoder.steps(steps, after, before)
+    run.times += watch.milliseconds()[::2]  # between the beginning of a step and its end
+    run.tokens += tokens
     run.extra = max(run.extra, run.resident + peak_bytes(device) - level)
 
 
@@ -145,7 +154,9 @@ def same_tokens(run: Run, runs: Sequence[Run]) -> int:
         and (network.folder is not None or one.case.engine.huggingface == run.case.engine.huggingface)
     ]
     pairs = zip(run.tokens, shares[0].tokens, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if not torch.equal(a, b)), len(run.tokens))
+    return next(
+        (index for index, (a, b) in enumerate(pairs) if not torch.equal(a.cpu(), b.cpu())), len(run.tokens)
+    )
 
 
 def check_positions(cases: Sequence[Case], length: int, options: str) -> None:
@@ -198,7 +209,7 @@ def measure_token_times(
                 for row, run in zip(rows[len(finished) :], runs, strict=True):
                     row["same_tokens"] = same_tokens(run, runs)
                 baseline = compare(rows, "ms_median", smaller_is_better=True)
-                record.save(rows=rows, baseline=baseline)
+                record.save(rows=rows, baseline=baseline, ratios=token_ratios(rows))
         finished = list(record.rows)
         runs.clear()
         for network in {id(case.network): case.network for case in group}.values():

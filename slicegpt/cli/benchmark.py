@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .benchmark_options import SHORTCUTS, fraction, fractions, memory, names
+from .benchmark_options import SHORTCUTS, dtypes, fraction, fractions, memory, names
 from .options import add_device, add_json, positive, resolve_device, resolve_dtype
 from .prediction import add_predict
 
@@ -49,9 +49,10 @@ def add_networks(parser: argparse.ArgumentParser, engines: str | None) -> None:
             type=names,
             default=engines.split(","),
             metavar="E,...",
-            help=f"of hf, hf-eager, hf-static, hf-compile, plain, plain-compile, fused ({engines})",
+            help="of hf, hf-eager, hf-static, hf-compile: Hugging Face's forward pass; hf-generate, "
+            f"hf-generate-static: its generate(); plain, plain-compile, fused: this package's ({engines})",
         )
-    add_device(group)
+    add_device(group, dtypes)
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +70,8 @@ def networks_of(options: argparse.Namespace) -> list:
     from slicegpt.schedule import Shape
 
     shape = Shape(options.shortcut, round_to=options.round_to)
-    device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
-    return choose_networks(options.model, options.shape, options.slice, dtype, device, shape)
+    device, dtypes = resolve_device(options.device), [resolve_dtype(name) for name in options.dtype]
+    return choose_networks(options.model, options.shape, options.slice, dtypes, device, shape)
 
 
 def settings_of(options: argparse.Namespace) -> dict:
@@ -125,7 +126,7 @@ def add_token(benchmarks) -> None:
         "meets them all; every step is waited for.",
     )
     parser.set_defaults(run=run_token)
-    add_networks(parser, "hf,hf-compile,plain,fused")
+    add_networks(parser, "hf,hf-generate,hf-generate-static,hf-compile,plain,fused")
     parser.add_argument("--tokens", type=positive, default=128, help="steps that are timed (128)")
     parser.add_argument("--prompt", type=positive, default=16, metavar="N", help="tokens of the prompt (16)")
     parser.add_argument("--batch", type=positive, default=1, help="sequences (1)")

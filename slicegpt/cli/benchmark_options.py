@@ -2,6 +2,8 @@
 
 import argparse
 
+from .options import DTYPES
+
 SHORTCUTS = ("compact", "dense")
 
 
@@ -32,6 +34,14 @@ def memory(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
     return value
+
+
+def dtypes(text: str) -> list[str]:
+    """An argparse type: dtypes of the weights between commas."""
+    values = list(dict.fromkeys(names(text)))
+    if not values or not set(values) <= set(DTYPES):
+        raise argparse.ArgumentTypeError(f"must be among {', '.join(DTYPES)}, got {text!r}")
+    return values
 
 
 def names(text: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Options that several commands share."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -11,13 +11,18 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE as JSON")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser, dtypes: Callable[[str], list[str]] | None = None) -> None:
+    """`--device` and `--dtype`; of several dtypes, `dtypes` reads the list."""
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the first GPU where there is one"
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto keeps the stored one"
-    )
+    about = "dtype of the weights; auto keeps the stored one"
+    if dtypes is None:
+        parser.add_argument("--dtype", choices=DTYPES, default="auto", help=about)
+    else:
+        parser.add_argument(
+            "--dtype", type=dtypes, default=["auto"], metavar="T,...", help=f"{', '.join(DTYPES)}: {about}"
+        )
 
 
 def resolve_device(name: str):

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from slicegpt.bench import engines as engines_module
-from slicegpt.bench.comparison import compare
-from slicegpt.bench.engines import Case, Engine, by_memory, bytes_read, chosen_engines, pair
+from slicegpt.bench.comparison import compare, token_ratios
+from slicegpt.bench.decoders import CachedModel, GeneratingModel, bytes_read
+from slicegpt.bench.engines import Case, Engine, by_memory, chosen_engines, pair
 from slicegpt.bench.memory import is_out_of_memory
 from slicegpt.bench.models import sliced_config
 from slicegpt.bench.networks import choose_networks
 from slicegpt.bench.predict import load_of
-from slicegpt.bench.results import Record
+from slicegpt.bench.results import Record, without_folders
 from slicegpt.bench.throughput import ThroughputOptions, measure_throughput
 from slicegpt.bench.timing import quantiles
 from slicegpt.bench.token_time import TokenOptions, measure_token_times
@@ -30,7 +31,7 @@ from slicegpt.schedule import Shape
 from slicegpt.sizes import skeleton
 
 CPU = torch.device("cpu")
-ALL = ["hf", "hf-eager", "hf-static", "plain", "fused"]
+ALL = ["hf", "hf-eager", "hf-static", "hf-generate", "hf-generate-static", "plain", "fused"]
 
 
 def token_rows(cases, **options) -> tuple[list[dict], Record]:
@@ -54,22 +55,75 @@ def test_quantiles_are_those_of_numpy():
 
 def test_speedups_are_against_the_best_dense_row_of_the_same_model():
     rows = [
-        {"network": n, "engine": e, "slice": s, "dense_parameters": m, "ms": t}
-        for n, e, s, m, t in [
-            ("dense", "hf", 0.0, 7, 10.0),
-            ("dense", "fused", 0.0, 7, 8.0),
-            ("sliced 25 %", "fused", 0.25, 7, 4.0),
-            ("pruned", "2:4", None, 7, 2.0),
-            ("other", "hf", 0.0, 9, 1.0),
-            ("broken", "hf", 0.25, 9, None),
+        {"network": n, "engine": e, "slice": s, "dense_parameters": m, "dtype": d, "ms": t}
+        for n, e, s, m, d, t in [
+            ("dense", "hf", 0.0, 7, "float32", 10.0),
+            ("dense", "fused", 0.0, 7, "float32", 8.0),
+            ("sliced 25 %", "fused", 0.25, 7, "float32", 4.0),
+            ("pruned", "2:4", None, 7, "float32", 2.0),
+            ("other", "hf", 0.0, 9, "float32", 1.0),
+            ("broken", "hf", 0.25, 9, "float32", None),
+            ("dense", "fused", 0.0, 7, "bfloat16", 5.0),
+            ("sliced 25 %", "fused", 0.25, 7, "bfloat16", 4.0),
         ]
     ]
     sentence = compare(rows, "ms", smaller_is_better=True)
-    assert [row["speedup"] for row in rows] == [0.8, 1.0, 2.0, 4.0, 1.0, None]
+    assert [row["speedup"] for row in rows] == [0.8, 1.0, 2.0, 4.0, 1.0, None, 1.0, 1.25]
     assert "Best dense baseline: fused (dense, 8; hf 10)" in sentence
     compare(rows, "ms", smaller_is_better=False)
     assert rows[2]["speedup"] == 0.4
     assert compare([rows[2]], "ms", smaller_is_better=True) is None
+
+
+def test_ratios_of_token_times():
+    """By hand: the runtime against the faster cache of `generate()` and all of Hugging Face; slicing beside bytes."""
+    rows = [
+        {
+            "network": n,
+            "engine": e,
+            "slice": s,
+            "dense_parameters": 7,
+            "dtype": d,
+            "ms_median": t,
+            "read_bytes": b,
+        }
+        for n, e, s, d, t, b in [
+            ("dense", "hf-generate", 0.0, "float32", 12.0, 100),
+            ("dense", "hf-generate-static", 0.0, "float32", 10.0, 100),
+            ("dense", "hf-compile", 0.0, "float32", 9.0, 100),
+            ("dense", "fused", 0.0, "float32", 8.0, 100),
+            ("sliced 25 %", "plain", 0.25, "float32", 9.0, 80),
+            ("sliced 25 %", "fused", 0.25, "float32", 6.4, 80),
+            ("dense", "hf", 0.0, "bfloat16", 5.0, 50),
+            ("dense", "fused", 0.0, "bfloat16", 4.0, 50),
+        ]
+    ]
+    seen = [(r["comparison"], r["dtype"], r["ratio"], r["bytes_ratio"]) for r in token_ratios(rows)]
+    assert seen == [
+        ("dense, fused over hf-generate-static", "float32", 1.25, None),
+        ("dense, fused over hf-compile", "float32", 1.125, None),
+        ("sliced 25 % over dense, fused", "float32", 1.25, 1.25),
+        ("dense, fused over hf", "bfloat16", 1.25, None),
+    ]
+    assert token_ratios(rows[:3]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (
+            "slicegpt bench token --model /home/me/models/llama-25 --json /tmp/x.json",
+            "--model llama-25 --json x.json",
+        ),
+        ("--calibration /data/a.txt:8,/data/b.txt:1", "--calibration a.txt:8,b.txt:1"),
+        ("--model=~/models/x", "--model=x"),
+        ("--model meta-llama/Llama-2-7b-hf runs/x", "--model meta-llama/Llama-2-7b-hf runs/x"),
+        ("45 GB/s, 1/2", "45 GB/s, 1/2"),
+    ],
+)
+def test_results_name_no_folders_of_this_machine(text, kept):
+    assert without_folders(text).endswith(kept)
+    assert without_folders({"a": [text]})["a"][0].endswith(kept)
 
 
 def test_steps_are_shared_out_over_rounds():
@@ -78,11 +132,11 @@ def test_steps_are_shared_out_over_rounds():
 
 
 @pytest.mark.parametrize(
-    ("steps", "timed", "context"), [(None, 128, 0), (8, 8, 60), (1000, 128, 0), (1, 1, 63)]
+    ("steps", "timed", "context"), [(None, 123, 5), (8, 8, 60), (1000, 123, 5), (1, 1, 63)]
 )
 def test_timed_steps_lie_in_the_middle_of_the_sequence(steps, timed, context):
     options = ThroughputOptions(seqlen=128, steps=steps)
-    assert (options.timed, options.context) == (timed, context)
+    assert (options.timed, options.context, options.length) == (timed, context, 128)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +214,62 @@ def test_every_engine_decodes_every_family(tiny_networks, family):
     assert min(row["bytes"] for row in rows) < rows[0]["bytes"]
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_series_of_generate_calls_are_one_generation(tiny_networks, cache):
+    """In pieces and with every token watched, `generate()` says what it says in one call."""
+    (network,) = tiny_networks((0.0,))
+    model, ids = network.huggingface(), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    decoder, calls, said = GeneratingModel(model, 2, 16, cache=cache), [], []
+    decoder.prompt(ids)
+    said.append(decoder.tokens)
+
+    def after() -> None:
+        calls.append("after")
+        said.append(decoder.tokens)
+
+    for _ in range(2):
+        decoder.steps(3, after, before=lambda: calls.append("before"))
+    decoder.step()
+    said.append(decoder.tokens)
+    assert calls == ["before", "after"] * 6
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10)[:, 3:]
+    assert torch.equal(torch.cat(said, dim=1), expected[:, [0, 2, 3, 4, 6, 7, 8, 9]])
+
+
+def test_several_dtypes_in_one_run(tiny_folder, tmp_path, capsys):
+    file = tmp_path / "token.json"
+    arguments = [
+        "--model",
+        str(tiny_folder),
+        "--slice",
+        "0,0.5",
+        "--round-to",
+        "8",
+        "--engines",
+        "hf-generate,fused",
+    ]
+    arguments += ["--dtype", "float32,bfloat16", "--tokens", "4", "--rounds", "2", "--json", str(file)]
+    assert main(["bench", "token", *arguments]) == 0
+    content = json.loads(file.read_text())
+    assert [(row["network"], row["dtype"], row["engine"]) for row in content["rows"]] == [
+        (f"{size}, {dtype}", dtype, engine)
+        for dtype in ("float32", "bfloat16")
+        for size, engine in (("dense", "hf-generate"), ("dense", "fused"), ("sliced 50 %", "fused"))
+    ]
+    # Every dtype has its own baseline, and a run of two dtypes half the bytes.
+    for half in (content["rows"][:3], content["rows"][3:]):
+        assert max(row["speedup"] for row in half if row["slice"] == 0) == 1
+    assert content["rows"][3]["bytes"] * 2 == content["rows"][0]["bytes"]
+    assert [row["dtype"] for row in content["ratios"]] == ["float32"] * 2 + ["bfloat16"] * 2
+    printed = capsys.readouterr().out
+    assert "sliced 50 %, bfloat16 over dense, bfloat16, fused" in printed
+    assert printed.count("Best dense baseline") == 2
+    assert str(tiny_folder.parent) not in file.read_text()
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "token", "--shape", "llama-1b", "--dtype", "float32,int8"])
+    assert "must be among auto, float32, float16, bfloat16, got 'float32,int8'" in capsys.readouterr().err
+
+
 def test_folder_speaks_the_same_in_hugging_faces_class_and_ours(tiny_folder, tmp_path, capsys):
     file = tmp_path / "token.json"
     arguments = ["--model", str(tiny_folder), "--slice", "0", "--engines", ",".join(ALL), "--json", str(file)]
@@ -188,7 +298,7 @@ def test_compile_that_fails_is_reported_and_the_rest_is_measured(tiny_networks, 
     def failing(network, batch, length):
         raise RuntimeError("InductorError: no kernel\nat all")
 
-    broken = Engine("plain-compile", "broken", failing, compiled=True)
+    broken = Engine("plain-compile", failing, compiled_on=("cpu",))
     networks = tiny_networks()
     rows, record = token_rows([Case(networks[1], broken), *pair(networks, chosen_engines(["plain"]))[0]])
     assert len(rows) == 2
@@ -261,7 +371,7 @@ def test_out_of_memory_is_reported_and_leaves_nothing_behind(tiny_networks):
     (network,) = tiny_networks((0.5,))
     held: list[weakref.ref] = []
 
-    class Hungry(engines_module.CachedModel):
+    class Hungry(CachedModel):
         def fill(self, context: int) -> None:
             block = torch.zeros(1 << 20)
             held.append(weakref.ref(block))
@@ -269,9 +379,7 @@ def test_out_of_memory_is_reported_and_leaves_nothing_behind(tiny_networks):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             super().fill(context)
 
-    engine = Engine(
-        "hungry", "hungry", lambda network, batch, length: Hungry(network.canonical(), batch, length)
-    )
+    engine = Engine("hungry", lambda network, batch, length: Hungry(network.canonical(), batch, length))
     record = Record("throughput", {}, CPU)
     options = ThroughputOptions(seqlen=8, steps=1, rounds=1, tolerance=0.99)
     measure_throughput([Case(network, engine)], options, record)
@@ -300,7 +408,7 @@ def test_out_of_memory_is_reported_and_leaves_nothing_behind(tiny_networks):
         ),
         (
             ["token", "--shape", "llama-1b", "--tokens", "4000"],
-            "4020 tokens are beyond the 2048 positions of dense",
+            "4029 tokens are beyond the 2048 positions of dense",
         ),
         (["throughput", "--shape", "llama-1b", "--seqlen", "4000"], "--seqlen: 4000 tokens are beyond"),
         (["layers", "--shape", "llama-1b", "--slice", "0.99"], "less than one attention head"),
@@ -325,9 +433,9 @@ def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
         "--round-to",
         "8",
         "--tokens",
-        "4000",
+        "3000",
         "--rounds",
-        "2000",
+        "1000",
         "--json",
         str(file),
         "--csv",
@@ -346,7 +454,7 @@ def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
     content = json.loads(file.read_text())
     assert content["complete"] is False
     assert {row["engine"] for row in content["rows"]} == {"hf", "fused"}
-    assert 0 < content["rows"][0]["tokens"] < 4000
+    assert 0 < content["rows"][0]["tokens"] < 3000
     assert os.path.exists(f"{file}.csv")
     assert "This run is incomplete." in printed
     assert "interrupted: 3 rows are kept" in errors
@@ -355,7 +463,7 @@ def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
 
 def test_forms_that_no_engine_needs_are_given_up(tiny_folder):
     def forms(*engines: str) -> set[str]:
-        (network,) = choose_networks([str(tiny_folder)], None, [0.0], None, CPU, Shape(round_to=8))
+        (network,) = choose_networks([str(tiny_folder)], None, [0.0], [None], CPU, Shape(round_to=8))
         cases, _ = pair([network], chosen_engines(list(engines)))
         for case in cases:
             engines_module.start(case, 1, 8)
@@ -370,7 +478,7 @@ def test_labels_tell_models_apart(tiny_folder, tmp_path):
     other = tmp_path / "other"
     other.symlink_to(tiny_folder)
     names = [str(tiny_folder), str(other)]
-    networks = choose_networks(names, None, [0.0, 0.5], None, CPU, Shape(round_to=8))
+    networks = choose_networks(names, None, [0.0, 0.5], [None], CPU, Shape(round_to=8))
     assert [network.label for network in networks] == [
         "tiny-llama dense",
         "tiny-llama sliced 50 %",
