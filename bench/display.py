@@ -10,6 +10,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
+def _tenths(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
 def _times(value: float) -> str:
     return f"{value:.2f} x"
 
@@ -59,6 +63,13 @@ COLUMNS = {
         ("dtype", "dtype", str),
         ("ratio", "measured", _times),
         ("bytes_ratio", "bytes allow", _times),
+    ),
+    "agreement": (
+        ("result", "result", str),
+        ("ratio of", "ratio of", str),
+        ("first", "first", _times),
+        ("second", "second", _times),
+        ("apart", "apart", _tenths),
     ),
     "slicing": (
         ("stage", "stage", str),

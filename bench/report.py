@@ -43,7 +43,7 @@ svg { max-width: 100%; height: auto; } .key { font-weight: 600; }
 """
 
 
-def read_results(folder: str | Path) -> list[tuple[Path, dict]]:
+def read_results(folder: str | Path, option: str = "DIR") -> list[tuple[Path, dict]]:
     """Every result below a folder, by file; other JSON files are passed over.
 
     Raises:
@@ -51,17 +51,17 @@ def read_results(folder: str | Path) -> list[tuple[Path, dict]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise SliceGPTError(f"DIR: expected a folder of results, got {folder}")
+        raise SliceGPTError(f"{option}: expected a folder of results, got {folder}")
     found = []
     for file in sorted(folder.rglob("*.json")):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise SliceGPTError(f"DIR: {file} is not readable JSON: {error}") from error
+            raise SliceGPTError(f"{option}: {file} is not readable JSON: {error}") from error
         if isinstance(content, dict) and {"benchmark", "environment"} <= set(content):
             found.append((file, content))
     if not found:
-        raise SliceGPTError(f"DIR: {folder} holds no results (JSON files that slicegpt bench wrote)")
+        raise SliceGPTError(f"{option}: {folder} holds no results (JSON files that slicegpt bench wrote)")
     return found
 
 

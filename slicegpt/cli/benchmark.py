@@ -308,6 +308,11 @@ def add_report(benchmarks) -> None:
     parser.set_defaults(run=run_report)
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--output", metavar="FILE", help="the page (DIR/report.html)")
+    parser.add_argument(
+        "--against",
+        metavar="OTHER",
+        help="instead of a page: how far the ratios in DIR and in OTHER are apart",
+    )
 
 
 def run_report(options: argparse.Namespace) -> None:
@@ -316,8 +321,28 @@ def run_report(options: argparse.Namespace) -> None:
     from slicegpt.bench.report import read_results, render
     from slicegpt.bench.results import check_writable
 
-    output = options.output or str(Path(options.folder) / "report.html")
     results = read_results(options.folder)
+    if options.against:
+        print_agreement(results, read_results(options.against, "--against"), options)
+        return
+    output = options.output or str(Path(options.folder) / "report.html")
     check_writable("--output", output)
     Path(output).write_text(render(results), encoding="utf-8")
     print(f"{output}: {len(results)} results")
+
+
+def print_agreement(first: list, second: list, options: argparse.Namespace) -> None:
+    import statistics
+    from pathlib import Path
+
+    from slicegpt.bench.display import print_rows
+    from slicegpt.bench.repeatability import compare_runs
+
+    rows = compare_runs(first, second, (Path(options.folder), Path(options.against)))
+    print_rows("agreement", rows)
+    apart = [row["apart"] for row in rows]
+    worst = max(rows, key=lambda row: row["apart"])
+    print(
+        f"{len(rows)} ratios: {statistics.median(apart):.1%} apart in the median, at most {worst['apart']:.1%} "
+        f"({worst['ratio of']}); {sum(value <= 0.1 for value in apart)} within 10 %."
+    )

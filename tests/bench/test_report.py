@@ -202,6 +202,31 @@ def test_folder_without_results_and_broken_files_are_errors(tmp_path, capsys):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_two_runs_are_held_against_each_other(tmp_path, capsys):
+    """By hand: 1.5 against 1.2 is 25 % apart, 2.0 against 2.1 5 %. A baseline's own 1 does not count."""
+    for run, (speedup, over) in {"a": (1.5, 2.0), "b": (1.2, 2.1)}.items():
+        content = token_content() | {"ratios": [{"comparison": "fused over hf", "ratio": over}]}
+        content["rows"] = [
+            row | {"speedup": 1 if row["slice"] == 0 else speedup}
+            for row in content["rows"]
+            if row["engine"] == "fused" or run == "a"
+        ]
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "token.json").write_text(json.dumps(content))
+        (tmp_path / run / f"only-{run}.json").write_text(json.dumps(content))
+    assert main(["bench", "report", str(tmp_path / "a"), "--against", str(tmp_path / "b")]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "2 ratios: 15.0% apart in the median, at most 25.0% (sliced 25 %, fused); 1 within 10 %." in printed
+    )
+    assert not (tmp_path / "a" / "report.html").exists()
+    (tmp_path / "b" / "token.json").unlink()
+    assert main(["bench", "report", str(tmp_path / "a"), "--against", str(tmp_path / "b")]) == 2
+    assert "have no ratio in common" in capsys.readouterr().err
+    assert main(["bench", "report", str(tmp_path / "a"), "--against", "nowhere"]) == 2
+    assert "--against: expected a folder of results, got nowhere" in capsys.readouterr().err
+
+
 def test_plot_file_must_be_png_or_svg():
     with pytest.raises(
         SliceGPTError, match=r"--plot: expected a file that ends in \.png or \.svg, got x\.pdf"
