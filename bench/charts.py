@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
+from slicegpt.bench.display import title_of
 from slicegpt.errors import SliceGPTError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#999999")
@@ -63,10 +64,13 @@ def draw(content: Mapping):
 
 
 def plot_results(content: Mapping, file: str | Path) -> None:
-    """Draw one result to a .png or .svg file."""
+    """Draw one result to a .png or .svg file, titled with what was measured, and where."""
     check_plot("--plot", file)
     figure = draw(content)
     if figure is not None:
+        where = content["environment"]
+        threads = f", {where['threads']} threads" if where.get("driver") is None else ""
+        figure.suptitle(f"{title_of(content)} ({where['device']}{threads})", fontsize=9, color=INK)
         figure.savefig(file, dpi=150)
 
 
@@ -154,19 +158,22 @@ def draw_token(content: Mapping, axis) -> None:
 def draw_layers(content: Mapping, axis) -> None:
     """Times of the operations stacked, one bar a layer, beside the layer as a whole."""
     rows = [row for row in content["rows"] if row["operations"]]
-    names = list(dict.fromkeys(name for row in rows for name in row["operations"]))
-    bottoms = [0.0] * len(rows)
-    for name in names:
-        heights = [row["operations"].get(name, 0.0) for row in rows]
-        colour, hatch = operation_style(name)
-        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.4}
-        axis.bar(range(len(rows)), heights, bottom=bottoms, width=0.62, label=name, **style)
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    told = set()
+    for index, row in enumerate(rows):
+        bottom = 0.0
+        for name, height in row["operations"].items():
+            colour, hatch = operation_style(name)
+            style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.4}
+            label = None if name in told else name
+            axis.bar(index, height, bottom=bottom, width=0.62, label=label, **style)
+            bottom += height
+            told.add(name)
     for index, row in enumerate(rows):
         label = {"label": "whole layer"} if index == 0 else {}
         axis.hlines(row["layer_ms"], index - 0.42, index + 0.42, color=INK, linewidth=1.8, **label)
     axis.set_xticks(range(len(rows)), [row["variant"].replace(", ", "\n") for row in rows], fontsize=8)
     axis.set_ylabel("ms")
+    axis.margins(y=0.05)
     axis.grid(alpha=0.3, axis="y")
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(

@@ -1,9 +1,28 @@
 """Rows of results as tables for people: which figures, under which names, in which units."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from slicegpt.sizes import format_bytes
 from slicegpt.table import format_table
+
+TITLES = {
+    "token": "Time per token",
+    "throughput": "Throughput",
+    "layers": "One transformer layer",
+    "slicing": "Cost of slicing",
+    "gram": "Covariance (gram_)",
+}
+
+
+def title_of(content: Mapping) -> str:
+    """The benchmark and what it was run on."""
+    settings = content.get("settings", {})
+    models = settings.get("model") or []
+    models = [Path(name).name for name in ([models] if isinstance(models, str) else models)]
+    subject = settings.get("shape") or ", ".join(models)
+    name = TITLES.get(content["benchmark"], content["benchmark"])
+    return f"{name}: {subject}" if subject else name
 
 
 def _percent(value: float) -> str:
@@ -158,8 +177,11 @@ def notes(content: Mapping) -> list[str]:
     if content.get("cache_note"):
         told.append(content["cache_note"])
     apart = [row["variant"] for row in content["rows"] if row.get("agrees") is False]
+    sums = [abs(row["difference"]) for row in content["rows"] if row.get("difference") is not None]
+    if sums:
+        told.append(f"The operations add up to the whole layers within {max(sums):.1%}.")
     if apart:
-        told.append(f"Operations and whole layer differ by more than 10 %: {', '.join(apart)}.")
+        told.append(f"Apart by more than 10 %: {', '.join(apart)}.")
     load, threads = content["environment"].get("load_average"), content["environment"]["threads"]
     if load is not None and load > threads + 0.5:
         told.append(f"Other work was running (load average {load} at the start, {threads} threads measured).")

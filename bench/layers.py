@@ -168,7 +168,10 @@ def row_of(variant: Variant, run: LayerRun, operations: list[list[float]], whole
         "layer_ms": layer,
         "difference": total / layer - 1,
         "agrees": abs(total / layer - 1) <= AGREEMENT,
-        "shortcut_ms": sum(time for name, time in times.items() if "shortcut" in name),
+        # A fused one is a part of other operations.
+        "shortcut_ms": None
+        if any("+" in name for name in times)
+        else sum(time for name, time in times.items() if "shortcut" in name),
     }
 
 

@@ -7,7 +7,7 @@ each other: every speed-up, the comparisons of `bench token`, and the cost of sl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slicegpt.bench.report import title_of
+from slicegpt.bench.display import title_of
 from slicegpt.errors import SliceGPTError
 
 

@@ -8,16 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slicegpt.bench.charts import INK, draw
-from slicegpt.bench.display import COLUMNS, notes, operation_table, table
+from slicegpt.bench.display import COLUMNS, TITLES, notes, operation_table, table, title_of
 from slicegpt.errors import SliceGPTError
-
-TITLES = {
-    "token": "Time per token",
-    "throughput": "Throughput",
-    "layers": "One transformer layer",
-    "slicing": "Cost of slicing",
-    "gram": "Covariance (gram_)",
-}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --dim: #5c5c5c; --paper: #ffffff; --rule: #d9d9d9; --band: #f5f6f7; }
@@ -120,16 +112,6 @@ def plain_tables(content: Mapping) -> list[str]:
 
 def _flat(value: object) -> object:
     return json.dumps(value) if isinstance(value, (dict, list)) else value
-
-
-def title_of(content: Mapping) -> str:
-    """The benchmark and what it was run on."""
-    settings = content.get("settings", {})
-    models = settings.get("model") or []
-    models = [Path(name).name for name in ([models] if isinstance(models, str) else models)]
-    subject = settings.get("shape") or ", ".join(models)
-    name = TITLES.get(content["benchmark"], content["benchmark"])
-    return f"{name}: {subject}" if subject else name
 
 
 def section(file: Path, content: Mapping, anchor: str) -> str:

@@ -168,7 +168,7 @@ def test_page_is_whole_and_self_contained(folder, capsys):
         "dense, hf-compile: not measured (no compiler)",
         "out of memory at batch 8",
         "Best dense baseline: fused.",
-        "differ by more than 10 %: dense, fused.",
+        "Apart by more than 10 %: dense, fused.",
         "slicegpt bench token --slice 0,0.25",
         "commit abc123",
         "of published",
