@@ -69,7 +69,8 @@ def plot_results(content: Mapping, file: str | Path) -> None:
     figure = draw(content)
     if figure is not None:
         where = content["environment"]
-        threads = f", {where['threads']} threads" if where.get("driver") is None else ""
+        plural = "s" if where["threads"] > 1 else ""
+        threads = f", {where['threads']} thread{plural}" if where.get("driver") is None else ""
         figure.suptitle(f"{title_of(content)} ({where['device']}{threads})", fontsize=9, color=INK)
         figure.savefig(file, dpi=150)
 

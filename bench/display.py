@@ -26,7 +26,7 @@ def title_of(content: Mapping) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
+    return f"{round(100 * value)} %"  # -0 is 0
 
 
 def _tenths(value: float) -> str:

@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -459,6 +460,48 @@ def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
     assert "This run is incomplete." in printed
     assert "interrupted: 3 rows are kept" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "interrupted", "calls", "kept"),
+    [
+        (["throughput", "--engines", "fused", "--seqlen", "16"], "throughput.Prober.decode", 3, 1),
+        (["layers", "--seqlen", "8"], "layers.time_whole", 20, 5),
+        (
+            ["slicing", "--shape", "smollm2-135m", "--nsamples", "2", "--seqlen", "16"],
+            "slicing_time.slice_model",
+            1,
+            2,
+        ),
+    ],
+)
+def test_other_benchmarks_keep_what_they_measured(
+    arguments, interrupted, calls, kept, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    """Ctrl-C at a certain call, in the middle of each."""
+    target, file = f"slicegpt.bench.{interrupted}", tmp_path / "out.json"
+    monkeypatch.setattr("slicegpt.bench.layers.SAVE_SECONDS", 0.0)
+    count = 0
+
+    def counted(*given, **named):
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise KeyboardInterrupt
+        return wrapped(*given, **named)
+
+    wrapped = pkgutil.resolve_name(target.replace(".Prober", ":Prober"))
+    monkeypatch.setattr(target, counted)
+    if "--shape" not in arguments:
+        arguments = [*arguments, "--model", str(tiny_folder), "--slice", "0,0.5"]
+    with pytest.raises(SystemExit, match="130"):
+        main(["bench", *arguments, "--round-to", "8", "--json", str(file)])
+    content = json.loads(file.read_text())
+    assert content["complete"] is False
+    assert len(content["rows"]) == kept
+    printed = capsys.readouterr()
+    assert "This run is incomplete." in printed.out
+    assert f"interrupted: {kept} rows are kept" in printed.err
 
 
 def test_forms_that_no_engine_needs_are_given_up(tiny_folder):
