@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
-from slicegpt.bench.display import title_of
+from slicegpt.bench.display import threads_of, title_of
 from slicegpt.errors import SliceGPTError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#999999")
@@ -69,8 +69,7 @@ def plot_results(content: Mapping, file: str | Path) -> None:
     figure = draw(content)
     if figure is not None:
         where = content["environment"]
-        plural = "s" if where["threads"] > 1 else ""
-        threads = f", {where['threads']} thread{plural}" if where.get("driver") is None else ""
+        threads = f", {threads_of(where)}" if where.get("driver") is None else ""
         figure.suptitle(f"{title_of(content)} ({where['device']}{threads})", fontsize=9, color=INK)
         figure.savefig(file, dpi=150)
 
@@ -120,6 +119,7 @@ def draw_token(content: Mapping, axis) -> None:
     dtypes = list(dict.fromkeys(row.get("dtype") for row in rows))
     largest = max(row["bytes"] for row in rows)
     scale, unit = (1e9, "GB") if largest >= 2e9 else (1e6, "MB")
+    told: set[str] = set()
     for (engine, style), (index, dtype) in itertools.product(styles.items(), enumerate(dtypes)):
         chosen = (row for row in rows if (row["engine"], row.get("dtype")) == (engine, dtype))
         own = sorted(chosen, key=lambda row: row["bytes"])
@@ -132,7 +132,8 @@ def draw_token(content: Mapping, axis) -> None:
             [1000 * row["batch"] * abs(1 / row["ms_median"] - 1 / row[key]) for row in own]
             for key in ("ms_p90", "ms_p10")
         ]
-        label = f"{engine}, {dtype}" if len(dtypes) > 1 else engine
+        label = engine if engine not in told else None  # the sizes say which dtype it is
+        told.add(engine)
         look = {"capsize": 3, "linewidth": 1.5, "markersize": 5, "linestyle": LINES[index % len(LINES)]}
         axis.errorbar(sizes, middle, yerr=spread, label=label, **look, **style)
     for size, label in {row["bytes"]: row["network"] for row in rows}.items():
@@ -159,7 +160,7 @@ def draw_token(content: Mapping, axis) -> None:
 def draw_layers(content: Mapping, axis) -> None:
     """Times of the operations stacked, one bar a layer, beside the layer as a whole."""
     rows = [row for row in content["rows"] if row["operations"]]
-    told = set()
+    told: set[str] = set()
     for index, row in enumerate(rows):
         bottom = 0.0
         for name, height in row["operations"].items():

@@ -59,6 +59,10 @@ def token_ratios(rows: Sequence[dict]) -> list[dict]:
         if dense is None:
             continue
 
+        def plainly(row: dict) -> str:
+            """The network's label without the dtype, which has its own column."""
+            return row["network"].removesuffix(f", {row['dtype']}")
+
         def fastest(chosen: Callable[[str], bool], own=own) -> dict | None:
             those = [row for row in own if chosen(row["engine"])]
             return min(those, key=lambda row: row["ms_median"], default=None)
@@ -70,7 +74,7 @@ def token_ratios(rows: Sequence[dict]) -> list[dict]:
         for rival in {row["engine"]: row for row in rivals if row is not None}.values():
             found.append(
                 {
-                    "comparison": f"{dense['network']}, fused over {rival['engine']}",
+                    "comparison": f"{plainly(dense)}, fused over {rival['engine']}",
                     "dtype": dense["dtype"],
                     "ratio": rival["ms_median"] / dense["ms_median"],
                     "bytes_ratio": None,
@@ -78,7 +82,7 @@ def token_ratios(rows: Sequence[dict]) -> list[dict]:
             )
         found += [
             {
-                "comparison": f"{row['network']} over {dense['network']}, fused",
+                "comparison": f"{plainly(row)} over {plainly(dense)}, fused",
                 "dtype": dense["dtype"],
                 "ratio": dense["ms_median"] / row["ms_median"],
                 "bytes_ratio": dense["read_bytes"] / row["read_bytes"],

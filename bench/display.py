@@ -25,6 +25,11 @@ def title_of(content: Mapping) -> str:
     return f"{name}: {subject}" if subject else name
 
 
+def threads_of(environment: Mapping) -> str:
+    count = environment["threads"]
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
 def _percent(value: float) -> str:
     return f"{round(100 * value)} %"  # -0 is 0
 
@@ -184,7 +189,9 @@ def notes(content: Mapping) -> list[str]:
         told.append(f"Apart by more than 10 %: {', '.join(apart)}.")
     load, threads = content["environment"].get("load_average"), content["environment"]["threads"]
     if load is not None and load > threads + 0.5:
-        told.append(f"Other work was running (load average {load} at the start, {threads} threads measured).")
+        told.append(
+            f"Other work was running (load average {load} at the start, {threads_of(content['environment'])} measured)."
+        )
     if not content["complete"]:
         told.append("This run is incomplete.")
     return told

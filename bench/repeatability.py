@@ -19,7 +19,7 @@ def ratios_of(content: Mapping) -> dict[str, float]:
         if row.get("speedup") not in (None, 1):
             found[name] = row["speedup"]
     for row in content.get("ratios") or ():
-        found[row["comparison"]] = row["ratio"]
+        found[f"{row['comparison']}, {row['dtype']}"] = row["ratio"]
     if content.get("ratio"):
         found["slicing, in dense passes"] = content["ratio"]
     return found

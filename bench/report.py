@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slicegpt.bench.charts import INK, draw
-from slicegpt.bench.display import COLUMNS, TITLES, notes, operation_table, table, title_of
+from slicegpt.bench.display import COLUMNS, TITLES, notes, operation_table, table, threads_of, title_of
 from slicegpt.errors import SliceGPTError
 
 STYLE = """
@@ -24,8 +24,8 @@ p { margin: .5rem 0; } .dim { color: var(--dim); font-size: .9rem; }
 nav ul { padding-left: 1.2rem; margin: .5rem 0; } a { color: inherit; }
 code { font: .85rem ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .55rem; text-align: left; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th { color: var(--dim); font-weight: 600; vertical-align: bottom; }
 tbody tr:nth-child(even) { background: var(--band); } td.number, th.number { text-align: right; }
 td.text { white-space: normal; min-width: 12rem; }
@@ -140,9 +140,7 @@ def section(file: Path, content: Mapping, anchor: str) -> str:
         parts += plain_tables(content)
     versions = ", ".join(f"{name} {value}" for name, value in where["versions"].items() if value)
     driver = f", driver {where['driver']}" if where.get("driver") else ""
-    facts = (
-        f"{where['device']}, {where['threads']} threads{driver} · {where['date']} · commit {where['commit']}"
-    )
+    facts = f"{where['device']}, {threads_of(where)}{driver} · {where['date']} · commit {where['commit']}"
     parts.append(f'<p class="dim">{html.escape(facts)}<br>{html.escape(versions)}<br>')
     parts.append(f"<code>{html.escape(where['command'])}</code><br>{html.escape(file.name)}</p></section>")
     return "".join(parts)

@@ -205,7 +205,11 @@ def test_folder_without_results_and_broken_files_are_errors(tmp_path, capsys):
 def test_two_runs_are_held_against_each_other(tmp_path, capsys):
     """By hand: 1.5 against 1.2 is 25 % apart, 2.0 against 2.1 5 %. A baseline's own 1 does not count."""
     for run, (speedup, over) in {"a": (1.5, 2.0), "b": (1.2, 2.1)}.items():
-        content = token_content() | {"ratios": [{"comparison": "fused over hf", "ratio": over}]}
+        content = token_content() | {
+            "ratios": [
+                {"comparison": "fused over hf", "dtype": "float32", "ratio": over, "bytes_ratio": None}
+            ]
+        }
         content["rows"] = [
             row | {"speedup": 1 if row["slice"] == 0 else speedup}
             for row in content["rows"]
