@@ -55,7 +55,7 @@ def compare(content: dict, method: str, fields: dict, round_to: int) -> list[dic
     """A row for every target and text: both methods' sizes and perplexities, the ratio of losses, the target."""
 
     def find(name: str, size: float, basis: str) -> dict | None:
-        widths = describe_widths(plan_point(METHODS[name], fields, size, basis, round_to).boundary_widths)
+        widths = describe_widths(plan_point(METHODS[name], fields, size, basis, round_to))
         matches = [p for p in content["points"] if (p["method"], p["widths"]) == (name, widths)]
         return matches[-1] if matches else None
 

@@ -40,7 +40,7 @@ def blocks_of(config: SlicedConfig) -> list[Block]:
 
 
 class LiftedBlock(nn.Module):
-    """A block with its final input weights in the basis of its boundary, and its output at full width.
+    """A block with its final input weights in the basis of its boundary, all neurons, and its output at full width.
 
     Takes and returns the stream at full width: `x -> (x V) Vᵀ + block(norm(x V))`, in two steps, so that the
     output weights may be fitted to the activations in between.
@@ -69,7 +69,7 @@ class LiftedBlock(nn.Module):
             if "attention" in block.parts:
                 self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width)
             if "mlp" in block.parts:
-                self.parts["mlp"] = build_mlp(config, width, dense_width)
+                self.parts["mlp"] = build_mlp(config, width, dense_width, config.dense_intermediate_size)
         for part, state in states.items():
             setattr(self.parts[part], WRITER_NAMES[part], nn.Identity())
             self.parts[part].load_state_dict(state, assign=True)

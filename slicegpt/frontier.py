@@ -53,7 +53,8 @@ class Method:
 # covariance is that of the stream before the norm, as here. Left out is what only harms it: it subtracts the mean
 # from the embeddings of RMSNorm models, too, which changes their function.
 METHODS = {
-    "ours": Method("ours", Shape(), slicing={"refit": True}),
+    "ours": Method("ours", Shape(neurons=None), slicing={"refit": True}),
+    "columns": Method("ours, columns alone", Shape(), slicing={"refit": True}),
     "compact": Method("compact shortcuts only", Shape(), slicing={"refit": False, "vocabulary_prior": 0.0}),
     "published": Method(
         "published SliceGPT",
@@ -130,15 +131,19 @@ def plan_point(method: Method, fields: dict, size: float, basis: str, round_to: 
         method.shape.orientation,
         method.shape.slice_head,
         method.round_to or round_to,
+        method.shape.neurons,
     )
     fields = untied(fields) if method.untied and fields["tie_word_embeddings"] else fields
     return plan_for_parameters(fields, round(size * whole), shape, count)
 
 
-def describe_widths(widths: Sequence[int]) -> str:
-    """Widths run by run: "504" where all but the last are the same, else "448 x 12, 512 x 49"."""
-    runs = [(width, len(list(same))) for width, same in groupby(widths[:-1])]
-    return str(runs[0][0]) if len(runs) == 1 else ", ".join(f"{width} x {count}" for width, count in runs)
+def describe_widths(config: SlicedConfig) -> str:
+    """Widths run by run: "504" where all but the last are the same, else "448 x 12, 512 x 49"; and neurons cut."""
+    runs = [(width, len(list(same))) for width, same in groupby(config.boundary_widths[:-1])]
+    widths = str(runs[0][0]) if len(runs) == 1 else ", ".join(f"{width} x {count}" for width, count in runs)
+    if config.intermediate_size == config.dense_intermediate_size:
+        return widths
+    return f"{widths}; {config.intermediate_size} neurons"
 
 
 class Frontier:
@@ -279,7 +284,7 @@ class Frontier:
 
     def point(self, method: str, config: SlicedConfig) -> dict:
         """A sliced model's point: sliced and evaluated, or taken from the file."""
-        widths, slicing = describe_widths(config.boundary_widths), self.slicing_options(method)
+        widths, slicing = describe_widths(config), self.slicing_options(method)
         options = {
             name: value if value is None or isinstance(value, str | int | float) else str(value)
             for name, value in asdict(slicing).items()

@@ -15,13 +15,14 @@ tags:
 # {name}
 
 {source}, compressed with [SliceGPT](https://arxiv.org/abs/2401.15024): columns and rows of every weight matrix
-deleted along the principal components of the residual stream. All weights are dense.
+deleted along the principal components of the residual stream{with_neurons}. All weights are dense.
 
 | | dense | sliced |
 |---|---|---|
 | parameters | {dense_parameters:,} | {parameters:,} |
 | bytes ({dtype}) | {dense_bytes} | {bytes} |
 | columns of the residual stream | {dense_width} | {widths} |
+| neurons of an MLP | {dense_neurons} | {neurons} |
 
 Removed: {removed:.1%} of all parameters, shortcuts and head counted. Slicing (1 - d / D): {slicing:.1%}.
 Shortcuts: {shortcuts}.
@@ -87,7 +88,10 @@ def model_card(record: dict, name: str, self_contained: bool = False) -> str:
         parameters=size["parameters"],
         dense_bytes=format_bytes(size["dense_bytes"]),
         bytes=format_bytes(size["bytes"]),
+        with_neurons=", and MLP neurons" if record["neurons"] < record["dense_neurons"] else "",
         dense_width=record["dense_width"],
+        neurons=record["neurons"],
+        dense_neurons=record["dense_neurons"],
         widths=summarise(widths),
         removed=size["removed"],
         slicing=record["slicing"],

@@ -69,6 +69,8 @@ def slicing_record(
         "versions": versions(),
         "dtype": str(options.dtype).removeprefix("torch."),
         "dense_width": config.dense_hidden_size,
+        "neurons": config.intermediate_size,
+        "dense_neurons": config.dense_intermediate_size,
         "slicing": slicing_fraction(config),
         "orientation": options.orientation,
         "signal": options.signal,

@@ -97,8 +97,8 @@ class Writer:
         return loss.item()
 
 
-def fit(moments: Moments, ridge: float, prior: Writer) -> Writer:
-    """The fit at one λ, drawn towards the weights of `prior`; a bias that it has is fitted without a penalty."""
+def normal_equations(moments: Moments, ridge: float, prior: Writer) -> tuple[torch.Tensor, torch.Tensor]:
+    """`H` [K, K] and `B` [K, D] of the fit at one λ, `H W' = B`; a bias is eliminated from them, without a penalty."""
     gram, right = moments.gram, moments.cross
     if prior.bias is not None:
         mean = moments.inputs / moments.tokens
@@ -107,7 +107,21 @@ def fit(moments: Moments, ridge: float, prior: Writer) -> Writer:
     penalty = ridge * moments.scales(gram)
     system = gram.clone()
     system.diagonal().add_(penalty)
-    weight = solve(system, right + penalty[:, None] * prior.weight)
+    return system, right + penalty[:, None] * prior.weight
+
+
+def fit(moments: Moments, ridge: float, prior: Writer, kept: torch.Tensor | None = None) -> Writer:
+    """The fit at one λ, drawn towards the weights of `prior`; a bias that it has is fitted, too.
+
+    Args:
+        kept: indices of the rows of W' that may be other than 0; None: all.
+    """
+    system, right = normal_equations(moments, ridge, prior)
+    if kept is None:
+        weight = solve(system, right)
+    else:
+        weight = torch.zeros_like(right)
+        weight[kept] = solve(system[kept][:, kept], right[kept])
     if prior.bias is None:
         return Writer(weight, None)
     return Writer(weight, (moments.outputs - moments.inputs @ weight) / moments.tokens)

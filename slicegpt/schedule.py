@@ -12,6 +12,10 @@ from slicegpt.sizes import stored_parameters
 
 SHORTCUT_MODES = ("compact", "dense")
 
+# MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: at this ratio a
+# parameter saved either way costs about the same loss (docs/quality.md).
+NEURONS_TO_COLUMNS = 1.2
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -22,14 +26,18 @@ class Shape:
         orientation: "aligned", "random" or "pca"; compact shortcuts need aligned bases.
         slice_head: the last boundary, which the head reads, is sliced too.
         round_to: widths are multiples of it (64 suits tensor cores; the published code uses 8).
+        neurons: the fraction of MLP neurons to delete; None takes `NEURONS_TO_COLUMNS` times that of the columns.
     """
 
     shortcut: str = "compact"
     orientation: str = "aligned"
     slice_head: bool = False
     round_to: int = 64
+    neurons: float | None = 0.0
 
     def __post_init__(self):
+        if self.neurons is not None and not 0 <= self.neurons < 1:
+            raise SliceGPTError(f"--neurons: the fraction to delete must lie in [0, 1), got {self.neurons}")
         if self.shortcut not in SHORTCUT_MODES:
             raise SliceGPTError(
                 f"--shortcut: must be one of {', '.join(SHORTCUT_MODES)}, got {self.shortcut!r}"
@@ -65,6 +73,18 @@ def constant_widths(fields: dict, width: int, slice_head: bool = False) -> list[
     """The same width at every boundary; the last one, which the head reads, keeps D unless `slice_head`."""
     blocks = fields["num_hidden_layers"] * (1 if fields.get("parallel_blocks") else 2)
     return [width] * blocks + [width if slice_head else fields["dense_hidden_size"]]
+
+
+def neurons_for(fields: dict, widths: Sequence[int], shape: Shape) -> int:
+    """MLP neurons left, rounded down to a multiple of `round_to` (but at least one of it), or all of them."""
+    dense, step = fields["intermediate_size"], shape.round_to
+    fraction = shape.neurons
+    if fraction is None:
+        columns = 1 - sum(widths[:-1]) / (len(widths) - 1) / fields["dense_hidden_size"]
+        fraction = min(NEURONS_TO_COLUMNS * columns, 1.0)
+    if fraction == 0:
+        return dense
+    return min(dense, max(step, int(round((1 - fraction) * dense, 9)) // step * step))
 
 
 def head_dim(fields: dict) -> int:
@@ -108,21 +128,29 @@ def choose_shortcuts(fields: dict, widths: Sequence[int], shape: Shape) -> list[
     return kinds
 
 
-def plan(fields: dict, widths: Sequence[int], shape: Shape | None = None) -> SlicedConfig:
+def plan(
+    fields: dict, widths: Sequence[int], shape: Shape | None = None, neurons: int | None = None
+) -> SlicedConfig:
     """The configuration of the sliced model: all of it but the numbers is known before slicing.
 
     Args:
         fields: `slicegpt.families.canonical_fields` of the dense model.
         widths: one a boundary.
-        shape: shortcuts and orientation.
+        shape: shortcuts, orientation and the fraction of neurons.
+        neurons: of an MLP; None: as `shape` says.
     """
+    shape = shape or Shape()
     check_widths(fields, widths)
-    kinds = choose_shortcuts(fields, widths, shape or Shape())
+    kinds = choose_shortcuts(fields, widths, shape)
     # A LayerNorm family's table is centred on its way in, which one shared with the head cannot be.
     untouched = set(kinds) == {"identity"} and not FAMILIES[fields["source_model_type"]].mean_subtraction
     tied = fields["tie_word_embeddings"]
     return SlicedConfig(
-        **fields,
+        **fields
+        | {
+            "intermediate_size": neurons_for(fields, widths, shape) if neurons is None else neurons,
+            "dense_intermediate_size": fields["intermediate_size"],
+        },
         boundary_widths=list(widths),
         shortcuts=kinds,
         embed_projection=tied and not untouched,
@@ -135,31 +163,42 @@ def plan_for_parameters(
 ) -> SlicedConfig:
     """The widest constant width whose model stores at most `target` elements (a multiple of `round_to`, or D).
 
+    Where `shape.neurons` is None, as many neurons as then fit stay, also in multiples of `round_to`.
+
     Args:
         count: what is counted: `stored_parameters`, or `decoder_parameters` for the layers alone.
     """
     dense_width, step = fields["dense_hidden_size"], shape.round_to
     first = -(-head_dim(fields) // step)
     widths = [step * k for k in range(first, -(-dense_width // step))] + [dense_width]
-    plans: dict[int, tuple[int, SlicedConfig]] = {}
 
-    def size(index: int) -> int:
-        if index not in plans:
-            config = plan(fields, constant_widths(fields, widths[index], shape.slice_head), shape)
-            plans[index] = (count(config), config)
-        return plans[index][0]
+    def at(width: int, neurons: int | None = None) -> SlicedConfig:
+        return plan(fields, constant_widths(fields, width, shape.slice_head), shape, neurons)
 
-    if size(0) > target:
+    def fits(config: SlicedConfig) -> bool:
+        return count(config) <= target
+
+    if not fits(smallest := at(widths[0])):
         raise SliceGPTError(
             f"size: {target} elements cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
-            f"holds an attention head, the model stores {size(0)}"
+            f"holds an attention head, the model stores {count(smallest)}"
         )
     # At full width the projections and shortcuts vanish, so D may store less than the width before it; below, every
     # column costs its rows in the linear layers, which is more than a compact shortcut ever saves by it.
-    if size(len(widths) - 1) <= target:
-        return plans[len(widths) - 1][1]
-    low, high = 0, len(widths) - 1
+    if fits(dense := at(dense_width)):
+        return dense
+    width = widths[last_that(lambda index: fits(at(widths[index])), len(widths) - 1)]
+    if shape.neurons is not None:
+        return at(width)
+    neurons = neurons_for(fields, constant_widths(fields, width), shape)
+    choices = [*range(neurons, fields["intermediate_size"], step), fields["intermediate_size"]]
+    return at(width, choices[last_that(lambda index: fits(at(width, choices[index])), len(choices))])
+
+
+def last_that(holds: Callable[[int], bool], end: int) -> int:
+    """The largest index below `end` for which a condition holds that holds up to some index, 0 included."""
+    low, high = 0, end
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if size(middle) <= target else (low, middle)
-    return plans[low][1]
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

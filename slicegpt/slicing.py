@@ -31,9 +31,10 @@ from slicegpt.folding import (
 )
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
+from slicegpt.neurons import choose_neurons
 from slicegpt.passes import Passes
 from slicegpt.progress import Progress
-from slicegpt.refit import RIDGE, Moments, Writer, choose_ridge, fit
+from slicegpt.refit import RIDGE, Moments, Writer, choose_ridge, fit, normal_equations
 from slicegpt.rotation import ORIENTATIONS, align, random_orthogonal
 
 
@@ -117,8 +118,11 @@ class Slicer:
         self.generator = torch.Generator().manual_seed(options.seed)
         self.state: dict[str, torch.Tensor] = {}
         self.ridges: dict[tuple[str, ...], float] = {}  # the last one of each kind of block
+        self.prunes = config.intermediate_size < config.dense_intermediate_size
+        if self.prunes and not options.refit:
+            raise SliceGPTError("--neurons: which of them to delete is decided by the refit, got --no-refit")
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
-        self.refits = options.refit and sliced
+        self.refits = options.refit and (sliced or self.prunes)
         halved = self.refits and options.ridge is None
         self.passes = Passes(
             config, batches, options.dtype, options.device, options.place, self.refits, halved
@@ -199,8 +203,11 @@ class Slicer:
 
     def refitted(
         self, block: Block, writers: dict[str, Linear], folds: Sequence[Moments]
-    ) -> dict[str, Linear]:
-        """The output weights [D, K] fitted to the dense model's stream, and the bias where there is one."""
+    ) -> tuple[dict[str, Linear], torch.Tensor | None]:
+        """The output weights [D, K] fitted to the dense model's stream, and the bias where there is one.
+
+        And the MLP neurons that stay, where some go: the columns of the others are 0.
+        """
         for fold in folds:
             self.check_finite(fold, block)
         biases = [writer.bias for writer in writers.values() if writer.bias is not None]
@@ -214,11 +221,19 @@ class Slicer:
         moments, *others = folds
         for other in others:
             moments += other
-        fitted, before = fit(moments, ridge, prior), prior.loss(moments)
+        kept = None
+        if self.prunes and "mlp" in writers:
+            start = sum(writer.weight.shape[1] for part, writer in writers.items() if part == "attention")
+            group = slice(start, start + self.config.dense_intermediate_size)
+            kept = choose_neurons(
+                *normal_equations(moments, ridge, prior), group, self.config.intermediate_size
+            )
+        fitted, before = fit(moments, ridge, prior, kept), prior.loss(moments)
         entry = {"block": block.index, "ridge": ridge, "left": fitted.loss(moments)}
         entry |= {} if held_out is None else {"held_out": held_out}
         for name in entry.keys() - {"block", "ridge"}:
-            entry[name] = entry[name] / before if before > 0 else 0.0
+            # A block that nothing was taken from has rounding errors before the fit, and no fraction of them.
+            entry[name] = entry[name] / before if before > 1e-9 * moments.energy.item() else None
         self.report.refit.append(entry)
 
         weights = fitted.weight.mT.split(moments.groups, dim=1)
@@ -229,7 +244,9 @@ class Slicer:
         if biases:  # parallel parts: their sum is what counts, and the first takes it
             first = next(part for part, writer in writers.items() if writer.bias is not None)
             refitted[first] = Linear(refitted[first].weight, fitted.bias)
-        return refitted
+        if kept is None:
+            return refitted, None
+        return refitted, kept[(kept >= group.start) & (kept < group.stop)] - group.start
 
     # --- steps -------------------------------------------------------------------------------------------------
 
@@ -271,7 +288,7 @@ class Slicer:
                 part: fold_writer(getattr(layer, WRITERS[part][1]), self.mean_subtraction, device)
                 for part in block.parts
             }
-        covariance = self.new_covariance(boundary)
+        covariance, neurons = self.new_covariance(boundary), None
         if self.refits:
             with self.stage("rotation"):
                 teacher = self.dense_block(block, layer, writers)
@@ -280,7 +297,9 @@ class Slicer:
                 lifted = LiftedBlock(self.config, block, basis, readers, writers, dtype)
 
             def refit(folds: Sequence[Moments]) -> dict[str, Linear]:
-                writers.update(self.refitted(block, writers, folds))
+                nonlocal neurons
+                fitted, neurons = self.refitted(block, writers, folds)
+                writers.update(fitted)
                 return writers
 
             self.passes.run_refitted(block, lifted, teacher, refit, covariance)
@@ -293,6 +312,9 @@ class Slicer:
         with self.stage("rotation"):
             for part, state in readers.items():
                 writer = rotate_writer(writers[part], next_basis)
+                if part == "mlp" and neurons is not None:
+                    state = {name: rows[neurons] for name, rows in state.items()}
+                    writer = Linear(writer.weight[:, neurons], writer.bias)
                 state |= named(WRITER_NAMES[part], writer, dtype)
                 self.store(state, f"{block.prefix}.{MODULE_NAMES[part]}.")
             if kind == "compact":

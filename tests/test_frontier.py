@@ -128,7 +128,7 @@ def test_points_are_what_slicing_and_evaluating_give(folder, text, tmp_path, cap
     sliced, _ = slice_model(model, config, batches, SlicingOptions(refit=False))
     expected = perplexity(sliced, tokenizer, load_documents("python-reference", "test"), 32, 4, 3)
     point = points[2]
-    assert point["widths"] == describe_widths(config.boundary_widths)
+    assert point["widths"] == describe_widths(config)
     assert point["parameters"] == stored_parameters(config)
     assert point["bytes"] == 4 * point["parameters"]
     assert math.isclose(point["perplexity"]["python-reference"], expected.perplexity, rel_tol=1e-9)
@@ -192,7 +192,7 @@ def test_table_and_ratio():
         (
             "--method",
             "theirs",
-            "--method: must be among ours, compact, published, sparsegpt-2:4, got 'theirs'",
+            "--method: must be among ours, columns, compact, published, sparsegpt-2:4, got 'theirs'",
         ),
         ("--data", "python-reference,", "--data: every name must be given once"),
         ("--sizes", "0.01", "size: .* cannot be reached"),
@@ -229,7 +229,7 @@ def test_comparison_at_the_published_sizes(folder, monkeypatch, tmp_path):
     points = [
         {
             "method": name,
-            "widths": describe_widths(configs[name].boundary_widths) if name in configs else "48",
+            "widths": describe_widths(configs[name]) if name in configs else "48",
             "nll": dict(zip(("in", "out"), nll, strict=True)),
             "perplexity": {text: math.exp(value) for text, value in zip(("in", "out"), nll, strict=True)},
         }

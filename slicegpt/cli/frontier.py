@@ -30,7 +30,8 @@ def add_parser(commands) -> None:
         "--method",
         default="ours,published",
         metavar="NAME,NAME",
-        help=f"ours, compact (no refit), published (dense shortcuts, untied head), {SPARSEGPT}",
+        help="ours, columns (ours, no neurons deleted), compact (no refit either), published (dense shortcuts, untied "
+        f"head), {SPARSEGPT}",
     )
     parser.add_argument(
         "--data",

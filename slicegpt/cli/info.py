@@ -57,6 +57,8 @@ def describe(name: str) -> dict:
         "slicing": slicing_fraction(config),
         "layers": config.num_hidden_layers,
         "dense_width": config.dense_hidden_size,
+        "neurons": config.intermediate_size,
+        "dense_neurons": config.dense_intermediate_size,
         "tied_head": config.tie_word_embeddings,
         "boundaries": boundary_report(config),
         "calibration": None if record is None else record["calibration"],
@@ -83,6 +85,7 @@ def run(options: argparse.Namespace) -> None:
         ("removed", f"{100 * facts['removed']:.1f} % of all parameters, shortcuts and head counted"),
         ("slicing (1 - d/D)", f"{100 * facts['slicing']:.1f} %"),
         ("widths", f"{summarise([b['width'] for b in boundaries])} of {facts['dense_width']}"),
+        ("neurons of an MLP", f"{facts['neurons']} of {facts['dense_neurons']}"),
         ("shortcuts", summarise([b["shortcut"] for b in boundaries[:-1]])),
         ("ranks", summarise([b["rank"] for b in boundaries[:-1] if b["shortcut"] == "compact"]) or "none"),
     ]

@@ -15,6 +15,7 @@ def print_sizes(record: dict) -> None:
             "bytes": format_bytes(size["dense_bytes"]),
             "removed": "0.0 %",
             "widths": str(record["dense_width"]),
+            "neurons": record["dense_neurons"],
             "shortcuts": "none",
         },
         {
@@ -23,6 +24,7 @@ def print_sizes(record: dict) -> None:
             "bytes": format_bytes(size["bytes"]),
             "removed": f"{100 * size['removed']:.1f} %",
             "widths": summarise([boundary["width"] for boundary in boundaries]),
+            "neurons": record["neurons"],
             "shortcuts": summarise([boundary["shortcut"] for boundary in boundaries[:-1]]),
         },
     ]

@@ -47,6 +47,13 @@ def add_parser(commands) -> None:
     shape.add_argument(
         "--slice-head", action="store_true", help="slice the last boundary, which the head reads, too"
     )
+    shape.add_argument(
+        "--neurons",
+        type=number_or_auto,
+        metavar="F",
+        help="fraction of MLP neurons to delete as well, or auto: in step with the columns (default with --params and "
+        "--target-bytes; else 0)",
+    )
     shape.add_argument("--signal", choices=("residual", "normalized"), default="residual")
 
     add_refit(parser)
@@ -84,7 +91,7 @@ def add_parser(commands) -> None:
     add_json(parser)
 
 
-def ridge(text: str) -> float | str:
+def number_or_auto(text: str) -> float | str:
     """An argparse type: a number, or auto."""
     return text if text == "auto" else float(text)
 
@@ -100,7 +107,7 @@ def add_refit(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--ridge",
-        type=ridge,
+        type=number_or_auto,
         metavar="L",
         help="its ridge, relative to the mean diagonal (0.1), or auto: cross-validated for every block, which wants "
         "hundreds of thousands of tokens",
@@ -164,7 +171,14 @@ def run(options: argparse.Namespace) -> None:
     from .report import print_sizes
 
     shortcut = options.shortcut or ("compact" if options.orientation == "aligned" else "dense")
-    shape = Shape(shortcut, options.orientation, options.slice_head, options.round_to)
+    neurons = options.neurons
+    if neurons is None:  # the paper's percentage is of columns alone; a true size is best reached both ways
+        by_size = options.params is not None or options.target_bytes is not None
+        neurons = "auto" if by_size and options.refit else 0.0
+    neurons = None if neurons == "auto" else neurons
+    if neurons != 0 and not options.refit:
+        raise SliceGPTError("--neurons: which of them to delete is decided by the refit, got --no-refit")
+    shape = Shape(shortcut, options.orientation, options.slice_head, options.round_to, neurons)
     if options.slice is not None:
         width_for_slice(1, options.slice, 1)
     if options.ridge is not None and not options.refit:

@@ -39,6 +39,8 @@ class SlicedConfig(PreTrainedConfig):
             cannot absorb them.
         parallel_blocks: attention and MLP read the same normalised stream and are added together.
         position_embedding: `"rotary"` or `"learned"`; learned positions start at row `position_offset`.
+        intermediate_size, dense_intermediate_size: MLP neurons of a layer, and how many they were before slicing (the
+            same where not given).
         gated_mlp: `down(act(gate(x)) * up(x))` rather than `down(act(up(x)))`.
         attention_bias, attention_output_bias, mlp_bias, mlp_output_bias, lm_head_bias: which linear layers
             carry a bias (folding a LayerNorm's shift creates some).
@@ -85,6 +87,7 @@ class SlicedConfig(PreTrainedConfig):
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     intermediate_size: int = 11008
+    dense_intermediate_size: int | None = None
     hidden_act: str = "silu"
     gated_mlp: bool = True
     mlp_bias: bool = False
@@ -110,6 +113,8 @@ class SlicedConfig(PreTrainedConfig):
             self.head_dim = self.dense_hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.dense_intermediate_size is None:
+            self.dense_intermediate_size = self.intermediate_size
         if self.boundary_widths is None:
             self.boundary_widths = [self.dense_hidden_size] * (self.num_blocks + 1)
         if self.shortcuts is None:
@@ -156,6 +161,10 @@ class SlicedConfig(PreTrainedConfig):
             raise ValueError(f"boundary_widths must hold {blocks + 1} widths, got {len(widths)}")
         if not all(1 <= width <= dense for width in widths):
             raise ValueError(f"boundary_widths must lie in [1, {dense}], got {widths}")
+        if not 1 <= self.intermediate_size <= self.dense_intermediate_size:
+            raise ValueError(
+                f"intermediate_size must lie in [1, {self.dense_intermediate_size}], got {self.intermediate_size}"
+            )
         if len(self.shortcuts) != blocks or not set(self.shortcuts) <= set(SHORTCUT_KINDS):
             raise ValueError(f"shortcuts must hold {blocks} of {SHORTCUT_KINDS}, got {self.shortcuts}")
         for block, kind in enumerate(self.shortcuts):

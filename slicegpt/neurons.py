@@ -1,0 +1,50 @@
+"""Which MLP neurons to delete, where a column of the stream costs more than they do.
+
+The refit of a block's output weights (`slicegpt.refit`) solves `H W = B`, `H = aᵀa + λ diag(g²)`. Deleting the neurons
+`J` forces their rows of `W` to 0; the others make up for it as well as they can, and the objective rises by
+
+    tr(W_Jᵀ (H⁻¹)_JJ⁻¹ W_J),      leaving  W - (H⁻¹)_:J (H⁻¹)_JJ⁻¹ W_J,      H⁻¹ - (H⁻¹)_:J (H⁻¹)_JJ⁻¹ (H⁻¹)_J:
+
+(optimal brain surgeon, Hassibi and Stork 1993; for whole structures ZipLM, Kurtic et al. 2023, section 3). A neuron
+goes with its rows of the gate and up projections and its column of the down projection: the matrices stay dense.
+"""
+
+import torch
+
+from slicegpt.refit import solve
+
+# Neurons are deleted in so many rounds, the cheapest at once, with exact updates in between: matrix products in place
+# of thousands of passes over H⁻¹. One neuron a round lowers the objective by less than 0.1 % more (docs/quality.md).
+ROUNDS = 32
+
+
+def choose_neurons(system: torch.Tensor, right: torch.Tensor, group: slice, count: int) -> torch.Tensor:
+    """The rows of `W` that stay.
+
+    Args:
+        system: H [K, K] float64, symmetric positive definite.
+        right: B [K, D] float64.
+        group: the rows of `W` that neurons write through; the others (attention's, a shortcut's) all stay.
+        count: neurons to keep.
+
+    Returns:
+        int64, ascending: indices into the K rows, `K - (neurons - count)` of them.
+    """
+    kept = torch.arange(len(system), device=system.device)
+    inverse = solve(system, torch.eye(len(system), dtype=system.dtype, device=system.device))
+    weight = inverse @ right
+    excess = len(kept[group]) - count
+    step = -(-excess // ROUNDS)
+    while excess:
+        removed = min(step, excess)
+        costs = weight.square().sum(dim=1) / inverse.diagonal()
+        outside = (kept < group.start) | (kept >= group.stop)
+        cheapest = costs.masked_fill(outside, torch.inf).argsort()[:removed]
+        stays = torch.ones_like(outside).index_fill_(0, cheapest, False)
+        # Rows and columns of what goes, divided by the block that they share.
+        factor = torch.linalg.cholesky(inverse[cheapest][:, cheapest])
+        shares = torch.cholesky_solve(inverse[cheapest][:, stays], factor)
+        weight = weight[stays] - shares.mT @ weight[cheapest]
+        inverse = inverse[stays][:, stays] - shares.mT @ inverse[cheapest][:, stays]
+        kept, excess = kept[stays], excess - removed
+    return kept
