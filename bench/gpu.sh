@@ -76,7 +76,7 @@ step racecheck 90 bash -c 'sanitize racecheck tests/csrc/test_gram.py -m gpu -k 
 step memcheck_gemm 90 bash -c 'sanitize memcheck tests/kernels -m gpu -k "test_gpu and 37 and (silu_gated or True) and not every"'
 step memcheck_decode 90 bash -c 'sanitize memcheck tests/csrc/test_decode.py -m gpu -k "cuda and (strides or factor or splits)"'
 step racecheck_decode 90 bash -c 'sanitize racecheck tests/csrc/test_decode.py -m gpu -k "cuda and (splits or factor)"'
-step token_7b 120 "$python" -m slicegpt bench token --shape llama-2-7b --slice 0,0.25,0.5 --json "$out/token-7b.json"
+step token_7b 180 "$python" -m slicegpt bench token --shape llama-2-7b --slice 0,0.25,0.5 --engines hf,hf-generate,hf-compile,plain,fused --json "$out/token-7b.json"
 step layers_7b 60 "$python" -m slicegpt bench layers --shape llama-2-7b --slice 0,0.25,0.5 --json "$out/layers-7b.json"
 step throughput_7b 120 "$python" -m slicegpt bench throughput --shape llama-2-7b --slice 0,0.25 --steps 16 --json "$out/throughput-7b.json"
 step bench_rotation_70b 150 $rotation --models llama-2-70b --slices 0.25 --seconds 120 --json "$out/bench_rotation_70b.json"

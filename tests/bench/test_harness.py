@@ -26,7 +26,7 @@ from slicegpt.bench.predict import load_of
 from slicegpt.bench.results import Record, without_folders
 from slicegpt.bench.throughput import ThroughputOptions, measure_throughput
 from slicegpt.bench.timing import quantiles
-from slicegpt.bench.token_time import TokenOptions, measure_token_times
+from slicegpt.bench.token_time import Run, TokenOptions, measure_token_times
 from slicegpt.cli import main
 from slicegpt.schedule import Shape
 from slicegpt.sizes import skeleton
@@ -293,6 +293,25 @@ def test_folder_speaks_the_same_in_hugging_faces_class_and_ours(tiny_folder, tmp
     printed = capsys.readouterr().out
     best = min(content["rows"], key=lambda row: row["ms_median"])["engine"]
     assert f"Best dense baseline: {best} (dense" in printed
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_cold_caches_are_emptied_before_every_timed_step(tiny_networks, monkeypatch, cold):
+    flushed = []
+    monkeypatch.setattr("slicegpt.bench.token_time.CacheFlush", lambda device: lambda: flushed.append(device))
+    cases, _ = pair(tiny_networks((0.0,)), chosen_engines(["hf-generate", "fused"]))
+    rows, _ = token_rows(cases, cold=cold)
+    assert len(flushed) == (sum(row["tokens"] for row in rows) if cold else 0)
+
+
+def test_a_gpus_time_counts_devices(tiny_networks):
+    """GPU-ms: milliseconds times devices, on one GPU as many as were measured; none on a CPU."""
+    (network,) = tiny_networks((0.5,))
+    decoder = engines_module.start(Case(network, chosen_engines(["plain"])[0]), 1, 8)
+    run = Run(Case(network, chosen_engines(["plain"])[0]), decoder, 1.0, 1.0, 0, 0, times=[2.0, 4.0, 3.0])
+    assert run.row(TokenOptions(), None)["gpu_ms"] is None
+    network.device = torch.device("cuda")
+    assert run.row(TokenOptions(), None)["gpu_ms"] == 3.0
 
 
 def test_compile_that_fails_is_reported_and_the_rest_is_measured(tiny_networks, monkeypatch):
