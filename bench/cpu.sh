@@ -23,7 +23,7 @@ calibration=(--round-to 8 --nsamples 16 --seqlen 512)
 for step in "${steps[@]}"; do
     results=(--json "$out/$step.json" --plot "$out/$step.svg")
     case $step in
-        token) "$slicegpt" bench token "${small[@]}" "${both[@]}" --tokens 96 "${results[@]}" ;;
+        token) "$slicegpt" bench token "${small[@]}" "${both[@]}" --tokens 96 --rounds 16 "${results[@]}" ;;
         token-1b) "$slicegpt" bench token "${large[@]}" "${both[@]}" --engines $generate --tokens 32 "${results[@]}" ;;
         throughput) "$slicegpt" bench throughput "${small[@]}" --steps 4 "${results[@]}" ;;
         # Little memory: here it is the limit that ends the search.

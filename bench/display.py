@@ -164,7 +164,10 @@ def token_notes(rows: Sequence[Mapping]) -> list[str]:
     if not apart:
         return ["All engines of a network with the same weights chose the same tokens."]
     which = ", ".join(f"{row['network']} {row['engine']} after {row['same_tokens']}" for row in apart)
-    return [f"Engines with the same weights chose other tokens than the network's first engine: {which}."]
+    return [
+        "Engines with the same weights chose other tokens than the network's first engine, as rounding may decide "
+        f"between two that are as likely: {which}."
+    ]
 
 
 def notes(content: Mapping) -> list[str]:
