@@ -17,7 +17,7 @@ from slicegpt.folding import centre
 from slicegpt.memory import free_memory
 from slicegpt.modeling import SlicedConfig, SlicedModel
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
-from slicegpt.refit import Moments
+from slicegpt.refit import Moments, token_weights
 from slicegpt.signals import Signals, TokenBatch
 
 
@@ -58,7 +58,7 @@ def opposite_halves(means: torch.Tensor) -> torch.Tensor:
 
 
 def select(states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-    """[batch, tokens, K] to [n, K]: the tokens of a mask, all of them (a view) where it is None."""
+    """[batch, tokens, ...] to [n, ...]: the tokens of a mask, all of them (a view) where it is None."""
     return states.flatten(0, 1) if tokens is None else states[tokens]
 
 
@@ -181,8 +181,9 @@ class Passes:
                 carried, activations = lifted.activations(stream, **inputs)
                 missing = target if carried is None else target - carried
             with self.stage("refit"):
+                weights = token_weights(target, self.config.rms_norm_eps)
                 for fold, tokens in zip(folds, self.parts(index), strict=True):
-                    fold.add(select(activations, tokens), select(missing, tokens))
+                    fold.add(*(select(states, tokens) for states in (activations, missing, weights)))
             if keep:
                 kept.append(activations)
                 if carried is not None:

@@ -6,7 +6,8 @@ way to the solution of the ridge regression
 
     min ‖t - a W'‖² + λ ‖g (W' - W)‖²,      (aᵀa + λ diag(g²)) W' = aᵀt + λ diag(g²) W,
 
-at full width, before the basis of the next boundary is chosen. `g²` is the mean diagonal of aᵀa, apart for each kind
+at full width, before the basis of the next boundary is chosen. Tokens count by `token_weights`. `g²` is the mean
+diagonal of aᵀa, apart for each kind
 of activations where several are fitted at once: attention's, the MLP's, the stream behind a dense shortcut. λ is a
 constant of the method, `RIDGE`, or chosen by two-fold cross-validation: each half of the calibration samples judges
 the fit to the other, unlike half.
@@ -35,12 +36,23 @@ RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-6, 1))
 FIRST_RIDGE = RIDGES.index(RIDGE)
 
 
+def token_weights(stream: torch.Tensor, eps: float) -> torch.Tensor:
+    """How much a token's squared error counts: the inverse root of `|x|² + D eps`, of `stream` [..., D]: [...].
+
+    The next block reads `x` divided by that root, the blocks behind it the error as it is: between relative and
+    absolute errors, halfway was best (docs/quality.md).
+    """
+    dtype = torch.float64 if stream.dtype == torch.float64 else torch.float32
+    squares = torch.linalg.vector_norm(stream, dim=-1, dtype=dtype).square()
+    return (squares + stream.shape[-1] * eps).rsqrt()
+
+
 class Moments:
     """Second moments of activations [n, K] and of what their block has to write [n, D], all in float64.
 
     Attributes:
         gram: [K, K]; cross: [K, D]; energy: the sum of squares of what is to be written.
-        inputs, outputs: sums [K] and [D], for an intercept; tokens: their number.
+        inputs, outputs: sums [K] and [D], for an intercept; tokens: their number, or the sum of their weights.
         groups: columns of each kind of activations, K in all; their scales differ.
     """
 
@@ -53,18 +65,22 @@ class Moments:
         self.gram, self.cross, self.energy = zeros(inputs, inputs), zeros(inputs, outputs), zeros()
         self.inputs, self.outputs, self.tokens = zeros(inputs), zeros(outputs), zeros()
 
-    def add(self, activations: torch.Tensor, target: torch.Tensor) -> None:
-        """Add tokens: `activations` [n, K] and `target` [n, D] of one dtype."""
+    def add(
+        self, activations: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> None:
+        """Add tokens: `activations` [n, K] and `target` [n, D] of one dtype, `weight` [n] or None for ones."""
         # "fast" errs by some 1e-7 of the mean diagonal, a ten-thousandth of the smallest ridge; so do float32 sums of
         # one batch.
         exact = activations.dtype == torch.float64
         precision, dtype = ("fp64", torch.float64) if exact else ("fast", torch.float32)
-        gram_(self.gram, activations, None, precision)
-        cross_gram_(self.cross, activations, target, None, precision)
-        self.energy += torch.linalg.vector_norm(target, dtype=dtype).double().square()
-        self.inputs += activations.sum(dim=0, dtype=dtype)
-        self.outputs += target.sum(dim=0, dtype=dtype)
-        self.tokens += len(target)
+        if weight is None:
+            weight = torch.ones(len(target), dtype=dtype, device=target.device)
+        gram_(self.gram, activations, weight, precision)
+        cross_gram_(self.cross, activations, target, weight, precision)
+        self.energy += weight.double() @ torch.linalg.vector_norm(target, dim=1, dtype=dtype).double().square()
+        self.inputs += weight.to(dtype) @ activations.to(dtype)
+        self.outputs += weight.to(dtype) @ target.to(dtype)
+        self.tokens += weight.sum(dtype=torch.float64)
 
     def __iadd__(self, other: Moments) -> Moments:
         for name in ("gram", "cross", "energy", "inputs", "outputs", "tokens"):
@@ -89,7 +105,7 @@ class Writer:
     bias: torch.Tensor | None
 
     def loss(self, moments: Moments) -> float:
-        """`‖t - a W - bias‖²` over the tokens of `moments`: a quadratic form in them."""
+        """`‖t - a W - bias‖²`, weighted, over the tokens of `moments`: a quadratic form in them."""
         weight, bias = self.weight, self.bias
         loss = moments.energy + (weight * (moments.gram @ weight - 2 * moments.cross)).sum()
         if bias is not None:

@@ -72,6 +72,22 @@ def test_fit_is_the_stacked_least_squares_solution(ridge, intercept):
 
 
 @pytest.mark.parametrize("intercept", [False, True])
+def test_a_token_of_weight_three_is_three_tokens(intercept):
+    activations, target = problem(80)
+    counts = torch.arange(80) % 4
+    weighted = Moments([12], 7, torch.device("cpu"))
+    for rows in torch.arange(80).split(17):
+        weighted.add(activations[rows], target[rows], counts[rows].double())
+    repeated = moments_of(activations.repeat_interleave(counts, 0), target.repeat_interleave(counts, 0))
+    for name in ("gram", "cross", "energy", "inputs", "outputs", "tokens"):
+        assert relative_error(getattr(weighted, name), getattr(repeated, name)) < 1e-13
+    prior = prior_of(bias=intercept)
+    fits = [fit(moments, 0.1, prior) for moments in (weighted, repeated)]
+    assert relative_error(fits[0].weight, fits[1].weight) < 1e-11
+    assert fits[0].loss(weighted) == pytest.approx(fits[1].loss(repeated), rel=1e-10)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
 def test_loss_is_that_of_the_tokens(intercept):
     """The quadratic form in the moments of other tokens, against their residuals themselves."""
     fitted = fit(moments_of(*problem(200)), 0.1, prior_of(bias=intercept))
@@ -192,7 +208,9 @@ def test_first_block_is_fitted_to_the_dense_stream(case):
     basis = torch.linalg.lstsq(embedded, h).solution
     carried, target = h @ basis.mT, blocks_and_streams(model, calibration)[1]
     dense = model.model.layers[0].self_attn.o_proj.weight.mT
-    weight, _ = stacked_ridge(a, target - carried, 0.1, Writer(dense, None))
+    # Tokens count by the inverse of their norms.
+    counts = (target.square().sum(dim=1, keepdim=True) + 48 * model.config.rms_norm_eps) ** -0.25
+    weight, _ = stacked_ridge(counts * a, counts * (target - carried), 0.1, Writer(dense, None))
     out = carried + a @ weight
     spectrum = torch.linalg.svdvals(out).square()
     actual = torch.tensor(report.eigenvalues[1], dtype=torch.float64)
