@@ -28,8 +28,8 @@ for step in "${steps[@]}"; do
         throughput) "$slicegpt" bench throughput "${small[@]}" --steps 4 --rounds 5 "${results[@]}" ;;
         # Little memory: here it is the limit that ends the search.
         throughput-1b) "$slicegpt" bench throughput "${large[@]}" --steps 3 --rounds 5 --max-memory 3GB "${results[@]}" ;;
-        layers) "$slicegpt" bench layers "${small[@]}" --seqlen 512 "${results[@]}" ;;
-        layers-1b) "$slicegpt" bench layers "${large[@]}" --seqlen 256 "${results[@]}" ;;
+        layers) "$slicegpt" bench layers "${small[@]}" --seqlen 512 --repeats 80 "${results[@]}" ;;
+        layers-1b) "$slicegpt" bench layers "${large[@]}" --seqlen 256 --repeats 80 "${results[@]}" ;;
         slicing) "$slicegpt" bench slicing --model smollm2-135m "${calibration[@]}" "${results[@]}" ;;
         slicing-half) "$slicegpt" bench slicing --model smollm2-135m --slice 0.5 "${calibration[@]}" "${results[@]}" ;;
         slicing-1b) "$slicegpt" bench slicing --shape llama-1b --nsamples 4 --seqlen 128 "${results[@]}" ;;
