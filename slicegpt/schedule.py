@@ -14,7 +14,7 @@ SHORTCUT_MODES = ("compact", "dense")
 
 # MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: at this ratio a
 # parameter saved either way costs about the same loss (docs/quality.md).
-NEURONS_TO_COLUMNS = 4.0
+NEURONS_TO_COLUMNS = 8.0
 
 
 @dataclass(frozen=True)
