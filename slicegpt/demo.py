@@ -109,19 +109,19 @@ def run_demo(options: argparse.Namespace) -> None:
     for size in options.params:
         label = f"{100 * size:g} % of parameters"
         # Multiples of 8: on a model 576 wide, steps of 64 could not come near the sizes asked for.
-        config = plan_for_parameters(fields, int(size * fields["source_parameters"]), Shape(round_to=8))
+        shape = Shape(round_to=8, neurons=None)
+        config = plan_for_parameters(fields, int(size * fields["source_parameters"]), shape)
         sliced, report = slice_model(model, config, batches, SlicingOptions(), progress)
         sliced.generation_config = model.generation_config
         records[label] = slicing_record(sliced, report, SlicingOptions(), options.model, calibration)
         save_sliced(sliced, tokenizer, records[label], folder / f"params-{size:g}", overwrite=True)
-        rows.append(
-            measure(label, sliced, tokenizer, test, options, progress) | {"width": config.boundary_widths[0]}
-        )
-    shown = [
-        row | {"bytes": format_bytes(row["bytes"]), "width": row.get("width", fields["dense_hidden_size"])}
-        for row in rows
-    ]
-    table = format_table(shown, ["model", "width", "parameters", "bytes", "perplexity", "ms per token"])
+        left = {"width": config.boundary_widths[0], "neurons": config.intermediate_size}
+        rows.append(measure(label, sliced, tokenizer, test, options, progress) | left)
+    whole = {"width": fields["dense_hidden_size"], "neurons": fields["intermediate_size"]}
+    shown = [whole | row | {"bytes": format_bytes(row["bytes"])} for row in rows]
+    table = format_table(
+        shown, ["model", "width", "neurons", "parameters", "bytes", "perplexity", "ms per token"]
+    )
     plot_spectra(records, folder / "spectra.png")
     seconds = time.perf_counter() - started
     write_report(folder, rows, table, options, seconds)

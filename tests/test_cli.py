@@ -206,6 +206,30 @@ def test_full_width_is_the_dense_model(folder, text, tmp_path):
         assert relative_error(same(ids).logits, dense(ids).logits) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        (("--slice", "0.25"), 80),  # the paper's percentage: columns alone
+        (("--slice", "0.25", "--neurons", "0.2"), 64),
+        (("--slice", "0.25", "--shortcut", "dense", "--neurons", "0.2"), 64),
+        (("--params", "0.9", "--neurons", "0"), 80),
+        (("--params", "0.9", "--no-refit"), 80),
+        (("--params", "0.9"), None),
+    ],
+)
+def test_neurons(folder, text, tmp_path, options, left, capsys):
+    """A true size is reached by deleting neurons, too; otherwise only where they are asked for."""
+    arguments = ["slice", folder, *options, "--round-to", "4", *SAMPLES, text, "--output", tmp_path / "out"]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert main(["info", str(tmp_path / "out"), "--json", str(tmp_path / "info.json")]) == 0
+    facts = json.loads((tmp_path / "info.json").read_text())
+    assert facts["dense_neurons"] == 80
+    assert facts["neurons"] == left if left else facts["neurons"] < 80
+    assert ("and MLP neurons" in (tmp_path / "out/README.md").read_text()) == (facts["neurons"] < 80)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.model.layers[0].mlp.up_proj.out_features == facts["neurons"]
+
+
 # --- bad input: one line, exit code 2, nothing written -------------------------------------------------------------
 
 
@@ -220,6 +244,11 @@ def test_full_width_is_the_dense_model(folder, text, tmp_path):
         (("--params", "0.1"), "cannot be reached"),
         (("--target-bytes", "nan"), "--target-bytes"),
         (("--widths", "no/such.json"), "--widths: cannot read"),
+        (
+            ("--slice", "0.25", "--neurons", "1"),
+            r"--neurons: the fraction to delete must lie in \[0, 1\), got 1.0",
+        ),
+        (("--slice", "0.25", "--neurons", "0.5", "--no-refit"), "--neurons: .*got --no-refit"),
         (("--slice", "0.25", "--nsamples", "100000"), "100000 samples of 32 tokens need 3,200,000 tokens"),
         (("--slice", "0.25", "--orientation", "pca", "--shortcut", "compact"), "compact shortcuts need"),
         (("--slice", "0.25", "--device", "cuda:77"), "--device: cuda:77 is not there"),

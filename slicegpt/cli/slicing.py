@@ -93,7 +93,10 @@ def add_parser(commands) -> None:
 
 def number_or_auto(text: str) -> float | str:
     """An argparse type: a number, or auto."""
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}") from None
 
 
 def add_refit(parser: argparse.ArgumentParser) -> None:
