@@ -47,6 +47,8 @@ def record_of(model) -> dict:
         "source": "tiny-llama",
         "dtype": "float32",
         "dense_width": config.dense_hidden_size,
+        "neurons": config.intermediate_size,
+        "dense_neurons": config.dense_intermediate_size,
         "slicing": slicing_fraction(config),
         "size": size_record(config, torch.float32),
         "boundaries": boundary_report(config),
