@@ -1,14 +1,22 @@
-"""Builds `slicegpt._C`, the CUDA part: nvcc compiles csrc/ through ninja; all metadata is in pyproject.toml.
+"""Builds the compiled parts through ninja; all metadata is in pyproject.toml.
+
+`slicegpt._C`, the CUDA kernels, from csrc/ with nvcc; `slicegpt._cpu`, the CPU's decode kernels, from csrc/cpu/ with a
+C++ compiler (Linux).
 
 Environment variables:
   SLICEGPT_CUDA         auto (default): build the CUDA part where nvcc is found; 1: fail without nvcc; 0: leave it out
+  SLICEGPT_CPU          auto (default): build the CPU part where a C++ compiler is found and succeeds; 1: fail without;
+                        0: leave it out
+  CXX                   the C++ compiler of the CPU part; else the first of c++, g++, clang++ on PATH
   TORCH_CUDA_ARCH_LIST  architectures as PyTorch writes them: "7.5;8.0;9.0a", "9.0+PTX", names such as "Hopper"
   MAX_JOBS              parallel compilations (default: the number of processors)
   CUDA_HOME, CUDA_PATH  the toolkit; else the nvcc on PATH
 """
 
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +24,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
@@ -29,6 +38,14 @@ NAMED_ARCHITECTURES = {
     "Ada": "8.9+PTX",
     "Hopper": "9.0a;9.0+PTX",
     "Blackwell": "10.0;12.0+PTX",
+}
+
+
+# One wheel serves every processor of an architecture: each file of kernels is compiled for its instruction set, and
+# called where the processor has it.
+X86_FLAGS = {
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+    "avx2": "-mavx2 -mfma -mf16c",
 }
 
 
@@ -86,17 +103,46 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
+def wish_of(variable: str) -> str:
+    """0, 1 or auto."""
+    wish = os.environ.get(variable, "auto").strip().lower() or "auto"
+    if wish not in ("0", "1", "auto"):
+        raise BuildError(f"{variable} must be 0, 1 or auto, got {wish!r}")
+    return wish
+
+
 def wanted_nvcc() -> Path | None:
     """The compiler to use, or None to leave the CUDA part out."""
-    wish = os.environ.get("SLICEGPT_CUDA", "auto").strip().lower() or "auto"
-    if wish not in ("0", "1", "auto"):
-        raise BuildError(f"SLICEGPT_CUDA must be 0, 1 or auto, got {wish!r}")
+    wish = wish_of("SLICEGPT_CUDA")
     if wish == "0":
         return None
     nvcc = find_nvcc()
     if nvcc is None and wish == "1":
         raise BuildError("SLICEGPT_CUDA=1 needs nvcc, but there is none in CUDA_HOME/bin or on PATH")
     return nvcc
+
+
+def find_compiler() -> str | None:
+    """CXX (which may hold arguments), else the first C++ compiler on PATH."""
+    named = os.environ.get("CXX", "").strip()
+    if named:
+        return named if shutil.which(shlex.split(named)[0]) else None
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def wanted_compiler() -> str | None:
+    """The C++ compiler to use, or None to leave the CPU part out."""
+    wish = wish_of("SLICEGPT_CPU")
+    if wish == "0":
+        return None
+    if sys.platform != "linux":
+        if wish == "1":
+            raise BuildError(f"SLICEGPT_CPU=1: the CPU part is for Linux, got {sys.platform}")
+        return None
+    compiler = find_compiler()
+    if compiler is None and wish == "1":
+        raise BuildError("SLICEGPT_CPU=1 needs a C++ compiler, but there is none in CXX or on PATH")
+    return compiler
 
 
 def find_ninja() -> str:
@@ -111,7 +157,9 @@ def find_ninja() -> str:
         pass
     found = shutil.which("ninja")
     if not found:
-        raise BuildError("the CUDA part needs ninja: pip install ninja, or set SLICEGPT_CUDA=0")
+        raise BuildError(
+            "the compiled parts need ninja: pip install ninja, or set SLICEGPT_CUDA=0 SLICEGPT_CPU=0"
+        )
     return found
 
 
@@ -171,6 +219,39 @@ def ninja_file(nvcc: Path, version: str, build: Path, target: Path) -> str:
     return "\n".join(lines)
 
 
+def cpu_ninja_file(compiler: str, version: str, build: Path, target: Path) -> str:
+    """The build description of the CPU part: one object per .cpp, and one link.
+
+    No OpenMP library is linked: torch has loaded one, see csrc/cpu/threads.h.
+    """
+    import pybind11
+
+    includes = " ".join(f"-I{path}" for path in (pybind11.get_include(), _python_include()))
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    lines = [
+        f"cxx = {compiler.replace('$', '$$')}",
+        # Activations and rounding are loops over floats: no errno and no traps, so that they become vectors.
+        "cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
+        f"{includes} '-DSLICEGPT_VERSION=\"{version}\"'",
+        "rule object",
+        "  command = $cxx $cxxflags $set -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = c++ $in",
+        "rule link",
+        "  command = $cxx -shared $in -o $out -ldl",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in sorted((SOURCES / "cpu").glob("*.cpp")):
+        obj = _escape(build / f"{source.stem}.o")
+        flags = X86_FLAGS.get(source.stem, "") if on_x86 else ""
+        lines += [f"build {obj}: object {_escape(source)}", f"  set = {flags}"]
+        objects.append(obj)
+    lines += [f"build {_escape(target)}: link {' '.join(objects)}", f"default {_escape(target)}", ""]
+    return "\n".join(lines)
+
+
 def _escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -181,34 +262,60 @@ def _python_include() -> str:
     return sysconfig.get_paths()["include"]
 
 
-class BuildCuda(build_ext):
+class Build(build_ext):
     """Runs ninja on csrc/; objects are kept between builds, so only what changed is compiled again."""
 
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # Not self.build_temp: an editable install gives a new one every time.
-        build = ROOT / "build" / "cuda"
-        build.mkdir(parents=True, exist_ok=True)
+        version, target = self.distribution.get_version(), Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        if ext.name == "slicegpt._cpu":
+            compiler = find_compiler()
+            if compiler is None:
+                raise BuildError("the C++ compiler vanished during the build")
+            build = self.folder("cpu")
+            if self.ninja(build, cpu_ninja_file(compiler, version, build, target)) == 0:
+                return
+            if not ext.optional:
+                raise BuildError(
+                    "compiling csrc/cpu/ failed (see above); SLICEGPT_CPU=0 installs without the CPU part"
+                )
+            # setuptools goes on without an optional extension.
+            raise CompileError(
+                "slicegpt: compiling csrc/cpu/ failed (see above): building without the CPU part"
+            )
         nvcc = find_nvcc()
         if nvcc is None:
             raise BuildError("nvcc vanished during the build")
-        description = ninja_file(nvcc, self.distribution.get_version(), build, target)
-        (build / "build.ninja").write_text(description)
-        command = [find_ninja(), "-C", str(build), *(["-v"] if self.verbose > 1 else []), *jobs()]
-        if subprocess.call(command) != 0:
+        build = self.folder("cuda")
+        if self.ninja(build, ninja_file(nvcc, version, build, target)) != 0:
             raise BuildError(
                 "compiling csrc/ failed (see above); SLICEGPT_CUDA=0 installs without the CUDA part"
             )
 
+    def folder(self, name: str) -> Path:
+        # Not self.build_temp: an editable install gives a new one every time.
+        build = ROOT / "build" / name
+        build.mkdir(parents=True, exist_ok=True)
+        return build
+
+    def ninja(self, build: Path, description: str) -> int:
+        (build / "build.ninja").write_text(description)
+        command = [find_ninja(), "-C", str(build), *(["-v"] if self.verbose > 1 else []), *jobs()]
+        return subprocess.call(command)
+
 
 def extensions() -> list[Extension]:
-    nvcc = wanted_nvcc()
-    if nvcc is None:
+    found = []
+    if wanted_nvcc() is None:
         print("slicegpt: building without the CUDA part", file=sys.stderr)
-        return []
-    return [Extension("slicegpt._C", sources=[])]
+    else:
+        found.append(Extension("slicegpt._C", sources=[]))
+    if wanted_compiler() is None:
+        print("slicegpt: building without the CPU part", file=sys.stderr)
+    else:
+        found.append(Extension("slicegpt._cpu", sources=[], optional=wish_of("SLICEGPT_CPU") == "auto"))
+    return found
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCuda})
+    setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

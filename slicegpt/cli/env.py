@@ -33,7 +33,7 @@ def describe() -> dict:
     """Versions, devices, kernels and extras of this installation."""
     import torch
 
-    from slicegpt.ops import cuda
+    from slicegpt.ops import cpu_decode, cuda
     from slicegpt.record import versions
 
     packages = {}
@@ -56,7 +56,9 @@ def describe() -> dict:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "devices": devices,
-        "kernels": cuda.build_info() | {"backend": os.environ.get("SLICEGPT_BACKEND", "auto")},
+        "kernels": cuda.build_info()
+        | cpu_decode.build_info()
+        | {"backend": os.environ.get("SLICEGPT_BACKEND", "auto")},
         "extras": {
             extra: all(importlib.util.find_spec(module) is not None for module in modules)
             for extra, modules in EXTRAS.items()

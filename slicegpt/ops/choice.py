@@ -1,7 +1,7 @@
 """Which implementation a fused GEMM (`norm_linear`, `rotate_add`) takes.
 
-"cuda": the decode kernels, up to 16 rows. "triton": from sm_80 on. "epilogue": cuBLAS and a CUDA epilogue. "torch":
-library GEMMs and torch epilogues, also on CPUs. "reference": float64.
+"cuda": the decode kernels, up to 16 rows. "triton": from sm_80 on. "epilogue": cuBLAS and a CUDA epilogue. "cpu": the
+CPU's decode kernels, up to 16 rows. "torch": library GEMMs and torch epilogues, also on CPUs. "reference": float64.
 """
 
 import importlib
@@ -15,7 +15,8 @@ from slicegpt.ops.registration import logger, triton_is_available
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Up to so many rows a product is bound by reading its weights, which the CUDA kernels do once; above, Triton's.
+# Up to so many rows a product is bound by reading its weights, which the decode kernels do once; above, Triton's or a
+# CPU's library.
 DECODE_ROWS = 16
 
 
@@ -58,7 +59,7 @@ def _candidates(backend: str, capability: tuple[int, int] | None, rows: int) -> 
     if backend != "auto":
         return (backend,)
     if capability is None:
-        return ("torch",)
+        return ("cpu", "torch") if rows <= DECODE_ROWS else ("torch",)
     prefill = ("triton", "epilogue", "torch")
     return ("cuda", *prefill) if rows <= DECODE_ROWS else prefill
 
@@ -70,6 +71,8 @@ def _implements(
         return False
     if name in ("torch", "reference"):
         return True
+    if name == "cpu":
+        return launchers(name, op).is_supported(capability, dtype, rows)
     if capability is None:
         return False
     if name in ("cuda", "epilogue"):
@@ -83,5 +86,10 @@ def _implements(
 
 def launchers(name: str, op: str) -> ModuleType:
     """The module whose function `op` launches the kernels of an implementation; imported when it is needed."""
-    modules = {"cuda": "ops.cuda_decode", "epilogue": "ops.cuda_epilogue", "triton": f"kernels.{op}"}
+    modules = {
+        "cuda": "ops.cuda_decode",
+        "epilogue": "ops.cuda_epilogue",
+        "cpu": "ops.cpu_decode",
+        "triton": f"kernels.{op}",
+    }
     return importlib.import_module(f"slicegpt.{modules[name]}")

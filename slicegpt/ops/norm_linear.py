@@ -26,9 +26,9 @@ def norm_linear(
     The norm of the canonical network is a row scale only, so it commutes with the product: one GEMM reads the stream
     as it is, and its epilogue scales, shifts and activates the first columns. The rest, the z columns of a compact
     shortcut (`z = h F`, with W₂ = Fᵀ), pass as they are. Products are summed in float32 and not rounded before they
-    are scaled, because a float16 stream may hold values whose products overflow. (A CPU's 16-bit GEMMs do round:
-    there the z columns and bfloat16 products are rounded once more, and a float16 stream is normalised first.) The
-    same call gives the same bits.
+    are scaled, because a float16 stream may hold values whose products overflow. (A CPU library's 16-bit GEMMs, for
+    more than 16 rows or without the compiled kernels, do round: there the z columns and bfloat16 products are rounded
+    once more, and a float16 stream is normalised first.) The same call gives the same bits.
 
     Args:
         h: [T, d] float16, bfloat16, float32 or float64, the stream; unit column stride, any row stride, T may be 0.
@@ -122,6 +122,8 @@ def _run(h, weight, bias, sumsq, n_scaled, activation, divisor, eps) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     sumsq = None if sumsq is None else sumsq.contiguous()
     launch = getattr(choice.launchers(backend, OP), OP)
+    if backend == "cpu":
+        return launch(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
     with torch.cuda.device(h.device):
         return launch(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
 

@@ -18,7 +18,8 @@ def rotate_add(
     With a dense shortcut, two sources and one accumulator. Without one, h itself is added (padded with zero columns
     where the next boundary is wider). That is an identity shortcut, and a compact one `S = I - F Fᵀ` as well: pass
     `a = [a | z]`, `z = h F` from `norm_linear`, and `weight = [W_out | -F]`. Sums are kept in float32 and rounded
-    once (on a CPU, 16-bit ones a second time, after `h Sᵀ + bias`). The same call gives the same bits.
+    once (by a CPU library's GEMMs, for more than 16 rows or without the compiled kernels, 16-bit ones a second time,
+    after `h Sᵀ + bias`). The same call gives the same bits.
 
     Args:
         a: [T, K] float16, bfloat16, float32 or float64, what the block computed; unit column stride, T may be 0.
@@ -96,6 +97,8 @@ def _run(a, weight, h, shortcut, bias) -> tuple[Tensor, Tensor]:
     shortcut = None if shortcut is None else shortcut.contiguous()
     bias = None if bias is None else bias.contiguous()
     launch = getattr(choice.launchers(backend, OP), OP)
+    if backend == "cpu":
+        return launch(a, weight, h, shortcut, bias)
     with torch.cuda.device(a.device):
         return launch(a, weight, h, shortcut, bias)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slicegpt.runtime.cache import GrowingStep, KVCache, StaticStep, Step
+from slicegpt.runtime.cpu_step import CpuStep
 from slicegpt.runtime.network import Network
 from slicegpt.runtime.sampling import Sampling
 
@@ -86,6 +87,23 @@ class GrowingDecoder(Decoder):
     def step(self) -> Tensor:
         angles = self.network.angles(self.position)
         self._advance(GrowingStep(self.cache, 1, angles, self.slot, self.padded))
+        self.slot += 1
+        return self.token
+
+
+class FusedDecoder(GrowingDecoder):
+    """For the CPU where the compiled kernels are there: a token passes all blocks in one call."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.blocks = CpuStep(self.network.packed, self.cache)
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        stream = self.network.embed(self.token[:, None], self.position[:, None])
+        stream = self.blocks.run(stream, self.position, self.slot, self.padded)
+        self._choose(self.network.logits(stream, None))
+        self.position += 1
         self.slot += 1
         return self.token
 

@@ -7,12 +7,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.ops import cpu_decode
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.canonical import to_canonical
-from slicegpt.runtime.decoding import Decoder, GraphDecoder, GrowingDecoder, StaticDecoder, tokens_on_host
+from slicegpt.runtime.cpu_step import CpuStep
+from slicegpt.runtime.decoding import (
+    Decoder,
+    FusedDecoder,
+    GraphDecoder,
+    GrowingDecoder,
+    StaticDecoder,
+    tokens_on_host,
+)
 from slicegpt.runtime.network import Network
 from slicegpt.runtime.packing import pack
 from slicegpt.runtime.sampling import Sampling
+
+DECODERS = {"growing": GrowingDecoder, "fused": FusedDecoder, "static": StaticDecoder, "graph": GraphDecoder}
 
 # The cache grows by so many tokens, so that prompts of similar lengths share one, and a captured graph.
 CAPACITY_STEP = 256
@@ -33,7 +44,8 @@ class Runtime:
         prefill_chunk: tokens of a row that pass the network at a time.
         release: take the layers' weights out of `model` while they are packed, which saves a copy; `model` cannot be
             used afterwards.
-        decoder: "auto", "growing", "static" or "graph"; see `slicegpt.runtime.decoding`. "auto" is "graph" on a GPU.
+        decoder: "auto", "growing", "fused", "static" or "graph"; see `slicegpt.runtime.decoding`. "auto" is "graph" on
+            a GPU; on a CPU "fused" for batches of at most 16 where the CPU's kernels are built, else "growing".
 
     Raises:
         SliceGPTError: a model that the fused operators cannot run.
@@ -47,10 +59,9 @@ class Runtime:
         release: bool = False,
         decoder: str = "auto",
     ):
-        decoders = {"growing": GrowingDecoder, "static": StaticDecoder, "graph": GraphDecoder}
-        if decoder not in ("auto", *decoders):
+        if decoder not in ("auto", *DECODERS):
             raise SliceGPTError(
-                f"Runtime: decoder must be one of auto, {', '.join(decoders)}, got {decoder!r}"
+                f"Runtime: decoder must be one of auto, {', '.join(DECODERS)}, got {decoder!r}"
             )
         if prefill_chunk < 1:
             raise SliceGPTError(f"Runtime: prefill_chunk must be at least 1, got {prefill_chunk}")
@@ -67,8 +78,7 @@ class Runtime:
         self.prefill_chunk = prefill_chunk
         self.network = Network(pack(canonical, self.max_length, release or canonical is not model))
         self.device = self.network.packed.device
-        on_gpu = self.device.type == "cuda"
-        self._decoder_class = decoders[("graph" if on_gpu else "growing") if decoder == "auto" else decoder]
+        self.decoder = decoder
         self._caches: dict[int, KVCache] = {}
         self._decoders: dict[int, dict[tuple, Decoder]] = {}  # of each batch size
         self._generator = torch.Generator(self.device)
@@ -210,10 +220,21 @@ class Runtime:
         if key not in decoders:
             if len(decoders) >= MAX_DECODERS:
                 decoders.pop(next(iter(decoders)))
-            decoders[key] = self._decoder_class(
-                self.network, cache, sampling, stop_ids, self.pad_id, self._generator
-            )
+            make = DECODERS[self._decoder_name(cache.batch)]
+            decoders[key] = make(self.network, cache, sampling, stop_ids, self.pad_id, self._generator)
         return decoders[key]
+
+    def _decoder_name(self, batch: int) -> str:
+        fused = not self.network.through_operators and CpuStep.is_supported(self.network.packed, batch)
+        if self.decoder == "auto":
+            return "graph" if self.device.type == "cuda" else "fused" if fused else "growing"
+        if self.decoder == "fused" and not fused:
+            raise SliceGPTError(
+                f"Runtime: decoder 'fused' needs the CPU's kernels ({cpu_decode.why_not() or 'they are there'}), "
+                f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and at most {cpu_decode.MAX_TOKENS} rows, "
+                f"got {batch} of {self.network.packed.dtype} on {self.device}"
+            )
+        return self.decoder
 
     def _forget(self, batch: int) -> None:
         self._caches.pop(batch, None)

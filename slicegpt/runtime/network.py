@@ -5,15 +5,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt import ops
-from slicegpt.ops import library_gemm
+from slicegpt.ops import cpu_decode, library_gemm
 from slicegpt.ops.registration import requested_backend
 from slicegpt.runtime.cache import Step
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
 
 
-def _rotate_without_sums(
+def _norm_linear_on_cpu(h: Tensor, *arguments) -> Tensor:
+    """The CPU's kernels for a few rows, its library for more."""
+    kernels = cpu_decode if cpu_decode.is_supported(None, h.dtype, len(h)) else library_gemm
+    return kernels.norm_linear(h, *arguments)
+
+
+def _rotate_add_on_cpu(
     a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
+    """The same; the library's form leaves the sums of squares to the next norm."""
+    if cpu_decode.is_supported(None, a.dtype, len(a)):
+        return cpu_decode.rotate_add(a, weight, h, shortcut, bias)
     return library_gemm.rotate(a, weight, h, shortcut, bias), None
 
 
@@ -23,16 +32,17 @@ class Network:
     Args:
         packed: the weights.
         through_operators: call the registered operators, which `torch.compile` can trace; False calls the CPU's
-            GEMMs directly, which saves about 10 µs of dispatch and checks a call. None: directly on a CPU, unless
-            SLICEGPT_BACKEND asks for something.
+            kernels and GEMMs directly, which saves about 10 µs of dispatch and checks a call. None: directly on a
+            CPU, unless SLICEGPT_BACKEND asks for something.
     """
 
     def __init__(self, packed: PackedNetwork, through_operators: bool | None = None):
         self.packed = packed
         if through_operators is None:
             through_operators = packed.device.type != "cpu" or requested_backend() != "auto"
-        self.norm_linear = ops.norm_linear if through_operators else library_gemm.norm_linear
-        self.rotate_add = ops.rotate_add if through_operators else _rotate_without_sums
+        self.through_operators = through_operators
+        self.norm_linear = ops.norm_linear if through_operators else _norm_linear_on_cpu
+        self.rotate_add = ops.rotate_add if through_operators else _rotate_add_on_cpu
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and signed sines of these positions, each [positions, 1, rotary_dim]; padding may have negative ones.

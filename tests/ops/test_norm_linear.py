@@ -8,7 +8,7 @@ import torch
 
 from slicegpt import reference
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import choice, norm_linear
+from slicegpt.ops import choice, cpu_decode, norm_linear
 from slicegpt.ops.norm_linear import is_supported
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -200,6 +200,9 @@ def test_auto_takes_cuda_for_decode_and_triton_for_prefill(monkeypatch, op):
 
     monkeypatch.setattr(choice, "_implements", implements)
     assert chosen("auto", None, 1) == "torch"
+    present.add("cpu")
+    assert chosen("auto", None, 16) == "cpu"
+    assert chosen("auto", None, 17) == "torch"
     assert chosen("auto", (9, 0), 16) == "cuda"
     assert chosen("auto", (9, 0), 17) == "triton"
     assert chosen("cuda", (9, 0), 17) == "epilogue"
@@ -229,7 +232,8 @@ def test_the_choice_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="slicegpt"):
         for _ in range(3):
             norm_linear(H, W, None, None, 4, "none", 4.0, 0.0)
-    assert caplog.messages == ["norm_linear: torch.float32, at most 16 rows on a CPU: torch"]
+    name = "torch" if cpu_decode.why_not() else "cpu"
+    assert caplog.messages == [f"norm_linear: torch.float32, at most 16 rows on a CPU: {name}"]
 
 
 # --- torch.compile, and the GPU -----------------------------------------------------------------------------

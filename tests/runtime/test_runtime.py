@@ -54,7 +54,7 @@ def test_greedy_tokens_are_those_of_the_plain_model_in_float32(case, form):
     plain = network(case, form, torch.float32)
     ids, mask = left_padding(token_ids(), LENGTHS)
     expected = plain.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    for decoder in ("growing", "static"):  # "static" is what a CUDA graph captures
+    for decoder in ("auto", "growing", "static"):  # "static" is what a CUDA graph captures
         runtime = Runtime(plain, prefill_chunk=5, decoder=decoder)
         assert torch.equal(runtime.generate(ids, mask, 12), expected)
     one = plain.generate(ids[:1], attention_mask=mask[:1], max_new_tokens=12, do_sample=False, pad_token_id=0)
@@ -237,7 +237,7 @@ def test_errors_of_the_runtime():
     for arguments, message in (
         ({"max_length": 100}, "max_length must be at most 64, the model's learned positions, got 100"),
         ({"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
-        ({"decoder": "quick"}, "decoder must be one of auto, growing, static, graph, got 'quick'"),
+        ({"decoder": "quick"}, "decoder must be one of auto, growing, fused, static, graph, got 'quick'"),
     ):
         with pytest.raises(SliceGPTError, match=message):
             Runtime(plain, **arguments)

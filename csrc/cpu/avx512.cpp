@@ -1,0 +1,33 @@
+// The kernels for AVX-512 (F, BW, DQ, VL).
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "decode.h"
+#include "scratch.h"
+
+#define SLICEGPT_MASKED_LOADS
+#define SLICEGPT_PREFETCH
+
+namespace slicegpt {
+namespace cpu {
+namespace {
+
+#include "values.h"
+#include "simd_avx512.h"
+#include "activation.h"
+#include "product.h"
+#include "attention.h"
+#include "kernels.h"
+
+}  // namespace
+
+const Kernels kAvx512{"avx512", norm_linear_of, rotate_add_of, row_sums_of, attend_of};
+
+}  // namespace cpu
+}  // namespace slicegpt
+#endif

@@ -1,0 +1,165 @@
+// The Python module slicegpt._cpu: the CPU's decode kernels with addresses and sizes as integers. Checks and allocation
+// are Python's (slicegpt/ops/cpu_decode.py). torch must have been imported before: see threads.h.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "decode.h"
+#include "step.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace slicegpt {
+namespace cpu {
+namespace {
+
+// An address as Python gives it; 0 is null.
+struct Address {
+    uintptr_t value;
+    template <typename T>
+    operator T*() const {
+        return reinterpret_cast<T*>(value);
+    }
+};
+
+bool runs(const Kernels& kernels) {
+#if defined(__x86_64__)
+    if (&kernels == &kAvx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+    if (&kernels == &kAvx2)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+    return true;
+}
+
+// Those that run on this processor, the fastest first.
+std::vector<const Kernels*> present() {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    for (const Kernels* kernels : {&kAvx512, &kAvx2})
+        if (runs(*kernels)) found.push_back(kernels);
+#endif
+    found.push_back(&kPortable);
+    return found;
+}
+
+const Kernels* chosen = present().front();
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : present()) names.push_back(kernels->name);
+    return names;
+}
+
+bool use(const std::string& name) {
+    for (const Kernels* kernels : present())
+        if (name == kernels->name) {
+            chosen = kernels;
+            return true;
+        }
+    return false;
+}
+
+using A = uintptr_t;
+
+NormLinear norm_linear_arguments(A h, int64_t h_stride, A weight, int64_t weight_stride, A bias, A sumsq, int64_t parts,
+                                 A y, int64_t y_stride, int64_t tokens, int64_t d, int64_t N, int64_t n_scaled,
+                                 int activation, bool gated, double divisor, double eps) {
+    return {Address{h},     h_stride, Address{weight}, weight_stride, Address{bias}, Address{sumsq},
+            parts,          Address{y}, y_stride,      tokens,        d,             N,
+            n_scaled,       static_cast<Activation>(activation), gated, divisor, eps};
+}
+
+RotateAdd rotate_add_arguments(A a, int64_t a_stride, A weight, int64_t weight_stride, A h, int64_t h_stride,
+                               A shortcut, int64_t shortcut_stride, A bias, A h_next, int64_t h_next_stride, A sumsq,
+                               int64_t tokens, int64_t K, int64_t d, int64_t N) {
+    return {Address{a},        a_stride,      Address{weight}, weight_stride,  Address{h}, h_stride, Address{shortcut},
+            shortcut_stride,   Address{bias}, Address{h_next}, h_next_stride,  Address{sumsq},
+            tokens,            K,             d,               N};
+}
+
+void norm_linear(int dtype, const NormLinear& op, int threads) {
+    py::gil_scoped_release release;
+    parallel(threads, [&](int thread, int count) {
+        chosen->norm_linear(static_cast<Dtype>(dtype), op, thread, count);
+    });
+}
+
+void rotate_add(int dtype, const RotateAdd& op, int threads) {
+    py::gil_scoped_release release;
+    parallel(threads, [&](int thread, int count) {
+        chosen->rotate_add(static_cast<Dtype>(dtype), op, thread, count);
+        if (count > 1) barrier();
+        chosen->row_sums(static_cast<Dtype>(dtype), op, thread, count);
+    });
+}
+
+void bind_operations(py::module_& m) {
+    py::class_<NormLinear>(m, "NormLinear", py::module_local())
+        .def(py::init(&norm_linear_arguments), py::arg("h"), py::arg("h_stride"), py::arg("weight"),
+             py::arg("weight_stride"), py::arg("bias"), py::arg("sumsq"), py::arg("parts"), py::arg("y"),
+             py::arg("y_stride"), py::arg("tokens"), py::arg("d"), py::arg("N"), py::arg("n_scaled"),
+             py::arg("activation"), py::arg("gated"), py::arg("divisor"), py::arg("eps"));
+    py::class_<RotateAdd>(m, "RotateAdd", py::module_local())
+        .def(py::init(&rotate_add_arguments), py::arg("a"), py::arg("a_stride"), py::arg("weight"),
+             py::arg("weight_stride"), py::arg("h"), py::arg("h_stride"), py::arg("shortcut"),
+             py::arg("shortcut_stride"), py::arg("bias"), py::arg("h_next"), py::arg("h_next_stride"),
+             py::arg("sumsq"), py::arg("tokens"), py::arg("K"), py::arg("d"), py::arg("N"));
+    py::class_<Attention>(m, "Attention", py::module_local())
+        .def(py::init([](A rows, int64_t rows_stride, A keys, A values, int64_t batch_stride, int64_t head_stride,
+                         A valid, int64_t valid_stride, A rotary, A positions, A norm, double norm_eps, int64_t batch,
+                         int64_t heads, int64_t key_heads, int64_t head_dim, int64_t rotary_dim, int64_t first,
+                         int64_t slot) {
+                 return Attention{Address{rows},  rows_stride,  Address{keys},   Address{values},    batch_stride,
+                                  head_stride,    Address{valid}, valid_stride,  Address{rotary},    Address{positions},
+                                  Address{norm},  norm_eps,     batch,           heads,              key_heads,
+                                  head_dim,       rotary_dim,   first,           slot};
+             }),
+             py::arg("rows"), py::arg("rows_stride"), py::arg("keys"), py::arg("values"), py::arg("batch_stride"),
+             py::arg("head_stride"), py::arg("valid"), py::arg("valid_stride"), py::arg("rotary"),
+             py::arg("positions"), py::arg("norm"), py::arg("norm_eps"), py::arg("batch"), py::arg("heads"),
+             py::arg("key_heads"), py::arg("head_dim"), py::arg("rotary_dim"), py::arg("first"), py::arg("slot"));
+    m.def("norm_linear", &norm_linear);
+    m.def("rotate_add", &rotate_add);
+}
+
+void bind_step(py::module_& m) {
+    py::class_<Step>(m, "Step", py::module_local())
+        .def(py::init([](int dtype) { return Step{static_cast<Dtype>(dtype), {}}; }), py::arg("dtype"))
+        .def(
+            "add",
+            [](Step& step, std::vector<NormLinear> inputs, const Attention* attention, int64_t window,
+               const RotateAdd& output) {
+                step.blocks.push_back(
+                    {std::move(inputs), attention != nullptr, attention ? *attention : Attention{}, window, output});
+            },
+            py::arg("inputs"), py::arg("attention").none(true), py::arg("window"), py::arg("output"))
+        .def(
+            "run",
+            [](const Step& step, A h, int64_t h_stride, A positions, A valid, int64_t slot, int threads) {
+                py::gil_scoped_release release;
+                run_step(*chosen, step, {Address{h}, h_stride, Address{positions}, Address{valid}, slot}, threads);
+            },
+            py::arg("h"), py::arg("h_stride"), py::arg("positions"), py::arg("valid"), py::arg("slot"),
+            py::arg("threads"));
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace slicegpt
+
+PYBIND11_MODULE(_cpu, m) {
+    m.def("version", [] { return std::string(SLICEGPT_VERSION); });
+    m.def("compiler", [] { return std::string(__VERSION__); });
+    m.def("openmp_library", [] { return std::string(slicegpt::cpu::openmp_library()); });
+    m.def("instruction_sets", &slicegpt::cpu::instruction_sets);
+    m.def("instruction_set", [] { return std::string(slicegpt::cpu::chosen->name); });
+    m.def("use", &slicegpt::cpu::use);
+    slicegpt::cpu::bind_operations(m);
+    slicegpt::cpu::bind_step(m);
+}

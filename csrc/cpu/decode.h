@@ -1,0 +1,87 @@
+// The CPU's decode kernels: `norm_linear`, `rotate_add` and attention for a few rows, each byte of weights read once.
+//
+// Every operation is a function of a thread's number: it does that thread's share and touches nothing of the others',
+// so it runs alone or as one step of a parallel region. What an output value is computed from, and in which order,
+// depends neither on the thread that does it nor on their number. Strides are in items.
+#pragma once
+
+#include <cstdint>
+
+namespace slicegpt {
+namespace cpu {
+
+constexpr int kMaxTokens = 16;
+// Columns of the stream that one sum of squares covers.
+constexpr int kSumColumns = 32;
+
+// The order is slicegpt/ops/cpu_decode.py's DTYPES and ACTIVATIONS.
+enum class Dtype { kFloat16, kBFloat16, kFloat32 };
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+
+struct NormLinear {
+    const void* h;  // [tokens, d]
+    int64_t h_stride;
+    const void* weight;  // [N, d]
+    int64_t weight_stride;
+    const void* bias;    // [n_scaled] or null
+    const float* sumsq;  // [tokens, parts] or null: computed from h
+    int64_t parts;
+    void* y;  // [tokens, N], with gates [tokens, N - n_scaled / 2]
+    int64_t y_stride;
+    int64_t tokens, d, N, n_scaled;
+    Activation activation;
+    bool gated;
+    double divisor, eps;
+};
+
+struct RotateAdd {
+    const void* a;  // [tokens, K]
+    int64_t a_stride;
+    const void* weight;  // [N, K]
+    int64_t weight_stride;
+    const void* h;  // [tokens, d]
+    int64_t h_stride;
+    const void* shortcut;  // [N, d] or null: the identity, d <= N
+    int64_t shortcut_stride;
+    const void* bias;  // [N] or null
+    void* h_next;      // [tokens, N]
+    int64_t h_next_stride;
+    float* sumsq;  // [tokens, ceil(N / kSumColumns)], see `row_sums`
+    int64_t tokens, K, d, N;
+};
+
+// One new token in each row of a batch: its key and value go into the cache, its query sees what the cache holds.
+struct Attention {
+    void* rows;  // [batch, v | k | q | anything]; attended values replace q
+    int64_t rows_stride;
+    void* keys;  // [batch, key_heads, capacity, head_dim]
+    void* values;
+    int64_t batch_stride, head_stride;
+    const uint8_t* valid;  // [batch, capacity], 0 where a row is padded; or null
+    int64_t valid_stride;
+    const void* rotary;        // [positions, 2, rotary_dim], cosines and signed sines (the first half negative); or null
+    const int64_t* positions;  // [batch], those of the new tokens; negative ones (padding) count as 0
+    const void* norm;  // [key_heads + heads, head_dim], scales of the norm of keys and queries, or null
+    double norm_eps;
+    int64_t batch, heads, key_heads, head_dim, rotary_dim;
+    int64_t first, slot;  // slots [first, slot) of the cache are seen, `slot` is the new token's
+};
+
+// One instruction set's implementation.
+struct Kernels {
+    const char* name;
+    void (*norm_linear)(Dtype, const NormLinear&, int thread, int threads);
+    // Without the sums of squares, which need all of a row: `row_sums` once all threads are through.
+    void (*rotate_add)(Dtype, const RotateAdd&, int thread, int threads);
+    void (*row_sums)(Dtype, const RotateAdd&, int thread, int threads);
+    void (*attend)(Dtype, const Attention&, int thread, int threads);
+};
+
+#if defined(__x86_64__) || defined(_M_X64)
+extern const Kernels kAvx512;
+extern const Kernels kAvx2;
+#endif
+extern const Kernels kPortable;
+
+}  // namespace cpu
+}  // namespace slicegpt

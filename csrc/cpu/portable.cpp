@@ -1,0 +1,26 @@
+// The kernels for any processor.
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "decode.h"
+#include "scratch.h"
+
+namespace slicegpt {
+namespace cpu {
+namespace {
+
+#include "values.h"
+#include "simd_portable.h"
+#include "activation.h"
+#include "product.h"
+#include "attention.h"
+#include "kernels.h"
+
+}  // namespace
+
+const Kernels kPortable{"portable", norm_linear_of, rotate_add_of, row_sums_of, attend_of};
+
+}  // namespace cpu
+}  // namespace slicegpt

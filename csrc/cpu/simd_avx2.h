@@ -1,0 +1,57 @@
+// Eight floats at a time, with FMA and F16C. Included once, into the unnamed namespace of avx2.cpp.
+#pragma once
+
+struct Vec {
+    __m256 v;
+    static constexpr int kLanes = 8;
+    static constexpr int kRegisters = 16;
+    static Vec zero() { return {_mm256_setzero_ps()}; }
+    static Vec all(float x) { return {_mm256_set1_ps(x)}; }
+    static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    void store(float* p) const { _mm256_storeu_ps(p, v); }
+    static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+    float sum() const {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
+};
+
+// See simd_avx512.h; a chunk is 32 bytes here.
+template <typename D>
+struct Values;
+
+template <>
+struct Values<float> {
+    static constexpr bool kInterleaved = false;
+    static constexpr int kChunk = 8, kParts = 1;
+    static void load(const float* p, Vec* out) { out[0] = Vec::load(p); }
+};
+
+template <>
+struct Values<BFloat16> {
+    static constexpr bool kInterleaved = true;
+    static constexpr int kChunk = 16, kParts = 2;
+    static void load(const BFloat16* p, Vec* out) {
+        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        out[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};
+        out[1] = {_mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+    }
+};
+
+template <>
+struct Values<Float16> {
+    static constexpr bool kInterleaved = false;
+    static constexpr int kChunk = 16, kParts = 2;
+    static void load(const Float16* p, Vec* out) {
+        const __m128i* halves = reinterpret_cast<const __m128i*>(p);
+        out[0] = {_mm256_cvtph_ps(_mm_loadu_si128(halves))};
+        out[1] = {_mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+    }
+};
+
+inline float to_float(Float16 x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
+inline Float16 to_float16(float x) {
+    return {static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)))};
+}
+inline void store_value(Float16* p, float x) { *p = to_float16(x); }

@@ -1,0 +1,66 @@
+// Sixteen floats at a time. Included once, into the unnamed namespace of avx512.cpp.
+#pragma once
+
+struct Vec {
+    __m512 v;
+    static constexpr int kLanes = 16;
+    static constexpr int kRegisters = 32;
+    static Vec zero() { return {_mm512_setzero_ps()}; }
+    static Vec all(float x) { return {_mm512_set1_ps(x)}; }
+    static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    float sum() const { return _mm512_reduce_add_ps(v); }
+};
+
+// `Values<D>`: kChunk items of D, 64 bytes of them, become kParts vectors of floats, in an order of its own that is
+// the same for weights and for what they are multiplied with. `load_first` reads `count` items, zeros follow.
+template <typename D>
+struct Values;
+
+template <>
+struct Values<float> {
+    static constexpr bool kInterleaved = false;
+    static constexpr int kChunk = 16, kParts = 1;
+    static void load(const float* p, Vec* out) { out[0] = Vec::load(p); }
+    static void load_first(const float* p, int count, Vec* out) {
+        out[0] = {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)};
+    }
+};
+
+template <>
+struct Values<BFloat16> {
+    static constexpr bool kInterleaved = true;
+    static constexpr int kChunk = 32, kParts = 2;
+    static void spread(__m512i pairs, Vec* out) {
+        // The even items and the odd ones: a shift and a mask, where keeping the order would take a permutation.
+        out[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+        out[1] = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+    }
+    static void load(const BFloat16* p, Vec* out) { spread(_mm512_loadu_si512(p), out); }
+    static void load_first(const BFloat16* p, int count, Vec* out) {
+        spread(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p), out);
+    }
+};
+
+template <>
+struct Values<Float16> {
+    static constexpr bool kInterleaved = false;
+    static constexpr int kChunk = 32, kParts = 2;
+    static void load(const Float16* p, Vec* out) {
+        const __m256i* halves = reinterpret_cast<const __m256i*>(p);
+        out[0] = {_mm512_cvtph_ps(_mm256_loadu_si256(halves))};
+        out[1] = {_mm512_cvtph_ps(_mm256_loadu_si256(halves + 1))};
+    }
+    static void load_first(const Float16* p, int count, Vec* out) {
+        const __m512i both = _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
+        out[0] = {_mm512_cvtph_ps(_mm512_castsi512_si256(both))};
+        out[1] = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
+    }
+};
+
+inline float to_float(Float16 x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
+inline Float16 to_float16(float x) {
+    return {static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)))};
+}
+inline void store_value(Float16* p, float x) { *p = to_float16(x); }

@@ -1,0 +1,58 @@
+// Plain C++, eight floats at a time: what a compiler turns into the vectors of any machine. Included once, into the
+// unnamed namespace of portable.cpp.
+#pragma once
+
+inline float to_float(Float16 x) {
+    const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, exponent = (x.bits >> 10) & 31, fraction = x.bits & 1023;
+    if (exponent == 0) {
+        const float value = static_cast<float>(fraction) * 5.9604644775390625e-8f;  // 2^-24, the smallest subnormal
+        return sign ? -value : value;
+    }
+    const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
+    return from_bits(sign | wide << 23 | fraction << 13);
+}
+
+inline Float16 to_float16(float x) {
+    const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    uint32_t half;
+    if (magnitude > 0x7f800000u) {
+        half = 0x7e00;  // not a number
+    } else if (magnitude >= 0x477ff000u) {
+        half = 0x7c00;  // rounds to 65536 or more
+    } else if (magnitude < 0x38800000u) {
+        // Subnormal: adding 0.5 makes the float's own rounding happen at 2^-24.
+        half = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
+    } else {
+        half = (magnitude + 0xfffu + ((magnitude >> 13) & 1) - 0x38000000u) >> 13;
+    }
+    return {static_cast<uint16_t>(sign | half)};
+}
+
+struct Vec {
+    float v[8];
+    static constexpr int kLanes = 8;
+    static constexpr int kRegisters = 16;
+    static Vec zero() { return all(0); }
+    static Vec all(float x) { return {{x, x, x, x, x, x, x, x}}; }
+    static Vec load(const float* p) {
+        Vec r;
+        std::memcpy(r.v, p, sizeof r.v);
+        return r;
+    }
+    void store(float* p) const { std::memcpy(p, v, sizeof v); }
+    static Vec fma(const Vec& a, const Vec& b, Vec c) {
+        for (int i = 0; i < 8; ++i) c.v[i] += a.v[i] * b.v[i];
+        return c;
+    }
+    float sum() const { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+};
+
+template <typename D>
+struct Values {
+    static constexpr bool kInterleaved = false;
+    static constexpr int kChunk = 8, kParts = 1;
+    static void load(const D* p, Vec* out) {
+        for (int i = 0; i < 8; ++i) out[0].v[i] = to_float(p[i]);
+    }
+};
+inline void store_value(Float16* p, float x) { *p = to_float16(x); }
