@@ -18,6 +18,10 @@ ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the source tree")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+needs_compiler = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="needs a C++ compiler",
+)
 needs_backend = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("setuptools", "pybind11", "ninja", "pip")),
     reason="needs setuptools, pybind11, ninja and pip in this environment",
@@ -59,7 +63,9 @@ def tree(tmp_path):
 def environment(**changes):
     """This process's environment without the variables that setup.py reads, then `changes`."""
     kept = {
-        k: v for k, v in os.environ.items() if k not in ("SLICEGPT_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("SLICEGPT_CUDA", "SLICEGPT_CPU", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX")
     }
     return kept | changes
 
@@ -147,6 +153,11 @@ def test_default_architectures_are_those_nvcc_knows(tmp_path):
             {"SLICEGPT_CUDA": "1"},
             "slicegpt: SLICEGPT_CUDA=1 needs nvcc, but there is none in CUDA_HOME/bin or on PATH",
         ),
+        ({"SLICEGPT_CPU": "2"}, "slicegpt: SLICEGPT_CPU must be 0, 1 or auto, got '2'"),
+        (
+            {"SLICEGPT_CPU": "1", "CXX": "/nowhere/c++ -O1"},
+            "slicegpt: SLICEGPT_CPU=1 needs a C++ compiler, but there is none in CXX or on PATH",
+        ),
     ],
 )
 def test_failures_are_one_line(variables, message):
@@ -154,7 +165,7 @@ def test_failures_are_one_line(variables, message):
     command = [sys.executable, "setup.py", "--name"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip() == message
+    assert done.stderr.strip().splitlines()[-1] == message
 
 
 @needs_backend
@@ -167,8 +178,8 @@ def test_jobs():
 
 @needs_backend
 def test_wheel_without_nvcc(tree):
-    names, file = wheel(tree, without_nvcc())
-    assert not any("_C" in name for name in names)
+    names, file = wheel(tree, without_nvcc(SLICEGPT_CPU="0"))
+    assert not any("_C" in name or "_cpu." in name for name in names)
     assert file.name.endswith("py3-none-any.whl")
     assert modules_of("kernels") | modules_of("bench") <= names
     assert "slicegpt/ops/cuda.py" in names
@@ -178,7 +189,7 @@ def test_wheel_without_nvcc(tree):
 @needs_nvcc
 def test_wheel_with_nvcc(tree):
     """The wheel holds the module, which loads without a GPU; a second build compiles only what changed."""
-    env = environment(SLICEGPT_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0+PTX", MAX_JOBS="2")
+    env = environment(SLICEGPT_CUDA="1", SLICEGPT_CPU="0", TORCH_CUDA_ARCH_LIST="8.0+PTX", MAX_JOBS="2")
     names, file = wheel(tree, env)
     (extension,) = [name for name in names if name.startswith("slicegpt/_C")]
     assert modules_of("kernels") | modules_of("bench") <= names
@@ -218,6 +229,56 @@ def test_wheel_with_nvcc(tree):
 
 
 @needs_backend
+@needs_compiler
+def test_wheel_with_the_cpu_part(tree):
+    """Kernels for instruction sets that this machine may lack, without an OpenMP library of its own."""
+    names, file = wheel(tree, without_nvcc(SLICEGPT_CPU="1", MAX_JOBS="2"))
+    (extension,) = [name for name in names if name.startswith("slicegpt/_cpu.")]
+    assert not any(name.startswith("slicegpt/_C.") for name in names)
+    assert "py3-none-any" not in file.name
+    with zipfile.ZipFile(file) as archive:
+        archive.extract(extension, tree / "unpacked")
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('_cpu', {str(tree / 'unpacked' / extension)!r})\n"
+        "try:\n"
+        "    importlib.util.module_from_spec(spec)\n"
+        "except ImportError as error:\n"
+        "    assert 'GOMP' in str(error) or 'omp_' in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('loaded without torch: where did its OpenMP library come from?')\n"
+        "import torch\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "print(module.version(), *module.instruction_sets())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    version, *instruction_sets = done.stdout.split()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert instruction_sets[-1] == "portable"
+
+
+@needs_backend
+@pytest.mark.parametrize("wish", ["auto", "1"])
+def test_a_compiler_that_fails(tree, tmp_path, wish):
+    """auto installs without the CPU part, and says so; 1 fails."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    env = without_nvcc(CXX=str(compiler), SLICEGPT_CPU=wish)
+    if wish == "auto":
+        names, _ = wheel(tree, env)
+        assert not any("_cpu." in name for name in names)
+        return
+    command = [sys.executable, "setup.py", "build_ext"]
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    message = "slicegpt: compiling csrc/cpu/ failed (see above); SLICEGPT_CPU=0 installs without the CPU part"
+    assert done.stderr.strip().splitlines()[-1] == message
+
+
+@needs_backend
 def test_sdist_carries_the_sources(tree):
     code = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
     command = [sys.executable, "-c", code]
@@ -226,7 +287,8 @@ def test_sdist_carries_the_sources(tree):
     (file,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file()}
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    wanted = {str(path.relative_to(ROOT)) for path in sources}
     assert wanted | modules_of("kernels") | modules_of("bench") | {"setup.py", "LICENSE"} <= names
 
 
