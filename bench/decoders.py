@@ -14,8 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from slicegpt.runtime import Runtime, Sampling
 from slicegpt.runtime.cache import KVCache
-from slicegpt.runtime.decoding import GraphDecoder, GrowingDecoder
-from slicegpt.runtime.engine import CAPACITY_STEP
+from slicegpt.runtime.engine import CAPACITY_STEP, DECODERS
 
 
 class Decoder(ABC):
@@ -184,7 +183,7 @@ class GeneratingModel(CachedModel):
 
 
 class FusedRuntime(Decoder):
-    """`slicegpt.runtime.Runtime`: packed weights, fused operators, preallocated cache; one CUDA graph a token on a GPU.
+    """`slicegpt.runtime.Runtime`: packed weights, fused operators, preallocated cache; one CUDA graph a token on a GPU, one call on a CPU.
 
     It is the runtime's own decoder, with a cache of the capacity that `Runtime.generate` would choose.
     """
@@ -198,8 +197,8 @@ class FusedRuntime(Decoder):
                 self.stored_bytes += table.numel() * table.element_size()
         capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
         self.cache = KVCache.allocate(packed.config, batch, capacity, packed.dtype, device)
-        chosen = GraphDecoder if device.type == "cuda" else GrowingDecoder
-        self.decoder = chosen(runtime.network, self.cache, Sampling(), (), 0, torch.Generator(device))
+        make = DECODERS[runtime.decoder_name(batch)]
+        self.decoder = make(runtime.network, self.cache, Sampling(), (), 0, torch.Generator(device))
 
     @property
     def tokens(self) -> Tensor:

@@ -26,7 +26,7 @@ from slicegpt.runtime.sampling import Sampling
 DECODERS = {"growing": GrowingDecoder, "fused": FusedDecoder, "static": StaticDecoder, "graph": GraphDecoder}
 
 # The cache grows by so many tokens, so that prompts of similar lengths share one, and a captured graph.
-CAPACITY_STEP = 256
+CAPACITY_STEP = 64
 # Batch sizes whose caches and captured graphs are kept; the one that was made first goes first.
 MAX_BATCH_SIZES = 4
 MAX_DECODERS = 4
@@ -220,18 +220,20 @@ class Runtime:
         if key not in decoders:
             if len(decoders) >= MAX_DECODERS:
                 decoders.pop(next(iter(decoders)))
-            make = DECODERS[self._decoder_name(cache.batch)]
+            make = DECODERS[self.decoder_name(cache.batch)]
             decoders[key] = make(self.network, cache, sampling, stop_ids, self.pad_id, self._generator)
         return decoders[key]
 
-    def _decoder_name(self, batch: int) -> str:
+    def decoder_name(self, batch: int) -> str:
+        """Which of `DECODERS` generates for so many rows."""
         fused = not self.network.through_operators and CpuStep.is_supported(self.network.packed, batch)
         if self.decoder == "auto":
             return "graph" if self.device.type == "cuda" else "fused" if fused else "growing"
         if self.decoder == "fused" and not fused:
             raise SliceGPTError(
                 f"Runtime: decoder 'fused' needs the CPU's kernels ({cpu_decode.why_not() or 'they are there'}), "
-                f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and at most {cpu_decode.MAX_TOKENS} rows, "
+                f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and at most {cpu_decode.MAX_TOKENS} rows (bfloat16 on "
+                f"a processor with AMX: {cpu_decode.MAX_TOKENS_BESIDE_AMX}), "
                 f"got {batch} of {self.network.packed.dtype} on {self.device}"
             )
         return self.decoder

@@ -45,8 +45,9 @@ def threads():
 @pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_norm_linear(instruction_set, rows, dtype):
-    """Every epilogue; widths below, at and beyond a vector, columns below and beyond a block, all kinds scaled."""
-    for d, N, n_scaled in ((67, 53, 30), (1, 3, 2), (64, 150, 132), (33, 20, 0)):
+    """Every epilogue; widths below, at and beyond a vector and beyond what is kept in the cache, columns below and
+    beyond a block, some, all or none of them scaled."""
+    for d, N, n_scaled in ((67, 53, 30), (1, 3, 2), (64, 150, 132), (33, 20, 0), (1100, 29, 20)):
         h, weight = normal(rows, d, dtype=dtype), normal(N, d, dtype=dtype, seed=1)
         bias, sums = normal(n_scaled, dtype=dtype, seed=2), h.float().square()
         for activation in EPILOGUES:
@@ -60,7 +61,7 @@ def test_norm_linear(instruction_set, rows, dtype):
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_rotate_add(instruction_set, rows, dtype):
     """Dense shortcuts, and none to a boundary as wide or wider; with and without bias."""
-    for K, N, d in ((50, 67, 67), (1, 90, 67), (64, 45, 67), (33, 150, 128)):
+    for K, N, d in ((50, 67, 67), (1, 90, 67), (64, 45, 67), (33, 150, 128), (1100, 31, 1050)):
         a, weight = normal(rows, K, dtype=dtype), normal(N, K, dtype=dtype, seed=1)
         h, dense = normal(rows, d, dtype=dtype, seed=2), normal(N, d, dtype=dtype, seed=3)
         for shortcut in (dense, None) if d <= N else (dense,):
@@ -243,18 +244,23 @@ def test_where_a_step_is_not_supported():
     ):
         runtime.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
     automatic = Runtime(tiny_model("llama", torch.float32))
-    assert [automatic._decoder_name(batch) for batch in (1, 16, 17)] == ["fused", "fused", "growing"]
+    assert [automatic.decoder_name(batch) for batch in (1, 16, 17)] == ["fused", "fused", "growing"]
 
 
 # --- choosing -----------------------------------------------------------------------------------------------
 
 
-def test_the_kernels_are_chosen_for_a_few_rows():
+@pytest.mark.parametrize("amx", [False, True])
+def test_the_kernels_are_chosen_for_a_few_rows(monkeypatch, amx):
+    monkeypatch.setattr(cpu_decode, "_has_amx", lambda: amx)
+    choice._choose.cache_clear()
     for op in ("norm_linear", "rotate_add"):
         for dtype in cpu_decode.DTYPES:
-            assert choice.choose(op, "auto", None, dtype, 16) == "cpu"
-            assert choice.choose(op, "auto", None, dtype, 17) == "torch"
+            most = 4 if amx and dtype is torch.bfloat16 else 16
+            assert choice.choose(op, "auto", None, dtype, most) == "cpu"
+            assert choice.choose(op, "auto", None, dtype, most + 1) == "torch"
         assert choice.choose(op, "auto", None, torch.float64, 1) == "torch"
+    choice._choose.cache_clear()
 
 
 def test_without_the_module(monkeypatch):
@@ -265,7 +271,7 @@ def test_without_the_module(monkeypatch):
     reason = "slicegpt was installed without its CPU part (no C++ compiler was found, or SLICEGPT_CPU=0)"
     assert cpu_decode.build_info() == {"cpu part": reason}
     assert torch.allclose(norm_linear(h, weight, None, None, 20, "silu", 40.0, 1e-5), with_kernels, atol=1e-5)
-    assert Runtime(tiny_model("llama", torch.float32))._decoder_name(1) == "growing"
+    assert Runtime(tiny_model("llama", torch.float32)).decoder_name(1) == "growing"
     with pytest.raises(
         SliceGPTError, match="decode step: the CPU kernels are not available: slicegpt was inst"
     ):
