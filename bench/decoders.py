@@ -183,7 +183,9 @@ class GeneratingModel(CachedModel):
 
 
 class FusedRuntime(Decoder):
-    """`slicegpt.runtime.Runtime`: packed weights, fused operators, preallocated cache; one CUDA graph a token on a GPU, one call on a CPU.
+    """`slicegpt.runtime.Runtime`: packed weights, fused operators, preallocated cache.
+
+    A token is one CUDA graph on a GPU, one call on a CPU.
 
     It is the runtime's own decoder, with a cache of the capacity that `Runtime.generate` would choose.
     """
