@@ -4,6 +4,7 @@
 
 // Tokens whose sums are kept in registers together, and the rows of weights that share what is loaded of them.
 constexpr int kTile = 8;
+constexpr int64_t kCachedColumns = 1024;
 template <int TOKENS>
 constexpr int rows_at_once() {
     if (Vec::kRegisters == 32) return TOKENS == 8 ? 3 : 4;
@@ -129,29 +130,37 @@ template <typename D>
 void product(const D* w, int64_t w_stride, int64_t rows, int64_t K, const float* x, int64_t tokens, float* out,
              int64_t out_stride, bool add) {
     const int64_t x_stride = packed_size<D>(K);
-    // So few rows that a second group of tokens finds them in the first-level cache.
     const bool one_tile = tokens == 1 || tokens == 2 || tokens == 4 || tokens == kTile;
-    const int64_t group = one_tile ? rows : 12;
+    // Columns of x that several tokens are multiplied with at a time, so that they stay in the first-level cache; and so
+    // few rows that a second group of tokens finds their columns there or next to it.
+    const int64_t width = tokens < 4 || K <= kCachedColumns ? K : kCachedColumns;
+    const int64_t group = one_tile && width == K ? rows : 24;
     for (int64_t first = 0; first < rows; first += group) {
         const int64_t count = least(group, rows - first);
-        const D* panel = w + first * w_stride;
-        for (int64_t t = 0; t < tokens;) {
-            const float* values = x + t * x_stride;
-            float* target = out + t * out_stride + first;
-            const int64_t left = tokens - t;
-            if (left >= 8) {
-                tile_rows<D, 8>(panel, w_stride, count, K, values, x_stride, target, out_stride, add);
-                t += 8;
-            } else if (left >= 4) {
-                tile_rows<D, 4>(panel, w_stride, count, K, values, x_stride, target, out_stride, add);
-                t += 4;
-            } else if (left >= 2) {
-                tile_rows<D, 2>(panel, w_stride, count, K, values, x_stride, target, out_stride, add);
-                t += 2;
-            } else {
-                tile_rows<D, 1>(panel, w_stride, count, K, values, x_stride, target, out_stride, add);
-                t += 1;
+        int64_t k = 0;
+        do {
+            const D* panel = w + first * w_stride + k;
+            const int64_t columns = least(width, K - k);
+            const bool more = add || k > 0;
+            for (int64_t t = 0; t < tokens;) {
+                const float* values = x + t * x_stride + k;
+                float* target = out + t * out_stride + first;
+                const int64_t left = tokens - t;
+                if (left >= 8) {
+                    tile_rows<D, 8>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
+                    t += 8;
+                } else if (left >= 4) {
+                    tile_rows<D, 4>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
+                    t += 4;
+                } else if (left >= 2) {
+                    tile_rows<D, 2>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
+                    t += 2;
+                } else {
+                    tile_rows<D, 1>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
+                    t += 1;
+                }
             }
-        }
+            k += width;
+        } while (k < K);
     }
 }

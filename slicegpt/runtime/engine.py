@@ -232,8 +232,8 @@ class Runtime:
         if self.decoder == "fused" and not fused:
             raise SliceGPTError(
                 f"Runtime: decoder 'fused' needs the CPU's kernels ({cpu_decode.why_not() or 'they are there'}), "
-                f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and at most {cpu_decode.MAX_TOKENS} rows (bfloat16 on "
-                f"a processor with AMX: {cpu_decode.MAX_TOKENS_BESIDE_AMX}), "
+                f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and at most {cpu_decode.MAX_TOKENS} rows "
+                f"(bfloat16 on a processor with AMX: {cpu_decode.MAX_TOKENS_BESIDE_AMX}), "
                 f"got {batch} of {self.network.packed.dtype} on {self.device}"
             )
         return self.decoder
