@@ -10,7 +10,7 @@ out=$1
 shift
 mkdir -p "$out"
 slicegpt=${SLICEGPT:-slicegpt}
-steps=(token token-1b throughput throughput-1b layers layers-1b slicing slicing-half slicing-1b)
+steps=(token token-1b throughput throughput-1b layers layers-1b slicing slicing-no-refit slicing-half slicing-1b)
 [ $# -eq 0 ] || steps=("$@")
 
 small=(--model smollm2-135m --slice 0,0.25,0.5 --round-to 8)
@@ -31,6 +31,7 @@ for step in "${steps[@]}"; do
         layers) "$slicegpt" bench layers "${small[@]}" --seqlen 512 --repeats 80 "${results[@]}" ;;
         layers-1b) "$slicegpt" bench layers "${large[@]}" --seqlen 256 --repeats 80 "${results[@]}" ;;
         slicing) "$slicegpt" bench slicing --model smollm2-135m "${calibration[@]}" "${results[@]}" ;;
+        slicing-no-refit) "$slicegpt" bench slicing --model smollm2-135m --no-refit "${calibration[@]}" "${results[@]}" ;;
         slicing-half) "$slicegpt" bench slicing --model smollm2-135m --slice 0.5 "${calibration[@]}" "${results[@]}" ;;
         slicing-1b) "$slicegpt" bench slicing --shape llama-1b --nsamples 4 --seqlen 128 "${results[@]}" ;;
         *) echo "bench/cpu.sh: no step $step" >&2; exit 2 ;;

@@ -42,6 +42,7 @@ class SlicingTimeOptions:
     seqlen: int = 2048
     batch_size: int = 8
     seed: int = 42
+    refit: bool = True
 
 
 def load(
@@ -144,7 +145,11 @@ def measure_slicing(
     start_peak(device)
     began = time.perf_counter()
     sliced, report = slice_model(
-        model, config, batches, SlicingOptions(model.dtype, device, seed=options.seed), progress
+        model,
+        config,
+        batches,
+        SlicingOptions(model.dtype, device, seed=options.seed, refit=options.refit),
+        progress,
     )
     synchronise(device)
     total = time.perf_counter() - began

@@ -269,6 +269,9 @@ def add_slicing(benchmarks) -> None:
         "--round-to", type=positive, default=64, metavar="N", help="widths are multiples of N (64)"
     )
     parser.add_argument(
+        "--refit", action=argparse.BooleanOptionalAction, default=True, help="as in slicegpt slice (on)"
+    )
+    parser.add_argument(
         "--calibration", default="python-reference", metavar="DATA", help="as in slicegpt slice"
     )
     parser.add_argument("--nsamples", type=positive, default=128)
@@ -294,6 +297,7 @@ def run_slicing(options: argparse.Namespace) -> None:
         options.nsamples,
         options.seqlen,
         options.batch_size,
+        refit=options.refit,
     )
     with measuring(record, options):
         measure_slicing(what, shape, resolve_dtype(options.dtype), device, record, Progress())
