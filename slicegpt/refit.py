@@ -77,7 +77,9 @@ class Moments:
             weight = torch.ones(len(target), dtype=dtype, device=target.device)
         gram_(self.gram, activations, weight, precision)
         cross_gram_(self.cross, activations, target, weight, precision)
-        self.energy += weight.double() @ torch.linalg.vector_norm(target, dim=1, dtype=dtype).double().square()
+        self.energy += (
+            weight.double() @ torch.linalg.vector_norm(target, dim=1, dtype=dtype).double().square()
+        )
         self.inputs += weight.to(dtype) @ activations.to(dtype)
         self.outputs += weight.to(dtype) @ target.to(dtype)
         self.tokens += weight.sum(dtype=torch.float64)
