@@ -12,8 +12,8 @@ from slicegpt.sizes import stored_parameters
 
 SHORTCUT_MODES = ("compact", "dense")
 
-# MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: at this ratio a
-# parameter saved either way costs about the same loss (docs/quality.md).
+# MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: about the ratio of
+# the least loss on held-out calibration text, at 90 and at 80 % of SmolLM2-135M's decoder (docs/quality.md).
 NEURONS_TO_COLUMNS = 8.0
 
 

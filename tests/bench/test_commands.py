@@ -67,7 +67,14 @@ def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
         "--csv",
         f"{file}.csv",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that a shell started in the background have been told to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 120
         while not os.path.exists(f"{file}.csv") and process.poll() is None and time.monotonic() < deadline:
