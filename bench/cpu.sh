@@ -28,7 +28,7 @@ for step in "${steps[@]}"; do
         # Without a limit the caches of the last batches take minutes.
         throughput) "$slicegpt" bench throughput "${small[@]}" --steps 2 --max-memory 8GB "${results[@]}" ;;
         # Little memory: here it is the limit that ends the search.
-        throughput-1b) "$slicegpt" bench throughput "${large[@]}" --steps 2 --max-memory 3GB "${results[@]}" ;;
+        throughput-1b) "$slicegpt" bench throughput "${large[@]}" --engines fused --steps 2 --rounds 1 --max-memory 3GB "${results[@]}" ;;
         layers) "$slicegpt" bench layers "${small[@]}" --seqlen 512 --repeats 80 "${results[@]}" ;;
         layers-1b) "$slicegpt" bench layers "${large[@]}" --seqlen 256 --repeats 80 "${results[@]}" ;;
         slicing) "$slicegpt" bench slicing --model smollm2-135m "${calibration[@]}" "${results[@]}" ;;
