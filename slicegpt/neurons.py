@@ -13,9 +13,9 @@ import torch
 
 from slicegpt.refit import solve
 
-# Neurons are deleted in so many rounds, the cheapest at once, with exact updates in between: matrix products in place of
-# thousands of passes over H⁻¹. On correlated columns the objective rises by at most 1 % more than with one neuron a
-# round (tests/test_neurons.py).
+# Neurons are deleted in so many rounds, the cheapest at once, with exact updates in between: matrix products in place
+# of thousands of passes over H⁻¹. On correlated columns the objective rises by at most 1 % more than with one neuron
+# a round (tests/test_neurons.py).
 ROUNDS = 32
 
 
