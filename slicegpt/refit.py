@@ -16,7 +16,7 @@ the fit to the other, unlike half.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,10 +101,12 @@ class Writer:
 
     Attributes:
         weight: W [K, D] float64; bias: [D] float64, or None.
+        kept: int64, the rows of W that may differ from 0; None: all.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    kept: torch.Tensor | None = None
 
     def loss(self, moments: Moments) -> float:
         """`‖t - a W - bias‖²`, weighted, over the tokens of `moments`: a quadratic form in them."""
@@ -128,21 +130,26 @@ def normal_equations(moments: Moments, ridge: float, prior: Writer) -> tuple[tor
     return system, right + penalty[:, None] * prior.weight
 
 
-def fit(moments: Moments, ridge: float, prior: Writer, kept: torch.Tensor | None = None) -> Writer:
+def fit(
+    moments: Moments,
+    ridge: float,
+    prior: Writer,
+    choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> Writer:
     """The fit at one λ, drawn towards the weights of `prior`; a bias that it has is fitted, too.
 
     Args:
-        kept: indices of the rows of W' that may be other than 0; None: all.
+        choose: gives the rows of W' that may differ from 0, from `H` and `B` of the normal equations; None: all may.
     """
     system, right = normal_equations(moments, ridge, prior)
+    kept = None if choose is None else choose(system, right)
     if kept is None:
         weight = solve(system, right)
     else:
         weight = torch.zeros_like(right)
         weight[kept] = solve(system[kept][:, kept], right[kept])
-    if prior.bias is None:
-        return Writer(weight, None)
-    return Writer(weight, (moments.outputs - moments.inputs @ weight) / moments.tokens)
+    bias = None if prior.bias is None else (moments.outputs - moments.inputs @ weight) / moments.tokens
+    return Writer(weight, bias, kept)
 
 
 def solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

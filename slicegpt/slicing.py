@@ -8,6 +8,7 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.neurons import choose_neurons
 from slicegpt.passes import Passes
 from slicegpt.progress import Progress
-from slicegpt.refit import RIDGE, Moments, Writer, choose_ridge, fit, normal_equations
+from slicegpt.refit import RIDGE, Moments, Writer, choose_ridge, fit
 from slicegpt.rotation import ORIENTATIONS, align, random_orthogonal
 
 
@@ -221,14 +222,12 @@ class Slicer:
         moments, *others = folds
         for other in others:
             moments += other
-        kept = None
+        choose = None
         if self.prunes and "mlp" in writers:
             start = sum(writer.weight.shape[1] for part, writer in writers.items() if part == "attention")
             group = slice(start, start + self.config.dense_intermediate_size)
-            kept = choose_neurons(
-                *normal_equations(moments, ridge, prior), group, self.config.intermediate_size
-            )
-        fitted, before = fit(moments, ridge, prior, kept), prior.loss(moments)
+            choose = partial(choose_neurons, group=group, count=self.config.intermediate_size)
+        fitted, before = fit(moments, ridge, prior, choose), prior.loss(moments)
         entry = {"block": block.index, "ridge": ridge, "left": fitted.loss(moments)}
         entry |= {} if held_out is None else {"held_out": held_out}
         for name in entry.keys() - {"block", "ridge"}:
@@ -244,8 +243,9 @@ class Slicer:
         if biases:  # parallel parts: their sum is what counts, and the first takes it
             first = next(part for part, writer in writers.items() if writer.bias is not None)
             refitted[first] = Linear(refitted[first].weight, fitted.bias)
-        if kept is None:
+        if choose is None:
             return refitted, None
+        kept = fitted.kept
         return refitted, kept[(kept >= group.start) & (kept < group.stop)] - group.start
 
     # --- steps -------------------------------------------------------------------------------------------------
