@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -126,13 +126,7 @@ def plan_point(method: Method, fields: dict, size: float, basis: str, round_to: 
     dense = plan(fields, constant_widths(fields, fields["dense_hidden_size"]))
     count = BASES[basis]
     whole = fields["source_parameters"] if basis == "total" else count(dense)
-    shape = Shape(
-        method.shape.shortcut,
-        method.shape.orientation,
-        method.shape.slice_head,
-        method.round_to or round_to,
-        method.shape.neurons,
-    )
+    shape = replace(method.shape, round_to=method.round_to or round_to)
     fields = untied(fields) if method.untied and fields["tie_word_embeddings"] else fields
     return plan_for_parameters(fields, round(size * whole), shape, count)
 
