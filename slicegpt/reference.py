@@ -115,10 +115,14 @@ def rotate_add(
     return h_next, block_sums_of_squares(h_next.double()).to(sumsq_dtype(h.dtype))
 
 
+def norm_linear_columns(weight: Tensor, n_scaled: int, activation: str) -> int:
+    """Columns of `norm_linear`'s output: a gate and its values make one."""
+    return weight.shape[0] - (n_scaled // 2 if activation in GATED else 0)
+
+
 def norm_linear_output(h: Tensor, weight: Tensor, n_scaled: int, activation: str) -> Tensor:
-    """An empty output of `norm_linear`: a gate and its values make one column."""
-    columns = weight.shape[0]
-    return h.new_empty((h.shape[0], columns - n_scaled // 2 if activation in GATED else columns))
+    """An empty output of `norm_linear`."""
+    return h.new_empty((h.shape[0], norm_linear_columns(weight, n_scaled, activation)))
 
 
 def rotate_add_outputs(a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

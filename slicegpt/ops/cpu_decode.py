@@ -233,11 +233,6 @@ def new_step(dtype: torch.dtype):
     return _cpu.Step(_DTYPE[dtype])
 
 
-def output_columns(weight: Tensor, n_scaled: int, activation: str) -> int:
-    """Columns of `norm_linear`'s output."""
-    return weight.shape[0] - (n_scaled // 2 if activation in GATED else 0)
-
-
 def threads_for(size: int) -> int:
     """Threads for an operation that reads so many bytes of weights."""
     return max(1, min(torch.get_num_threads(), size // BYTES_PER_THREAD))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slicegpt.ops import cpu_decode
+from slicegpt.reference import norm_linear_columns
 from slicegpt.runtime.cache import KVCache
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork
 
@@ -58,7 +59,7 @@ class CpuStep:
         h = (self._streams[(index - 1) % 2] if index else self._empty(width))[:, :width]
         for projection in block.inputs:
             weight = self._rows(projection.weight)
-            columns = cpu_decode.output_columns(weight, projection.n_scaled, projection.activation)
+            columns = norm_linear_columns(weight, projection.n_scaled, projection.activation)
             y = self._room[:, begin : begin + columns]
             begin += columns
             inputs.append(
@@ -117,4 +118,4 @@ class CpuStep:
 
 def _columns(block: PackedBlock) -> int:
     """What the inputs of a block write, side by side."""
-    return sum(cpu_decode.output_columns(one.weight, one.n_scaled, one.activation) for one in block.inputs)
+    return sum(norm_linear_columns(one.weight, one.n_scaled, one.activation) for one in block.inputs)
