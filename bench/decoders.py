@@ -13,8 +13,6 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 from transformers.generation.streamers import BaseStreamer
 
 from slicegpt.runtime import Runtime, Sampling
-from slicegpt.runtime.cache import KVCache
-from slicegpt.runtime.engine import CAPACITY_STEP, DECODERS
 
 
 class Decoder(ABC):
@@ -187,20 +185,18 @@ class FusedRuntime(Decoder):
 
     A token is one CUDA graph on a GPU, one call on a CPU.
 
-    It is the runtime's own decoder, with a cache of the capacity that `Runtime.generate` would choose.
+    It is the runtime's own decoder and cache, as `Runtime.generate` takes them.
     """
 
     def __init__(self, runtime: Runtime, batch: int, length: int):
         self.runtime = runtime
-        packed, device = runtime.network.packed, runtime.device
+        packed = runtime.network.packed
         self.weight_bytes = self.stored_bytes = runtime.bytes_per_token()
         for table in (packed.embedding, packed.positions):
             if table is not None and table.data_ptr() != packed.head.weight.data_ptr():
                 self.stored_bytes += table.numel() * table.element_size()
-        capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
-        self.cache = KVCache.allocate(packed.config, batch, capacity, packed.dtype, device)
-        make = DECODERS[runtime.decoder_name(batch)]
-        self.decoder = make(runtime.network, self.cache, Sampling(), (), 0, torch.Generator(device))
+        self.cache = runtime.new_cache(batch, length)
+        self.decoder = runtime.new_decoder(self.cache, Sampling())
 
     @property
     def tokens(self) -> Tensor:

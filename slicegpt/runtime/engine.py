@@ -206,9 +206,7 @@ class Runtime:
             self._forget(batch)
             if len(self._caches) >= MAX_BATCH_SIZES:
                 self._forget(next(iter(self._caches)))
-            capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
-            packed = self.network.packed
-            cache = KVCache.allocate(self.config, batch, capacity, packed.dtype, self.device)
+            cache = self.new_cache(batch, length)
             self._caches[batch], self._decoders[batch] = cache, {}
         cache.valid.fill_(True)
         if mask is not None:
@@ -220,9 +218,18 @@ class Runtime:
         if key not in decoders:
             if len(decoders) >= MAX_DECODERS:
                 decoders.pop(next(iter(decoders)))
-            make = DECODERS[self.decoder_name(cache.batch)]
-            decoders[key] = make(self.network, cache, sampling, stop_ids, self.pad_id, self._generator)
+            decoders[key] = self.new_decoder(cache, sampling, stop_ids)
         return decoders[key]
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """A cache for `batch` rows of at least `length` tokens."""
+        capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
+        return KVCache.allocate(self.config, batch, capacity, self.network.packed.dtype, self.device)
+
+    def new_decoder(self, cache: KVCache, sampling: Sampling, stop_ids: tuple[int, ...] = ()) -> Decoder:
+        """What generates into this cache."""
+        make = DECODERS[self.decoder_name(cache.batch)]
+        return make(self.network, cache, sampling, stop_ids, self.pad_id, self._generator)
 
     def decoder_name(self, batch: int) -> str:
         """Which of `DECODERS` generates for so many rows."""
