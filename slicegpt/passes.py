@@ -17,7 +17,7 @@ from slicegpt.folding import centre
 from slicegpt.memory import free_memory
 from slicegpt.modeling import SlicedConfig, SlicedModel
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
-from slicegpt.refit import Moments, token_weights
+from slicegpt.refit import JoinedBatches, Moments, token_weights
 from slicegpt.signals import Signals, TokenBatch
 
 
@@ -168,7 +168,7 @@ class Passes:
         otherwise the block computes them twice.
         """
         groups, dense_width = lifted.groups, self.config.dense_hidden_size
-        folds = tuple(Moments(groups, dense_width, self.device) for _ in range(1 + self.halved))
+        folds = [JoinedBatches(Moments(groups, dense_width, self.device)) for _ in range(1 + self.halved)]
         elements = sum(batch.input_ids.numel() for batch in self.signals.batches) * sum(groups)
         keep = elements * self.dtype.itemsize <= free_memory(self.device) // 2
         kept: list[torch.Tensor | None] = []
@@ -189,7 +189,7 @@ class Passes:
                 if carried is not None:
                     self.signals[index] = carried
         with self.stage("refit"):
-            lifted.set_writers(refit(folds))
+            lifted.set_writers(refit([fold.finish() for fold in folds]))
         del folds
         for index, batch, stream in self.signals:
             with self.stage("signals"):

@@ -35,6 +35,10 @@ RIDGE = 0.1
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-6, 1))
 FIRST_RIDGE = RIDGES.index(RIDGE)
 
+# Every call of `gram_` goes through a whole [K, K] in float64, which on a CPU costs as much as the products of some
+# hundred tokens: calibration batches of one sample are joined to this many tokens.
+TOKENS_PER_CALL = 4096
+
 
 def token_weights(stream: torch.Tensor, eps: float) -> torch.Tensor:
     """How much a token's squared error counts: the inverse root of `|x|² + D eps`, of `stream` [..., D]: [...].
@@ -93,6 +97,27 @@ class Moments:
         """g² [K]: the mean diagonal of each group of columns."""
         means = [part.mean().expand(len(part)) for part in gram.diagonal().split(self.groups)]
         return torch.cat(means)
+
+
+class JoinedBatches:
+    """Adds tokens to `moments` in calls of at least TOKENS_PER_CALL; `finish` adds the rest."""
+
+    def __init__(self, moments: Moments):
+        self.moments = moments
+        self.waiting: list[tuple[torch.Tensor, ...]] = []
+
+    def add(self, activations: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> None:
+        """As `Moments.add`; the tensors must not change until they have been added."""
+        self.waiting.append((activations, target, weight))
+        if sum(len(batch[0]) for batch in self.waiting) >= TOKENS_PER_CALL:
+            self.finish()
+
+    def finish(self) -> Moments:
+        """Add what is waiting, and return the moments of all."""
+        if self.waiting:
+            self.moments.add(*map(torch.cat, zip(*self.waiting, strict=True)))
+            self.waiting.clear()
+        return self.moments
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from slicegpt.calibration import CalibrationBatch
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.passes import opposite_halves
-from slicegpt.refit import RIDGE, RIDGES, Moments, Writer, choose_ridge, fit
+from slicegpt.refit import RIDGE, RIDGES, JoinedBatches, Moments, Writer, choose_ridge, fit
 from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.slicing import SlicingOptions, slice_model
 
@@ -69,6 +69,26 @@ def test_fit_is_the_stacked_least_squares_solution(ridge, intercept):
         assert relative_error(fitted.bias, bias) < 1e-11
     else:
         assert fitted.bias is None
+
+
+def test_joined_batches_lose_no_token(monkeypatch):
+    monkeypatch.setattr(refit, "TOKENS_PER_CALL", 50)
+    activations, target = problem(200)
+    weight = 1 + torch.arange(200).double() % 3
+    at_once, joined = (Moments([12], 7, torch.device("cpu")) for _ in range(2))
+    at_once.add(activations, target, weight)
+    calls, add = [], joined.add
+    monkeypatch.setattr(joined, "add", lambda *parts: calls.append(len(parts[0])) or add(*parts))
+    batches = JoinedBatches(joined)
+    for rows in torch.arange(200).split(17):
+        batches.add(activations[rows], target[rows], weight[rows])
+    assert batches.finish() is joined
+    assert calls == [51, 51, 51, 47]  # three batches of 17 make 50; the rest is what `finish` adds
+    batches.finish()
+    assert sum(calls) == 200
+    for name in ("gram", "cross", "energy", "inputs", "outputs", "tokens"):
+        # Two orders of 200 float64 additions.
+        assert relative_error(getattr(joined, name), getattr(at_once, name)) < 400 * 2.0**-53
 
 
 @pytest.mark.parametrize("intercept", [False, True])

@@ -70,12 +70,12 @@ def test_of_one_matrix_it_is_the_gram():
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_fast_is_float32_within_a_chunk(dtype):
-    """At most 1024 float32 additions are relative to the magnitudes; the chunks' sums are added in float64."""
+    """At most 4096 float32 additions are relative to the magnitudes; the chunks' sums are added in float64."""
     A, B = normal(5000, 40, dtype), normal(5000, 30, dtype, seed=1)
     start = torch.zeros(40, 30, dtype=torch.float64)
     C = start.clone()
     cross_gram_(C, A, B, precision="fast")
-    assert_close_to_longdouble(C, start, A, B, unit=2.0**-24, sums=1024)
+    assert_close_to_longdouble(C, start, A, B, unit=2.0**-24, sums=4096)
     expected, magnitude = expectation(start, A, B)
     assert np.abs(C.numpy() - expected).max() <= 1e-6 * magnitude.max()  # in practice
 
@@ -85,7 +85,7 @@ def test_fast_gram_is_float32_within_a_chunk(dtype):
     X, weight = normal(5000, 300, dtype), torch.arange(5000) % 4 != 1
     C = torch.zeros(300, 300, dtype=torch.float64)
     gram_(C, X, weight, "fast")
-    assert_close_to_longdouble(C, torch.zeros_like(C), X, X, weight, unit=2.0**-24, sums=1024)
+    assert_close_to_longdouble(C, torch.zeros_like(C), X, X, weight, unit=2.0**-24, sums=4096)
     assert torch.equal(C, C.T)
 
 
