@@ -22,23 +22,24 @@ MIN_BLOCK_COLUMNS = 192
 def gram_(C: Tensor, X: Tensor, weight: Tensor | None = None, fast: bool = False) -> None:
     """Add `Xᵀ diag(weight) X` to the symmetric C in place, in float64; the contract is `slicegpt.ops.gram_`.
 
-    Only C's upper triangle is read and computed; the extra memory is one chunk of X in float64, two with
-    weights. fast: chunks of FAST_CHUNK_TOKENS are multiplied in float32, and their sums added in float64.
+    Only C's upper triangle is read and computed; the extra memory is one chunk of X in float64, up to
+    three with weights. fast: chunks of FAST_CHUNK_TOKENS are multiplied in float32, and their sums added in float64.
     """
     tokens, columns = X.shape
     if tokens == 0 or columns == 0:
         return
     block = max(MIN_BLOCK_COLUMNS, -(-columns // COLUMN_BLOCKS))
     chunk, dtype = _chunk_tokens(tokens, columns, fast), float32 if fast else float64
-    buffer = X.new_empty((chunk, columns), dtype=dtype)
-    weighted_buffer = buffer if weight is None else torch.empty_like(buffer)
+    as_it_is = X.dtype == dtype and X.stride(1) == 1
+    buffer = None if as_it_is else X.new_empty((chunk, columns), dtype=dtype)
+    weighted_buffer = None if weight is None else X.new_empty((chunk, columns), dtype=dtype)
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
-        rows = buffer[: stop - start].copy_(X[start:stop])
+        rows = X[start:stop] if as_it_is else buffer[: stop - start].copy_(X[start:stop])
         weighted = rows
         if weight is not None:
             w = weight[start:stop, None].to(dtype)
-            rows.masked_fill_(w == 0, 0)  # an absent token may hold anything, also infinities
+            rows = _without_absent(rows, w)
             weighted = torch.mul(rows, w, out=weighted_buffer[: stop - start])
         for i in range(0, columns, block):
             target = C[i : i + block, i:]
@@ -52,6 +53,12 @@ def gram_(C: Tensor, X: Tensor, weight: Tensor | None = None, fast: bool = False
 def _chunk_tokens(tokens: int, columns: int, fast: bool) -> int:
     """How many tokens are multiplied at a time."""
     return min(tokens, FAST_CHUNK_TOKENS if fast else max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // columns))
+
+
+def _without_absent(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight 0 are absent tokens: whatever they hold, also infinities, becomes 0."""
+    absent = weight == 0
+    return rows.masked_fill(absent, 0) if absent.is_cuda or absent.any() else rows
 
 
 def _finish_symmetric(C: Tensor, block: int) -> None:
@@ -169,8 +176,7 @@ def cross_gram_(C: Tensor, A: Tensor, B: Tensor, weight: Tensor | None = None, f
         left, right = (X[start : start + chunk].to(dtype) for X in (A, B))
         if weight is not None:
             w = weight[start : start + chunk, None].to(dtype)
-            left = left.masked_fill(w == 0, 0) * w  # an absent token may hold anything, also infinities
-            right = right.masked_fill(w == 0, 0)
+            left, right = _without_absent(left, w), _without_absent(right, w) * w
         if fast:
             C += (left.T @ right).double()
         else:
