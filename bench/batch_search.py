@@ -37,8 +37,8 @@ def search(
     """Double the batch from 1 on until memory is exhausted or throughput drops (the published protocol), then refine.
 
     Two doublings in a row that change the best throughput by less than `tolerance` end it as well: beyond such a
-    plateau only the time of a step grows. A drop is believed when both batches, measured again,
-    still show it.
+    plateau only the time of a step grows. A drop is believed when both batches, measured again, still show it, and the
+    next doubling drops too or does not fit: a batch that a machine happens to be slow at is no end.
 
     Args:
         measure: batch -> tokens/s; raises `Exhausted` where memory does not suffice.
@@ -50,7 +50,7 @@ def search(
         `found`; without any rates where not even batch 1 could be run.
     """
     found = found if found is not None else Search()
-    batch, flat, ceiling = 1, 0, most + 1
+    batch, flat, ceiling, drop = 1, 0, most + 1, ""
     while True:
         if batch > most:
             found.stop, found.reason = "limit", f"batch limit of {most}"
@@ -64,16 +64,21 @@ def search(
             found.stop, found.reason, ceiling = "memory", str(reason), batch
             break
         found.rates[batch] = rate
-        if rate < before * (1 - tolerance):
-            found.stop = "drop"
-            found.reason = f"throughput dropped from {before:.4g} to {rate:.4g} tokens/s at batch {batch}"
+        if rate >= before * (1 - tolerance):
+            drop = ""
+        elif drop:
+            found.stop, found.reason = "drop", drop
             break
+        else:
+            drop = f"throughput dropped from {before:.4g} to {rate:.4g} tokens/s at batch {batch}"
         flat = flat + 1 if rate < before * (1 + tolerance) else 0
         if flat == 2:
             found.stop = "plateau"
             found.reason = f"two doublings up to batch {batch} gained less than {tolerance:.0%}"
             break
         batch *= 2
+    if drop:
+        found.stop, found.reason = "drop", drop
     if found.rates:
         refine(measure, found, ceiling)
     return found

@@ -31,8 +31,8 @@ def test_doubles_until_memory_is_exhausted_then_looks_between():
 def test_stops_at_a_drop_that_shows_twice():
     machine = Machine(lambda batch: batch if batch <= 16 else 8)
     found = search(machine)
-    # 32 drops; 16 and 32 are measured again, then the quarters around 16.
-    assert machine.asked == [1, 2, 4, 8, 16, 32, 16, 32, 12, 20, 24, 28]
+    # 32 drops, and 64 does; each is measured again, with 16; then the quarters around 16.
+    assert machine.asked == [1, 2, 4, 8, 16, 32, 16, 32, 64, 16, 64, 12, 20, 24, 28]
     assert (found.stop, found.best) == ("drop", 16)
     assert "from 16 to 8 tokens/s at batch 32" in found.reason
 
@@ -54,6 +54,18 @@ def test_a_drop_that_was_noise_does_not_end_the_search():
     found = search(Machine(rate, fits=16))
     assert found.stop == "memory"
     assert found.rates[8] == 8
+
+
+def test_a_batch_that_is_slow_by_itself_does_not_end_the_search():
+    found = search(Machine(lambda batch: batch if batch != 8 else 3, fits=64))
+    assert (found.stop, found.best) == ("memory", 64)
+    assert found.rates[8] == 3
+
+
+def test_a_drop_before_the_limit_is_the_reason():
+    machine = Machine(lambda batch: batch if batch <= 16 else 8, fits=40)
+    assert (search(machine).stop, max(machine.asked)) == ("drop", 64)
+    assert search(Machine(machine.rate), most=32).stop == "drop"
 
 
 def test_a_lucky_best_does_not_make_the_next_batch_a_drop():
