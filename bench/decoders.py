@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from slicegpt.modeling import CACHE
 from slicegpt.runtime import Runtime, Sampling
 
 
@@ -93,7 +94,7 @@ class CachedModel(Decoder):
     @torch.no_grad()
     def prompt(self, ids: Tensor) -> None:
         # Not compiled: a prompt's length is seldom seen twice.
-        self._choose(self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1))
+        self._choose(self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}))
 
     @torch.no_grad()
     def fill(self, context: int) -> None:
@@ -108,7 +109,7 @@ class CachedModel(Decoder):
 
     @torch.no_grad()
     def step(self) -> None:
-        self._choose(self.forward(self.tokens, past_key_values=self.cache, use_cache=True))
+        self._choose(self.forward(self.tokens, use_cache=True, **{CACHE: self.cache}))
 
     def _choose(self, output) -> None:
         self.tokens = output.logits[:, -1:].argmax(dim=-1)
@@ -174,9 +175,9 @@ class GeneratingModel(CachedModel):
         self.ids = self.model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
-            past_key_values=self.cache,
             max_new_tokens=count,
             streamer=Observer(seen),
+            **{CACHE: self.cache},
         )
 
 

@@ -13,6 +13,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.evaluate import perplexity
 from slicegpt.families import canonical_fields
 from slicegpt.loading import load_dense
+from slicegpt.modeling import CACHE
 from slicegpt.plots import plot_spectra
 from slicegpt.progress import Progress
 from slicegpt.record import calibration_record, slicing_record
@@ -34,7 +35,7 @@ def time_per_token(model: PreTrainedModel, ids: torch.Tensor) -> float:
     for _ in range(TIMED_TOKENS + 2):
         token = output.logits[:, -1:].argmax(dim=-1)
         start = time.perf_counter()
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, use_cache=True, **{CACHE: output[CACHE]})
         steps.append(time.perf_counter() - start)
     return 1000 * sorted(steps[2:])[TIMED_TOKENS // 2]
 

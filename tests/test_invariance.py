@@ -5,6 +5,7 @@ import torch
 from tiny_models import CASES, left_padding, relative_error, tiny_model, token_ids
 
 from slicegpt.families import canonical_fields, checkpoint_of
+from slicegpt.modeling import CACHE
 from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.slicing import SlicingOptions, slice_model
 
@@ -51,8 +52,8 @@ def test_logits_equal_with_cache(pair):
     whole = turned(ids).logits
     for network in pair:
         first = network(ids[:, :5], use_cache=True)
-        second = network(ids[:, 5:9], past_key_values=first.past_key_values, use_cache=True)
-        third = network(ids[:, 9:], past_key_values=second.past_key_values)
+        second = network(ids[:, 5:9], use_cache=True, **{CACHE: first[CACHE]})
+        third = network(ids[:, 9:], **{CACHE: second[CACHE]})
         stepped = torch.cat((first.logits, second.logits, third.logits), dim=1)
         assert relative_error(stepped, whole) < TOLERANCE
 

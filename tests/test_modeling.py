@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from test_slicing import sliced
 from tiny_models import left_padding, relative_error, tiny_model, token_ids
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from slicegpt import SlicedConfig, SlicedForCausalLM
 from slicegpt.checkpoint import stored_size
+from slicegpt.modeling import CACHE
 from slicegpt.sizes import stored_parameters
 
 CASES = ["llama", "llama-tied", "mistral-window", "opt", "phi"]
@@ -82,11 +83,24 @@ def test_generation_with_cache_equals_generation_without(small, padded):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_its_new_and_its_old_name(small, name):
+    ids = token_ids()
+    cache = DynamicCache(config=small.config)
+    first = small(ids[:, :8], use_cache=True, **{name: cache})
+    assert first[CACHE] is cache
+    assert cache.get_seq_length() == 8
+    second = small(ids[:, 8:], **{name: cache}).logits
+    # Fewer rows at a time: other kernels, float32 rounding through three layers.
+    assert relative_error(torch.cat((first.logits, second), dim=1), small(ids).logits) < 1e-5
+
+
+@torch.no_grad()
 def test_static_cache(small):
     ids = token_ids()
     cache = StaticCache(config=small.config, max_cache_len=16)
-    first = small(ids[:, :8], past_key_values=cache, use_cache=True).logits
-    second = small(ids[:, 8:], past_key_values=cache, use_cache=True).logits
+    first = small(ids[:, :8], use_cache=True, **{CACHE: cache}).logits
+    second = small(ids[:, 8:], use_cache=True, **{CACHE: cache}).logits
     # The static cache masks instead of cutting: other kernels, float32 rounding through three layers.
     assert relative_error(torch.cat((first, second), dim=1), small(ids).logits) < 1e-5
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.modeling import CACHE
 from slicegpt.progress import Progress
 
 
@@ -94,7 +95,7 @@ def continue_tokens(
     cache, fed = _cache(model, length), 0
     # What all starts have is read at once; from there on every sequence takes a token a step, given or drawn.
     for position in range(int((ids >= 0).all(dim=0).int().cumprod(dim=0).sum()), length):
-        output = model(ids[:, fed:position], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(ids[:, fed:position], use_cache=True, logits_to_keep=1, **{CACHE: cache})
         fed = position
         drawn = _draw(output.logits[:, -1], generator, settings, banned)
         ids[:, position] = torch.where(ids[:, position] < 0, drawn, ids[:, position])

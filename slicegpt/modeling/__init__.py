@@ -3,10 +3,11 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration import SHORTCUT_KINDS, SlicedConfig, factor_rank
-from .layers import CompactShortcut, WeightlessRMSNorm
+from .layers import CACHE, CompactShortcut, WeightlessRMSNorm
 from .network import SlicedForCausalLM, SlicedModel
 
 __all__ = [
+    "CACHE",
     "SHORTCUT_KINDS",
     "CompactShortcut",
     "SlicedConfig",

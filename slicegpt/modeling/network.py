@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import SlicedConfig
 from .layers import (
+    CACHE,
     CompactShortcut,
     FinalNorm,
     SlicedAttention,
@@ -86,7 +87,7 @@ class SlicedPreTrainedModel(PreTrainedModel):
     model_tags = ["slicegpt"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["SlicedDecoderLayer", "SlicedParallelDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -151,7 +152,7 @@ class SlicedModel(SlicedPreTrainedModel):
         hidden_states: torch.Tensor,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | dict | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[dict[str, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor] | None]:
         """What the layers share: an attention mask per layer type, and the rotary cosines and sines."""
         masks = attention_mask
@@ -160,7 +161,7 @@ class SlicedModel(SlicedPreTrainedModel):
                 "config": self.config,
                 "inputs_embeds": hidden_states,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
+                CACHE: cache,
                 "position_ids": position_ids,
             }
             makers = {
@@ -201,32 +202,35 @@ class SlicedModel(SlicedPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
+        """The stream behind the last block [batch, tokens, d]; `past_key_values`: `cache` by its old name."""
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = self.default_position_ids(inputs_embeds, attention_mask, past_length)
 
         hidden_states = self.embed(inputs_embeds, position_ids)
-        masks, rotary = self.block_inputs(hidden_states, position_ids, attention_mask, past_key_values)
+        masks, rotary = self.block_inputs(hidden_states, position_ids, attention_mask, cache)
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[kind],
                 position_embeddings=rotary,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
         hidden_states = self.head_projection(self.norm(hidden_states))
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
 
 class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
@@ -253,19 +257,21 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [batch, tokens, vocab_size]; with `labels`, the mean next-token loss as well.
 
         `logits_to_keep`: compute only the last so many positions, or those given (0 computes all).
+        `past_key_values`: `cache` by its old name.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=past_key_values if cache is None else cache,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -278,7 +284,7 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
