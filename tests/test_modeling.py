@@ -83,7 +83,7 @@ def test_generation_with_cache_equals_generation_without(small, padded):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
 def test_the_cache_has_its_new_and_its_old_name(small, name):
     ids = token_ids()
     cache = DynamicCache(config=small.config)

@@ -187,7 +187,7 @@ class SlicedAttention(nn.Module):
         if position_embeddings is not None:
             query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
         if cache is not None:
-            # A paged cache leaves in them what attention has to know (transformers 5.24).
+            # A paged cache leaves in kwargs what attention has to know (transformers 5.24).
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -31,6 +31,15 @@ from .layers import (
 )
 
 
+def pop_cache(kwargs: dict, past_key_values: Cache | None) -> Cache | None:
+    """Take the cache of keys and values out of `kwargs`, or the one that the caller gave by the old name.
+
+    Where that name is the current one, a `cache` among `kwargs` is a paged one, which attention takes for itself.
+    """
+    cache = kwargs.pop(CACHE, None)
+    return past_key_values if cache is None else cache
+
+
 def build_norm(config: SlicedConfig, boundary: int) -> WeightlessRMSNorm:
     """The weightless norm of the stream at `boundary`."""
     return WeightlessRMSNorm(config.boundary_widths[boundary], config.boundary_eps(boundary))
@@ -202,11 +211,10 @@ class SlicedModel(SlicedPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """The stream behind the last block [batch, tokens, d]; `past_key_values`: `cache` by its old name."""
-        cache = past_key_values if cache is None else cache
+        """The stream behind the last block, [batch, tokens, d]."""
+        cache = pop_cache(kwargs, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -257,13 +265,11 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [batch, tokens, vocab_size]; with `labels`, the mean next-token loss as well.
 
         `logits_to_keep`: compute only the last so many positions, or those given (0 computes all).
-        `past_key_values`: `cache` by its old name.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -271,7 +277,7 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cache=past_key_values if cache is None else cache,
+            **{CACHE: pop_cache(kwargs, past_key_values)},
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
