@@ -61,7 +61,12 @@ class Projection:
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """From one boundary to the next: input GEMMs, and one `rotate_add` of their results side by side."""
+    """From one boundary to the next: input GEMMs, and one `rotate_add` of their results side by side.
+
+    Attributes:
+        factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
+            the same numbers in its last columns. None for another shortcut and for rank 0.
+    """
 
     inputs: tuple[Projection, ...]
     width: int
@@ -69,6 +74,7 @@ class PackedBlock:
     output: Tensor
     output_bias: Tensor | None
     shortcut: Tensor | None
+    factor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,7 @@ def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
 def _pack_block(
     config: SlicedConfig, norm: nn.Module, modules: tuple[nn.Module, ...], shortcut: nn.Module
 ) -> PackedBlock:
-    inputs, outputs, biases = [], [], []
+    inputs, outputs, biases, factor = [], [], [], None
     for module in modules:
         if isinstance(module, SlicedAttention):
             inputs.append(_pack_attention(config, module))
@@ -203,6 +209,7 @@ def _pack_block(
         # z = h F are the last columns of the last input GEMM; -Fᵀ brings them back to h's columns.
         last = inputs[-1]
         weight = torch.cat((last.weight, shortcut.factor))
+        factor = weight[len(last.weight) :]
         inputs[-1] = Projection(weight, last.bias, last.n_scaled, last.activation, last.attention)
         outputs.append(-F.pad(shortcut.factor, (0, shortcut.padding)).mT)
     return PackedBlock(
@@ -212,6 +219,7 @@ def _pack_block(
         output=torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].detach(),
         output_bias=sum(biases) if biases else None,
         shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
+        factor=factor,
     )
 
 
