@@ -121,7 +121,8 @@ class Runtime:
     def _last_logits(self, input_ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         for stream, sums in self._prefill(input_ids, mask, cache):
             last = stream.unflatten(0, (len(input_ids), -1))[:, -1]
-            last_sums = None if sums is None else sums.unflatten(0, (len(input_ids), -1))[:, -1]
+            # A CPU's kernels, called without the operator's checks, read sums of consecutive rows.
+            last_sums = None if sums is None else sums.unflatten(0, (len(input_ids), -1))[:, -1].contiguous()
         return self.network.logits(last, last_sums)
 
     # --- generation --------------------------------------------------------------------------------------------

@@ -61,6 +61,15 @@ def test_greedy_tokens_are_those_of_the_plain_model_in_float32(case, form):
     assert torch.equal(runtime.generate(ids[:1], max_new_tokens=12), one)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_generation_begins_with_the_logits_of_the_last_position(case):
+    """A few short rows, whose sums of squares come from the kernels: the head reads every n-th of them."""
+    runtime, ids = Runtime(network(case, "compact", torch.float32)), token_ids(3, 4)
+    last = runtime._last_logits(ids, None, runtime.new_cache(3, 8))
+    assert relative_error(last, runtime.logits(ids)[:, -1]) < 1e-6
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", ["llama", "opt", "phi", "qwen3-tied"])
