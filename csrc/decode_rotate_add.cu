@@ -14,9 +14,9 @@ struct Parameters {
 
 // `less` [token][row of the tile] = z F' for the tile's columns, 0 beyond its d. F' is stored [rank, d], the other way
 // round than the weights, because norm_linear reads the same bytes as rows of its own: shortly before, so that they come
-// from L2 here. A warp takes 32 columns: row r of F' is 64 contiguous bytes there. The tokens are mma's rows and the columns of F' its
-// columns: lane (g, t) holds columns 4g ... 4g + 3 of rows 4t ... 4t + 3, and pairs of rows are put together by byte
-// permutes. Float32: a lane is a column.
+// from L2 here. A warp takes 32 columns: row r of F' is 64 contiguous bytes there. The tokens are mma's rows and the
+// columns of F' its columns: lane (g, t) holds columns 4g ... 4g + 3 of rows 4t ... 4t + 3, and pairs of rows are put
+// together by byte permutes. Float32: a lane is a column.
 template <typename T>
 __device__ __forceinline__ void subtract_factor(const Parameters& parameters, float* warps, float* less) {
     const RotateAddArguments& a = parameters.a;

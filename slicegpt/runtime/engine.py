@@ -87,9 +87,9 @@ class Runtime:
         pads = _as_ids(getattr(generation, "pad_token_id", None), self.config.pad_token_id)
         self.pad_id = (pads or self.stop_ids or (0,))[0]
 
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that generating one token reads, head included, cache not."""
-        return self.network.packed.bytes_per_token()
+    def bytes_per_token(self, batch: int = 1) -> int:
+        """Bytes of weights that one step of `batch` sequences moves from memory, head included, cache not."""
+        return self.network.packed.bytes_per_token(batch)
 
     # --- logits ------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
 from slicegpt.modeling.layers import FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.ops.rotate_add import reads_factor
 
 ACTIVATION_NAMES = {
     "relu": "relu",
@@ -103,17 +104,27 @@ class PackedNetwork:
     head_projection: Projection | None
     head: Projection
 
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that generating a token reads at least once; of the embedding, one row."""
-        tensors = [
-            self.embedding[:1],
-            self.embed_projection,
-            self.final_scale,
-            self.head.weight,
-            self.head.bias,
+    def stored_bytes(self) -> int:
+        """Bytes of all weights, both copies of compact factors among them; a tied head is its embedding."""
+        tied = self.head.weight.data_ptr() == self.embedding.data_ptr()
+        return _bytes([*self._weights(), None if tied else self.embedding, self.positions])
+
+    def bytes_per_token(self, rows: int = 1) -> int:
+        """Bytes of weights that generating a token for each of `rows` sequences moves from memory.
+
+        Of the embedding, one row. Of a compact factor, both copies; one where `rotate_add` finds it in L2.
+        """
+        found = [
+            block.output[:, -len(block.factor) :]
+            for block in self.blocks
+            if block.factor is not None and reads_factor(block.output, block.factor, rows)
         ]
-        if self.positions is not None:
-            tensors.append(self.positions[:1])
+        looked_up = [self.embedding[:1], None if self.positions is None else self.positions[:1]]
+        return _bytes([*self._weights(), *looked_up]) - _bytes(found)
+
+    def _weights(self) -> list[Tensor | None]:
+        """All but the tables that rows are looked up in."""
+        tensors = [self.embed_projection, self.final_scale, self.head.weight, self.head.bias]
         if self.head_projection is not None:
             tensors += [self.head_projection.weight, self.head_projection.bias]
         for block in self.blocks:
@@ -121,7 +132,11 @@ class PackedNetwork:
             for projection in block.inputs:
                 tensors += [projection.weight, projection.bias]
                 tensors.append(projection.attention and projection.attention.norm)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        return tensors
+
+
+def _bytes(tensors: list[Tensor | None]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 @torch.no_grad()
