@@ -191,11 +191,8 @@ class FusedRuntime(Decoder):
 
     def __init__(self, runtime: Runtime, batch: int, length: int):
         self.runtime = runtime
-        packed = runtime.network.packed
-        self.weight_bytes = self.stored_bytes = runtime.bytes_per_token()
-        for table in (packed.embedding, packed.positions):
-            if table is not None and table.data_ptr() != packed.head.weight.data_ptr():
-                self.stored_bytes += table.numel() * table.element_size()
+        self.weight_bytes = runtime.bytes_per_token(batch)
+        self.stored_bytes = runtime.network.packed.stored_bytes()
         self.cache = runtime.new_cache(batch, length)
         self.decoder = runtime.new_decoder(self.cache, Sampling())
 

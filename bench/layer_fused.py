@@ -74,9 +74,7 @@ def block_operations(network: Network, block: PackedBlock, step: GrowingStep) ->
     def write(state: State) -> None:
         pieces = [state[f"piece {index}"] for index in range(len(block.inputs))]
         a = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        state["stream"], state["sums"] = network.rotate_add(
-            a, block.output, state["stream"], block.shortcut, block.output_bias
-        )
+        state["stream"], state["sums"] = network._rotate(block, a, state["stream"])
         state["output"] = state["stream"]
 
     operations, writers = [], []

@@ -43,8 +43,8 @@ struct NormLinearArguments {
     float divisor, eps;
 };
 
-// h_next [tokens, N] = a W' + (shortcut ? h S' : h padded) + bias - z F', and the sums of its squares over every 32
-// columns. factor: F' as [rank, N] (the last rows of norm_linear's weight), or null.
+// h_next [tokens, N] = a W' + (shortcut ? h S' : h padded) + bias - (z F' padded), and the sums of its squares over
+// every 32 columns. factor: F' as [rank, d] (the last rows of norm_linear's weight), or null; z: [tokens, rank].
 struct RotateAddArguments {
     const void* a;
     int64_t a_stride;

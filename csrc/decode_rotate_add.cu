@@ -12,11 +12,11 @@ struct Parameters {
     RotateAddArguments a;
 };
 
-// `less` [token][row of the tile] = z F' for the tile's columns. F' is stored [rank, N], the other way round than the
-// weights, because norm_linear reads the same bytes as rows of its own: shortly before, so that they come from L2 here.
-// A warp takes 32 columns: row r of F' is 64 contiguous bytes there. The tokens are mma's rows and the columns of F' its
-// columns: lane (g, t) holds columns 4g ... 4g + 3 of rows 4t ... 4t + 3, and pairs of rows are put together by byte
-// permutes. Float32: a lane is a column.
+// `less` [token][row of the tile] = z F' for the tile's columns, 0 beyond its d. F' is stored [rank, d], the other way
+// round than the weights, because norm_linear reads the same bytes as rows of its own: shortly before, so that they come
+// from L2 here. A warp takes 32 columns: row r of F' is 64 contiguous bytes there. The tokens are mma's rows and the
+// columns of F' its columns: lane (g, t) holds columns 4g ... 4g + 3 of rows 4t ... 4t + 3, and pairs of rows are put
+// together by byte permutes. Float32: a lane is a column.
 template <typename T>
 __device__ __forceinline__ void subtract_factor(const Parameters& parameters, float* warps, float* less) {
     const RotateAddArguments& a = parameters.a;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void subtract_factor(const Parameters& parameters, fl
         const int column = column0 + lane;
         for (int r0 = first; r0 < a.rank; r0 += step)
             for (int r = r0; r < min(r0 + kFactorStep, a.rank); ++r) {
-                const float f = column < a.N ? to_float(factor[r * a.factor_stride + column]) : 0.f;
+                const float f = column < a.d ? to_float(factor[r * a.factor_stride + column]) : 0.f;
 #pragma unroll
                 for (int n = 0; n < kMaxDecodeTokens; ++n)
                     if (n < a.tokens) sums[n] = fmaf(to_float(z[n * a.z_stride + r]), f, sums[n]);
@@ -53,13 +53,13 @@ __device__ __forceinline__ void subtract_factor(const Parameters& parameters, fl
             for (int i = 0; i < 4; ++i) {
                 if (r + i >= a.rank) continue;
                 const T* const row = factor + (r + i) * a.factor_stride;
-                if (aligned && column + 4 <= a.N) {
+                if (aligned && column + 4 <= a.d) {
                     const uint2 four = *reinterpret_cast<const uint2*>(row + column);
                     f[i][0] = four.x, f[i][1] = four.y;
                 } else {
 #pragma unroll
                     for (int q = 0; q < 4; ++q)
-                        if (column + q < a.N) f[i][q / 2] |= uint32_t(row[column + q].bits) << q % 2 * 16;
+                        if (column + q < a.d) f[i][q / 2] |= uint32_t(row[column + q].bits) << q % 2 * 16;
                 }
 #pragma unroll
                 for (int h = 0; h < 2; ++h)

@@ -24,6 +24,10 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 WARP_ROWS = 16
 CHUNK_BYTES = 128
+# One load of a lane.
+PIECE_BYTES = 16
+# Of L2, what a factor may take to be still there in `rotate_add`: the rest is for what was read around it.
+L2_SHARE = 0.5
 # Warps that a multiprocessor needs: each has 2 to 4 KB of weights under way, so that 16 cover 4.8 TB/s times 0.7 µs.
 WARPS_PER_PROCESSOR = 16
 # A warp's chunks that are under way at a time, and those below which adding up splits costs more than it saves.
@@ -125,35 +129,39 @@ def rotate_add(
     h: Tensor,
     shortcut: Tensor | None = None,
     bias: Tensor | None = None,
-    z: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `slicegpt.ops.rotate_add`; with `factor`, `h_next` has `- z factor` added.
-
-    z: [T, r] of a's dtype, unit column stride, any row stride; factor: [r, d'], any row stride. With them a compact
-    shortcut needs no columns in `weight`: factor is Fᵀ, the last r rows of `norm_linear`'s weight (padded to d' columns
-    where the next boundary is wider), which that call has just brought into L2.
-    """
+    """See `slicegpt.ops.rotate_add`; where `takes_factor`, the last columns of `weight` are not read."""
     cuda.require("rotate_add")
     _check_rows("rotate_add", a)
-    (tokens, K), (N, d) = a.shape, (weight.shape[0], h.shape[1])
-    if (z is None) != (factor is None):
-        raise SliceGPTError("rotate_add: z and factor must be given together")
-    if factor is not None and (tuple(z.shape), factor.shape[1]) != ((tokens, factor.shape[0]), N):
-        expected = f"be [{tokens}, r] and [r, {N}]"
-        raise SliceGPTError(
-            f"rotate_add: z and factor must {expected}, got {list(z.shape)} and {list(factor.shape)}"
-        )
     h_next, sumsq = rotate_add_outputs(a, weight)
     if h_next.numel() == 0:
         return h_next, sumsq
-    columns = 0 if shortcut is None else d
+    if factor is not None and not takes_factor(weight, factor):
+        factor = None
+    columns = 0 if shortcut is None else h.shape[1]
+    arguments = rotate_add_arguments(a, weight, h, shortcut, bias, factor, h_next, sumsq)
+    (tokens, K), N = a.shape, weight.shape[0]
+    K -= 0 if factor is None else factor.shape[0]
     cut = rotate_add_cut(_processors(a), tokens, N, K, columns, a.element_size())
-    arguments = rotate_add_arguments(a, weight, h, shortcut, bias, z, factor, h_next, sumsq)
     with cuda._on_device(a):
         launch, _partial = _launch(cut, cut.tiles(N), a)
         cuda._check("rotate_add", cuda._C.decode_rotate_add(arguments, launch))
     return h_next, sumsq
+
+
+def takes_factor(weight: Tensor, factor: Tensor) -> bool:
+    """Whether `rotate_add` reads a compact shortcut's F from `factor`; else from the last columns of `weight`.
+
+    `factor` must have unit column stride, and be small enough that L2 still holds it after `norm_linear`. The columns
+    of `weight` before F's must be whole 16-byte pieces: otherwise every row would be read item by item.
+    """
+    inner_bytes = (weight.shape[1] - factor.shape[0]) * weight.element_size()
+    return (
+        0 < factor.nbytes <= L2_SHARE * _l2_bytes(factor)
+        and factor.stride(1) == 1
+        and inner_bytes % PIECE_BYTES == 0
+    )
 
 
 def norm_linear_arguments(h, weight, bias, sumsq, y, n_scaled, activation, divisor, eps):
@@ -180,8 +188,10 @@ def norm_linear_arguments(h, weight, bias, sumsq, y, n_scaled, activation, divis
     )
 
 
-def rotate_add_arguments(a, weight, h, shortcut, bias, z, factor, h_next, sumsq):
-    """What the launchers in csrc/decode.h take."""
+def rotate_add_arguments(a, weight, h, shortcut, bias, factor, h_next, sumsq):
+    """What the launchers in csrc/decode.h take: with `factor`, z is what a's last columns hold."""
+    rank = 0 if factor is None else factor.shape[0]
+    inner = a.shape[1] - rank
     return cuda._C.RotateAddArguments(
         a=a.data_ptr(),
         a_stride=a.stride(0),
@@ -192,8 +202,8 @@ def rotate_add_arguments(a, weight, h, shortcut, bias, z, factor, h_next, sumsq)
         shortcut=_address(shortcut),
         shortcut_stride=_stride(shortcut),
         bias=_address(bias),
-        z=_address(z),
-        z_stride=_stride(z),
+        z=a.data_ptr() + inner * a.element_size() if rank else 0,
+        z_stride=a.stride(0) if rank else 0,
         factor=_address(factor),
         factor_stride=_stride(factor),
         h_next=h_next.data_ptr(),
@@ -201,10 +211,10 @@ def rotate_add_arguments(a, weight, h, shortcut, bias, z, factor, h_next, sumsq)
         sumsq=sumsq.data_ptr(),
         dtype=DTYPES.index(a.dtype),
         tokens=a.shape[0],
-        K=a.shape[1],
+        K=inner,
         d=h.shape[1],
         N=h_next.shape[1],
-        rank=0 if factor is None else factor.shape[0],
+        rank=rank,
     )
 
 
@@ -290,6 +300,15 @@ def _processors_of(device: torch.device) -> int:
 
 def _processors(like: Tensor) -> int:
     return _processors_of(like.device)
+
+
+@lru_cache
+def _l2_bytes_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def _l2_bytes(like: Tensor) -> int:
+    return _l2_bytes_of(like.device)
 
 
 @lru_cache

@@ -56,7 +56,7 @@ def rotate_add(
     with cuda._on_device(a):
         product = _product(a, weight)
         second = None if shortcut is None else _product(h, shortcut)
-        arguments = rotate_add_arguments(a, weight, h, shortcut, bias, None, None, h_next, sumsq)
+        arguments = rotate_add_arguments(a, weight, h, shortcut, bias, None, h_next, sumsq)
         rotated = 0 if second is None else second.data_ptr()
         status = cuda._C.rotate_add_epilogue(arguments, product.data_ptr(), rotated, cuda._stream(a))
         cuda._check("rotate_add", status)

@@ -11,7 +11,12 @@ OP = "rotate_add"
 
 
 def rotate_add(
-    a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None = None, bias: Tensor | None = None
+    a: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    shortcut: Tensor | None = None,
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`h_next = a Wᵀ + h Sᵀ + bias`, and the sums of squares of its rows for the norm that follows.
 
@@ -27,6 +32,10 @@ def rotate_add(
         h: [T, d], a's dtype, the stream before the block; unit column stride.
         shortcut: [d', d], a's dtype (as `nn.Linear` stores it), or None, which needs d' >= d.
         bias: [d'], a's dtype, or None.
+        factor: a hint for a compact shortcut, or None: Fᵀ [r, d], a's dtype, the same numbers as
+            `-weight[:d, K - r:].T` (the rows of `weight` from d on end in zeros), being the last r rows of
+            `norm_linear`'s weight. The backend "cuda" may read them there, where L2 still holds them, and not in
+            `weight`; the others ignore it. The numbers are not compared.
 
     Returns:
         h_next: [T, d'] of a's dtype.
@@ -37,7 +46,7 @@ def rotate_add(
         SliceGPTError: an argument has the wrong shape, dtype, device or layout, or the requested backend
             (environment variable SLICEGPT_BACKEND) cannot do it.
     """
-    return _operator(a, weight, h, shortcut, bias)
+    return _operator(a, weight, h, shortcut, bias, factor)
 
 
 def is_supported(
@@ -47,7 +56,26 @@ def is_supported(
     return choice.is_supported(OP, capability, dtype, rows, backend)
 
 
-def _check(a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None) -> None:
+def reads_factor(weight: Tensor, factor: Tensor, rows: int = 1) -> bool:
+    """Whether a call with so many rows and this `factor` reads it, and not the last columns of `weight`."""
+    if _backend(weight, rows) != "cuda":
+        return False
+    return choice.launchers("cuda", OP).takes_factor(weight, factor)
+
+
+def _backend(like: Tensor, rows: int) -> str:
+    capability = device_capability(like.get_device()) if like.is_cuda else None
+    return choice.choose(OP, requested_backend(), capability, like.dtype, rows)
+
+
+def _check(
+    a: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    shortcut: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+) -> None:
     """What can be known from the arguments' metadata: also run while tracing."""
     if a.dim() != 2:
         raise bad(OP, "a", "be [T, K]", list(a.shape))
@@ -67,24 +95,31 @@ def _check(a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: 
         raise bad(OP, "weight", expected, weight.shape[0])
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise bad(OP, "bias", f"be [d'] = [{weight.shape[0]}]", list(bias.shape))
-    for name, tensor in (("weight", weight), ("h", h), ("shortcut", shortcut), ("bias", bias)):
+    if factor is not None and shortcut is not None:
+        raise bad(OP, "factor", "be None beside a dense shortcut", list(factor.shape))
+    if factor is not None and (
+        factor.dim() != 2 or factor.shape[0] > a.shape[1] or factor.shape[1] != h.shape[1]
+    ):
+        expected = f"be [r, d] for at most a's {a.shape[1]} and exactly h's {h.shape[1]} columns"
+        raise bad(OP, "factor", expected, list(factor.shape))
+    others = {"weight": weight, "h": h, "shortcut": shortcut, "bias": bias, "factor": factor}
+    for name, tensor in others.items():
         if tensor is not None and tensor.dtype != a.dtype:
             raise bad(OP, name, f"have a's dtype {a.dtype}", tensor.dtype)
         if tensor is not None and tensor.device != a.device:
             raise bad(OP, name, f"be on a's device {a.device}", tensor.device)
 
 
-def _fake(a, weight, h, shortcut, bias) -> tuple[Tensor, Tensor]:
-    _check(a, weight, h, shortcut, bias)
+def _fake(a, weight, h, shortcut, bias, factor=None) -> tuple[Tensor, Tensor]:
+    _check(a, weight, h, shortcut, bias, factor)
     return reference.rotate_add_outputs(a, weight)
 
 
-def _run(a, weight, h, shortcut, bias) -> tuple[Tensor, Tensor]:
-    _check(a, weight, h, shortcut, bias)
+def _run(a, weight, h, shortcut, bias, factor=None) -> tuple[Tensor, Tensor]:
+    _check(a, weight, h, shortcut, bias, factor)
     if a.shape[0] == 0 or weight.shape[0] == 0:
         return reference.rotate_add_outputs(a, weight)
-    capability = device_capability(a.get_device()) if a.is_cuda else None
-    backend = choice.choose(OP, requested_backend(), capability, a.dtype, a.shape[0])
+    backend = _backend(a, a.shape[0])
     if backend == "torch":
         h_next = library_gemm.rotate(a, weight, h, shortcut, bias)
         wide = h_next.to(reference.sumsq_dtype(a.dtype))
@@ -99,12 +134,14 @@ def _run(a, weight, h, shortcut, bias) -> tuple[Tensor, Tensor]:
     launch = getattr(choice.launchers(backend, OP), OP)
     if backend == "cpu":
         return launch(a, weight, h, shortcut, bias)
+    hint = (factor,) if backend == "cuda" else ()
     with torch.cuda.device(a.device):
-        return launch(a, weight, h, shortcut, bias)
+        return launch(a, weight, h, shortcut, bias, *hint)
 
 
 _operator = register(
-    "rotate_add(Tensor a, Tensor weight, Tensor h, Tensor? shortcut, Tensor? bias) -> (Tensor, Tensor)",
+    "rotate_add(Tensor a, Tensor weight, Tensor h, Tensor? shortcut, Tensor? bias, "
+    "Tensor? factor=None) -> (Tensor, Tensor)",
     implementation=_run,
     fake=_fake,
 )

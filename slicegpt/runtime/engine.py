@@ -87,9 +87,9 @@ class Runtime:
         pads = _as_ids(getattr(generation, "pad_token_id", None), self.config.pad_token_id)
         self.pad_id = (pads or self.stop_ids or (0,))[0]
 
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that generating one token reads, head included, cache not."""
-        return self.network.packed.bytes_per_token()
+    def bytes_per_token(self, batch: int = 1) -> int:
+        """Bytes of weights that one step of `batch` sequences moves from memory, head included, cache not."""
+        return self.network.packed.bytes_per_token(batch)
 
     # --- logits ------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,8 @@ class Runtime:
     def _last_logits(self, input_ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         for stream, sums in self._prefill(input_ids, mask, cache):
             last = stream.unflatten(0, (len(input_ids), -1))[:, -1]
-            last_sums = None if sums is None else sums.unflatten(0, (len(input_ids), -1))[:, -1]
+            # A CPU's kernels, called without the operator's checks, read sums of consecutive rows.
+            last_sums = None if sums is None else sums.unflatten(0, (len(input_ids), -1))[:, -1].contiguous()
         return self.network.logits(last, last_sums)
 
     # --- generation --------------------------------------------------------------------------------------------

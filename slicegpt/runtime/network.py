@@ -18,9 +18,14 @@ def _norm_linear_on_cpu(h: Tensor, *arguments) -> Tensor:
 
 
 def _rotate_add_on_cpu(
-    a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None
+    a: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    shortcut: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same; the library's form leaves the sums of squares to the next norm."""
+    """The same; the library's form leaves the sums of squares to the next norm. `factor` is for GPUs."""
     if cpu_decode.is_supported(None, a.dtype, len(a)):
         return cpu_decode.rotate_add(a, weight, h, shortcut, bias)
     return library_gemm.rotate(a, weight, h, shortcut, bias), None
@@ -80,13 +85,16 @@ class Network:
             rows = self._project(projection, stream, sums, block.width, block.eps)
             pieces.append(rows if projection.attention is None else step.attend(projection.attention, rows))
         a = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        return self.rotate_add(a, block.output, stream, block.shortcut, block.output_bias)
+        return self._rotate(block, a, stream)
 
     def _project(
         self, projection: Projection, stream: Tensor, sums: Tensor | None, width: float, eps: float
     ) -> Tensor:
         weight, bias, n_scaled = projection.weight, projection.bias, projection.n_scaled
         return self.norm_linear(stream, weight, bias, sums, n_scaled, projection.activation, width, eps)
+
+    def _rotate(self, block: PackedBlock, a: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.rotate_add(a, block.output, stream, block.shortcut, block.output_bias, block.factor)
 
     def logits(self, stream: Tensor, sums: Tensor | None) -> Tensor:
         """Logits [rows, vocab_size] of rows of the stream behind the last block."""

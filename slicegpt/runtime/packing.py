@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
 from slicegpt.modeling.layers import FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.ops.rotate_add import reads_factor
 
 ACTIVATION_NAMES = {
     "relu": "relu",
@@ -61,7 +62,12 @@ class Projection:
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """From one boundary to the next: input GEMMs, and one `rotate_add` of their results side by side."""
+    """From one boundary to the next: input GEMMs, and one `rotate_add` of their results side by side.
+
+    Attributes:
+        factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
+            the same numbers in its last columns. None for another shortcut and for rank 0.
+    """
 
     inputs: tuple[Projection, ...]
     width: int
@@ -69,6 +75,7 @@ class PackedBlock:
     output: Tensor
     output_bias: Tensor | None
     shortcut: Tensor | None
+    factor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,17 +104,27 @@ class PackedNetwork:
     head_projection: Projection | None
     head: Projection
 
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that generating a token reads at least once; of the embedding, one row."""
-        tensors = [
-            self.embedding[:1],
-            self.embed_projection,
-            self.final_scale,
-            self.head.weight,
-            self.head.bias,
+    def stored_bytes(self) -> int:
+        """Bytes of all weights, both copies of compact factors among them; a tied head is its embedding."""
+        tied = self.head.weight.data_ptr() == self.embedding.data_ptr()
+        return _bytes([*self._weights(), None if tied else self.embedding, self.positions])
+
+    def bytes_per_token(self, rows: int = 1) -> int:
+        """Bytes of weights that generating a token for each of `rows` sequences moves from memory.
+
+        Of the embedding, one row. Of a compact factor, both copies; one where `rotate_add` finds it in L2.
+        """
+        found = [
+            block.output[:, -len(block.factor) :]
+            for block in self.blocks
+            if block.factor is not None and reads_factor(block.output, block.factor, rows)
         ]
-        if self.positions is not None:
-            tensors.append(self.positions[:1])
+        looked_up = [self.embedding[:1], None if self.positions is None else self.positions[:1]]
+        return _bytes([*self._weights(), *looked_up]) - _bytes(found)
+
+    def _weights(self) -> list[Tensor | None]:
+        """All but the tables that rows are looked up in."""
+        tensors = [self.embed_projection, self.final_scale, self.head.weight, self.head.bias]
         if self.head_projection is not None:
             tensors += [self.head_projection.weight, self.head_projection.bias]
         for block in self.blocks:
@@ -115,7 +132,11 @@ class PackedNetwork:
             for projection in block.inputs:
                 tensors += [projection.weight, projection.bias]
                 tensors.append(projection.attention and projection.attention.norm)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        return tensors
+
+
+def _bytes(tensors: list[Tensor | None]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 @torch.no_grad()
@@ -188,7 +209,7 @@ def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
 def _pack_block(
     config: SlicedConfig, norm: nn.Module, modules: tuple[nn.Module, ...], shortcut: nn.Module
 ) -> PackedBlock:
-    inputs, outputs, biases = [], [], []
+    inputs, outputs, biases, factor = [], [], [], None
     for module in modules:
         if isinstance(module, SlicedAttention):
             inputs.append(_pack_attention(config, module))
@@ -203,6 +224,7 @@ def _pack_block(
         # z = h F are the last columns of the last input GEMM; -Fᵀ brings them back to h's columns.
         last = inputs[-1]
         weight = torch.cat((last.weight, shortcut.factor))
+        factor = weight[len(last.weight) :]
         inputs[-1] = Projection(weight, last.bias, last.n_scaled, last.activation, last.attention)
         outputs.append(-F.pad(shortcut.factor, (0, shortcut.padding)).mT)
     return PackedBlock(
@@ -212,6 +234,7 @@ def _pack_block(
         output=torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].detach(),
         output_bias=sum(biases) if biases else None,
         shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
+        factor=factor,
     )
 
 

@@ -38,6 +38,7 @@ def run(backend, target, monkeypatch):
     """A function that calls a launcher on the backend's device with copies that keep their strides."""
     if backend.device == "cpu":
         monkeypatch.setattr(cuda_decode, "_processors", lambda like: 3)
+        monkeypatch.setattr(cuda_decode, "_l2_bytes", lambda like: 1 << 20)
 
     def call(launcher, *arguments):
         moved = [backend._move(x) if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -127,7 +128,23 @@ def rotate_add_arguments(tokens, K, d, N, dense, dtype=F16, bias=True, pitch=Non
     return a, weight, h, shortcut, random(N, dtype=dtype, seed=7) if bias else None
 
 
-def check_rotate_add(result, a, weight, h, shortcut, bias, z=None, factor=None):
+def compact_arguments(tokens, inner, rank, d, N, dtype=F16, pitch=None):
+    """rotate_add's arguments for `[a | z]` and `[W | -F padded]`; and Fᵀ as norm_linear's last rows hold it."""
+    a, weight, h, _, bias = rotate_add_arguments(tokens, inner + rank, d, N, False, dtype)
+    rows = random(rank + 5, d, dtype=dtype, seed=9, scale=max(rank, 1) ** -0.5, pitch=pitch)
+    weight[:, inner:] = 0
+    weight[:d, inner:] = -rows[5:].T
+    return (a, weight, h, None, bias), rows[5:]
+
+
+def spoilt(matrix, begin):
+    """A copy with the same strides, NaN from column `begin` on."""
+    copy = torch.empty_strided(matrix.shape, matrix.stride(), dtype=matrix.dtype)
+    copy.copy_(matrix)[:, begin:] = torch.nan
+    return copy
+
+
+def check_rotate_add(result, a, weight, h, shortcut, bias):
     h_next, sumsq = result
     N = weight.shape[0]
     expected = a.double() @ weight.double().T
@@ -143,10 +160,6 @@ def check_rotate_add(result, a, weight, h, shortcut, bias, z=None, factor=None):
     if bias is not None:
         expected += bias.double()
         magnitude += bias.double().abs()
-    if factor is not None:
-        expected -= z.double() @ factor.double()
-        magnitude += z.double().abs() @ factor.double().abs()
-        terms += z.shape[1]
     check(h_next, expected, 2 * terms * U * magnitude, a.dtype)
     # Of what is stored: 32 squares and sums of positive numbers.
     squares = torch.nn.functional.pad(h_next.double().square(), (0, -N % 32)).unflatten(1, (-1, 32)).sum(2)
@@ -191,17 +204,49 @@ def test_rotate_add(run, module, dense, d, N, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 @pytest.mark.parametrize("tokens", [1, 9, 16])
-@pytest.mark.parametrize(("rank", "N", "pitch"), [(24, 72, 72), (19, 101, 103), (130, 64, 68)])
-def test_factor(run, cut, rank, N, pitch, tokens, dtype):
-    """The compact factor as norm_linear stores it, apart from the weights, in one split and in two."""
+@pytest.mark.parametrize(
+    ("inner", "rank", "d", "N", "pitch"),
+    [
+        (160, 24, 72, 72, 72),
+        (160, 19, 101, 101, 103),  # no row of the weights is aligned, nor one of the factor
+        (160, 130, 64, 64, 68),
+        (96, 16, 40, 72, 40),  # to a wider boundary, in tiles of 64 columns: one has no factor
+        (64, 12, 37, 39, 40),
+        (0, 24, 72, 72, 72),
+    ],
+)
+def test_factor(run, cut, inner, rank, d, N, pitch, tokens, dtype):
+    """The compact factor from norm_linear's weight and not from rotate_add's, in one split and in two."""
     skip_unless_supported(run, dtype, tokens)
-    arguments = rotate_add_arguments(tokens, 160, N, N, False, dtype)
-    z = random(tokens, rank, dtype=dtype, seed=8, pitch=rank + 3)
-    factor = random(rank, N, dtype=dtype, seed=9, scale=rank**-0.5, pitch=pitch)
+    arguments, factor = compact_arguments(tokens, inner, rank, d, N, dtype, pitch=pitch)
+    without = [*arguments[:1], spoilt(arguments[1], inner), *arguments[2:]]
     for splits in (1, 2):
         cut(4, 2, splits)
-        result = run(cuda_decode.rotate_add, *arguments, z, factor)
-        check_rotate_add(result, *arguments, z, factor)
+        check_rotate_add(run(cuda_decode.rotate_add, *without, factor), *arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@pytest.mark.parametrize(
+    ("inner", "rank", "change"),
+    [
+        (165, 19, None),  # rows of 184 items are aligned, 165 of them are no whole pieces
+        (161, 24, None),
+        (160, 24, "columns apart"),
+        (160, 24, "little L2"),
+        (160, 0, None),
+    ],
+)
+def test_factor_is_left_alone(run, inner, rank, change, dtype, monkeypatch):
+    """Where reading it would not pay, the result is the one without the hint, bit for bit."""
+    skip_unless_supported(run, dtype)
+    arguments, factor = compact_arguments(3, inner, rank, 72, 80, dtype)
+    if change == "columns apart":
+        factor = factor.repeat_interleave(2, dim=1)[:, ::2]
+    if change == "little L2":
+        monkeypatch.setattr(cuda_decode, "_l2_bytes", lambda like: 2 * factor.nbytes - 1)
+    actual = run(cuda_decode.rotate_add, *arguments, spoilt(factor, 0))
+    check_rotate_add(actual, *arguments)
+    assert all(map(torch.equal, actual, run(cuda_decode.rotate_add, *arguments)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
@@ -298,11 +343,9 @@ def test_errors(run):
     arguments = norm_linear_arguments(17, 64, 40, 32)
     with pytest.raises(SliceGPTError, match="norm_linear: the decode kernels take at most 16 rows, got 17"):
         run(cuda_decode.norm_linear, *arguments)
-    arguments = rotate_add_arguments(1, 64, 40, 40, False)
-    with pytest.raises(SliceGPTError, match="rotate_add: z and factor must be given together"):
-        run(cuda_decode.rotate_add, *arguments, random(1, 8))
-    with pytest.raises(SliceGPTError, match=r"must be \[1, r\] and \[r, 40\], got \[1, 8\] and \[8, 39\]"):
-        run(cuda_decode.rotate_add, *arguments, random(1, 8), random(8, 39))
+    a, weight, h, shortcut, bias = rotate_add_arguments(1, 64, 40, 40, False)
+    with pytest.raises(SliceGPTError, match=r"rotate_add: the decode kernels take .* got torch.float64"):
+        run(cuda_decode.rotate_add, a.double(), weight, h, shortcut, bias)
 
 
 def test_bad_cut(run, cut):

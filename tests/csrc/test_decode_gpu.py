@@ -77,14 +77,20 @@ def test_narrow(dtype):
 
 
 def test_factor():
-    """The compact factor read from norm_linear's weight, against its columns in rotate_add's."""
-    a, weight, h, _, _ = block(3, 4096, 3072, torch.float16)
+    """The compact factor read from norm_linear's weight: NaN in rotate_add's; the same bits on the second run."""
+    _, weight, h, _, _ = block(3, 4096, 3072, torch.float16)
     both = gaussian(4096 + 1024, 3072, dtype=torch.float16, seed=8, scale=3072**-0.5)
     factor = both[4096:]
-    z = cuda_decode.norm_linear(h, both, None, None, 4096, "none", 4096.0, 1e-5)[:, 4096:]
-    h_next, _ = cuda_decode.rotate_add(a, weight, h, None, None, z, factor)
-    expected, _ = reference.rotate_add(torch.cat((a, z), 1), torch.cat((weight, -factor.T), 1), h, None, None)
+    a = cuda_decode.norm_linear(h, both, None, None, 4096, "none", 4096.0, 1e-5)
+    if not cuda_decode.takes_factor(torch.cat((weight, factor.T), 1), factor):
+        pytest.skip("the factor is too large for half of this device's L2")
+    unread = torch.cat((weight, torch.full_like(factor.T, torch.nan)), 1)
+    h_next, sumsq = cuda_decode.rotate_add(a, unread, h, None, None, factor)
+    expected, squares = reference.rotate_add(a, torch.cat((weight, -factor.T), 1), h, None, None)
     assert_close(h_next, expected)
+    torch.testing.assert_close(sumsq.sum(1), squares.sum(1), rtol=1e-2, atol=0)
+    again = cuda_decode.rotate_add(a, unread, h, None, None, factor)
+    assert all(map(torch.equal, again, (h_next, sumsq))), "not deterministic"
 
 
 @pytest.mark.parametrize("d", [3072, 576])

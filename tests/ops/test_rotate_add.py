@@ -1,5 +1,8 @@
 """The `rotate_add` operator: arithmetic on the CPU, argument checks, compilation."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +10,8 @@ from hypothesis import strategies as st
 
 from slicegpt import reference
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import norm_linear, rotate_add
-from slicegpt.ops.rotate_add import is_supported
+from slicegpt.ops import choice, norm_linear, rotate_add
+from slicegpt.ops.rotate_add import is_supported, reads_factor
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -88,6 +91,48 @@ def test_a_compact_shortcut_is_the_dense_one(rows):
     assert torch.allclose(compact, dense, rtol=1e-12, atol=1e-12)
 
 
+def compact(rows, columns, dtype, seed=0):
+    """Arguments of width 48, rank 10, and the factor as the last rows of `norm_linear`'s weight."""
+    rows_of_both = normal(37, 48, dtype=dtype, seed=seed)
+    factor, outer = rows_of_both[27:], normal(columns, 24, dtype=dtype, seed=seed + 1)
+    back = torch.nn.functional.pad(-factor.T, (0, 0, 0, columns - 48))
+    a, h = normal(rows, 34, dtype=dtype, seed=seed + 2), normal(rows, 48, dtype=dtype, seed=seed + 3)
+    return (a, torch.cat((outer, back), dim=1), h, None, normal(columns, dtype=dtype, seed=seed + 4)), factor
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("rows", [0, 1, 5, 20])
+def test_a_cpu_ignores_the_factor(monkeypatch, backend, rows, dtype):
+    monkeypatch.setenv("SLICEGPT_BACKEND", backend)
+    arguments, factor = compact(rows, 60, dtype)
+    assert all(map(torch.equal, rotate_add(*arguments, factor * torch.nan), rotate_add(*arguments)))
+    assert not reads_factor(arguments[1], factor, rows)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "epilogue", "cpu"])
+def test_only_the_decode_kernels_get_the_factor(monkeypatch, backend):
+    seen = []
+
+    def record(*arguments):
+        seen.append(arguments)
+        return reference.rotate_add(*arguments[:5])
+
+    module = SimpleNamespace(rotate_add=record, takes_factor=lambda weight, factor: len(factor) < 10)
+    monkeypatch.setattr(choice, "choose", lambda *_: backend)
+    monkeypatch.setattr(choice, "launchers", lambda *_: module)
+    monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
+    arguments, factor = compact(2, 48, torch.float32)
+    rotate_add(*arguments, factor)
+    rotate_add(*arguments)
+    assert [len(call) for call in seen] == [6 if backend == "cuda" else 5] * 2
+    if backend == "cuda":
+        assert seen[0][5].data_ptr() == factor.data_ptr()  # no copy: L2 knows it by its address
+        assert seen[1][5] is None
+    assert not reads_factor(arguments[1], factor)
+    assert reads_factor(arguments[1], factor[1:]) == (backend == "cuda")
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rows=st.integers(0, 20),
@@ -122,6 +167,7 @@ def test_strided_arguments_and_nothing_is_changed(rows, dtype):
 # --- errors -------------------------------------------------------------------------------------------------
 
 A, W, H, S = torch.ones(3, 4), torch.ones(6, 4), torch.ones(3, 5), torch.ones(6, 5)
+F = torch.ones(2, 5)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +182,21 @@ A, W, H, S = torch.ones(3, 4), torch.ones(6, 4), torch.ones(3, 5), torch.ones(6,
         ({"shortcut": S.to("meta")}, "rotate_add: shortcut must be on a's device cpu, got meta"),
         ({"shortcut": None, "weight": W[:4]}, "weight must have at least h's 5 columns as rows .*, got 4"),
         ({"bias": torch.ones(5)}, r"rotate_add: bias must be \[d'\] = \[6\], got \[5\]"),
+        ({"factor": F}, r"rotate_add: factor must be None beside a dense shortcut, got \[2, 5\]"),
+        (
+            {"shortcut": None, "factor": F[:, :4]},
+            r"factor must be \[r, d\] for at most a's 4 and exactly h's 5 columns, got \[2, 4\]",
+        ),
+        (
+            {"shortcut": None, "factor": torch.ones(5, 5)},
+            r"factor must be \[r, d\] for at most a's 4 and .*\[5, 5\]",
+        ),
+        ({"shortcut": None, "factor": F[0]}, r"factor must be \[r, d\] .*, got \[5\]"),
+        (
+            {"shortcut": None, "factor": F.half()},
+            "factor must have a's dtype torch.float32, got torch.float16",
+        ),
+        ({"shortcut": None, "factor": F.to("meta")}, "factor must be on a's device cpu, got meta"),
     ],
 )
 def test_errors_name_the_argument(changes, message):
@@ -151,6 +212,13 @@ def test_errors_name_the_argument(changes, message):
 @pytest.mark.parametrize("bias", [None, torch.ones(6)])
 def test_opcheck(shortcut, bias):
     torch.library.opcheck(torch.ops.slicegpt.rotate_add.default, (A, W, H, shortcut, bias))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_opcheck_with_a_factor(rows, dtype):
+    arguments, factor = compact(rows, 60, dtype)
+    torch.library.opcheck(torch.ops.slicegpt.rotate_add.default, (*arguments, factor))
 
 
 def test_compiles_without_graph_breaks():
@@ -182,6 +250,24 @@ def test_on_the_gpu(monkeypatch, backend, dtype, dense, rows):
     on_gpu = [None if tensor is None else tensor.cuda() for tensor in (a, weight, h, shortcut, bias)]
     h_next, sums = rotate_add(*on_gpu)
     assert_close((h_next.cpu(), sums.cpu()), a, weight, h, shortcut, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "cuda", "triton", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [48, 60])
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_a_factor_on_the_gpu(monkeypatch, backend, dtype, columns, rows):
+    """Whoever reads it, and whoever does not: the same function."""
+    if not is_supported(torch.cuda.get_device_capability(), dtype, rows, backend):
+        pytest.skip("not supported")
+    monkeypatch.setenv("SLICEGPT_BACKEND", backend)
+    arguments, factor = compact(rows, columns, dtype)
+    on_gpu = [None if tensor is None else tensor.cuda() for tensor in (*arguments, factor)]
+    if reads_factor(on_gpu[1], on_gpu[5], rows):
+        on_gpu[1][:, 24:] = torch.nan
+    h_next, sums = rotate_add(*on_gpu)
+    assert_close((h_next.cpu(), sums.cpu()), *arguments)
 
 
 @pytest.mark.gpu

@@ -7,8 +7,8 @@ from tiny_models import CASES, left_padding, relative_error, tiny_model, token_i
 
 from slicegpt.bench.models import random_model
 from slicegpt.errors import SliceGPTError
-from slicegpt.modeling import SlicedConfig
-from slicegpt.runtime import Runtime, Sampling, to_canonical
+from slicegpt.modeling import CompactShortcut, SlicedConfig
+from slicegpt.runtime import Runtime, Sampling, packing, to_canonical
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.network import Network
 from slicegpt.runtime.packing import pack
@@ -59,6 +59,15 @@ def test_greedy_tokens_are_those_of_the_plain_model_in_float32(case, form):
         assert torch.equal(runtime.generate(ids, mask, 12), expected)
     one = plain.generate(ids[:1], attention_mask=mask[:1], max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(runtime.generate(ids[:1], max_new_tokens=12), one)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_generation_begins_with_the_logits_of_the_last_position(case):
+    """A few short rows, whose sums of squares come from the kernels: the head reads every n-th of them."""
+    runtime, ids = Runtime(network(case, "compact", torch.float32)), token_ids(3, 4)
+    last = runtime._last_logits(ids, None, runtime.new_cache(3, 8))
+    assert relative_error(last, runtime.logits(ids)[:, -1]) < 1e-6
 
 
 @torch.no_grad()
@@ -170,6 +179,70 @@ def test_bytes_a_token_reads():
     # The last boundary is 48 wide: nothing of its shortcut is left but 12 more rows of down_proj.
     layers = 3 * (attention + mlp + factors) - 2 * 12 * 36 + 12 * 80
     assert runtime.bytes_per_token() == 4 * (layers + 36 + 96 * 48)  # a row of the embedding, and the head
+
+
+def test_stored_bytes():
+    """Of a sliced model, an untied head beside its embedding, and both copies of every factor; a tied head once."""
+    for case in ("llama", "llama-tied", "opt-untied"):
+        plain = network(case, "compact", torch.float32)
+        expected = sum(parameter.numel() for parameter in plain.parameters())
+        for shortcut in compact_shortcuts(plain):
+            rank, width = shortcut.factor.shape
+            expected += rank * (width + shortcut.padding)  # rows of zeros where the next boundary is wider
+        assert Runtime(plain).network.packed.stored_bytes() == 4 * expected
+
+
+def compact_shortcuts(plain):
+    return [module for module in plain.modules() if isinstance(module, CompactShortcut)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", ["llama", "opt", "phi"])
+def test_rotate_add_is_told_where_norm_linear_reads_the_factor(case, form):
+    """A view of its last rows, the very numbers that `rotate_add`'s weight holds; the tokens are the same without."""
+    plain = network(case, form, torch.float32)
+    runtime, ids = Runtime(plain, decoder="static"), token_ids()
+    runtime.network = Network(runtime.network.packed, through_operators=True)
+    calls, rotate_add = [], runtime.network.rotate_add
+
+    def spy(*arguments):
+        calls.append(arguments)
+        return rotate_add(*arguments)
+
+    runtime.network.rotate_add = spy
+    tokens = runtime.generate(ids, max_new_tokens=6, ignore_eos=True)
+    runtime.network.rotate_add = lambda *arguments: rotate_add(*arguments[:5])
+    assert torch.equal(runtime.generate(ids, max_new_tokens=6, ignore_eos=True), tokens)
+
+    blocks, ranks = runtime.network.packed.blocks, []
+    for (a, weight, h, _, _, factor), block in zip(calls, blocks * 6, strict=True):
+        assert factor is block.factor
+        ranks.append(0 if factor is None else len(factor))
+        if factor is None:
+            continue
+        source = block.inputs[-1].weight
+        end = source.data_ptr() + source.nbytes
+        assert factor.is_contiguous()
+        assert factor.shape[1] == h.shape[1]
+        assert factor.data_ptr() + factor.nbytes == end
+        inner = a.shape[1] - len(factor)
+        assert torch.equal(factor, -weight[: h.shape[1], inner:].T)
+        assert not weight[h.shape[1] :, inner:].any()
+    stored = [len(shortcut.factor) for shortcut in compact_shortcuts(plain)] if form != "dense" else []
+    assert sorted(rank for rank in ranks[: len(blocks)] if rank) == sorted(rank for rank in stored if rank)
+    assert bool(max(ranks)) == (form in ("compact", "varying", "head"))
+
+
+def test_bytes_a_token_reads_with_the_second_copy_in_l2(monkeypatch):
+    runtime = Runtime(network("llama", "varying", torch.float32))
+    monkeypatch.setattr(packing, "reads_factor", lambda weight, factor, rows: rows < 17)
+    seconds = [
+        len(block.output) * len(block.factor)
+        for block in runtime.network.packed.blocks
+        if block.factor is not None
+    ]
+    assert runtime.bytes_per_token(16) == runtime.bytes_per_token(17) - 4 * sum(seconds)
 
 
 @torch.no_grad()

@@ -1,0 +1,49 @@
+"""The runtime on the decode kernels: greedy tokens of compact models, with and without the factor read from L2."""
+
+import pytest
+import torch
+from test_slicing import sliced
+from tiny_models import tiny_model, token_ids
+
+from slicegpt.ops import cuda_decode
+from slicegpt.runtime import Runtime
+from slicegpt.runtime.network import Network
+
+NEW = 5
+
+
+@pytest.fixture
+def kernels(backend, monkeypatch):
+    """The backend, if it is the emulation: on a GPU the runtime's own tests go through the kernels."""
+    if backend.device != "cpu":
+        pytest.skip("tests/runtime does this on a GPU")
+    monkeypatch.setattr(cuda_decode, "_processors", lambda like: 3)
+    monkeypatch.setattr(cuda_decode, "_l2_bytes", lambda like: 1 << 20)
+    return backend
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["llama", "opt", "phi"])
+def test_tokens(kernels, case):
+    """Same width, and to a wider last boundary; the logits of float32 sums in another order, the same tokens."""
+    plain = sliced(tiny_model(case, torch.float32), widths=36, dtype=torch.float32)[0]
+    ids = token_ids(2, 6)
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    expected = plain.generate(ids, use_cache=False, **options)
+    read = []
+
+    def rotate_add(a, weight, h, shortcut, bias, factor=None):
+        read.append(factor is not None and cuda_decode.takes_factor(weight, factor))
+        if read[-1]:  # then these columns are not looked at
+            weight = weight.clone()
+            weight[:, weight.shape[1] - len(factor) :] = torch.nan
+        return cuda_decode.rotate_add(a, weight, h, shortcut, bias, factor)
+
+    runtime = Runtime(plain, prefill_chunk=6, decoder="static")
+    runtime.network = Network(runtime.network.packed, through_operators=True)
+    runtime.network.norm_linear = cuda_decode.norm_linear
+    runtime.network.rotate_add = rotate_add
+    assert torch.equal(runtime.generate(ids, max_new_tokens=NEW, ignore_eos=True), expected)
+    assert any(read)
+    runtime.network.rotate_add = lambda *arguments: cuda_decode.rotate_add(*arguments[:5])
+    assert torch.equal(runtime.generate(ids, max_new_tokens=NEW, ignore_eos=True), expected)
