@@ -26,7 +26,7 @@ for step in "${steps[@]}"; do
         token) "$slicegpt" bench token "${small[@]}" "${both[@]}" --tokens 96 --rounds 16 "${results[@]}" ;;
         token-1b) "$slicegpt" bench token "${large[@]}" "${both[@]}" --engines $generate --tokens 32 "${results[@]}" ;;
         # Without a limit the caches of the last batches take minutes.
-        throughput) "$slicegpt" bench throughput "${small[@]}" --steps 2 --max-memory 8GB "${results[@]}" ;;
+        throughput) "$slicegpt" bench throughput "${small[@]}" --steps 4 --rounds 5 --max-memory 8GB "${results[@]}" ;;
         # Little memory: here it is the limit that ends the search.
         throughput-1b) "$slicegpt" bench throughput "${large[@]}" --engines fused --steps 2 --rounds 1 --max-memory 3GB "${results[@]}" ;;
         layers) "$slicegpt" bench layers "${small[@]}" --seqlen 512 --repeats 80 "${results[@]}" ;;

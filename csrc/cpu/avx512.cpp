@@ -12,6 +12,7 @@
 
 #define SLICEGPT_MASKED_LOADS
 #define SLICEGPT_PREFETCH
+#define SLICEGPT_EIGHT_SUMS
 
 namespace slicegpt {
 namespace cpu {

@@ -37,6 +37,14 @@ bool runs(const Kernels& kernels) {
     return true;
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 // Those that run on this processor, the fastest first.
 std::vector<const Kernels*> present() {
     std::vector<const Kernels*> found;
@@ -157,6 +165,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("version", [] { return std::string(SLICEGPT_VERSION); });
     m.def("compiler", [] { return std::string(__VERSION__); });
     m.def("openmp_library", [] { return std::string(slicegpt::cpu::openmp_library()); });
+    m.def("is_intel", &slicegpt::cpu::is_intel);
     m.def("instruction_sets", &slicegpt::cpu::instruction_sets);
     m.def("instruction_set", [] { return std::string(slicegpt::cpu::chosen->name); });
     m.def("use", &slicegpt::cpu::use);

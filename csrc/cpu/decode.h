@@ -10,7 +10,6 @@
 namespace slicegpt {
 namespace cpu {
 
-constexpr int kMaxTokens = 16;
 // Columns of the stream that one sum of squares covers.
 constexpr int kSumColumns = 32;
 

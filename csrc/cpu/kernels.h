@@ -21,10 +21,10 @@ void norm_linear(const NormLinear& op, int thread, int threads) {
     const auto* bias = static_cast<const D*>(op.bias);
     auto* y = static_cast<D*>(op.y);
     const int64_t tokens = op.tokens, packed = packed_size<D>(op.d);
-    float* x = scratch(tokens * (packed + 2 * kBlock));
+    float* x = scratch(tokens * (packed + 2 * kBlock + 1));
     float* first = x + tokens * packed;
     float* second = first + tokens * kBlock;
-    float scale[kMaxTokens];
+    float* scale = second + tokens * kBlock;
     for (int64_t t = 0; t < tokens; ++t) {
         pack(h + t * op.h_stride, op.d, x + t * packed);
         double total = 0;

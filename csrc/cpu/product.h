@@ -78,6 +78,14 @@ inline float sum_of_squares(const float* x, int64_t packed) {
     return sums[0].sum() + sums[1].sum();
 }
 
+template <int COUNT>
+inline void sums_of(const Vec (&vectors)[COUNT], float* out) {
+#ifdef SLICEGPT_EIGHT_SUMS
+    if constexpr (COUNT == 8) return Vec::sums(vectors, out);
+#endif
+    for (int i = 0; i < COUNT; ++i) out[i] = vectors[i].sum();
+}
+
 template <typename D, int TOKENS, int ROWS>
 inline void tile(const D* w, int64_t w_stride, int64_t K, const float* x, int64_t x_stride, float* out,
                  int64_t out_stride, bool add) {
@@ -106,12 +114,14 @@ inline void tile(const D* w, int64_t w_stride, int64_t K, const float* x, int64_
         for (int r = 0; r < ROWS; ++r) load_first(w + r * w_stride + k, static_cast<int>(K - k), weights[r]);
         multiply(k);
     }
-    for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r) {
+        float totals[TOKENS];
+        sums_of(sums[r], totals);
         for (int t = 0; t < TOKENS; ++t) {
             float& target = out[t * out_stride + r];
-            const float total = sums[r][t].sum();
-            target = add ? target + total : total;
+            target = add ? target + totals[t] : totals[t];
         }
+    }
 }
 
 template <typename D, int TOKENS>

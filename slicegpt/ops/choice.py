@@ -1,7 +1,8 @@
 """Which implementation a fused GEMM (`norm_linear`, `rotate_add`) takes.
 
 "cuda": the decode kernels, up to 16 rows. "triton": from sm_80 on. "epilogue": cuBLAS and a CUDA epilogue. "cpu": the
-CPU's decode kernels, up to 16 rows. "torch": library GEMMs and torch epilogues, also on CPUs. "reference": float64.
+CPU's kernels, up to `cpu_decode.most_rows`. "torch": library GEMMs and torch epilogues, also on CPUs. "reference":
+float64.
 """
 
 import importlib
@@ -11,12 +12,12 @@ from types import ModuleType
 import torch
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.ops import cpu_decode
 from slicegpt.ops.registration import logger, triton_is_available
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Up to so many rows a product is bound by reading its weights, which the decode kernels do once; above, Triton's or a
-# CPU's library.
+# Up to so many rows a product on a GPU is bound by reading its weights, which the decode kernels do once.
 DECODE_ROWS = 16
 
 
@@ -38,7 +39,12 @@ def is_supported(
 
 def choose(op: str, backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, rows: int) -> str:
     """The implementation that will run, by its name above."""
-    return _choose(op, backend, capability, dtype, min(rows, DECODE_ROWS + 1))
+    return _choose(op, backend, capability, dtype, min(rows, _few_rows(capability, dtype) + 1))
+
+
+def _few_rows(capability: tuple[int, int] | None, dtype: torch.dtype) -> int:
+    """Up to how many rows the kernels for few rows are taken, where they are present."""
+    return cpu_decode.most_rows(dtype) if capability is None else DECODE_ROWS
 
 
 @lru_cache
@@ -47,7 +53,8 @@ def _choose(op: str, backend: str, capability: tuple[int, int] | None, dtype: to
     device = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
     for name in _candidates(backend, capability, rows):
         if _implements(name, op, capability, dtype, rows):
-            size = f"at most {DECODE_ROWS}" if rows <= DECODE_ROWS else f"more than {DECODE_ROWS}"
+            limit = _few_rows(capability, dtype)
+            size = f"at most {limit}" if rows <= limit else f"more than {limit}"
             logger.info("%s: %s, %s rows on %s: %s", op, dtype, size, device, name)
             return name
     raise SliceGPTError(f"{op}: backend {backend!r} does not take {dtype}, {rows} rows on {device}")
@@ -59,7 +66,7 @@ def _candidates(backend: str, capability: tuple[int, int] | None, rows: int) -> 
     if backend != "auto":
         return (backend,)
     if capability is None:
-        return ("cpu", "torch") if rows <= DECODE_ROWS else ("torch",)
+        return ("cpu", "torch")
     prefill = ("triton", "epilogue", "torch")
     return ("cuda", *prefill) if rows <= DECODE_ROWS else prefill
 

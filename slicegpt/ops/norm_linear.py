@@ -27,7 +27,7 @@ def norm_linear(
     as it is, and its epilogue scales, shifts and activates the first columns. The rest, the z columns of a compact
     shortcut (`z = h F`, with W₂ = Fᵀ), pass as they are. Products are summed in float32 and not rounded before they
     are scaled, because a float16 stream may hold values whose products overflow. (A CPU library's 16-bit GEMMs, for
-    more than 16 rows or without the compiled kernels, do round: there the z columns and bfloat16 products are rounded
+    many rows or without the compiled kernels, do round: there the z columns and bfloat16 products are rounded
     once more, and a float16 stream is normalised first.) The same call gives the same bits.
 
     Args:

@@ -23,7 +23,7 @@ def rotate_add(
     With a dense shortcut, two sources and one accumulator. Without one, h itself is added (padded with zero columns
     where the next boundary is wider). That is an identity shortcut, and a compact one `S = I - F Fᵀ` as well: pass
     `a = [a | z]`, `z = h F` from `norm_linear`, and `weight = [W_out | -F]`. Sums are kept in float32 and rounded
-    once (by a CPU library's GEMMs, for more than 16 rows or without the compiled kernels, 16-bit ones a second time,
+    once (by a CPU library's GEMMs, for many rows or without the compiled kernels, 16-bit ones a second time,
     after `h Sᵀ + bias`). The same call gives the same bits.
 
     Args:

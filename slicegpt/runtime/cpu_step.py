@@ -23,7 +23,7 @@ class CpuStep:
 
     @staticmethod
     def is_supported(packed: PackedNetwork, batch: int) -> bool:
-        """Whether the kernels take this network (built, dtype, at most 16 rows; attention ahead of other inputs)."""
+        """Whether the kernels take this network (built, dtype, few rows; attention ahead of other inputs)."""
         return (
             packed.device.type == "cpu"
             and cpu_decode.is_supported(None, packed.dtype, batch)

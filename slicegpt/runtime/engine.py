@@ -45,7 +45,7 @@ class Runtime:
         release: take the layers' weights out of `model` while they are packed, which saves a copy; `model` cannot be
             used afterwards.
         decoder: "auto", "growing", "fused", "static" or "graph"; see `slicegpt.runtime.decoding`. "auto" is "graph" on
-            a GPU; on a CPU "fused" for batches of at most 16 where the CPU's kernels are built, else "growing".
+            a GPU; on a CPU "fused" where its kernels are built and for batches they are fastest at, else "growing".
 
     Raises:
         SliceGPTError: a model that the fused operators cannot run.
@@ -234,15 +234,15 @@ class Runtime:
 
     def decoder_name(self, batch: int) -> str:
         """Which of `DECODERS` generates for so many rows."""
+        dtype = self.network.packed.dtype
         fused = not self.network.through_operators and CpuStep.is_supported(self.network.packed, batch)
         if self.decoder == "auto":
             return "graph" if self.device.type == "cuda" else "fused" if fused else "growing"
         if self.decoder == "fused" and not fused:
             raise SliceGPTError(
                 f"Runtime: decoder 'fused' needs the CPU's kernels ({cpu_decode.why_not() or 'they are there'}), "
-                f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and at most {cpu_decode.MAX_TOKENS} rows "
-                f"(bfloat16 on a processor with AMX: {cpu_decode.MAX_TOKENS_BESIDE_AMX}), "
-                f"got {batch} of {self.network.packed.dtype} on {self.device}"
+                f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and at most "
+                f"{cpu_decode.most_rows(dtype)} rows, got {batch} of {dtype} on {self.device}"
             )
         return self.decoder
 

@@ -43,7 +43,7 @@ def threads():
 
 
 @pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
-@pytest.mark.parametrize("rows", range(1, 17))
+@pytest.mark.parametrize("rows", [*range(1, 18), 31, 70])
 def test_norm_linear(instruction_set, rows, dtype):
     """Every epilogue; widths below, at and beyond a vector and beyond what is kept in the cache, columns below and
     beyond a block, some, all or none of them scaled."""
@@ -58,7 +58,7 @@ def test_norm_linear(instruction_set, rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
-@pytest.mark.parametrize("rows", range(1, 17))
+@pytest.mark.parametrize("rows", [*range(1, 18), 31, 70])
 def test_rotate_add(instruction_set, rows, dtype):
     """Dense shortcuts, and none to a boundary as wide or wider; with and without bias."""
     for K, N, d in ((50, 67, 67), (1, 90, 67), (64, 45, 67), (33, 150, 128), (1100, 31, 1050)):
@@ -172,7 +172,7 @@ print(*(count - counts[0] for count in counts[:2]), len(os.listdir("/proc/self/t
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
 @pytest.mark.parametrize("case", ["llama", "mistral-window", "opt", "phi", "qwen3-tied"])
-@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("batch", [1, 3, 16, 37])
 def test_a_step(instruction_set, batch, case, dtype):
     """Against the network block by block in float64, on the same cache: norms of heads, rotary positions on all or a
     part of them, windows, padding, parallel blocks.
@@ -245,19 +245,23 @@ def test_where_a_step_is_not_supported():
     ):
         runtime.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
     automatic = Runtime(tiny_model("llama", torch.float32))
-    assert [automatic.decoder_name(batch) for batch in (1, 16, 17)] == ["fused", "fused", "growing"]
+    most = cpu_decode.most_rows(torch.float32)
+    assert [automatic.decoder_name(batch) for batch in (1, most, most + 1)] == ["fused", "fused", "growing"]
 
 
 # --- choosing -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("foreign_mkl", [False, True])
 @pytest.mark.parametrize("amx", [False, True])
-def test_the_kernels_are_chosen_for_a_few_rows(monkeypatch, amx):
+def test_the_kernels_are_chosen_for_a_few_rows(monkeypatch, amx, foreign_mkl):
     monkeypatch.setattr(cpu_decode, "_has_amx", lambda: amx)
+    monkeypatch.setattr(cpu_decode, "_has_foreign_mkl", lambda: foreign_mkl)
     choice._choose.cache_clear()
     for op in ("norm_linear", "rotate_add"):
         for dtype in cpu_decode.DTYPES:
-            most = 4 if amx and dtype is torch.bfloat16 else 16
+            most = 256 if foreign_mkl and dtype is torch.float32 else 32
+            most = 4 if amx and dtype is torch.bfloat16 else most
             assert choice.choose(op, "auto", None, dtype, most) == "cpu"
             assert choice.choose(op, "auto", None, dtype, most + 1) == "torch"
         assert choice.choose(op, "auto", None, torch.float64, 1) == "torch"

@@ -192,7 +192,7 @@ def test_auto_takes_cuda_for_decode_and_triton_for_prefill(monkeypatch, op):
     present = {"cuda", "triton", "epilogue", "torch"}
 
     def implements(name, op, capability, dtype, rows):
-        return name in present and (name != "cuda" or rows <= 16)
+        return name in present and rows <= {"cuda": 16, "cpu": 32}.get(name, rows)
 
     def chosen(backend, capability, rows):
         choice._choose.cache_clear()
@@ -201,8 +201,8 @@ def test_auto_takes_cuda_for_decode_and_triton_for_prefill(monkeypatch, op):
     monkeypatch.setattr(choice, "_implements", implements)
     assert chosen("auto", None, 1) == "torch"
     present.add("cpu")
-    assert chosen("auto", None, 16) == "cpu"
-    assert chosen("auto", None, 17) == "torch"
+    assert chosen("auto", None, 32) == "cpu"
+    assert chosen("auto", None, 33) == "torch"
     assert chosen("auto", (9, 0), 16) == "cuda"
     assert chosen("auto", (9, 0), 17) == "triton"
     assert chosen("cuda", (9, 0), 17) == "epilogue"
@@ -233,7 +233,8 @@ def test_the_choice_is_logged_once(caplog):
         for _ in range(3):
             norm_linear(H, W, None, None, 4, "none", 4.0, 0.0)
     name = "torch" if cpu_decode.why_not() else "cpu"
-    assert caplog.messages == [f"norm_linear: torch.float32, at most 16 rows on a CPU: {name}"]
+    most = cpu_decode.most_rows(torch.float32)
+    assert caplog.messages == [f"norm_linear: torch.float32, at most {most} rows on a CPU: {name}"]
 
 
 # --- torch.compile, and the GPU -----------------------------------------------------------------------------
