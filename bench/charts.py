@@ -82,7 +82,7 @@ def _styles(labels) -> dict[str, dict]:
 
 
 def draw_throughput(content: Mapping, axis) -> None:
-    """Tokens/s over the batch, one line a case, its best batch as measured again marked."""
+    """Tokens/s over the batch, one line a case, the fastest measurement marked."""
     points = content["points"]
     styles = _styles(f"{point['network']}, {point['engine']}" for point in points)
     for label, style in styles.items():
@@ -106,7 +106,7 @@ def draw_throughput(content: Mapping, axis) -> None:
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("batch (ring: best batch, measured again)")
+    axis.set_xlabel("batch (ring: the fastest measurement)")
     axis.set_ylabel("tokens/s")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
