@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from slicegpt.calibration import Calibration
 from slicegpt.evaluate import window_losses
-from slicegpt.memory import free_memory
+from slicegpt.memory import fits_on
 from slicegpt.progress import Progress
 
 # Held-out windows that cost a third more than seen ones: four windows of 512 tokens differ by a tenth by chance.
@@ -41,7 +41,7 @@ def held_out_check(
         return None
     pairs = torch.cat((calibration.seen[:windows], calibration.held_out[:windows]))
     tokens = windows * (pairs.shape[1] - 1)
-    if not tokens or not all(_fits(model, device) for model in (dense, sliced)):
+    if not tokens or not all(fits_on(model, device) for model in (dense, sliced)):
         return None
     losses = []
     for model in (dense, sliced):
@@ -55,12 +55,6 @@ def held_out_check(
     seen, held_out = above.tolist()
     excess = round(held_out / seen, 3) if min(seen, held_out) > SMALLEST_LOSS else None
     return {"windows": windows, "seen": round(seen, 5), "held_out": round(held_out, 5), "excess": excess}
-
-
-def _fits(model: PreTrainedModel, device: torch.device) -> bool:
-    if device.type != "cuda":
-        return True
-    return 2 * sum(parameter.nbytes for parameter in model.parameters()) < free_memory(device)
 
 
 def held_out_warning(check: dict) -> str | None:

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import nn
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -34,3 +35,10 @@ def _fields(file: Path) -> dict[str, int]:
         lines = map(str.split, file.read_text(encoding="ascii").splitlines())
         return {line[0]: int(line[1]) for line in lines}
     return {}
+
+
+def fits_on(model: nn.Module, device: torch.device) -> bool:
+    """Whether a model's weights take at most half of what a GPU has free; a CPU has them already."""
+    if device.type != "cuda":
+        return True
+    return 2 * sum(parameter.nbytes for parameter in model.parameters()) < free_memory(device)

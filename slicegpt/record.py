@@ -82,6 +82,7 @@ def slicing_record(
             }
             for entry in report.refit
         ],
+        "ridge_search": report.ridge_search,
         "size": size_record(config, options.dtype),
         "boundaries": boundary_report(config),
         "calibration": calibration | {"tokens": report.tokens},

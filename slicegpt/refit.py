@@ -7,10 +7,9 @@ way to the solution of the ridge regression
     min ‖t - a W'‖² + λ ‖g (W' - W)‖²,      (aᵀa + λ diag(g²)) W' = aᵀt + λ diag(g²) W,
 
 at full width, before the basis of the next boundary is chosen. Tokens count by `token_weights`. `g²` is the mean
-diagonal of aᵀa, apart for each kind
-of activations where several are fitted at once: attention's, the MLP's, the stream behind a dense shortcut. λ is a
-constant of the method, `RIDGE`, or chosen by two-fold cross-validation: each half of the calibration samples judges
-the fit to the other, unlike half.
+diagonal of aᵀa, apart for each kind of activations where several are fitted at once: attention's, the MLP's, the
+stream behind a dense shortcut. λ is the one that loses least on held-out windows of the calibration text
+(`slicegpt.slicing.ridge`).
 """
 
 from __future__ import annotations
@@ -25,15 +24,8 @@ from slicegpt.ops import cross_gram_, gram_
 
 logger = logging.getLogger("slicegpt")
 
-# The λ of lowest perplexity, in and out of the calibration's domain, wherever it was measured; the optimum is flat
-# (docs/quality.md).
+# λ where there is nothing to choose it by; the optimum is flat (docs/quality.md).
 RIDGE = 0.1
-
-# What cross-validation chooses λ from, in half decades. A block's own error on unseen tokens undervalues the fit, which
-# also makes up for what the blocks before it lost: few tokens would ask for λ = 100, which is no fit at all, where
-# perplexity still gains at λ = 1. So the choice ends there.
-RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-6, 1))
-FIRST_RIDGE = RIDGES.index(RIDGE)
 
 # Every call of `gram_` goes through a whole [K, K] in float64, which on a CPU costs as much as the products of some
 # hundred tokens: calibration batches of one sample are joined to this many tokens.
@@ -195,36 +187,3 @@ def solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     floor = values[-1] * len(values) * torch.finfo(torch.float64).eps
     inverse = torch.where(values > floor, 1 / values, 0.0)
     return (vectors @ (inverse[:, None] * (vectors.mT @ right.cpu()))).to(right.device)
-
-
-@dataclass(frozen=True)
-class RidgeChoice:
-    """λ, and the squared error that it leaves on tokens which the fit did not see."""
-
-    ridge: float
-    loss: float
-
-
-def choose_ridge(folds: Sequence[Moments], prior: Writer, first: float | None = None) -> RidgeChoice:
-    """λ by two-fold cross-validation, walking down the losses over `RIDGES`.
-
-    Args:
-        folds: the moments of two halves of the calibration tokens.
-        first: where the walk begins: the neighbouring block's λ is a good guess, and saves factorisations.
-    """
-    losses: dict[int, float] = {}
-
-    def loss(index: int) -> float:
-        if not 0 <= index < len(RIDGES):
-            return float("inf")
-        if index not in losses:
-            pairs = (folds, folds[::-1])
-            losses[index] = sum(fit(seen, RIDGES[index], prior).loss(unseen) for seen, unseen in pairs)
-        return losses[index]
-
-    best = RIDGES.index(first) if first in RIDGES else FIRST_RIDGE
-    while True:
-        neighbour = min(best - 1, best + 1, key=loss)
-        if loss(neighbour) >= loss(best):
-            return RidgeChoice(RIDGES[best], loss(best))
-        best = neighbour

@@ -57,7 +57,6 @@ class Signals:
             )
             for batch in batches
         ]
-        self.tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
         elements = sum(batch.input_ids.numel() for batch in batches) * width
         self.place = choose_place(place, elements * dtype.itemsize, device)
         self.streams: list[torch.Tensor | None] = [None] * len(self.batches)

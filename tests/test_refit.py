@@ -10,8 +10,7 @@ from slicegpt import refit
 from slicegpt.calibration import CalibrationBatch
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
-from slicegpt.passes import opposite_halves
-from slicegpt.refit import RIDGE, RIDGES, JoinedBatches, Moments, Writer, choose_ridge, fit
+from slicegpt.refit import RIDGE, JoinedBatches, Moments, Writer, fit
 from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.slicing import SlicingOptions, slice_model
 
@@ -127,29 +126,6 @@ def test_moments_add_up():
     whole = moments_of(activations, target)
     for name in ("gram", "cross", "energy", "inputs", "outputs", "tokens"):
         assert relative_error(getattr(total, name), getattr(whole, name)) < 1e-13
-
-
-@pytest.mark.parametrize("tokens", [16, 60, 2000])
-def test_the_ridge_is_the_best_on_unseen_tokens(tokens):
-    """The walk over the grid against a search of all of it, with the losses taken from the tokens themselves."""
-    data, prior = [problem(tokens, seed=seed) for seed in (0, 1)], prior_of()
-    losses = {}
-    for ridge in RIDGES:
-        losses[ridge] = 0.0
-        for (seen, target), (unseen, judge) in (data, data[::-1]):
-            weight, _ = stacked_ridge(seen, target, ridge, prior)
-            losses[ridge] += (judge - unseen @ weight).square().sum().item()
-    choice = choose_ridge([moments_of(*pair) for pair in data], prior)
-    assert choice.ridge == min(losses, key=losses.get)
-    assert choice.loss == pytest.approx(losses[choice.ridge], rel=1e-8)
-
-
-def test_fewer_tokens_ask_for_more_ridge():
-    few, many = (
-        choose_ridge([moments_of(*problem(tokens, seed=seed)) for seed in (0, 1)], prior_of()).ridge
-        for tokens in (8, 5000)
-    )
-    assert few > 3 * many
 
 
 def test_a_system_that_is_not_positive_definite_is_solved_in_its_range():
@@ -338,45 +314,17 @@ def test_non_finite_activations_are_named_by_layer():
         sliced(model, 36)
 
 
-@torch.no_grad()
-def test_a_single_sample_is_halved():
-    ids = token_ids(1, 16)
-    _, report = sliced(tiny_model("llama"), 36, [CalibrationBatch(ids, torch.ones_like(ids))])
-    assert [entry["block"] for entry in report.refit] == list(range(6))
-
-
-def test_halves_are_unlike():
-    """Two kinds of samples are told apart, whatever their order; the halves are equal, up to one sample."""
-    generator = torch.Generator().manual_seed(0)
-    means = torch.randn(41, 30, generator=generator).double()
-    kind = torch.randperm(41, generator=generator) < 20
-    means[kind] += 4
-    second = opposite_halves(means)
-    assert torch.equal(second, kind) or torch.equal(second, ~kind) or (second ^ kind).sum() in (1, 40)
-    assert second.sum() in (20, 21)
-    assert torch.equal(opposite_halves(means[:1]), torch.tensor([True]))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"ridge": 0.0}, "--ridge: must be above 0, got 0.0"),
         ({"ridge": float("nan")}, "--ridge: must be above 0"),
+        ({"fitted": 0.0}, "fitted: must be a share in"),
     ],
 )
 def test_bad_ridges_are_refused(options, message):
     with pytest.raises(SliceGPTError, match=message):
         SlicingOptions(refit=True, **options)
-
-
-@torch.no_grad()
-def test_the_ridge_is_cross_validated_where_none_is_given():
-    _, fixed = sliced(tiny_model("llama"), 36, batches(12))
-    assert {entry["ridge"] for entry in fixed.refit} == {RIDGE}
-    assert all("held_out" not in entry for entry in fixed.refit)
-    _, chosen = sliced(tiny_model("llama"), 36, batches(12), ridge=None)
-    assert all(entry["ridge"] in RIDGES for entry in chosen.refit)
-    assert all(entry["left"] <= entry["held_out"] + 1e-9 for entry in chosen.refit)
 
 
 def test_refit_is_deterministic():

@@ -20,7 +20,8 @@ SELF = "self"  # text sampled from the dense model
 RANDOM_TOKENS = "random-tokens"  # tokens drawn uniformly from the vocabulary
 GENERATED = (SELF, RANDOM_TOKENS)
 
-HELD_OUT = 4  # windows drawn beside the samples, to see whether these were enough
+# Windows drawn beside the samples: the refit's ridge is chosen by them, and they tell whether the samples were enough.
+HELD_OUT = 8
 
 
 @dataclass(frozen=True)
@@ -190,20 +191,21 @@ def sample_sources(
             origin = model.device
             model.to(device or origin)
             try:
-                written = generate_samples(model, tokenizer, share, seqlen, seed, progress=progress)
+                samples = list(
+                    generate_samples(model, tokenizer, share + spare, seqlen, seed, progress=progress)
+                )
             finally:
                 model.to(origin)
-            drawn.append(list(written))
         elif source.name == RANDOM_TOKENS:
-            drawn.append(_random_tokens(tokenizer, share, seqlen, seed))
+            samples = _random_tokens(tokenizer, share, seqlen, seed)
         else:
             try:
                 samples = draw_samples(source.documents, tokenizer, share, seqlen, seed, varied_seqlen, spare)
             except SliceGPTError as error:
                 raise SliceGPTError(f"{source.name}: {error}" if len(sources) > 1 else str(error)) from error
-            drawn.append(samples[:share])
-            held_out += samples[share:]
-            seen += samples[: min(share, len(samples) - share)]
+        drawn.append(samples[:share])
+        held_out += samples[share:]
+        seen += samples[: min(share, len(samples) - share)]
     # Interleaved: any stretch of the samples holds every source in its proportion.
     places = [((j + 0.5) / share, i, j) for i, share in enumerate(shares) for j in range(share)]
     samples = [drawn[i][j] for _, i, j in sorted(places)]

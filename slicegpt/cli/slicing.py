@@ -112,8 +112,8 @@ def add_refit(parser: argparse.ArgumentParser) -> None:
         "--ridge",
         type=number_or_auto,
         metavar="L",
-        help="its ridge, relative to the mean diagonal (0.1), or auto: cross-validated for every block, which wants "
-        "hundreds of thousands of tokens",
+        help="its ridge, relative to the mean diagonal, or auto (default): the one that loses least on windows of the "
+        "calibration text that are held out",
     )
 
 
@@ -209,7 +209,7 @@ def run(options: argparse.Namespace) -> None:
         options.seed,
         options.vocabulary_prior,
         refit=options.refit,
-        **({} if options.ridge is None else {"ridge": None if options.ridge == "auto" else options.ridge}),
+        ridge=None if options.ridge == "auto" else options.ridge,
     )
     with step(progress, f"tokenising {options.calibration}"):
         drawn = sample_sources(
@@ -227,7 +227,7 @@ def run(options: argparse.Namespace) -> None:
     figures = coverage(drawn.batches, config.vocab_size, config.dense_hidden_size)
     warnings = calibration_warnings(figures)
     tell(warnings)
-    sliced, report = slice_model(model, config, drawn.batches, settings, progress)
+    sliced, report = slice_model(model, config, drawn.batches, settings, progress, drawn.held_out)
     check = held_out_check(model, sliced, drawn, device, progress)
     if check is not None and (warning := held_out_warning(check)):
         warnings.append(warning)

@@ -1,4 +1,4 @@
-"""The driver: slices a dense model boundary by boundary. It is the only place that knows the order.
+"""One run of slicing, boundary by boundary.
 
 For every block: its stream is brought onto the boundary before it (`h = x V`), the block runs there with its
 final weights, up to its output at full width; the covariance of what comes out gives the next boundary's basis,
@@ -7,18 +7,16 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel
 
 from slicegpt.blocks import MODULE_NAMES, WRITER_NAMES, Block, LiftedBlock, blocks_of
 from slicegpt.calibration.sampling import CalibrationBatch
-from slicegpt.covariance import SIGNALS, Covariance
+from slicegpt.covariance import Covariance
 from slicegpt.eigensolver import leading_eigenvectors
 from slicegpt.errors import SliceGPTError
-from slicegpt.families import Checkpoint, DenseLayer, Linear, checkpoint_of
+from slicegpt.families import Checkpoint, DenseLayer, Linear
 from slicegpt.folding import (
     TABLE_ROWS,
     WRITERS,
@@ -35,72 +33,23 @@ from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.neurons import choose_neurons
 from slicegpt.passes import Passes
 from slicegpt.progress import Progress
-from slicegpt.refit import RIDGE, Moments, Writer, choose_ridge, fit
-from slicegpt.rotation import ORIENTATIONS, align, random_orthogonal
+from slicegpt.refit import RIDGE, Moments, Writer, fit
+from slicegpt.rotation import align, random_orthogonal
+from slicegpt.slicing.options import SlicingOptions, SlicingReport
 
 
-@dataclass(frozen=True)
-class SlicingOptions:
-    """How to slice; the widths and shortcuts are in the planned `SlicedConfig`.
-
-    Attributes:
-        dtype: of the stored weights and of the calibration passes.
-        device: where blocks run and eigenvectors are computed, one layer's weights at a time.
-        orientation: "aligned" (needed for compact shortcuts), "random" or "pca": the basis inside each subspace.
-        signal: "residual" or "normalized": what the covariance is taken of.
-        place: "auto", "device" or "host": where the stream is kept.
-        seed: of the random orientation.
-        vocabulary_prior: the embedding's basis is chosen from the calibration tokens and, this much beside them,
-            from the whole vocabulary, so that tokens which the text never shows keep their embeddings.
-        refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.refit`.
-        ridge: its λ; None chooses one for every block by cross-validation, which few tokens mislead.
-    """
-
-    dtype: torch.dtype = torch.float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    orientation: str = "aligned"
-    signal: str = "residual"
-    place: str = "auto"
-    seed: int = 42
-    vocabulary_prior: float = 0.0
-    refit: bool = True
-    ridge: float | None = RIDGE
-
-    def __post_init__(self):
-        for name, value, allowed in (
-            ("--orientation", self.orientation, ORIENTATIONS),
-            ("--signal", self.signal, SIGNALS),
-        ):
-            if value not in allowed:
-                raise SliceGPTError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
-        if not 0 <= self.vocabulary_prior < float("inf"):
-            raise SliceGPTError(
-                f"--vocabulary-prior: must be a weight of at least 0, got {self.vocabulary_prior}"
-            )
-        if self.ridge is not None and not 0 < self.ridge < float("inf"):
-            raise SliceGPTError(f"--ridge: must be above 0, got {self.ridge}")
-
-
-@dataclass
-class SlicingReport:
-    """What slicing saw.
-
-    Attributes:
-        tokens: of the calibration, padding left out.
-        seconds: of each stage.
-        eigenvalues: [D] for each boundary; None where none were needed.
-        refit: for each refitted block its λ and the fraction of its squared error, before the fit, that is left behind
-            it: on all tokens (`left`), and on those that the cross-validated fit did not see (`held_out`).
-    """
-
-    tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    eigenvalues: list[list[float] | None] = field(default_factory=list)
-    refit: list[dict] = field(default_factory=list)
+def fitted_batches(count: int, share: float) -> int:
+    """How many of `count` calibration batches the refit fits to, the first ones: `share` of them, at least one."""
+    return min(count, max(1, round(share * count)))
 
 
 class Slicer:
-    """One run of slicing; `slice_model` is its only caller. Holds what the steps share."""
+    """One run of slicing; holds what the steps share.
+
+    Args:
+        options: `ridge` None means `slicegpt.refit.RIDGE` here.
+        watched: windows of tokens that are carried along and that nothing is computed from.
+    """
 
     def __init__(
         self,
@@ -109,6 +58,7 @@ class Slicer:
         batches: Sequence[CalibrationBatch],
         options: SlicingOptions,
         progress: Progress,
+        watched: Sequence[CalibrationBatch] = (),
     ):
         self.checkpoint = checkpoint
         self.config = config
@@ -118,18 +68,16 @@ class Slicer:
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
         self.state: dict[str, torch.Tensor] = {}
-        self.ridges: dict[tuple[str, ...], float] = {}  # the last one of each kind of block
+        self.ridge = RIDGE if options.ridge is None else options.ridge
         self.prunes = config.intermediate_size < config.dense_intermediate_size
         if self.prunes and not options.refit:
             raise SliceGPTError("--neurons: which of them to delete is decided by the refit, got --no-refit")
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
-        halved = self.refits and options.ridge is None
-        self.passes = Passes(
-            config, batches, options.dtype, options.device, options.place, self.refits, halved
-        )
+        fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
+        self.passes = Passes(config, batches, options.dtype, options.device, options.place, fitted, watched)
         self.stage = self.passes.stage
-        self.report.tokens = self.passes.signals.tokens
+        self.report.tokens = self.passes.tokens
         self.report.seconds = self.stage.seconds
 
     def store(self, entries: dict[str, torch.Tensor], prefix: str = "") -> None:
@@ -185,7 +133,7 @@ class Slicer:
         if not self.needs_covariance(boundary):
             return None
         config, options = self.config, self.options
-        if not len(self.passes.signals):
+        if not self.passes.counted:
             raise SliceGPTError(f"batches: boundary {boundary} needs calibration tokens, got none")
         return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
@@ -203,37 +151,25 @@ class Slicer:
     # --- refit -------------------------------------------------------------------------------------------------
 
     def refitted(
-        self, block: Block, writers: dict[str, Linear], folds: Sequence[Moments]
+        self, block: Block, writers: dict[str, Linear], moments: Moments
     ) -> tuple[dict[str, Linear], torch.Tensor | None]:
         """The output weights [D, K] fitted to the dense model's stream, and the bias where there is one.
 
         And the MLP neurons that stay, where some go: the columns of the others are 0.
         """
-        for fold in folds:
-            self.check_finite(fold, block)
+        self.check_finite(moments, block)
         biases = [writer.bias for writer in writers.values() if writer.bias is not None]
         weight = torch.cat([writer.weight for writer in writers.values()], dim=1).mT
         prior = Writer(weight, sum(biases) if biases else None)
-        ridge, held_out = self.options.ridge, None
-        if ridge is None:
-            choice = choose_ridge(folds, prior, self.ridges.get(block.parts))
-            ridge, held_out = choice.ridge, choice.loss
-            self.ridges[block.parts] = ridge
-        moments, *others = folds
-        for other in others:
-            moments += other
         choose = None
         if self.prunes and "mlp" in writers:
             start = sum(writer.weight.shape[1] for part, writer in writers.items() if part == "attention")
             group = slice(start, start + self.config.dense_intermediate_size)
             choose = partial(choose_neurons, group=group, count=self.config.intermediate_size)
-        fitted, before = fit(moments, ridge, prior, choose), prior.loss(moments)
-        entry = {"block": block.index, "ridge": ridge, "left": fitted.loss(moments)}
-        entry |= {} if held_out is None else {"held_out": held_out}
-        for name in entry.keys() - {"block", "ridge"}:
-            # A block that nothing was taken from has rounding errors before the fit, and no fraction of them.
-            entry[name] = entry[name] / before if before > 1e-9 * moments.energy.item() else None
-        self.report.refit.append(entry)
+        fitted, before = fit(moments, self.ridge, prior, choose), prior.loss(moments)
+        # A block that nothing was taken from has rounding errors before the fit, and no fraction of them.
+        left = fitted.loss(moments) / before if before > 1e-9 * moments.energy.item() else None
+        self.report.refit.append({"block": block.index, "ridge": self.ridge, "left": left})
 
         weights = fitted.weight.mT.split(moments.groups, dim=1)
         refitted = {
@@ -296,9 +232,9 @@ class Slicer:
                     writers["shortcut"] = Linear(basis)
                 lifted = LiftedBlock(self.config, block, basis, readers, writers, dtype)
 
-            def refit(folds: Sequence[Moments]) -> dict[str, Linear]:
+            def refit(moments: Moments) -> dict[str, Linear]:
                 nonlocal neurons
-                fitted, neurons = self.refitted(block, writers, folds)
+                fitted, neurons = self.refitted(block, writers, moments)
                 writers.update(fitted)
                 return writers
 
@@ -351,18 +287,25 @@ class Slicer:
         if head.bias is not None:
             self.store({"lm_head.bias": head.bias.to(dtype)})
 
+    def steps(self, blocks: Sequence[Block]) -> int:
+        """Passes of one batch through one of `blocks`, the dense model's included."""
+        passes = self.passes
+        return sum(map(self.needs_pass, blocks)) * (len(passes.signals) + passes.fitted)
+
     @torch.no_grad()
     def run(self) -> SlicedForCausalLM:
         """Slice everything and return the model on the CPU."""
         blocks = blocks_of(self.config)
-        steps = sum(self.needs_pass(block) for block in blocks) * len(self.passes.signals)
-        steps *= 2 if self.refits else 1
-        with self.progress.stage("slicing", steps, "steps") as self.passes.advance:
-            basis = self.slice_embedding()
-            for block in blocks:
-                basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
-            self.slice_head(basis)
+        with self.progress.stage("slicing", self.steps(blocks), "steps") as self.passes.advance:
+            self.slice_head(self.slice_blocks(blocks))
         return build_model(self.config, self.state)
+
+    def slice_blocks(self, blocks: Sequence[Block]) -> torch.Tensor:
+        """Slice the embedding and the first blocks; returns the basis behind them."""
+        basis = self.slice_embedding()
+        for block in blocks:
+            basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
+        return basis
 
 
 def build_model(config: SlicedConfig, state: dict[str, torch.Tensor]) -> SlicedForCausalLM:
@@ -376,31 +319,3 @@ def build_model(config: SlicedConfig, state: dict[str, torch.Tensor]) -> SlicedF
         model.model.rotary_emb = SlicedRotaryEmbedding(config)
     model.tie_weights()
     return model.eval()
-
-
-def slice_model(
-    model: PreTrainedModel,
-    config: SlicedConfig,
-    batches: Sequence[CalibrationBatch] = (),
-    options: SlicingOptions | None = None,
-    progress: Progress | None = None,
-) -> tuple[SlicedForCausalLM, SlicingReport]:
-    """Slice, or only rotate, a dense Hugging Face model.
-
-    Args:
-        model: of a supported family (`slicegpt.families.FAMILIES`), on the CPU; it is not changed.
-        config: planned by `slicegpt.schedule.plan`.
-        batches: calibration tokens; needed wherever a boundary is sliced or takes its basis from PCA.
-        options: see `SlicingOptions`.
-        progress: counts passes of one batch through one block.
-
-    Returns:
-        The sliced model, on the CPU in `options.dtype`, and the report.
-
-    Errors:
-        `SliceGPTError` for an unsupported model, missing calibration tokens, and NaN or infinity in the
-        activations (the layer is named).
-    """
-    options = options or SlicingOptions()
-    slicer = Slicer(checkpoint_of(model), config, batches, options, progress or Progress(quiet=True))
-    return slicer.run(), slicer.report

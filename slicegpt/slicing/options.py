@@ -1,0 +1,74 @@
+"""How to slice, and what slicing saw."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from slicegpt.covariance import SIGNALS
+from slicegpt.errors import SliceGPTError
+from slicegpt.rotation import ORIENTATIONS
+
+
+@dataclass(frozen=True)
+class SlicingOptions:
+    """How to slice; the widths and shortcuts are in the planned `SlicedConfig`.
+
+    Attributes:
+        dtype: of the stored weights and of the calibration passes.
+        device: where blocks run and eigenvectors are computed, one layer's weights at a time.
+        orientation: "aligned" (needed for compact shortcuts), "random" or "pca": the basis inside each subspace.
+        signal: "residual" or "normalized": what the covariance is taken of.
+        place: "auto", "device" or "host": where the stream is kept.
+        seed: of the random orientation.
+        vocabulary_prior: the embedding's basis is chosen from the calibration tokens and, this much beside them,
+            from the whole vocabulary, so that tokens which the text never shows keep their embeddings.
+        refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.refit`.
+        ridge: its λ; None: the one that loses least on held-out windows (`slicegpt.slicing.ridge`).
+        fitted: the share of the calibration batches that it fits to; the covariances are of all of them.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    orientation: str = "aligned"
+    signal: str = "residual"
+    place: str = "auto"
+    seed: int = 42
+    vocabulary_prior: float = 0.0
+    refit: bool = True
+    ridge: float | None = None
+    fitted: float = 1.0
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("--orientation", self.orientation, ORIENTATIONS),
+            ("--signal", self.signal, SIGNALS),
+        ):
+            if value not in allowed:
+                raise SliceGPTError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
+        if not 0 <= self.vocabulary_prior < float("inf"):
+            raise SliceGPTError(
+                f"--vocabulary-prior: must be a weight of at least 0, got {self.vocabulary_prior}"
+            )
+        if self.ridge is not None and not 0 < self.ridge < float("inf"):
+            raise SliceGPTError(f"--ridge: must be above 0, got {self.ridge}")
+        if not 0 < self.fitted <= 1:
+            raise SliceGPTError(f"fitted: must be a share in (0, 1], got {self.fitted}")
+
+
+@dataclass
+class SlicingReport:
+    """What slicing saw.
+
+    Attributes:
+        tokens: of the calibration, padding left out.
+        seconds: of each stage.
+        eigenvalues: [D] for each boundary; None where none were needed.
+        refit: for each refitted block its λ, and the fraction of its squared error, before the fit, that the fit leaves.
+        ridge_search: where λ was searched for, the loss of each candidate, in nats a token above the dense model's.
+    """
+
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    eigenvalues: list[list[float] | None] = field(default_factory=list)
+    refit: list[dict] = field(default_factory=list)
+    ridge_search: dict[float, float] | None = None
