@@ -66,6 +66,16 @@ inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaSt
     std::memset(target, value, bytes);
     return cudaSuccess;
 }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+struct cudaFuncAttributes {
+    int numRegs;
+};
+// Compiled as for sm_90a, or as for an architecture without wgmma: an empty kernel.
+template <typename Kernel>
+static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+    attributes->numRegs = SLICEGPT_ARCH >= 900 ? 255 : 16;
+    return cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
 
@@ -110,7 +120,9 @@ inline Thread* current;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline bool progressed;
+inline bool reversed = false;  // the last block and the last thread start first
 inline std::vector<unsigned char> shared_bytes;
+inline void (*block_ended)() = nullptr;  // what more there is to check (emulated_hopper.cuh)
 
 [[noreturn]] inline void fail(const char* message) {
     std::fprintf(stderr, "emulation: %s (block %u, %u, thread %u)\n", message, block_index.x, block_index.y,
@@ -163,8 +175,8 @@ inline void run_block(int count) {
     for (int left = count; left;) {
         progressed = false;
         left = 0;
-        for (int i = 0; i < count; ++i) {
-            Thread& thread = threads[i];
+        for (int turn = 0; turn < count; ++turn) {
+            Thread& thread = threads[reversed ? count - 1 - turn : turn];
             if (thread.finished) continue;
             ++left;
             current = &thread;
@@ -180,6 +192,7 @@ inline void run_block(int count) {
         if (left && !progressed) fail("deadlock: threads wait at different barriers");
     }
     current = nullptr;
+    if (block_ended) block_ended();
 }
 
 // Shows `value` to the other lanes and returns the warp's 32 values.
@@ -209,6 +222,7 @@ struct Index {
 #define blockDim (emulation::block)
 
 inline void __syncthreads() { emulation::wait(emulation::block_barrier); }
+inline void __syncwarp() { emulation::wait(emulation::warps[emulation::current->index / 32].barrier); }
 
 template <typename To, typename From>
 inline To bits_as(From from) {

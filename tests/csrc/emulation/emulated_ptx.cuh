@@ -4,6 +4,11 @@
 
 #include <cuda_runtime.h>
 
+#include "emulated_hopper.cuh"
+
+// As in code for sm_90a.
+#define SLICEGPT_HAS_WGMMA (SLICEGPT_ARCH >= 900)
+
 namespace slicegpt::ptx {
 
 using emulation::exchange;
@@ -199,6 +204,10 @@ inline double shuffle(double value, int source) {
     double all[32];
     return exchange(value, all)[source & 31];
 }
+inline int first_lane(int value) {
+    int all[32];
+    return exchange(value, all)[0];
+}
 inline unsigned ballot(bool value) {
     bool all[32];
     exchange(value, all);
@@ -212,13 +221,16 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
            Arguments... arguments) {
     emulation::grid = grid;
     emulation::block = dim3(threads);
-    emulation::shared_bytes.resize(shared + 128);
+    if (shared > emulation::kSharedLimit) emulation::fail("more shared memory than a block can have");
+    emulation::shared_bytes.resize(shared);
     emulation::body = [=] { kernel(arguments...); };
-    // A GPU starts blocks in any order, and no kernel may depend on it: SLICEGPT_EMULATION_REVERSED=1 runs the last first.
+    // A GPU starts blocks, and the warps of a block, in any order, and no kernel may depend on it:
+    // SLICEGPT_EMULATION_REVERSED=1 runs the last first.
     const char* const wish = std::getenv("SLICEGPT_EMULATION_REVERSED");
+    emulation::reversed = wish && *wish == '1';
     const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
     for (uint64_t i = 0; i < blocks; ++i) {
-        const uint64_t b = wish && *wish == '1' ? blocks - 1 - i : i;
+        const uint64_t b = emulation::reversed ? blocks - 1 - i : i;
         emulation::block_index =
             dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y));
         emulation::run_block(threads);
