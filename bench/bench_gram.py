@@ -85,24 +85,26 @@ def gram(precision: str, digits: int | None = None) -> Callable[[Tensor], Callab
     return prepare
 
 
-def gram_on_wgmma(X: Tensor) -> Callable[[], object]:
-    """ "exact" with the kernel that "auto" does not take yet."""
-    multiply = gram("exact")(X)
+def gram_on(kernel: str) -> Callable[[Tensor], Callable[[], object]]:
+    """ "exact" with a kernel that "auto" does not take yet."""
 
-    def run():
-        before = os.environ.get("SLICEGPT_GRAM_EXACT")
-        os.environ["SLICEGPT_GRAM_EXACT"] = "wgmma"
-        try:
-            multiply()
-        finally:
-            if before is None:
-                del os.environ["SLICEGPT_GRAM_EXACT"]
-            else:
+    def prepare(X: Tensor):
+        multiply = gram("exact")(X)
+
+        def run():
+            before = os.environ.get("SLICEGPT_GRAM_EXACT", "auto")
+            os.environ["SLICEGPT_GRAM_EXACT"] = kernel
+            try:
+                multiply()
+            finally:
                 os.environ["SLICEGPT_GRAM_EXACT"] = before
 
-    return run
+        return run
+
+    return prepare
 
 
+ON_WGMMA = {f"gram_ exact, {kernel}": gram_on(kernel) for kernel in ("wgmma", "wgmma-pairs")}
 METHODS = {
     "published": published,
     "float64 product": product_in(torch.float64),
@@ -110,7 +112,7 @@ METHODS = {
     "gram_ auto": gram("auto"),
     "gram_ fp64": gram("fp64"),
     "gram_ exact": gram("exact"),
-    "gram_ exact, wgmma": gram_on_wgmma,
+    **ON_WGMMA,
     "gram_ exact, 3 digits": gram("exact", 3),
     "gram_ fast": gram("fast"),
 }
@@ -121,18 +123,18 @@ def methods_for(case: Case) -> list[str]:
     if not ON_GPU:
         return ["published", "float64 product", "float32 product", "gram_ fp64"]
     capability = torch.cuda.get_device_capability()
-    exact = ("gram_ exact", "gram_ exact, wgmma", "gram_ exact, 3 digits")
+    exact = ("gram_ exact", *ON_WGMMA, "gram_ exact, 3 digits")
     precisions = {"gram_ fast": "fast", **dict.fromkeys(exact, "exact")}
     return [
         name
         for name in METHODS
         if is_supported(capability, case.dtype, precisions.get(name, "fp64"))
-        and (name != "gram_ exact, wgmma" or wgmma_runs())
+        and (name not in ON_WGMMA or wgmma_runs())
     ]
 
 
 def wgmma_runs() -> bool:
-    """Whether `gram_` would take the CUDA kernels here, with wgmma among them."""
+    """Whether `gram_` would take the CUDA kernels here, with those on wgmma among them."""
     return requested_backend() in ("auto", "cuda") and cuda.gram_exact_has_wgmma()
 
 

@@ -50,9 +50,9 @@ int gram_fp64_rows(const GramArguments& arguments, const int* rows, const int* r
 
 // Exact integer products on int8 tensor cores; float16, bfloat16, float32. digits 0: exact; 1..7: X rounded
 // to that many 7-bit digits per column and token block. All kernels give the same bits. kAutomatic is mma.sync
-// until the wgmma kernel has been measured on hardware; kWgmma is refused with kNoWgmma where
-// gram_exact_has_wgmma() is false.
-enum class ExactKernel : int { kAutomatic = 0, kMmaSync = 1, kWgmma = 2 };
+// until the wgmma kernel has been measured on hardware; kWgmma, and kWgmmaPairs (the same by pairs of thread
+// blocks that copy for each other), are refused with kNoWgmma where gram_exact_has_wgmma() is false.
+enum class ExactKernel : int { kAutomatic = 0, kMmaSync = 1, kWgmma = 2, kWgmmaPairs = 3 };
 size_t gram_exact_workspace(int64_t tokens, int64_t columns, Dtype dtype, int digits);
 int gram_exact(const GramArguments& arguments, int digits, ExactKernel kernel);
 

@@ -113,7 +113,7 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const ResidueTil
     }
 
     const Modulo modulo(l);
-    uint8_t* const out = tile_residues(p, l, gridDim.x, blockIdx.x);
+    uint8_t* const out = tile_residues(p, l, blockIdx.x);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -204,7 +204,8 @@ bool gram_exact_has_wgmma() { return has_residue_wgmma(); }
 int gram_exact(const GramArguments& a, int digits, ExactKernel kernel) {
     if (a.dtype == Dtype::kFloat64) return kBadDtype;
     if (digits < 0 || digits > kMaxDigits) return kBadDigits;
-    if (kernel == ExactKernel::kWgmma && !has_residue_wgmma()) return kNoWgmma;
+    const bool wgmma = kernel == ExactKernel::kWgmma || kernel == ExactKernel::kWgmmaPairs;
+    if (wgmma && !has_residue_wgmma()) return kNoWgmma;
     if (a.tokens == 0 || a.columns == 0) return kOk;
     if (a.tokens > INT_MAX || a.columns > INT_MAX / 2 / kDepth) return kTooLarge;
     const Layout at(a.tokens, a.columns, a.dtype, digits);
@@ -252,8 +253,8 @@ int gram_exact(const GramArguments& a, int digits, ExactKernel kernel) {
         step([&] { return write_residues(block, a.stream); });
         step([&] { return append_handed_over(block.fates, tokens, first, rows, handed_over, a.stream); });
         step([&] {
-            if (kernel == ExactKernel::kWgmma)
-                return residue_products_wgmma(p, at.tiles, at.moduli, a.stream);
+            if (wgmma)
+                return residue_products_wgmma(p, at.moduli, kernel == ExactKernel::kWgmmaPairs ? 2 : 1, a.stream);
             return ptx::launch(residue_products, dim3{unsigned(at.tiles), unsigned(at.moduli)}, kThreads,
                                size_t(stages) * kStageBytes, a.stream, p);
         });

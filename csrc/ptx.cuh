@@ -196,6 +196,39 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
                  : "memory");
 }
 
+// The same to this place in every block of the cluster that the mask names; the barrier at this place there counts.
+__device__ __forceinline__ void copy_bulk_multicast(void* shared, const void* global, int bytes, uint64_t* barrier,
+                                                    unsigned mask) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(uint16_t(mask))
+        : "memory");
+}
+
+// Arrives at the barrier that stands at this place in another block of the cluster, or in the own one. For reads that
+// are complete: it publishes no writes to the other block (that would take a fence of the whole GPU).
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}" ::"r"(shared_address(barrier)),
+        "r"(rank)
+        : "memory");
+}
+__device__ __forceinline__ int cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return int(rank);
+}
+// All threads of a cluster that have not ended meet here.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // Orders this thread's own accesses to shared memory before those of the asynchronous proxy (bulk copies, wgmma).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -279,7 +312,28 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
     return int(cudaGetLastError());
 }
 
-// The same, and where `overlap` is set (compute capability 9.0 on) the kernel may start before the one ahead of it in
+// The same with clusters of `size` blocks (compute capability 9.0 on), neighbours in x.
+template <typename... Parameters, typename... Arguments>
+int launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+                    Arguments... arguments) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return int(error);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(size);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return int(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// The same as launch, and where `overlap` is set (compute capability 9.0 on) the kernel may start before the one ahead of it in
 // the stream has ended; it must call wait_for_previous_kernels() before it touches what others write.
 template <typename... Parameters, typename... Arguments>
 int launch_overlapped(bool overlap, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,

@@ -29,8 +29,8 @@ __device__ __forceinline__ bool tile_needs(const ResidueTiles& p, TilePosition t
     return l < moduli_for(row_bits + p.norm_bits[tile.column] + 1);
 }
 
-__device__ __forceinline__ uint8_t* tile_residues(const ResidueTiles& p, int l, int64_t tiles, int64_t tile) {
-    return p.residues + (l * tiles + tile) * (kTileRows * kTileColumns);
+__device__ __forceinline__ uint8_t* tile_residues(const ResidueTiles& p, int l, int64_t index) {
+    return p.residues + (l * triangle_tiles<kTileTall>(p.tile_columns) + index) * (kTileRows * kTileColumns);
 }
 
 // residue = (sum mod p), for any int32 sum
@@ -51,8 +51,9 @@ struct Modulo {
     }
 };
 
-// The wgmma kernel over `moduli` x `tiles`. It runs only where has_residue_wgmma().
-int residue_products_wgmma(const ResidueTiles& p, int64_t tiles, int moduli, cudaStream_t stream);
+// The wgmma kernel for `moduli` moduli, in clusters of `blocks` (1 or 2) thread blocks. It runs only where
+// has_residue_wgmma().
+int residue_products_wgmma(const ResidueTiles& p, int moduli, int blocks, cudaStream_t stream);
 
 // Whether the code that the driver loaded for the current device holds the wgmma kernel.
 bool has_residue_wgmma();

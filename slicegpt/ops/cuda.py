@@ -28,7 +28,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _GRAM_DTYPES = {"fp64": _DTYPES, "exact": _DTYPES[:3], "fast": _DTYPES[:2]}
 MAX_DIGITS = 7
 # csrc/gram.h's `ExactKernel`, by the values of SLICEGPT_GRAM_EXACT. auto is mma.sync until wgmma is measured.
-_EXACT_KERNELS = {"auto": 0, "mma": 1, "wgmma": 2}
+_EXACT_KERNELS = {"auto": 0, "mma": 1, "wgmma": 2, "wgmma-pairs": 3}
 
 
 def why_not() -> str | None:
@@ -92,7 +92,7 @@ def gram_supports(capability: tuple[int, int], dtype: torch.dtype, precision: st
 
 
 def gram_exact_has_wgmma() -> bool:
-    """Whether SLICEGPT_GRAM_EXACT=wgmma works on the current device: 9.0, with code built for 9.0a."""
+    """Whether SLICEGPT_GRAM_EXACT=wgmma and wgmma-pairs work on the current device: 9.0, with code built for 9.0a."""
     return is_available() and _C.gram_exact_has_wgmma()
 
 

@@ -40,6 +40,9 @@ INSTRUCTIONS = {
         "90a": [
             ("wgmma_tiles", r"\bIGMMA\.64x256x32\.S8\.S8\b", True),
             ("wgmma_tiles", r"\bUBLKCP\b", True),
+            ("wgmma_tiles", r"\bUBLKCP\.S\.G\.MULTICAST\b", True),
+            # One after each stage would stall the tensor cores; those of the cluster's barriers are on their own.
+            ("wgmma_tiles", r"MEMBAR\.ALL\.GPU(?=(?s:.){0,400}SYNCS\.ARRIVE)", False),
             ("wgmma_tiles", r"\bIMMA\b", False),
         ],
     },
@@ -156,8 +159,8 @@ def test_wgmma_is_asynchronous(compiled):
 def test_plain_90_has_no_wgmma(compile_one):
     """The PTX in a default build is compute_90's, where wgmma is no instruction: the kernel is empty there."""
     cubin, report = compile_one("residue_wgmma", "90")
-    registers = int(re.search(r"Used (\d+) registers", report).group(1))
-    assert registers < 128, "has_residue_wgmma() would take it for the kernel"
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+    assert max(registers) < 128, "has_residue_wgmma() would take it for the kernel"
     if disassembler() is not None:
         assert "GMMA" not in "".join(disassemble(cubin).values())
 

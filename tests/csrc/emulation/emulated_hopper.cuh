@@ -17,21 +17,28 @@ constexpr size_t kSharedLimit = 227 * 1024;
 constexpr uint32_t kSharedStart = 1024 + 128;
 
 inline uint32_t shared_address(const void* pointer) {
-    const auto offset = static_cast<const unsigned char*>(pointer) - shared_bytes.data();
-    if (offset < 0 || size_t(offset) >= shared_bytes.size()) fail("not an address in dynamic shared memory");
+    const auto offset = static_cast<const unsigned char*>(pointer) - own_block().shared.data();
+    if (offset < 0 || size_t(offset) >= own_block().shared.size()) fail("not an address in dynamic shared memory");
     return kSharedStart + uint32_t(offset);
 }
 inline unsigned char* shared_pointer(uint32_t address, int bytes) {
     const int64_t offset = int64_t(address) - kSharedStart;
-    if (offset < 0 || size_t(offset) + bytes > shared_bytes.size())
+    if (offset < 0 || size_t(offset) + bytes > own_block().shared.size())
         fail("an access outside of dynamic shared memory");
-    return shared_bytes.data() + offset;
+    return own_block().shared.data() + offset;
+}
+// Where another block of the cluster has what stands at this address in the own one.
+inline unsigned char* shared_of(int rank, const void* pointer) {
+    if (rank < 0 || rank >= int(cluster.size())) fail("no such block in the cluster");
+    if (!cluster[rank].running) fail("a block was used that had ended");
+    return cluster[rank].shared.data() + (shared_address(pointer) - kSharedStart);
 }
 
 struct Mbarrier {
     int count = 0, pending = 0;
     int64_t bytes = 0;  // announced and not arrived; negative where they arrived first
-    unsigned phase = 0, creator = 0;
+    unsigned phase = 0;
+    const Thread* creator = nullptr;
     bool fenced = false;
     std::vector<Copy> late;
 };
@@ -59,13 +66,12 @@ struct Accumulators {
     std::vector<std::vector<Product>> groups;
 };
 
-// Of the block that is running.
+// Of the cluster that is running.
 struct Hopper {
-    uint64_t block = 0;
     int copies = 0;
     std::map<const void*, Mbarrier> barriers;
-    std::map<unsigned, Warpgroup> warpgroups;
-    std::map<unsigned, Accumulators> accumulators;
+    std::map<unsigned, Warpgroup> warpgroups;  // by the first warp
+    std::map<const Thread*, Accumulators> accumulators;
 };
 inline Hopper hopper_state;
 
@@ -78,7 +84,7 @@ inline void check_nothing_under_way() {
 }
 
 inline Hopper& hopper() {
-    block_ended = check_nothing_under_way;
+    cluster_ended = check_nothing_under_way;
     return hopper_state;
 }
 
@@ -194,7 +200,7 @@ inline void mbarrier_init(uint64_t* barrier, int count) {
     if (count < 1) emulation::fail("an mbarrier needs a count");
     emulation::Mbarrier fresh;
     fresh.count = fresh.pending = count;
-    fresh.creator = emulation::current->index;
+    fresh.creator = emulation::current;
     if (!emulation::hopper().barriers.emplace(barrier, fresh).second) emulation::fail("an mbarrier initialised twice");
 }
 inline void mbarrier_arrive(uint64_t* barrier) { emulation::arrive(emulation::mbarrier(barrier)); }
@@ -219,26 +225,39 @@ inline bool mbarrier_try_wait(uint64_t* barrier, int parity) {
     return false;
 }
 
-inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
-    emulation::Mbarrier& state = emulation::mbarrier(barrier);
-    if (!state.fenced) emulation::fail("the asynchronous proxy does not see this mbarrier: fence.proxy.async");
+// To the same place in every block of the mask; the barrier at the same place there counts the bytes.
+inline void copy_bulk_multicast(void* shared, const void* global, int bytes, uint64_t* barrier, unsigned mask) {
     if (shared_address(shared) % 16 || uintptr_t(global) % 16 || bytes % 16 || bytes <= 0)
         emulation::fail("cp.async.bulk needs multiples of 16 bytes");
     emulation::shared_pointer(shared_address(shared), bytes);
-    const emulation::Copy copy{shared, global, bytes};
-    if (emulation::hopper().copies++ % 2)
-        state.late.push_back(copy);
-    else
-        emulation::land(state, copy);
+    for (int rank = 0; rank < 32; ++rank) {
+        if (!(mask >> rank & 1)) continue;
+        emulation::Mbarrier& state = emulation::mbarrier(emulation::shared_of(rank, barrier));
+        if (!state.fenced) emulation::fail("the asynchronous proxy does not see this mbarrier: fence.proxy.async");
+        const emulation::Copy copy{emulation::shared_of(rank, shared), global, bytes};
+        if (emulation::hopper().copies++ % 2)
+            state.late.push_back(copy);
+        else
+            emulation::land(state, copy);
+    }
 }
+inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+    copy_bulk_multicast(shared, global, bytes, barrier, 1u << emulation::current->rank);
+}
+
+inline void mbarrier_arrive_at(uint64_t* barrier, int rank) {
+    emulation::arrive(emulation::mbarrier(emulation::shared_of(rank, barrier)));
+}
+inline int cluster_rank() { return int(emulation::current->rank); }
+inline void cluster_sync() { emulation::wait(emulation::cluster_barrier); }
 
 inline void fence_proxy_async() {
     for (auto& [address, barrier] : emulation::hopper().barriers)
-        if (barrier.creator == emulation::current->index) barrier.fenced = true;
+        if (barrier.creator == emulation::current) barrier.fenced = true;
 }
 
 inline emulation::Accumulators& accumulators() {
-    return emulation::hopper().accumulators[emulation::current->index];
+    return emulation::hopper().accumulators[emulation::current];
 }
 
 inline void wgmma_fence(int (&)[128]) { accumulators().fenced = true; }
@@ -249,7 +268,7 @@ inline void wgmma_m64n256k32_s8(int (&d)[128], uint64_t a, uint64_t b) {
     if (!state.fenced) fail("wgmma without wgmma.fence after its accumulators were used");
     const unsigned group = current->index / 128;
     if (block.x < 128 * (group + 1)) fail("wgmma needs a warpgroup of 128 threads");
-    Warpgroup& warpgroup = hopper().warpgroups[group];
+    Warpgroup& warpgroup = hopper().warpgroups[current->warp - current->index / 32 % 4];
     wait(warpgroup.barrier);
     // The first thread to come through reads for all.
     Product& product = warpgroup.products[state.issued % 2];
