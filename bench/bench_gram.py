@@ -9,6 +9,7 @@ roofline time of the method's own arithmetic over the measured time.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ from torch import Tensor
 from slicegpt.bench.devices import DEVICES, Device, current_device
 from slicegpt.bench.results import write_results
 from slicegpt.eigensolver import leading_eigenvectors
-from slicegpt.ops import gram_
+from slicegpt.ops import cuda, gram_
 from slicegpt.ops.gram import EXPECTED_PLANES, is_supported
+from slicegpt.ops.registration import requested_backend
 from slicegpt.table import format_table
 
 COLUMNS = (576, 1024, 2048, 4096, 8192)
@@ -83,6 +85,26 @@ def gram(precision: str, digits: int | None = None) -> Callable[[Tensor], Callab
     return prepare
 
 
+def gram_on(kernel: str) -> Callable[[Tensor], Callable[[], object]]:
+    """ "exact" with a kernel that "auto" does not take yet."""
+
+    def prepare(X: Tensor):
+        multiply = gram("exact")(X)
+
+        def run():
+            before = os.environ.get("SLICEGPT_GRAM_EXACT", "auto")
+            os.environ["SLICEGPT_GRAM_EXACT"] = kernel
+            try:
+                multiply()
+            finally:
+                os.environ["SLICEGPT_GRAM_EXACT"] = before
+
+        return run
+
+    return prepare
+
+
+ON_WGMMA = {f"gram_ exact, {kernel}": gram_on(kernel) for kernel in ("wgmma", "wgmma-pairs")}
 METHODS = {
     "published": published,
     "float64 product": product_in(torch.float64),
@@ -90,6 +112,7 @@ METHODS = {
     "gram_ auto": gram("auto"),
     "gram_ fp64": gram("fp64"),
     "gram_ exact": gram("exact"),
+    **ON_WGMMA,
     "gram_ exact, 3 digits": gram("exact", 3),
     "gram_ fast": gram("fast"),
 }
@@ -100,8 +123,19 @@ def methods_for(case: Case) -> list[str]:
     if not ON_GPU:
         return ["published", "float64 product", "float32 product", "gram_ fp64"]
     capability = torch.cuda.get_device_capability()
-    precisions = {"gram_ exact": "exact", "gram_ exact, 3 digits": "exact", "gram_ fast": "fast"}
-    return [name for name in METHODS if is_supported(capability, case.dtype, precisions.get(name, "fp64"))]
+    exact = ("gram_ exact", *ON_WGMMA, "gram_ exact, 3 digits")
+    precisions = {"gram_ fast": "fast", **dict.fromkeys(exact, "exact")}
+    return [
+        name
+        for name in METHODS
+        if is_supported(capability, case.dtype, precisions.get(name, "fp64"))
+        and (name not in ON_WGMMA or wgmma_runs())
+    ]
+
+
+def wgmma_runs() -> bool:
+    """Whether `gram_` would take the CUDA kernels here, with those on wgmma among them."""
+    return requested_backend() in ("auto", "cuda") and cuda.gram_exact_has_wgmma()
 
 
 def bound_seconds(device: Device, case: Case, method: str) -> float | None:

@@ -72,6 +72,7 @@ step tune 270 bash -c 'tune --models llama-2-7b --seconds 240'
 step bench_rotation 270 $rotation --seconds 240 --json "$out/bench_rotation.json"
 step bench_gram 220 "$python" -m slicegpt.bench.bench_gram --json "$out/bench_gram.json"
 step memcheck 90 bash -c 'sanitize memcheck tests/csrc/test_gram.py -m gpu -k "cuda and (127-63 or strides or weights or arrive)"'
+step memcheck_wgmma 60 bash -c 'sanitize memcheck tests/csrc/test_residue_wgmma.py -m gpu -k "cuda and (any_values or (forwards and (191-130 or 1300-300)))"'
 step racecheck 90 bash -c 'sanitize racecheck tests/csrc/test_gram.py -m gpu -k "cuda and 70-130"'
 step memcheck_gemm 90 bash -c 'sanitize memcheck tests/kernels -m gpu -k "test_gpu and 37 and (silu_gated or True) and not every"'
 step memcheck_decode 90 bash -c 'sanitize memcheck tests/csrc/test_decode.py -m gpu -k "cuda and (strides or factor or splits)"'

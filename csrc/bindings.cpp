@@ -38,6 +38,8 @@ std::string describe(int status) {
             return "matrix too large";
         case kBadCut:
             return "rows, warps or splits out of range";
+        case kNoWgmma:
+            return "the wgmma kernel needs compute capability 9.0 and code built for 9.0a";
     }
     const auto error = static_cast<cudaError_t>(status);
     return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
@@ -66,7 +68,10 @@ void bind_gram(py::module_& m) {
     py::class_<GramArguments>(m, "GramArguments", py::module_local());
     m.def("gram_fp64", &gram_fp64);
     m.def("gram_fp64_workspace", &gram_fp64_workspace);
-    m.def("gram_exact", &gram_exact);
+    m.def("gram_exact", [](const GramArguments& arguments, int digits, int kernel) {
+        return gram_exact(arguments, digits, static_cast<ExactKernel>(kernel));
+    });
+    m.def("gram_exact_has_wgmma", &gram_exact_has_wgmma);
     m.def("gram_exact_workspace", [](int64_t tokens, int64_t columns, int dtype, int digits) {
         return gram_exact_workspace(tokens, columns, static_cast<Dtype>(dtype), digits);
     });

@@ -17,6 +17,7 @@ enum Status : int {
     kBadDigits = -3,
     kTooLarge = -4,
     kBadCut = -5,
+    kNoWgmma = -6,
 };
 
 enum class Dtype : int { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
@@ -48,9 +49,15 @@ int gram_fp64(const GramArguments& arguments);
 int gram_fp64_rows(const GramArguments& arguments, const int* rows, const int* row_count);
 
 // Exact integer products on int8 tensor cores; float16, bfloat16, float32. digits 0: exact; 1..7: X rounded
-// to that many 7-bit digits per column and token block.
+// to that many 7-bit digits per column and token block. All kernels give the same bits. kAutomatic is mma.sync
+// until the wgmma kernel has been measured on hardware; kWgmma, and kWgmmaPairs (the same by pairs of thread
+// blocks that copy for each other), are refused with kNoWgmma where gram_exact_has_wgmma() is false.
+enum class ExactKernel : int { kAutomatic = 0, kMmaSync = 1, kWgmma = 2, kWgmmaPairs = 3 };
 size_t gram_exact_workspace(int64_t tokens, int64_t columns, Dtype dtype, int digits);
-int gram_exact(const GramArguments& arguments, int digits);
+int gram_exact(const GramArguments& arguments, int digits, ExactKernel kernel);
+
+// Whether the current device is of compute capability 9.0 and runs the code compiled for sm_90a.
+bool gram_exact_has_wgmma();
 
 // Half-precision products, compensated float32 sums; float16, bfloat16.
 size_t gram_fast_workspace(int64_t tokens, int64_t columns);

@@ -21,17 +21,15 @@
 #include "device.h"
 #include "gram.h"
 #include "mma.cuh"
-#include "moduli.cuh"
-#include "residues.cuh"
+#include "residue_tiles.cuh"
 #include "selection.cuh"
-#include "triangle.cuh"
 
 namespace slicegpt {
 namespace {
 
 // A tile is 256 x 128, a warp's share 64 x 64: a step of 32 tokens then loads 8 KB of fragments for 32 tensor
 // instructions, half of what shared memory delivers in their time; 64 x 32 would be bound by it.
-constexpr int kRows = 256, kColumns = 128, kDepth = kPlaneTokens;
+constexpr int kRows = kTileRows, kColumns = kTileColumns, kDepth = kPlaneTokens;
 constexpr int kThreads = 256;
 constexpr int kStageBytes = (kRows + kColumns) * kDepth;
 #if SLICEGPT_ARCH == 0 || SLICEGPT_ARCH >= 800
@@ -49,46 +47,10 @@ constexpr int kMaxBlockTokens = 131071 / kPlaneTokens * kPlaneTokens;
 #endif
 constexpr int kMaxDigits = 7;
 
-struct Parameters {
-    const int8_t* planes;
-    const float* norm_bits;
-    uint8_t* residues;  // [modulus][tile][kRows][kColumns], 0 <= residue < modulus
-    int padded_columns;
-    int tile_columns;
-    int token_blocks;
-};
-
-// 16-byte chunk of a stage's row: rows are 64 bytes, and a permutation of the chunks by pairs of rows lets
-// the 8 rows of a matrix load touch all 32 banks.
-__device__ __forceinline__ int chunk_offset(int row, int chunk) {
-    return row * kDepth + ((chunk ^ (row >> 1 & 3)) << 4);
-}
-
-// residue = (sum mod p), for any int32 sum
-struct Modulo {
-    uint32_t p, reciprocal, offset;
-    __device__ __forceinline__ explicit Modulo(int l) {
-        p = 0;
-#pragma unroll
-        for (int i = 0; i < kMaxModuli; ++i) p = i == l ? modulus(i) : p;
-        reciprocal = uint32_t((uint64_t(1) << 32) / p);
-        offset = ((1u << 31) / p + 1) * p;  // a multiple of p that makes every sum positive
-    }
-    __device__ __forceinline__ uint32_t operator()(int sum) const {
-        const uint32_t value = uint32_t(sum) + offset;
-        const uint32_t remainder =
-            value - __umulhi(value, reciprocal) * p;  // the quotient is at most 1 too small
-        return min(remainder, remainder - p);         // unsigned: a negative difference is larger
-    }
-};
-
-__global__ __launch_bounds__(kThreads, 1) void residue_products(const Parameters p) {
+__global__ __launch_bounds__(kThreads, 1) void residue_products(const ResidueTiles p) {
     const int l = blockIdx.y;
-    const TilePosition tile = triangle_tile<kRows / kColumns>(blockIdx.x, p.tile_columns);
-    const int group = tile.row * (kRows / kColumns);
-    float row_bits = p.norm_bits[group];
-    if (group + 1 < p.tile_columns) row_bits = max(row_bits, p.norm_bits[group + 1]);
-    if (l >= moduli_for(row_bits + p.norm_bits[tile.column] + 1)) return;
+    const TilePosition tile = triangle_tile<kTileTall>(blockIdx.x, p.tile_columns);
+    if (!tile_needs(p, tile, l)) return;
 
     unsigned char* const stages = ptx::dynamic_shared();
     const int64_t block_bytes = int64_t(p.padded_columns) * kDepth;
@@ -103,7 +65,7 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const Parameters
             const int row = copy_row + 64 * i;
             const int column = row < kRows ? tile.row * kRows + row : tile.column * kColumns + row - kRows;
             const bool inside = column < p.padded_columns;
-            copy_16(target + chunk_offset(row, copy_chunk),
+            copy_16(target + row * kDepth + copy_chunk * 16,
                     source + (inside ? column * kDepth + copy_chunk * 16 : 0), inside ? 16 : 0);
         }
     };
@@ -129,11 +91,11 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const Parameters
             uint32_t a[4][4], b[8][2];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                ptx::ldmatrix_x4(a[i], stage + chunk_offset(a_row + 16 * i, 2 * k + a_chunk));
+                ptx::ldmatrix_x4(a[i], stage + plane_chunk(a_row + 16 * i, 2 * k + a_chunk));
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 uint32_t pair[4];
-                ptx::ldmatrix_x4(pair, stage + chunk_offset(b_row + 16 * j, 2 * k + b_chunk));
+                ptx::ldmatrix_x4(pair, stage + plane_chunk(b_row + 16 * j, 2 * k + b_chunk));
                 b[2 * j][0] = pair[0], b[2 * j][1] = pair[1];
                 b[2 * j + 1][0] = pair[2], b[2 * j + 1][1] = pair[3];
             }
@@ -151,7 +113,7 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const Parameters
     }
 
     const Modulo modulo(l);
-    uint8_t* const out = p.residues + (int64_t(l) * gridDim.x + blockIdx.x) * (kRows * kColumns);
+    uint8_t* const out = tile_residues(p, l, blockIdx.x);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -166,10 +128,10 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const Parameters
 }
 
 // Residues to integers, integers to float64, and on to C.
-__global__ __launch_bounds__(kAddThreads) void combine_residues(const Parameters p, const int* scale,
+__global__ __launch_bounds__(kAddThreads) void combine_residues(const ResidueTiles p, const int* scale,
                                                                 double* C, int64_t C_stride,
                                                                 int64_t columns) {
-    const TilePosition tile = triangle_tile<kRows / kColumns>(blockIdx.x, p.tile_columns);
+    const TilePosition tile = triangle_tile<kTileTall>(blockIdx.x, p.tile_columns);
     const int row = blockIdx.y / 4 * 32, column = blockIdx.y % 4 * 32;
     const int64_t row0 = int64_t(tile.row) * kRows + row, column0 = int64_t(tile.column) * kColumns + column;
     if (row0 > column0 || column0 >= columns) return;
@@ -204,7 +166,7 @@ struct Layout {
         moduli = most_moduli(dtype, digits, int(most));
         const int64_t fitting = int64_t(SLICEGPT_PLANE_BYTES / (size_t(padded_columns) * moduli));
         block_tokens = int(min(most, max(fitting / kPlaneTokens, int64_t(1)) * kPlaneTokens));
-        tiles = triangle_tiles<kRows / kColumns>(padded_columns / kColumns);
+        tiles = triangle_tiles<kTileTall>(padded_columns / kColumns);
         // Enough blocks of the scan to fill the device several times over.
         const int64_t strips = divide_up(columns, 32 * (dtype == Dtype::kFloat32 ? 4 : 8));
         splits = int(min(max(8 * multiprocessors() / strips, int64_t(1)), divide_up(block_tokens, 64)));
@@ -237,9 +199,13 @@ size_t gram_exact_workspace(int64_t tokens, int64_t columns, Dtype dtype, int di
     return Layout(tokens, columns, dtype, digits).bytes;
 }
 
-int gram_exact(const GramArguments& a, int digits) {
+bool gram_exact_has_wgmma() { return has_residue_wgmma(); }
+
+int gram_exact(const GramArguments& a, int digits, ExactKernel kernel) {
     if (a.dtype == Dtype::kFloat64) return kBadDtype;
     if (digits < 0 || digits > kMaxDigits) return kBadDigits;
+    const bool wgmma = kernel == ExactKernel::kWgmma || kernel == ExactKernel::kWgmmaPairs;
+    if (wgmma && !has_residue_wgmma()) return kNoWgmma;
     if (a.tokens == 0 || a.columns == 0) return kOk;
     if (a.tokens > INT_MAX || a.columns > INT_MAX / 2 / kDepth) return kTooLarge;
     const Layout at(a.tokens, a.columns, a.dtype, digits);
@@ -264,7 +230,7 @@ int gram_exact(const GramArguments& a, int digits) {
     block.plane_moduli = reinterpret_cast<int*>(base + at.plane_moduli);
     block.unfit = handed_over + 1;
     block.planes = reinterpret_cast<int8_t*>(base + at.planes);
-    Parameters p{block.planes,
+    ResidueTiles p{block.planes,
                  block.norm_bits,
                  base + at.residues,
                  at.padded_columns,
@@ -287,6 +253,8 @@ int gram_exact(const GramArguments& a, int digits) {
         step([&] { return write_residues(block, a.stream); });
         step([&] { return append_handed_over(block.fates, tokens, first, rows, handed_over, a.stream); });
         step([&] {
+            if (wgmma)
+                return residue_products_wgmma(p, at.moduli, kernel == ExactKernel::kWgmmaPairs ? 2 : 1, a.stream);
             return ptx::launch(residue_products, dim3{unsigned(at.tiles), unsigned(at.moduli)}, kThreads,
                                size_t(stages) * kStageBytes, a.stream, p);
         });

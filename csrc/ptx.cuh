@@ -18,6 +18,13 @@
 #define SLICEGPT_ARCH 0
 #endif
 
+// wgmma exists in code for sm_90a alone, not in plain sm_90 or compute_90.
+#if SLICEGPT_ARCH == 0 || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SLICEGPT_HAS_WGMMA 1
+#else
+#define SLICEGPT_HAS_WGMMA 0
+#endif
+
 namespace slicegpt::ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -152,6 +159,128 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
+#if SLICEGPT_ARCH == 0 || SLICEGPT_ARCH >= 900
+// A barrier in shared memory that `count` arrivals and the announced bytes complete, phase after phase.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrives, and announces bytes that this phase waits for.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+// Whether the phase of this parity is complete. Suspends the thread for a while where it is not.
+__device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, int parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
+// Copies consecutive bytes, a multiple of 16, from addresses that are multiples of 16; the barrier counts them when
+// they have arrived.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// The same to this place in every block of the cluster that the mask names; the barrier at this place there counts.
+__device__ __forceinline__ void copy_bulk_multicast(void* shared, const void* global, int bytes, uint64_t* barrier,
+                                                    unsigned mask) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(uint16_t(mask))
+        : "memory");
+}
+
+// Arrives at the barrier that stands at this place in another block of the cluster, or in the own one. For reads that
+// are complete: it publishes no writes to the other block (that would take a fence of the whole GPU).
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}" ::"r"(shared_address(barrier)),
+        "r"(rank)
+        : "memory");
+}
+__device__ __forceinline__ int cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return int(rank);
+}
+// All threads of a cluster that have not ended meet here.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Orders this thread's own accesses to shared memory before those of the asynchronous proxy (bulk copies, wgmma).
+__device__ __forceinline__ void fence_proxy_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+#endif
+
+#if SLICEGPT_HAS_WGMMA
+// Asynchronous products of a warpgroup: fence, products, commit, wait. Every step names the accumulators, so that the
+// compiler can neither read nor move them in between.
+#define SLICEGPT_REGISTERS_8(d, i)                                                                        \
+    "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), \
+        "+r"(d[i + 7])
+#define SLICEGPT_REGISTERS_32(d, i)                                                                  \
+    SLICEGPT_REGISTERS_8(d, i), SLICEGPT_REGISTERS_8(d, i + 8), SLICEGPT_REGISTERS_8(d, i + 16), \
+        SLICEGPT_REGISTERS_8(d, i + 24)
+#define SLICEGPT_REGISTERS_128(d)                                                                      \
+    SLICEGPT_REGISTERS_32(d, 0), SLICEGPT_REGISTERS_32(d, 32), SLICEGPT_REGISTERS_32(d, 64), \
+        SLICEGPT_REGISTERS_32(d, 96)
+
+__device__ __forceinline__ void wgmma_fence(int (&d)[128]) {
+    asm volatile("wgmma.fence.sync.aligned;" : SLICEGPT_REGISTERS_128(d)::"memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// At most kPending groups are still under way; with 0 the accumulators hold the sums.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait(int (&d)[128]) {
+    asm volatile("wgmma.wait_group.sync.aligned %128;" : SLICEGPT_REGISTERS_128(d) : "n"(kPending) : "memory");
+}
+// D[64x256] += A[64x32] B[32x256], both K-major in shared memory, given by their matrix descriptors.
+// d[4j + 2h + q] is row 16 (warp % 4) + lane / 4 + 8h, column 8j + 2 (lane % 4) + q.
+__device__ __forceinline__ void wgmma_m64n256k32_s8(int (&d)[128], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        "%128, %129, 1;"
+        : SLICEGPT_REGISTERS_128(d)
+        : "l"(a), "l"(b));
+}
+#undef SLICEGPT_REGISTERS_128
+#undef SLICEGPT_REGISTERS_32
+#undef SLICEGPT_REGISTERS_8
+#endif
+
 // The bytes of two registers, numbered 0 to 7 from a's lowest on, as the four digits of `selector` choose.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);
@@ -163,6 +292,8 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask) {
 __device__ __forceinline__ double shuffle(double value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
 }
+// The value of lane 0 in all lanes; the compiler then knows that they agree.
+__device__ __forceinline__ int first_lane(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 __device__ __forceinline__ unsigned ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 
 // Launches a kernel; the error, if any, is CUDA's code.
@@ -181,7 +312,28 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
     return int(cudaGetLastError());
 }
 
-// The same, and where `overlap` is set (compute capability 9.0 on) the kernel may start before the one ahead of it in
+// The same with clusters of `size` blocks (compute capability 9.0 on), neighbours in x.
+template <typename... Parameters, typename... Arguments>
+int launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+                    Arguments... arguments) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return int(error);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(size);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return int(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// The same as launch, and where `overlap` is set (compute capability 9.0 on) the kernel may start before the one ahead of it in
 // the stream has ended; it must call wait_for_previous_kernels() before it touches what others write.
 template <typename... Parameters, typename... Arguments>
 int launch_overlapped(bool overlap, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,

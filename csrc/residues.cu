@@ -277,8 +277,8 @@ __global__ __launch_bounds__(kThreads) void planes(const ResidueBlock b) {
             item.bits = decltype(item.bits)(word >> (c % per_word * 16));
             values[i] = scaled(item, scale, taken[i], reinterpret_cast<const uint4*>(powers));
         }
-        int8_t* target =
-            b.planes + (int64_t(token_block) * b.padded_columns + column0 + c) * kPlaneTokens + lane % 16 * 4;
+        int8_t* target = b.planes + (int64_t(token_block) * b.padded_columns + column0) * kPlaneTokens +
+                         plane_chunk(c, lane % 16 / 4) + lane % 4 * 4;
         write_planes<T, 0>(values, moduli, target, plane_bytes);
     }
 }

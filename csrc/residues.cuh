@@ -20,9 +20,18 @@ struct ColumnSpan {
     int unfit;      // an infinity or NaN was seen
 };
 
+// Offset of a 16-byte chunk (16 tokens) from row 0 of a token block's rows (columns of X) in a plane. Rows are
+// 64 bytes, and their four chunks are permuted by pairs of rows: in shared memory the same chunk of 8
+// consecutive rows then touches all 32 banks, and the permutation is wgmma's 64-byte swizzle
+// (residue_wgmma.cu). Planes hold it in global memory already, so that a copy of any 8-row-aligned piece is a
+// plain copy of consecutive bytes.
+__host__ __device__ __forceinline__ int plane_chunk(int row, int chunk) {
+    return row * kPlaneTokens + ((chunk ^ (row >> 1 & 3)) << 4);
+}
+
 // One block of tokens. Planes are K-major, which int8 tensor cores ask for: the byte of (modulus l, token k,
-// column j) stands at ((l * token_blocks + k / 64) * padded_columns + j) * 64 + k % 64, so that a tile's
-// operands are contiguous.
+// column j) stands at (l * token_blocks + k / 64) * padded_columns * 64 + plane_chunk(j, k % 64 / 16) + k % 16,
+// so that a tile's operands are contiguous.
 struct ResidueBlock {
     const void* X;  // the block's first token
     int64_t X_stride;

@@ -29,6 +29,13 @@ __device__ inline TilePosition triangle_tile(int index, int tile_columns) {
     return {row, kTall * row + index};
 }
 
+// The number of a tile, as triangle_tile counts.
+template <int kTall>
+__device__ inline int64_t triangle_index(TilePosition tile, int tile_columns) {
+    return int64_t(tile.row) * tile_columns - kTall * (int64_t(tile.row) * (tile.row - 1) / 2) + tile.column -
+           kTall * tile.row;
+}
+
 constexpr int kAddThreads = 256;
 
 // Adds value(r, x) to C[row0 + r][column0 + x], r, x < 32, for the items on or above the diagonal, and copies

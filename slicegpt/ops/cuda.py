@@ -7,6 +7,7 @@ run on the current stream, never synchronise, and can be captured into a CUDA gr
 """
 
 import importlib.util
+import os
 from types import ModuleType
 
 import torch
@@ -26,6 +27,8 @@ if importlib.util.find_spec("slicegpt._C"):
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _GRAM_DTYPES = {"fp64": _DTYPES, "exact": _DTYPES[:3], "fast": _DTYPES[:2]}
 MAX_DIGITS = 7
+# csrc/gram.h's `ExactKernel`, by the values of SLICEGPT_GRAM_EXACT. auto is mma.sync until wgmma is measured.
+_EXACT_KERNELS = {"auto": 0, "mma": 1, "wgmma": 2, "wgmma-pairs": 3}
 
 
 def why_not() -> str | None:
@@ -88,6 +91,18 @@ def gram_supports(capability: tuple[int, int], dtype: torch.dtype, precision: st
     return not (precision == "fast" and dtype is torch.bfloat16 and capability < (8, 0))
 
 
+def gram_exact_has_wgmma() -> bool:
+    """Whether SLICEGPT_GRAM_EXACT=wgmma and wgmma-pairs work on the current device: 9.0, with code built for 9.0a."""
+    return is_available() and _C.gram_exact_has_wgmma()
+
+
+def _requested_exact_kernel() -> int:
+    kernel = os.environ.get("SLICEGPT_GRAM_EXACT", "auto")
+    if kernel not in _EXACT_KERNELS:
+        raise SliceGPTError(f"SLICEGPT_GRAM_EXACT must be one of {', '.join(_EXACT_KERNELS)}, got {kernel!r}")
+    return _EXACT_KERNELS[kernel]
+
+
 def gram_fp64(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
     """`C += Xᵀ diag(weight) X` with float64 products and sums; X float16, bfloat16, float32 or float64."""
     _gram("fp64", C, X, weight)
@@ -102,10 +117,12 @@ def gram_exact(C: Tensor, X: Tensor, weight: Tensor | None, digits: int | None =
 
     digits: None, or 1..7 for a stated error: X is first rounded per column and block, by at most
     `2^-(7 digits - 1)` times the column's largest magnitude there.
+
+    The environment variable SLICEGPT_GRAM_EXACT chooses the kernel, all of which give the same bits.
     """
     if digits is not None and not 1 <= digits <= MAX_DIGITS:
         raise SliceGPTError(f"gram_: digits must be None or 1 to {MAX_DIGITS}, got {digits}")
-    _gram("exact", C, X, weight, digits or 0)
+    _gram("exact", C, X, weight, (digits or 0,), (_requested_exact_kernel(),))
 
 
 def gram_fast(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
@@ -116,7 +133,14 @@ def gram_fast(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
     _gram("fast", C, X, weight)
 
 
-def _gram(precision: str, C: Tensor, X: Tensor, weight: Tensor | None, *digits: int) -> None:
+def _gram(
+    precision: str,
+    C: Tensor,
+    X: Tensor,
+    weight: Tensor | None,
+    digits: tuple[int, ...] = (),
+    kernel: tuple[int, ...] = (),
+) -> None:
     require("gram_")
     tokens, columns = X.shape
     if X.dtype not in _GRAM_DTYPES[precision]:
@@ -142,7 +166,7 @@ def _gram(precision: str, C: Tensor, X: Tensor, weight: Tensor | None, *digits: 
             workspace_bytes=size,
             stream=_stream(C),
         )
-        _check("gram_", getattr(_C, f"gram_{precision}")(arguments, *digits))
+        _check("gram_", getattr(_C, f"gram_{precision}")(arguments, *digits, *kernel))
 
 
 def require(op: str) -> None:

@@ -31,12 +31,16 @@ FLAGS = [
     "-U_FORTIFY_SOURCE",
 ]
 # Token blocks of gram_exact and partial sums of gram_fp64 so short that a hundred tokens make several.
-SMALL_BLOCKS = [f"-DSLICEGPT_PLANE_BYTES={128 * 12 * 64}", "-DSLICEGPT_PROMOTE_TOKENS=32"]
+PLANE_BYTES = 128 * 12 * 64
+SMALL_BLOCKS = ["-DSLICEGPT_PROMOTE_TOKENS=32"]
 
 
 @pytest.fixture(scope="session")
 def emulated_build(tmp_path_factory):
-    """A function from a compute capability (75, 80, 90) to the module with every kernel compiled as for it."""
+    """A function from a compute capability (75, 80, 90) to the module with every kernel compiled as for it.
+
+    Its second argument is gram_exact's limit for a token block.
+    """
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
@@ -51,24 +55,30 @@ def emulated_build(tmp_path_factory):
     common += ['-DSLICEGPT_VERSION="emulated"', '-DSLICEGPT_NVCC="none"', '-DSLICEGPT_ARCHITECTURES="host"']
     bindings = root / "bindings.o"
 
-    def compile_one(source: Path, target: Path, arch: int) -> Path:
+    def compile_one(source: Path, target: Path, arch: int, *defines: str) -> Path:
         if not target.exists():
-            command = [*common, f"-DSLICEGPT_ARCH={arch}0", "-x", "c++", "-c", source, "-o", target]
+            command = [*common, f"-DSLICEGPT_ARCH={arch}0", *defines]
+            command += ["-x", "c++", "-c", source, "-o", target]
             subprocess.run(command, check=True)
         return target
 
-    def build(arch: int):
+    def build(arch: int, plane_bytes: int = PLANE_BYTES):
         folder = root / f"sm_{arch}"
         folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(2) as pool:
             jobs = [pool.submit(compile_one, ROOT / "csrc" / "bindings.cpp", bindings, arch)]
             for source in (ROOT / "csrc").glob("*.cu"):
-                jobs.append(pool.submit(compile_one, source, folder / f"{source.stem}.o", arch))
+                # The one file that reads the limit; the others are compiled once for all limits.
+                depends = source.stem == "gram_exact"
+                target = folder / (f"{source.stem}-{plane_bytes}.o" if depends else f"{source.stem}.o")
+                define = f"-DSLICEGPT_PLANE_BYTES={plane_bytes}"
+                jobs.append(pool.submit(compile_one, source, target, arch, *([define] if depends else [])))
             objects = [job.result() for job in jobs]
-        library = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        library = folder / f"{plane_bytes}" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        library.parent.mkdir(exist_ok=True)
         subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
         # pybind11 keeps one module for each name.
-        spec = importlib.util.spec_from_file_location(f"emulated_sm_{arch}._C", library)
+        spec = importlib.util.spec_from_file_location(f"emulated_sm_{arch}_{plane_bytes}._C", library)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -101,6 +111,9 @@ class Backend:
         launcher = getattr(cuda, f"gram_{precision}")
         launcher(result, self._move(X), None if weight is None else weight.to(self.device), **options)
         return result.cpu()
+
+    def has_wgmma(self) -> bool:
+        return cuda._C.gram_exact_has_wgmma()
 
     def _move(self, matrix):
         # The whole storage travels, so that what surrounds a view (NaNs in the tests) is there too.

@@ -2,7 +2,7 @@
 // GPU.
 //
 // A stand-in for the toolkit's header of the same name: the tests put this folder first on the include path
-// and compile csrc/*.cu as plain C++. Blocks run one after another; the threads of a block are fibres that
+// and compile csrc/*.cu as plain C++. Blocks run one after another, or the blocks of a cluster together; the threads of a block are fibres that
 // switch only at barriers and warp collectives, so a missing barrier shows as a wrong result or as a
 // deadlock, which aborts with a message. Shared memory starts filled with NaN bytes, and asynchronous copies
 // land only when they are waited for.
@@ -66,6 +66,16 @@ inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaSt
     std::memset(target, value, bytes);
     return cudaSuccess;
 }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+struct cudaFuncAttributes {
+    int numRegs;
+};
+// Compiled as for sm_90a, or as for an architecture without wgmma: an empty kernel.
+template <typename Kernel>
+static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+    attributes->numRegs = SLICEGPT_ARCH >= 900 ? 255 : 16;
+    return cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
 
@@ -85,7 +95,9 @@ struct Barrier {
 };
 
 struct Thread {
-    unsigned index = 0;
+    unsigned index = 0;  // in its block
+    unsigned rank = 0;   // of its block in the cluster
+    unsigned warp = 0;   // in the cluster
     bool started = false, finished = false;
     jmp_buf state;
     ucontext_t context;
@@ -102,21 +114,33 @@ struct Warp {
     alignas(16) unsigned char slots[2][32][kSlotBytes];
 };
 
-inline dim3 grid, block, block_index;
+struct Block {
+    dim3 index;
+    Barrier barrier;
+    int running = 0;  // threads that have not ended
+    std::vector<unsigned char> shared;
+};
+
+inline dim3 grid, block;
+inline std::vector<Block> cluster;  // the blocks that run together: one, or a cluster
 inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
-inline Barrier block_barrier;
+inline Barrier cluster_barrier;
 inline Thread* current;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline bool progressed;
-inline std::vector<unsigned char> shared_bytes;
+inline bool reversed = false;  // the last block and the last thread start first
+inline void (*cluster_ended)() = nullptr;  // what more there is to check (emulated_hopper.cuh)
 
 [[noreturn]] inline void fail(const char* message) {
-    std::fprintf(stderr, "emulation: %s (block %u, %u, thread %u)\n", message, block_index.x, block_index.y,
+    const Block& where = cluster[current ? current->rank : 0];
+    std::fprintf(stderr, "emulation: %s (block %u, %u, thread %u)\n", message, where.index.x, where.index.y,
                  current ? current->index : 0);
     std::abort();
 }
+
+inline Block& own_block() { return cluster[current->rank]; }
 
 inline void yield() {
     if (!_setjmp(current->state)) _longjmp(scheduler, 1);
@@ -142,31 +166,47 @@ inline void wait(Barrier& barrier) {
 inline void enter() {
     body();
     current->finished = true;
-    leave(block_barrier);
-    leave(warps[current->index / 32].barrier);
+    --own_block().running;
+    leave(own_block().barrier);
+    leave(cluster_barrier);
+    leave(warps[current->warp].barrier);
     progressed = true;
     _longjmp(scheduler, 1);
 }
 
-inline void run_block(int count) {
-    const int warp_count = (count + 31) / 32;
+// Runs the blocks of `cluster`, of `size` threads each.
+inline void run_cluster(int size) {
+    const int block_warps = (size + 31) / 32, blocks = int(cluster.size()), count = size * blocks;
     if (int(threads.size()) < count) threads = std::vector<Thread>(count);
-    if (int(warps.size()) < warp_count) warps = std::vector<Warp>(warp_count);
-    std::fill(shared_bytes.begin(), shared_bytes.end(), 0xff);
-    block_barrier = {0, 0, count};
-    for (int w = 0; w < warp_count; ++w) warps[w].barrier = {0, 0, std::min(32, count - 32 * w)};
+    if (int(warps.size()) < block_warps * blocks) warps = std::vector<Warp>(block_warps * blocks);
+    for (Block& one : cluster) {
+        std::fill(one.shared.begin(), one.shared.end(), 0xff);
+        one.barrier = {0, 0, size};
+        one.running = size;
+    }
+    cluster_barrier = {0, 0, count};
+    for (int w = 0; w < block_warps * blocks; ++w)
+        warps[w].barrier = {0, 0, std::min(32, size - 32 * (w % block_warps))};
     for (int i = 0; i < count; ++i) {
         Thread& thread = threads[i];
-        thread.index = i, thread.started = thread.finished = false, thread.collectives = 0;
+        thread.index = i % size, thread.rank = i / size;
+        thread.warp = thread.rank * block_warps + thread.index / 32;
+        thread.started = thread.finished = false, thread.collectives = 0;
         thread.groups.clear(), thread.open.clear();
     }
-    for (int left = count; left;) {
+    int sweep = 0;
+    for (int left = count; left; ++sweep) {
         progressed = false;
         left = 0;
-        for (int i = 0; i < count; ++i) {
-            Thread& thread = threads[i];
+        for (int turn = 0; turn < count; ++turn) {
+            Thread& thread = threads[reversed ? count - 1 - turn : turn];
             if (thread.finished) continue;
             ++left;
+            // The first block of a cluster may start when the others are long under way.
+            if (reversed && thread.rank + 1 < cluster.size() && sweep < 8) {
+                progressed = true;
+                continue;
+            }
             current = &thread;
             if (_setjmp(scheduler)) continue;
             if (thread.started) _longjmp(thread.state, 1);
@@ -180,13 +220,14 @@ inline void run_block(int count) {
         if (left && !progressed) fail("deadlock: threads wait at different barriers");
     }
     current = nullptr;
+    if (cluster_ended) cluster_ended();
 }
 
 // Shows `value` to the other lanes and returns the warp's 32 values.
 template <typename T>
 const T* exchange(const T& value, T (&all)[32]) {
     static_assert(sizeof(T) <= kSlotBytes);
-    Warp& warp = warps[current->index / 32];
+    Warp& warp = warps[current->warp];
     if (warp.barrier.members != 32) fail("a warp collective needs all 32 lanes");
     auto& slots = warp.slots[current->collectives++ % 2];
     std::memcpy(slots[current->index % 32], &value, sizeof(T));
@@ -204,11 +245,12 @@ struct Index {
 }  // namespace emulation
 
 #define threadIdx (emulation::Index{})
-#define blockIdx (emulation::block_index)
+#define blockIdx (emulation::own_block().index)
 #define gridDim (emulation::grid)
 #define blockDim (emulation::block)
 
-inline void __syncthreads() { emulation::wait(emulation::block_barrier); }
+inline void __syncthreads() { emulation::wait(emulation::own_block().barrier); }
+inline void __syncwarp() { emulation::wait(emulation::warps[emulation::current->warp].barrier); }
 
 template <typename To, typename From>
 inline To bits_as(From from) {

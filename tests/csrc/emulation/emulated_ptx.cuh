@@ -4,11 +4,16 @@
 
 #include <cuda_runtime.h>
 
+#include "emulated_hopper.cuh"
+
+// As in code for sm_90a.
+#define SLICEGPT_HAS_WGMMA (SLICEGPT_ARCH >= 900)
+
 namespace slicegpt::ptx {
 
 using emulation::exchange;
 
-inline unsigned char* dynamic_shared() { return emulation::shared_bytes.data(); }
+inline unsigned char* dynamic_shared() { return emulation::own_block().shared.data(); }
 inline int lane() { return int(emulation::current->index % 32); }
 
 inline void cp_async_16(void* shared, const void* global, int bytes) {
@@ -199,6 +204,10 @@ inline double shuffle(double value, int source) {
     double all[32];
     return exchange(value, all)[source & 31];
 }
+inline int first_lane(int value) {
+    int all[32];
+    return exchange(value, all)[0];
+}
 inline unsigned ballot(bool value) {
     bool all[32];
     exchange(value, all);
@@ -208,22 +217,34 @@ inline unsigned ballot(bool value) {
 }
 
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t,
-           Arguments... arguments) {
+int launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t,
+                    Arguments... arguments) {
     emulation::grid = grid;
     emulation::block = dim3(threads);
-    emulation::shared_bytes.resize(shared + 128);
+    emulation::cluster.resize(size);
+    if (grid.x % unsigned(size)) emulation::fail("a grid of whole clusters");
+    if (shared > emulation::kSharedLimit) emulation::fail("more shared memory than a block can have");
+    for (emulation::Block& block : emulation::cluster) block.shared.resize(shared);
     emulation::body = [=] { kernel(arguments...); };
-    // A GPU starts blocks in any order, and no kernel may depend on it: SLICEGPT_EMULATION_REVERSED=1 runs the last first.
+    // A GPU starts blocks, and the warps of a block, in any order, and no kernel may depend on it:
+    // SLICEGPT_EMULATION_REVERSED=1 runs the last first.
     const char* const wish = std::getenv("SLICEGPT_EMULATION_REVERSED");
-    const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-    for (uint64_t i = 0; i < blocks; ++i) {
-        const uint64_t b = wish && *wish == '1' ? blocks - 1 - i : i;
-        emulation::block_index =
-            dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y));
-        emulation::run_block(threads);
+    emulation::reversed = wish && *wish == '1';
+    const uint64_t clusters = uint64_t(grid.x) * grid.y * grid.z / unsigned(size);
+    for (uint64_t i = 0; i < clusters; ++i) {
+        for (int rank = 0; rank < size; ++rank) {
+            const uint64_t b = (emulation::reversed ? clusters - 1 - i : i) * unsigned(size) + unsigned(rank);
+            emulation::cluster[rank].index =
+                dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y));
+        }
+        emulation::run_cluster(threads);
     }
     return 0;
+}
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+           Arguments... arguments) {
+    return launch_clusters(1, kernel, grid, threads, shared, stream, arguments...);
 }
 template <typename... Parameters, typename... Arguments>
 int launch_overlapped(bool, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,

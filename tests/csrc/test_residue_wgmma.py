@@ -1,0 +1,112 @@
+"""The wgmma kernels of `gram_exact` against the mma.sync kernel, bit for bit, and against exact integers.
+
+In the emulation, and with a GPU of compute capability 9.0 on hardware.
+"""
+
+import pytest
+import torch
+
+from slicegpt.errors import SliceGPTError
+from slicegpt.ops import cuda
+
+# Rows and columns beside a group of 128 and a tile of 256, an even and an odd number of groups, several tiles; up to 64
+# tokens, an odd number of blocks of 64, and (in the emulation) several passes of 128.
+SHAPES = [(1, 1), (64, 63), (191, 130), (257, 257), (65, 577)]
+BOTH = ["sm_90", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+KERNELS = ["wgmma", "wgmma-pairs"]
+
+on_hopper = pytest.mark.parametrize("target", BOTH, indirect=True, scope="session")
+
+
+def values(tokens, columns, dtype=torch.float16, seed=0):
+    """Integers of 12 bits: int64 holds every sum of their products, so that the result must be exact."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2047, 2048, (tokens, columns), generator=generator).to(dtype)
+
+
+def run(backend, monkeypatch, kernel, X, weight=None, **options):
+    monkeypatch.setenv("SLICEGPT_GRAM_EXACT", kernel)
+    C = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64)
+    return backend.gram("exact", C, X, weight, **options)
+
+
+def integers(X):
+    whole = X.long()
+    return (whole.T @ whole).double()
+
+
+@pytest.fixture
+def hopper(backend):
+    if not backend.has_wgmma():
+        pytest.skip("needs compute capability 9.0 and code for sm_90a")
+    return backend
+
+
+@on_hopper
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("order", ["0", "1"], ids=["forwards", "reversed"])
+@pytest.mark.parametrize(("tokens", "columns"), SHAPES)
+def test_equals_integers_and_mma(hopper, monkeypatch, tokens, columns, order, kernel):
+    monkeypatch.setenv("SLICEGPT_EMULATION_REVERSED", order)
+    X = values(tokens, columns)
+    result = run(hopper, monkeypatch, kernel, X)
+    assert torch.equal(result, integers(X))
+    assert torch.equal(result, run(hopper, monkeypatch, "mma", X))
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_any_values(hopper, monkeypatch, dtype):
+    """Groups that need different counts of moduli, tokens that are absent or handed over; a digit count."""
+    X = torch.randn(150, 300, generator=torch.Generator().manual_seed(3)).to(dtype)
+    X[0, :5] = 1e-6
+    X[3, 7] = torch.inf
+    weight = torch.ones(150)
+    weight[5], weight[9] = 0, 0.5
+    for options in ({}, {"digits": 2}):
+        expected = run(hopper, monkeypatch, "mma", X, weight, **options)
+        for kernel in KERNELS:
+            result = run(hopper, monkeypatch, kernel, X, weight, **options)
+            assert torch.equal(result.isnan(), expected.isnan())
+            assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+
+
+@on_hopper
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("order", ["0", "1"], ids=["forwards", "reversed"])
+@pytest.mark.parametrize(("tokens", "columns"), [(512, 3), (1300, 3), (1300, 300)])
+def test_stages_are_used_again(request, hopper, monkeypatch, tokens, columns, order, kernel):
+    """8 and 21 blocks of 64 tokens in one pass, over 8 stages; one group of columns, and three."""
+    monkeypatch.setenv("SLICEGPT_EMULATION_REVERSED", order)
+    if hopper.device == "cpu":
+        monkeypatch.setattr(cuda, "_C", request.getfixturevalue("emulated_build")(90, 1 << 22))
+    X = values(tokens, columns)
+    assert torch.equal(run(hopper, monkeypatch, kernel, X), integers(X))
+
+
+@on_hopper
+def test_automatic_is_mma(hopper, monkeypatch):
+    """And unset is automatic; what nothing but the choice of kernel shows is that each is accepted."""
+    X = values(70, 70)
+    expected = run(hopper, monkeypatch, "mma", X)
+    assert torch.equal(run(hopper, monkeypatch, "auto", X), expected)
+    monkeypatch.delenv("SLICEGPT_GRAM_EXACT")
+    assert torch.equal(hopper.gram("exact", torch.zeros(70, 70, dtype=torch.float64), X), expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("target", ["sm_75"], indirect=True, scope="session")
+def test_refused_elsewhere(backend, monkeypatch, kernel):
+    assert not backend.has_wgmma()
+    with pytest.raises(
+        SliceGPTError, match=r"wgmma kernel needs compute capability 9\.0 and code built for 9\.0a"
+    ):
+        run(backend, monkeypatch, kernel, values(3, 4))
+
+
+def test_unknown_kernel(backend, monkeypatch):
+    with pytest.raises(
+        SliceGPTError, match="SLICEGPT_GRAM_EXACT must be one of auto, mma, wgmma, wgmma-pairs, got 'imma'"
+    ):
+        run(backend, monkeypatch, "imma", values(3, 4))
