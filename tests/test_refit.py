@@ -10,7 +10,7 @@ from slicegpt import refit
 from slicegpt.calibration import CalibrationBatch
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
-from slicegpt.refit import RIDGE, JoinedBatches, Moments, Writer, fit
+from slicegpt.refit import JoinedBatches, Moments, Writer, fit
 from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.slicing import SlicingOptions, slice_model
 

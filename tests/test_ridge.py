@@ -76,7 +76,8 @@ def test_the_walk_ends_between_worse_neighbours(name):
     config = planned(model)
     _, report = slice_model(model, config, batches(), given, held_out=HELD_OUT)
     losses = report.ridge_search
-    assert list(losses) == sorted(losses) and set(losses) <= set(ridge.CANDIDATES)
+    assert list(losses) == sorted(losses)
+    assert set(losses) <= set(ridge.CANDIDATES)
     best = min(losses, key=losses.get)
     assert {entry["ridge"] for entry in report.refit} == {best}
     place = ridge.CANDIDATES.index(best)

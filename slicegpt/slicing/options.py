@@ -63,8 +63,8 @@ class SlicingReport:
         tokens: of the calibration, padding left out.
         seconds: of each stage.
         eigenvalues: [D] for each boundary; None where none were needed.
-        refit: for each refitted block its λ, and the fraction of its squared error, before the fit, that the fit leaves.
-        ridge_search: where λ was searched for, the loss of each candidate, in nats a token above the dense model's.
+        refit: for each refitted block its λ, and the fraction of its squared error, before the fit, that is left.
+        ridge_search: where λ was searched for, the held-out loss of each candidate, in nats a token.
     """
 
     tokens: int = 0
