@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_slicing import sliced
+from sliced_models import FORMS, LENGTHS, network
 from tiny_models import CASES, left_padding, relative_error, tiny_model, token_ids
 
 from slicegpt.bench.models import random_model
@@ -12,24 +12,6 @@ from slicegpt.runtime import Runtime, Sampling, packing, to_canonical
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.network import Network
 from slicegpt.runtime.packing import pack
-
-FORMS = ["dense", "compact", "dense shortcuts", "varying", "head"]
-LENGTHS = [12, 7, 3]
-
-
-def network(case: str, form: str, dtype: torch.dtype = torch.float64):
-    """A dense Hugging Face model, or one sliced from it (48 columns)."""
-    model = tiny_model(case, dtype)
-    if form == "dense":
-        return model
-    widths = [44, 40, 40, 44] if case == "phi" else [40, 36, 40, 44, 32, 48, 48]
-    arguments = {
-        "compact": {"widths": 36},
-        "dense shortcuts": {"widths": 36, "shortcut": "dense"},
-        "varying": {"widths": widths},
-        "head": {"widths": 40, "slice_head": True},
-    }[form]
-    return sliced(model, dtype=dtype, **arguments)[0]
 
 
 @torch.no_grad()
