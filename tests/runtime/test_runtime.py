@@ -9,9 +9,7 @@ from slicegpt.bench.models import random_model
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig
 from slicegpt.runtime import Runtime, Sampling, packing, to_canonical
-from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.network import Network
-from slicegpt.runtime.packing import pack
 
 
 @torch.no_grad()
@@ -298,32 +296,7 @@ def test_errors_of_the_runtime():
             Runtime(plain, **arguments)
 
 
-# --- torch.compile, and the GPU -----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_the_plain_model_compiles_without_graph_breaks():
-    plain, ids = network("llama", "compact"), token_ids()
-    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
-    assert relative_error(compiled(ids, use_cache=False).logits, plain(ids).logits) < 1e-12
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("case", ["llama", "phi"])
-def test_the_fused_operators_compile_without_graph_breaks(case):
-    """The whole forward pass, from token ids to logits, attention and cache included."""
-    plain, ids = network(case, "compact"), token_ids()
-    packed = pack(plain)
-    fused = Network(packed, through_operators=True)
-    cache = KVCache.allocate(plain.config, 3, 12, packed.dtype, packed.device)
-    positions = torch.arange(12).expand(3, -1)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def forward(ids, positions):
-        step = GrowingStep(cache, 12, fused.angles(positions), 0, False)
-        return fused.logits(*fused.blocks(fused.embed(ids, positions), step))
-
-    assert relative_error(forward(ids, positions).view(3, 12, -1), plain(ids).logits) < 1e-12
+# --- the GPU -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
