@@ -3,17 +3,25 @@
     python -m slicegpt.bench.bench_rotation --json results.json
     python -m slicegpt.bench.bench_rotation --models llama-2-7b --slices 0 0.25 --rows 1 8192
     pytest bench/bench_rotation.py --benchmark-only
+    SLICEGPT_BENCH_MODELS=all pytest bench/bench_rotation.py --benchmark-only -k "T8192 and fused"
 
 "cold" calls take turns over copies of the inputs that together exceed the last cache four times, so that weights come
 from memory, as they do in a model; "warm" repeats one copy. On a GPU every method is captured into a CUDA graph: host
-time is not part of the figures. "bound" is the roofline over the cold time. Each result is first compared with float64.
+time is not part of the figures. "bound" is the roofline over the cold time; a CPU's peaks are measured when it starts.
+Each result is first compared with float64.
+
+pytest takes all models and sizes on a GPU, until SLICEGPT_BENCH_SECONDS (1800) are over, and a quick subset on a CPU;
+SLICEGPT_BENCH_MODELS names models instead, at all sizes: with spaces between them, or all.
 """
 
 import argparse
+import os
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 
 import pytest
 import torch
@@ -49,6 +57,7 @@ COLUMNS = [
     "shortcut",
     "part",
     "T",
+    "dtype",
     "method",
     "cold us",
     "warm us",
@@ -61,9 +70,9 @@ COLUMNS += ["TFLOP/s", "GB/s", "bound", "error"]
 # --- timing -------------------------------------------------------------------------------------------------
 
 
-def copies_for(launch: Launch, rows: int) -> int:
+def copies_for(launch: Launch, rows: int, dtype: torch.dtype) -> int:
     """So many sets of inputs that four times the last cache passes before one is read again."""
-    bytes_a_call = least_bytes(launch, rows, DTYPE.itemsize)
+    bytes_a_call = least_bytes(launch, rows, dtype.itemsize)
     return max(2, min(MAX_COPIES, -(-4 * last_level_cache(DEVICE) // bytes_a_call)))
 
 
@@ -114,11 +123,13 @@ def medians(runs: dict[str, Run], rounds: int) -> dict[str, float]:
     return {name: statistics.median(of_one) for name, of_one in times.items()}
 
 
-def cold_and_warm(launch: Launch, rows: int, compiled: bool, rounds: int) -> dict[str, tuple[float, float]]:
+def cold_and_warm(
+    launch: Launch, rows: int, dtype: torch.dtype, compiled: bool, rounds: int
+) -> dict[str, tuple[float, float]]:
     """Seconds of one call of each method."""
-    copies = copies_for(launch, rows)
+    copies = copies_for(launch, rows, dtype)
     sets = [
-        methods(launch, make_inputs(launch, rows, DTYPE, DEVICE, seed), compiled) for seed in range(copies)
+        methods(launch, make_inputs(launch, rows, dtype, DEVICE, seed), compiled) for seed in range(copies)
     ]
     cold = {name: sequence([one[name] for one in sets]) for name in sets[0]}
     warm = {name: sequence([sets[0][name]] * copies) for name in sets[0]}
@@ -130,13 +141,14 @@ def cold_and_warm(launch: Launch, rows: int, compiled: bool, rounds: int) -> dic
 
 
 def measure(
-    model: str, size: tuple[float, str], launch: Launch, rows: int, device: Device | None, options
-) -> Iterator[dict]:
-    times = cold_and_warm(launch, rows, options.compile, options.rounds)
-    inputs = make_inputs(launch, rows, DTYPE, DEVICE, seed=1000)
+    model: str, size: tuple[float, str], launch: Launch, rows: int, dtype: torch.dtype,
+    device: Device | None, options,
+) -> Iterator[dict]:  # fmt: skip
+    times = cold_and_warm(launch, rows, dtype, options.compile, options.rounds)
+    inputs = make_inputs(launch, rows, dtype, DEVICE, seed=1000)
     comparable = [name for name in times if not name.startswith("plain") and "compile" not in name]
     errors = relative_errors(launch, inputs, comparable)
-    bound = bound_seconds(launch, rows, DTYPE, device) if device else None
+    bound = bound_seconds(launch, rows, dtype, device) if device else None
     for name, (cold, warm) in times.items():
         # A kernel of ours is compared with our own plain product: what its epilogue and second source cost.
         plain = times.get("plain GEMM, Triton" if name == "fused, Triton" else "plain GEMM, library")
@@ -149,28 +161,29 @@ def measure(
             "T": rows,
             "columns": launch.columns,
             "inner": launch.inner if isinstance(launch, NormLinearShape) else launch.total_inner,
-            "dtype": str(DTYPE).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "method": name,
             "cold us": 1e6 * cold,
             "warm us": 1e6 * warm,
             "of unfused": cold / times["unfused torch"][0],
             "of plain": cold / plain[0],
             "TFLOP/s": operations(launch, rows) / cold / 1e12,
-            "GB/s": least_bytes(launch, rows, DTYPE.itemsize) / cold / 1e9,
+            "GB/s": least_bytes(launch, rows, dtype.itemsize) / cold / 1e9,
             "bound": f"{100 * bound / cold:.0f} %" if bound else None,
             "error": errors.get(name),
-            "correct": is_correct(name, errors, DTYPE) if name in errors else None,
+            "correct": is_correct(name, errors, dtype) if name in errors else None,
         }
 
 
-def chosen(options) -> Iterator[tuple[str, tuple[float, str], Launch, int]]:
+def chosen(options) -> Iterator[tuple[str, tuple[float, str], Launch, int, torch.dtype]]:
     sizes = [
         size for size in SIZES if size[0] in options.slices and size[1] in (*options.shortcuts, "identity")
     ]
     for model in options.models:
         for size in sizes:
             for launch in launches(model, *size):
-                yield from ((model, size, launch, rows) for rows in options.rows)
+                for rows in options.rows:
+                    yield from ((model, size, launch, rows, getattr(torch, name)) for name in options.dtype)
 
 
 def main() -> None:
@@ -182,6 +195,12 @@ def main() -> None:
     parser.add_argument("--slices", nargs="+", type=float, default=[0.0, 0.25])
     parser.add_argument("--shortcuts", nargs="+", choices=["compact", "dense"], default=["compact", "dense"])
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="tokens a call")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=["float16", "bfloat16", "float32"],
+        default=[str(DTYPE).removeprefix("torch.")],
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="start no further shape after so long"
@@ -219,13 +238,24 @@ def main() -> None:
 
 # --- pytest-benchmark ---------------------------------------------------------------------------------------
 
-CASES = [
-    (model, size, launch, rows)
-    for model in QUICK_MODELS
-    for size in QUICK_SIZES
-    for launch in launches(model, *size)
-    for rows in ROWS
-]
+BEGAN = time.monotonic()
+SECONDS = float(os.environ.get("SLICEGPT_BENCH_SECONDS", "1800"))
+METHODS = ["fused", "unfused torch", "unfused, addmm", "unfused, torch.compile", "plain GEMM, library"]
+METHODS += ["fused, Triton", "plain GEMM, Triton"] if ON_GPU else []
+
+
+def cases(names: str, on_gpu: bool) -> list[tuple[str, tuple[float, str], Launch, int]]:
+    """What pytest measures. names: of models with spaces between them, or all; empty for the device's default."""
+    models = names.split() or ["all" if on_gpu else "quick"]
+    chosen_models = {"all": MODELS, "quick": QUICK_MODELS}.get(models[0], models)
+    sizes = QUICK_SIZES if models == ["quick"] else SIZES
+    return [
+        (model, size, launch, rows)
+        for model in chosen_models
+        for size in sizes
+        for launch in launches(model, *size)
+        for rows in ROWS
+    ]
 
 
 def name_of(case) -> str:
@@ -233,14 +263,29 @@ def name_of(case) -> str:
     return f"{model}-{100 * size[0]:.0f}-{size[1]}-{launch.part.replace(' ', '_')}-T{rows}"
 
 
-@pytest.mark.parametrize("method", ["fused", "unfused torch", "unfused, addmm", "plain GEMM, library"])
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@lru_cache
+def peaks() -> Device | None:
+    """Measured once on a CPU."""
+    return current_device()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", cases(os.environ.get("SLICEGPT_BENCH_MODELS", ""), ON_GPU), ids=name_of)
+@torch.inference_mode()
 def test_rotation(benchmark, case, method):
     _, _, launch, rows = case
-    inputs: Inputs = make_inputs(launch, rows, DTYPE, DEVICE)
-    runs = methods(launch, inputs, compiled=False)
-    if method not in runs:
+    if time.monotonic() - BEGAN > SECONDS:
+        pytest.skip(f"not measured: SLICEGPT_BENCH_SECONDS={SECONDS:.0f} are over")
+    compiled = method == "unfused, torch.compile"
+    if method == "unfused, addmm" and isinstance(launch, NormLinearShape):
         pytest.skip("not for this operator")
+    if compiled and not ON_GPU and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    device = peaks()
+    inputs: Inputs = make_inputs(launch, rows, DTYPE, DEVICE)
+    runs = methods(launch, inputs, compiled)
+    if method not in runs:
+        pytest.skip("not on this device")
     run = runs[method]
 
     def call():
@@ -249,11 +294,12 @@ def test_rotation(benchmark, case, method):
             torch.cuda.synchronize()
 
     benchmark.pedantic(call, rounds=10, warmup_rounds=2)
-    device = current_device() if ON_GPU else None
     benchmark.extra_info["TFLOP/s"] = operations(launch, rows) / benchmark.stats.stats.median / 1e12
     if device:
         bound = bound_seconds(launch, rows, DTYPE, device)
         benchmark.extra_info["fraction of bound"] = bound / benchmark.stats.stats.median
+    if compiled:
+        torch._dynamo.reset()  # each shape is compiled on its own: no limit of recompilations is met
 
 
 if __name__ == "__main__":

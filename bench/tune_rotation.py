@@ -60,7 +60,7 @@ def tune(
     }
     least = min(cycles.values())
     configs = [config for config in cycles if cycles[config] <= HOPELESS * least]
-    copies = copies_for(launch, rows)
+    copies = copies_for(launch, rows, DTYPE)
     sets = [make_inputs(launch, rows, DTYPE, torch.device("cuda"), seed) for seed in range(copies)]
     times = _times(configs, launch, sets, rounds)
     winner = min(times, key=times.get)

@@ -91,12 +91,27 @@ def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def normal_cdf(x):
+    """(1 + erf(x / sqrt(2))) / 2 by Abramowitz and Stegun 7.1.26: within 7.5e-8, with float32's roundings 3e-7.
+
+    `tl.erf` chooses between two polynomials: holding both sets of coefficients for a whole tile spilled registers.
+    """
+    size = tl.abs(x)
+    t = 1.0 / (1.0 + 0.23164190 * size)
+    polynomial = t * (
+        0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
+    )
+    tail = polynomial * tl.exp(-0.5 * size * size)
+    return tl.where(x < 0.0, tail, 1.0 - tail)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """relu, gelu (erf), gelu_tanh, silu or none of float32 values."""
     if ACTIVATION == "relu":
         return tl.where(x < 0.0, 0.0, x)  # keeps NaN, as torch does
     elif ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * normal_cdf(x)
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid(2 u)
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

@@ -112,13 +112,14 @@ def _fused(options: argparse.Namespace, model, tokenizer, inputs, streamer) -> t
         sampling = Sampling(True, options.temperature, options.top_k, options.top_p)
     length = inputs["input_ids"].shape[1] + options.max_new_tokens
     runtime = Runtime(model, max_length=length, release=True)
-    new_tokens: list[int] = []
     start = time.perf_counter()
-    streamer.put(inputs["input_ids"])
-    for token in runtime.stream(
-        inputs["input_ids"], inputs["attention_mask"], options.max_new_tokens, sampling, options.seed
-    ):
-        streamer.put(token)
-        new_tokens += token.tolist()
-    streamer.end()
-    return new_tokens, time.perf_counter() - start
+    output = runtime.generate(
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        options.max_new_tokens,
+        sampling,
+        options.seed,
+        streamer=streamer,
+    )
+    seconds = time.perf_counter() - start
+    return output[0, inputs["input_ids"].shape[1] :].tolist(), seconds

@@ -2,7 +2,8 @@
 
 from slicegpt.runtime.canonical import to_canonical
 from slicegpt.runtime.engine import Runtime
+from slicegpt.runtime.fused_layers import fuse_layers, unfuse_layers
 from slicegpt.runtime.packing import PackedNetwork, pack
 from slicegpt.runtime.sampling import Sampling
 
-__all__ = ["PackedNetwork", "Runtime", "Sampling", "pack", "to_canonical"]
+__all__ = ["PackedNetwork", "Runtime", "Sampling", "fuse_layers", "pack", "to_canonical", "unfuse_layers"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation import BaseStreamer
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import cpu_decode
@@ -135,9 +136,24 @@ class Runtime:
         sampling: Sampling | None = None,
         seed: int | None = None,
         ignore_eos: bool = False,
+        streamer: BaseStreamer | None = None,
     ) -> Tensor:
-        """Prompt and answer, [batch, prompt + new tokens] int64 on the model's device; see `stream`."""
-        new = list(self.stream(input_ids, attention_mask, max_new_tokens, sampling, seed, ignore_eos))
+        """Prompt and answer, [batch, prompt + new tokens] int64 on the model's device; see `stream`.
+
+        streamer: what transformers' `generate` takes, told the same: `put(prompt)` [batch, tokens] before anything is
+        computed, `put(token)` [batch] for every token as it comes, `end()`, all on the host. How many rows it takes it
+        knows itself: `TextStreamer` raises a ValueError for more than one.
+        """
+        tokens = self.stream(input_ids, attention_mask, max_new_tokens, sampling, seed, ignore_eos)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        new = []
+        for token in tokens:
+            if streamer is not None:
+                streamer.put(token)
+            new.append(token)
+        if streamer is not None:
+            streamer.end()
         return torch.cat((input_ids.to(self.device), torch.stack(new, dim=1).to(self.device)), dim=1)
 
     def stream(

@@ -152,11 +152,6 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
     Errors: `SliceGPTError` for an activation or a rotary variant that the fused operators do not have.
     """
     config, trunk = model.config, model.model
-    if config.hidden_act not in ACTIVATION_NAMES or (config.gated_mlp and config.hidden_act == "relu"):
-        gated = "gated " if config.gated_mlp else ""
-        raise SliceGPTError(
-            f"runtime: {gated}activation {config.hidden_act!r} is not supported; use the plain model"
-        )
     embedding = trunk.embed_tokens.weight.detach()
     rotary = None
     if trunk.rotary_emb is not None:
@@ -167,14 +162,7 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
         rotary = rotary_table(trunk.rotary_emb, embedding, max_positions or config.max_position_embeddings)
     blocks: list[PackedBlock] = []
     for layer in trunk.layers:
-        if config.parallel_blocks:
-            parts = [(layer.input_norm, (layer.self_attn, layer.mlp), layer.shortcut)]
-        else:
-            parts = [
-                (layer.input_norm, (layer.self_attn,), layer.attention_shortcut),
-                (layer.mlp_norm, (layer.mlp,), layer.mlp_shortcut),
-            ]
-        blocks += [_pack_block(config, *part) for part in parts]
+        blocks += pack_layer(config, layer)
         if release:
             layer.to("meta")
     scale, head_projection, head = _pack_head(model)
@@ -193,6 +181,27 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
         head_projection=head_projection,
         head=head,
     )
+
+
+@torch.no_grad()
+def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...]:
+    """The one or two blocks of a decoder layer.
+
+    Errors: `SliceGPTError` for an activation that the fused operators do not have.
+    """
+    if config.hidden_act not in ACTIVATION_NAMES or (config.gated_mlp and config.hidden_act == "relu"):
+        gated = "gated " if config.gated_mlp else ""
+        raise SliceGPTError(
+            f"runtime: {gated}activation {config.hidden_act!r} is not supported; use the plain model"
+        )
+    if config.parallel_blocks:
+        parts = [(layer.input_norm, (layer.self_attn, layer.mlp), layer.shortcut)]
+    else:
+        parts = [
+            (layer.input_norm, (layer.self_attn,), layer.attention_shortcut),
+            (layer.mlp_norm, (layer.mlp,), layer.mlp_shortcut),
+        ]
+    return tuple(_pack_block(config, *part) for part in parts)
 
 
 def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:

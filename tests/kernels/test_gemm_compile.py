@@ -40,10 +40,19 @@ def config_for(op: str, capability: int, dtype: str, rows: int) -> GemmConfig:
     return rotate_add_config(device, dtype, rows, 3072, 11008 + 3072 if dense else 12032, dense)
 
 
-def build(op: str, capability: int, dtype: str, config: GemmConfig, sums: bool = False):
+def build(
+    op: str,
+    capability: int,
+    dtype: str,
+    config: GemmConfig,
+    sums: bool = False,
+    activation: str | None = None,
+    has_z: bool = True,
+):
     """The compiled kernel; sizes and strides are multiples of 16, as those of real models are.
 
-    sums: the tiles add up the sums of squares themselves. Gated MLPs have no biases.
+    sums: the tiles add up the sums of squares themselves. Gated MLPs have no biases. activation: where not given
+    gelu_tanh, silu of a gated launch.
     """
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
 
@@ -60,10 +69,10 @@ def build(op: str, capability: int, dtype: str, config: GemmConfig, sums: bool =
         weight = operand(2, block_n // 2, block_k) if gated and config.tma else operand(block_n, block_k)
         types |= {"h": operand(block_m, block_k), "weight": weight, "z_weight": weight, "sums": "*fp32"}
         types |= {"divisor": "fp32", "eps": "fp32"}
-        constants |= {"GATED": gated, "HAS_Z": True, "CHUNKS": 3 if sums else 0}
-        constants["ACTIVATION"] = "silu" if gated else "gelu_tanh"
+        constants |= {"GATED": gated, "HAS_Z": has_z, "CHUNKS": 3 if sums else 0}
+        constants["ACTIVATION"] = activation or ("silu" if gated else "gelu_tanh")
         absent = {"bias"} if gated else set()
-        absent |= set() if gated and config.tma else {"z_weight"}
+        absent |= set() if gated and config.tma and has_z else {"z_weight"}
     else:
         kernel = rotate_add._rotate_add
         sources = {"a": block_m, "weight": block_n, "stream": block_m, "shortcut": block_n}
@@ -82,9 +91,9 @@ def build(op: str, capability: int, dtype: str, config: GemmConfig, sums: bool =
 
 
 def check(
-    op: str, capability: int, dtype: str, config: GemmConfig, sums: bool = False, may_spill: bool = False
+    op: str, capability: int, dtype: str, config: GemmConfig, may_spill: bool = False, **options
 ) -> None:
-    compiled = build(op, capability, dtype, config, sums)
+    compiled = build(op, capability, dtype, config, **options)
     sass, resources = disassemble(compiled.asm["cubin"])
     if may_spill:
         # The assembler may keep a number or two of the tile loop in local memory, but nothing amid the products.
@@ -111,12 +120,33 @@ LARGE = [
     *((op, 80, "bf16") for op in OPS),
     ("norm_linear_gated", 90, "fp16"), ("rotate_add_dense", 80, "fp16"),
     ("norm_linear", 90, "fp32"), ("rotate_add_dense", 90, "fp32"), ("rotate_add", 80, "fp32"),
+    ("norm_linear", 80, "fp16"), ("norm_linear_gated", 80, "fp32"), ("rotate_add", 90, "fp16"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("op", "capability", "dtype"), LARGE)
 def test_prefill(op, capability, dtype):
     check(op, capability, dtype, config_for(op, capability, dtype, rows=8192))
+
+
+# With what `test_prefill` compiles (gelu_tanh and gated silu with z columns) every activation, with z or without.
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("activation", "has_z"),
+    [
+        ("none", True),
+        ("relu", False),
+        ("gelu", True),
+        ("silu", False),
+        ("gelu_gated", True),
+        ("gelu_tanh_gated", False),
+        ("silu_gated", False),
+    ],
+)
+def test_activations(activation, has_z, capability):
+    op = "norm_linear_gated" if activation.endswith("_gated") else "norm_linear"
+    config = config_for(op, capability, "bf16", rows=8192)
+    check(op, capability, "bf16", config, activation=activation.removesuffix("_gated"), has_z=has_z)
 
 
 @pytest.mark.parametrize(

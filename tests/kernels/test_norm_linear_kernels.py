@@ -1,5 +1,6 @@
 """The Triton kernel of `norm_linear`: in the interpreter, and on a GPU where there is one, against float64."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -48,6 +49,23 @@ def test_epilogues(run, activation, tma, dtype):
     config = replace(SMALL, tma=tma)
     check(run, h, 72, 24, activation, config=config)
     check(run, h, 72, 0, activation, bias=False, sums=False, config=config)
+
+
+# d, n_scaled and z: every width even, or every one odd (of a gated launch the halves, as gate and up are equal).
+EVEN, ODD_WIDTHS = (32, 44, 10), (33, 41, 9)
+
+
+@pytest.mark.parametrize("widths", [EVEN, ODD_WIDTHS], ids=["even", "odd"])
+@pytest.mark.parametrize("has_z", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_combination(run, activation, has_z, widths):
+    """Every activation with and without z columns, biases and given sums of squares, at even and at odd widths."""
+    inner, n_scaled, z = widths
+    if activation in reference.GATED:
+        n_scaled += n_scaled % 2
+    h = normal(5, inner, dtype=torch.float32, seed=0)
+    for bias, sums in itertools.product((True, False), repeat=2):
+        check(run, h, n_scaled, z * has_z, activation, bias=bias, sums=sums)
 
 
 # T, d, n_scaled, z: nothing a multiple of anything, single rows and columns, and no scaled or no z columns.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from gemm_bounds import assert_sums, assert_within, normal, rotate_add_bound
+from gemm_bounds import assert_sums, assert_within, norm_linear_bound, normal, rotate_add_bound, sum_error
 
 from slicegpt.kernels import rotate_add as kernel
 from slicegpt.kernels.gemm_config import GemmConfig, candidates
@@ -50,6 +50,48 @@ def test_epilogues(run, dense, tma, dtype, block_n):
     config = replace(SMALL, tma=tma, block_n=block_n)
     check(run, a, h, 104, dense, config=config)
     check(run, a, h, 64, dense, bias=False, config=config)
+
+
+@pytest.mark.parametrize("odd", [0, 1], ids=["even", "odd"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shortcut", ["identity", "compact", "wider compact", "dense", "narrower dense"])
+def test_every_combination(interpreter, run, shortcut, bias, odd):
+    """Every shortcut with and without biases, at even and at odd widths; its sums of squares feed `norm_linear`.
+
+    A compact one is compared with the shortcut `[I - F Fᵀ, 0]` written out, z coming from `norm_linear`.
+    """
+    inner, width, rank = 20 + odd, 44 + odd, 6 + odd
+    columns = width + {"wider compact": 8 + odd, "narrower dense": -9 - odd}.get(shortcut, 0)
+
+    def random(*shape, seed):
+        return normal(*shape, dtype=torch.float32, seed=seed) / shape[-1] ** 0.5
+
+    h, a, weight = random(5, width, seed=0), random(5, inner, seed=1), random(columns, inner, seed=2)
+    shift = random(columns, seed=3) if bias else None
+    given, written_out, joined = None, torch.eye(columns, width), weight
+    if "dense" in shortcut:
+        given = written_out = random(columns, width, seed=4)
+    if "compact" in shortcut:
+        factor = random(rank, width, seed=5)
+        padded = torch.nn.functional.pad(factor, (0, columns - width))
+        written_out = (written_out.double() - padded.double().mT @ factor.double()).float()
+        both = torch.cat((random(inner, width, seed=6), factor))
+        a = interpreter(
+            "slicegpt.kernels.norm_linear", "norm_linear", h, both, None, None, inner, "none", width, 1e-5
+        )
+        joined = torch.cat((weight, -padded.mT), dim=1)
+    h_next, sumsq = run(a, joined, h, given, shift)
+    expected, bound = rotate_add_bound(a[:, :inner], weight, h, written_out, shift)
+    if "compact" in shortcut:
+        # z is rounded as it is stored, and both products of F are sums of float32; S was rounded to float32 as well.
+        size = h.abs().double() @ (torch.eye(width) + factor.abs().mT @ factor.abs()).double()
+        bound[:, :width] += sum_error(size, 2 * width + rank)
+    assert_within(h_next, expected, bound)
+    assert_sums(sumsq, h_next)
+    reader = random(8, columns, seed=7)
+    arguments = (h_next, reader, None, sumsq, 8, "none", float(columns), 1e-5)
+    actual = interpreter("slicegpt.kernels.norm_linear", "norm_linear", *arguments)
+    assert_within(actual, *norm_linear_bound(h_next, reader, None, 8, "none", float(columns), 1e-5))
 
 
 # T, K, d, d': nothing a multiple of anything, single rows and columns, an empty source.

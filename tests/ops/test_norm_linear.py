@@ -240,14 +240,29 @@ def test_the_choice_is_logged_once(caplog):
 # --- torch.compile, and the GPU -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["none", "silu_gated"])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_opcheck(rows, activation):
-    h, weight = normal(rows, 40, dtype=torch.float32), normal(10, 40, dtype=torch.float32)
-    for bias, sums in ((None, None), (torch.ones(8), h.square())):
-        torch.library.opcheck(
-            torch.ops.slicegpt.norm_linear.default, (h, weight, bias, sums, 8, activation, 40.0, 1e-5)
-        )
+# Each family of activations with what it may lack: rows, a bias, given sums, scaled columns, z columns.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("activation", "rows", "n_scaled", "bias", "sums"),
+    [
+        ("none", 1, 8, False, False),
+        ("none", 3, 0, False, False),
+        ("relu", 3, 10, True, True),
+        ("gelu", 0, 8, True, True),
+        ("gelu_tanh", 3, 8, True, False),
+        ("silu", 1, 8, True, True),
+        ("silu_gated", 3, 8, False, True),
+        ("silu_gated", 0, 8, False, False),
+        ("gelu_gated", 1, 10, True, False),
+        ("gelu_tanh_gated", 3, 8, True, True),
+    ],
+)
+def test_opcheck(activation, rows, n_scaled, bias, sums, dtype):
+    h, weight = normal(rows, 40, dtype=dtype), normal(10, 40, dtype=dtype)
+    shift = torch.ones(n_scaled, dtype=dtype) if bias else None
+    given = reference.block_sums_of_squares(h.float()) if sums else None
+    arguments = (h, weight, shift, given, n_scaled, activation, 40.0, 1e-5)
+    torch.library.opcheck(torch.ops.slicegpt.norm_linear.default, arguments)
 
 
 def test_compiles_without_graph_breaks():

@@ -7,6 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 from slicegpt.cli import main
+from slicegpt.runtime import Runtime
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,30 @@ def test_same_text(folder, tmp_path, capsys):
     assert (fused["text"], fused["tokens"]) == (plain["text"], plain["tokens"])
     assert fused["runtime"] == "fused"
     assert fused["text"].strip() in printed
+
+
+def test_text_is_printed_before_the_end(folder, monkeypatch, capsys):
+    """What had been printed when each step of the decoder began: it grows from one to the next."""
+    printed, make = [""], Runtime.new_decoder
+
+    def new_decoder(*arguments):
+        decoder = make(*arguments)
+        step = decoder.step
+
+        def watched():
+            printed.append(printed[-1] + capsys.readouterr().out)
+            return step()
+
+        decoder.step = watched
+        return decoder
+
+    monkeypatch.setattr(Runtime, "new_decoder", new_decoder)
+    arguments = ["generate", str(folder), "--prompt", "The for statement", "--runtime", "fused"]
+    assert main([*arguments, "--max-new-tokens", "12"]) == 0
+    whole = printed[-1] + capsys.readouterr().out
+    assert len(printed) == 12
+    assert 3 <= len(set(printed)) <= 12
+    assert all(whole.startswith(part) for part in printed)
 
 
 def test_sampling_follows_the_seed(folder, tmp_path, capsys):

@@ -2,34 +2,14 @@
 
 import pytest
 import torch
-from test_slicing import sliced
+from sliced_models import FORMS, LENGTHS, network
 from tiny_models import CASES, left_padding, relative_error, tiny_model, token_ids
 
 from slicegpt.bench.models import random_model
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig
 from slicegpt.runtime import Runtime, Sampling, packing, to_canonical
-from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.network import Network
-from slicegpt.runtime.packing import pack
-
-FORMS = ["dense", "compact", "dense shortcuts", "varying", "head"]
-LENGTHS = [12, 7, 3]
-
-
-def network(case: str, form: str, dtype: torch.dtype = torch.float64):
-    """A dense Hugging Face model, or one sliced from it (48 columns)."""
-    model = tiny_model(case, dtype)
-    if form == "dense":
-        return model
-    widths = [44, 40, 40, 44] if case == "phi" else [40, 36, 40, 44, 32, 48, 48]
-    arguments = {
-        "compact": {"widths": 36},
-        "dense shortcuts": {"widths": 36, "shortcut": "dense"},
-        "varying": {"widths": widths},
-        "head": {"widths": 40, "slice_head": True},
-    }[form]
-    return sliced(model, dtype=dtype, **arguments)[0]
 
 
 @torch.no_grad()
@@ -316,32 +296,7 @@ def test_errors_of_the_runtime():
             Runtime(plain, **arguments)
 
 
-# --- torch.compile, and the GPU -----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_the_plain_model_compiles_without_graph_breaks():
-    plain, ids = network("llama", "compact"), token_ids()
-    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
-    assert relative_error(compiled(ids, use_cache=False).logits, plain(ids).logits) < 1e-12
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("case", ["llama", "phi"])
-def test_the_fused_operators_compile_without_graph_breaks(case):
-    """The whole forward pass, from token ids to logits, attention and cache included."""
-    plain, ids = network(case, "compact"), token_ids()
-    packed = pack(plain)
-    fused = Network(packed, through_operators=True)
-    cache = KVCache.allocate(plain.config, 3, 12, packed.dtype, packed.device)
-    positions = torch.arange(12).expand(3, -1)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def forward(ids, positions):
-        step = GrowingStep(cache, 12, fused.angles(positions), 0, False)
-        return fused.logits(*fused.blocks(fused.embed(ids, positions), step))
-
-    assert relative_error(forward(ids, positions).view(3, 12, -1), plain(ids).logits) < 1e-12
+# --- the GPU -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

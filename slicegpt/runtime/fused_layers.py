@@ -1,0 +1,111 @@
+"""The fused operators inside the plain model: its layers call `norm_linear` and `rotate_add` on packed weights.
+
+For those who want transformers' `generate()`, its caches and `torch.compile(fullgraph=True)` around our operators;
+`Runtime` is faster. Embedding, final norm, head and attention itself stay what they are.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from slicegpt import ops
+from slicegpt.errors import SliceGPTError
+from slicegpt.modeling import SlicedForCausalLM
+from slicegpt.modeling.layers import SlicedAttention
+from slicegpt.runtime.packing import PackedBlock, pack_layer
+
+
+@torch.no_grad()
+def fuse_layers(model: SlicedForCausalLM, release: bool = False) -> SlicedForCausalLM:
+    """Let the layers of `model` call the fused operators, in place; returns `model`.
+
+    For inference, under `torch.no_grad()`: the operators have no gradients. The packed weights are a copy on the
+    model's present device: what is done to the parameters afterwards is not seen until the next call. The modules and
+    their parameters stay, so `save_pretrained` writes what it did before. Attention probabilities cannot be recorded
+    (`output_attentions`). `unfuse_layers` goes back.
+
+    Args:
+        model: in float16, bfloat16, float32 or float64.
+        release: take each layer's weights out of `model` once they are packed, so that they are never held twice;
+            then there is no way back, and nothing to save.
+
+    Raises:
+        SliceGPTError: not a `SlicedForCausalLM` (see `to_canonical`), or an activation without a fused form.
+    """
+    if not isinstance(model, SlicedForCausalLM):
+        raise SliceGPTError(
+            f"fuse_layers: model must be a SlicedForCausalLM, got {type(model).__name__}; see to_canonical"
+        )
+    for layer in model.model.layers:
+        blocks = pack_layer(model.config, layer)
+        layer.forward = _FusedForward(layer.self_attn, blocks)
+        if release:
+            layer.to("meta")
+    return model
+
+
+def unfuse_layers(model: SlicedForCausalLM) -> SlicedForCausalLM:
+    """The layers' own forward passes again, in place; returns `model`."""
+    for layer in model.model.layers:
+        layer.__dict__.pop("forward", None)
+    return model
+
+
+class _Columns(nn.Module):
+    """Stands for a projection whose result lies in these columns of rows that are computed already."""
+
+    def __init__(self, first: int, last: int):
+        super().__init__()
+        self.first, self.last = first, last
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows[..., self.first : self.last]
+
+
+def _attention_of_rows(module: SlicedAttention) -> SlicedAttention:
+    """The same attention, of [batch, tokens, v | k | q | z] to [batch, tokens, attended]: no projections of its own."""
+    clone = copy.copy(module)
+    # The copy shares the modules' dictionary; the norms must outlive a release of the original's weights.
+    clone._modules = {name: copy.deepcopy(module._modules[name]) for name in ("q_norm", "k_norm")}
+    keys, queries = module.k_proj.out_features, module.q_proj.out_features
+    clone.v_proj, clone.k_proj = _Columns(0, keys), _Columns(keys, 2 * keys)
+    clone.q_proj, clone.o_proj = _Columns(2 * keys, 2 * keys + queries), nn.Identity()
+    return clone
+
+
+class _FusedForward:
+    """The forward pass of a layer: `forward(hidden_states, **kwargs)`, [batch, tokens, d] to [batch, tokens, d']."""
+
+    def __init__(self, attention: SlicedAttention, blocks: tuple[PackedBlock, ...]):
+        self.attention = _attention_of_rows(attention)
+        self.end = 2 * attention.k_proj.out_features + attention.q_proj.out_features
+        self.blocks = blocks
+
+    def __call__(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            raise SliceGPTError(
+                "fused layers: must run under torch.no_grad(), got a stream that requires grad"
+            )
+        shape, stream, sums = hidden_states.shape[:-1], hidden_states.flatten(0, -2), None
+        for block in self.blocks:
+            stream, sums = self._block(block, stream, sums, shape, kwargs)
+        return stream.unflatten(0, shape)
+
+    def _block(
+        self, block: PackedBlock, stream: Tensor, sums: Tensor | None, shape: torch.Size, kwargs: dict
+    ) -> tuple[Tensor, Tensor]:
+        pieces = []
+        for one in block.inputs:
+            rows = ops.norm_linear(
+                stream, one.weight, one.bias, sums, one.n_scaled, one.activation, block.width, block.eps
+            )
+            if one.attention is None:
+                pieces.append(rows)
+                continue
+            attended, _ = self.attention(rows.unflatten(0, shape), **kwargs)
+            pieces.append(attended.flatten(0, -2))
+            if rows.shape[1] > self.end:
+                pieces.append(rows[:, self.end :])
+        a = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+        return ops.rotate_add(a, block.output, stream, block.shortcut, block.output_bias, block.factor)
