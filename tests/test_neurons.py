@@ -102,7 +102,8 @@ def sliced(model, width: int, shape: Shape, calibration=None, **options):
     fields = canonical_fields(model)
     config = plan(fields, constant_widths(fields, width), shape)
     calibration = calibration or batches()
-    return slice_model(model, config, calibration, SlicingOptions(dtype=torch.float64, **options))
+    options = SlicingOptions(**{"dtype": torch.float64, "fitted": 1.0} | options)
+    return slice_model(model, config, calibration, options)
 
 
 @torch.no_grad()

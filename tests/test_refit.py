@@ -148,7 +148,8 @@ def sliced(model, width, calibration=None, dtype=torch.float64, shape=None, **op
     fields = canonical_fields(model)
     config = plan(fields, constant_widths(fields, width), shape or Shape())
     calibration = batches() if calibration is None else calibration
-    return slice_model(model, config, calibration, SlicingOptions(dtype=dtype, refit=True, **options))
+    options = SlicingOptions(dtype=dtype, refit=True, **{"fitted": 1.0} | options)
+    return slice_model(model, config, calibration, options)
 
 
 def blocks_and_streams(model, calibration, padding=None):
@@ -186,7 +187,7 @@ def test_first_block_is_fitted_to_the_dense_stream(case):
     config = plan(fields, constant_widths(fields, 36), Shape())
     plain, _ = slice_model(model, config, calibration, SlicingOptions(dtype=torch.float64, refit=False))
     fitted, report = slice_model(
-        model, config, calibration, SlicingOptions(dtype=torch.float64, refit=True, ridge=0.1)
+        model, config, calibration, SlicingOptions(dtype=torch.float64, refit=True, ridge=0.1, fitted=1.0)
     )
     activations = []
     plain.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
@@ -319,7 +320,7 @@ def test_non_finite_activations_are_named_by_layer():
     [
         ({"ridge": 0.0}, "--ridge: must be above 0, got 0.0"),
         ({"ridge": float("nan")}, "--ridge: must be above 0"),
-        ({"fitted": 0.0}, "fitted: must be a share in"),
+        ({"fitted": 0.0}, r"--refit-share: must lie in \(0, 1\], got 0.0"),
     ],
 )
 def test_bad_ridges_are_refused(options, message):

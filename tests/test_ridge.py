@@ -1,5 +1,7 @@
 """λ chosen by the loss on held-out windows: what is judged, and by what."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import tiny_model, token_ids
@@ -83,8 +85,8 @@ def test_the_walk_ends_between_worse_neighbours(name):
     place = ridge.CANDIDATES.index(best)
     for index in range(max(0, place - 1), min(place + 2, len(ridge.CANDIDATES))):
         candidate = ridge.CANDIDATES[index]
-        # One of the four batches, so a ridge that is four times as large; one of the three layers.
-        options = SlicingOptions(dtype=torch.float64, ridge=4 * candidate)
+        # One of the two batches that are fitted to, so a ridge that is twice as large; one of the three layers.
+        options = SlicingOptions(dtype=torch.float64, ridge=2 * candidate, fitted=1.0)
         loss = ridge._loss(model, config, batches()[:1], options, HELD_OUT, 1)
         assert losses[candidate] == loss >= losses[best]
 
@@ -111,7 +113,7 @@ def test_a_part_of_the_batches_is_fitted_to():
     assert (slicer.passes.fitted, slicer.passes.counted) == (2, 4)
     sliced, report = slicer.run(), slicer.report
     assert report.tokens == 4 * 4 * 16
-    whole, _ = slice_model(model, config, batches(), OPTIONS)
+    whole, _ = slice_model(model, config, batches(), replace(half, fitted=1.0))
     first = "model.embed_tokens.weight"  # its basis comes from the covariance of every batch
     assert torch.equal(sliced.state_dict()[first], whole.state_dict()[first])
     writer = "model.layers.0.self_attn.o_proj.weight"

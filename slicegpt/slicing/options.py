@@ -8,6 +8,10 @@ from slicegpt.covariance import SIGNALS
 from slicegpt.errors import SliceGPTError
 from slicegpt.rotation import ORIENTATIONS
 
+# The refit carries the dense model's stream beside the sliced one and sums second moments: fitting to all of the
+# samples would cost more than all the rest of slicing. Half of them lose little by it (docs/quality.md).
+FITTED = 0.5
+
 
 @dataclass(frozen=True)
 class SlicingOptions:
@@ -36,7 +40,7 @@ class SlicingOptions:
     vocabulary_prior: float = 0.0
     refit: bool = True
     ridge: float | None = None
-    fitted: float = 1.0
+    fitted: float = FITTED
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -52,7 +56,7 @@ class SlicingOptions:
         if self.ridge is not None and not 0 < self.ridge < float("inf"):
             raise SliceGPTError(f"--ridge: must be above 0, got {self.ridge}")
         if not 0 < self.fitted <= 1:
-            raise SliceGPTError(f"fitted: must be a share in (0, 1], got {self.fitted}")
+            raise SliceGPTError(f"--refit-share: must lie in (0, 1], got {self.fitted}")
 
 
 @dataclass

@@ -29,10 +29,10 @@ logger = logging.getLogger("slicegpt")
 
 # Half decades: the loss is flat around its minimum.
 CANDIDATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-FIRST = (0.01, 0.03, 0.1)
+FIRST = (0.03, 0.1)
 # What a candidate is judged by: slicing this part of the layers, with this part of the calibration samples. A few
 # layers lose so little that chance decides; all of everything would triple the time.
-LAYERS, SAMPLES = 1 / 4, 1 / 8
+LAYERS, SAMPLES = 1 / 5, 1 / 8
 
 
 def search_ridge(
@@ -45,7 +45,7 @@ def search_ridge(
 ) -> dict[float, float] | None:
     """The held-out loss of each candidate that was tried, in nats a token.
 
-    Neighbours of the best one are tried until it has a worse one on either side. The ridge is relative to the sum over
+    Two are tried, then the next one on the better side, until it is worse. The ridge is relative to the sum over
     all tokens, but what it has to hold down, the error of a fit to few tokens, is not: the best absolute ridge is about
     the same for any number of tokens. So the trials, which see fewer tokens, run at a ridge that is as much larger.
 
@@ -67,23 +67,25 @@ def search_ridge(
     fewer = sum(batch.tokens for batch in fitted) / sum(batch.tokens for batch in sample)
     losses: dict[float, float] = {}
 
-    def try_candidates(*indices: int) -> None:
-        for index in indices:
-            ridge = CANDIDATES[index]
-            if ridge not in losses:
-                with progress.stage(f"trying ridge {ridge:g}", 1, "run") as advance:
-                    trial = replace(options, ridge=ridge * fewer, fitted=1.0)
-                    losses[ridge] = _loss(model, config, sample, trial, held_out, layers)
-                    advance(1)
+    def try_candidate(index: int) -> float:
+        ridge = CANDIDATES[index]
+        with progress.stage(f"trying ridge {ridge:g}", 1, "run") as advance:
+            trial = replace(options, ridge=ridge * fewer, fitted=1.0)
+            losses[ridge] = _loss(model, config, sample, trial, held_out, layers)
+            advance(1)
+        return losses[ridge]
 
-    try_candidates(*map(CANDIDATES.index, FIRST))
-    while True:
-        best = CANDIDATES.index(min(losses, key=losses.get))
-        tried = len(losses)
-        try_candidates(*(index for index in (best - 1, best + 1) if 0 <= index < len(CANDIDATES)))
-        if len(losses) == tried:
-            logger.info("refit: held-out loss by ridge %s", losses)
-            return dict(sorted(losses.items()))
+    low, high = map(CANDIDATES.index, FIRST)
+    try_candidate(low)
+    try_candidate(high)
+    step = -1 if losses[CANDIDATES[low]] < losses[CANDIDATES[high]] else 1
+    best = low if step < 0 else high
+    while 0 <= best + step < len(CANDIDATES):
+        if try_candidate(best + step) >= losses[CANDIDATES[best]]:
+            break
+        best += step
+    logger.info("refit: held-out loss by ridge %s", losses)
+    return dict(sorted(losses.items()))
 
 
 @torch.no_grad()

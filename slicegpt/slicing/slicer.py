@@ -6,6 +6,7 @@ and that basis gives the block's output weights and shortcut. So every block see
 and each block runs once (paper section 3.4 and appendix A.1; the published code runs every layer twice).
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -39,8 +40,8 @@ from slicegpt.slicing.options import SlicingOptions, SlicingReport
 
 
 def fitted_batches(count: int, share: float) -> int:
-    """How many of `count` calibration batches the refit fits to, the first ones: `share` of them, at least one."""
-    return min(count, max(1, round(share * count)))
+    """How many of `count` calibration batches the refit fits to, the first ones: `share` of them, rounded up."""
+    return math.ceil(round(share * count, 9))
 
 
 class Slicer:
