@@ -11,6 +11,8 @@ TITLES = {
     "throughput": "Throughput",
     "layers": "One transformer layer",
     "slicing": "Cost of slicing",
+    "predict": "Prediction",
+    "published": "Published figures, predicted",
     "gram": "Covariance (gram_)",
 }
 
@@ -18,10 +20,12 @@ TITLES = {
 def title_of(content: Mapping) -> str:
     """The benchmark and what it was run on."""
     settings = content.get("settings", {})
+    name = TITLES.get(content["benchmark"], content["benchmark"])
+    if content["benchmark"] == "published":
+        return name  # its settings are those of another prediction
     models = settings.get("model") or []
     models = [Path(name).name for name in ([models] if isinstance(models, str) else models)]
     subject = settings.get("shape") or ", ".join(models)
-    name = TITLES.get(content["benchmark"], content["benchmark"])
     return f"{name}: {subject}" if subject else name
 
 
@@ -44,6 +48,10 @@ def _times(value: float) -> str:
 
 def _round(value: float) -> float:
     return float(f"{value:.4g}")
+
+
+def _as_it_is(value: object) -> object:
+    return value
 
 
 # (key of a row, title, how it is written).
@@ -99,6 +107,21 @@ COLUMNS = {
         ("stage", "stage", str),
         ("seconds", "seconds", _round),
         ("of_dense_pass", "of a dense pass", _round),
+    ),
+    "predict": tuple(
+        (name, name, _as_it_is)
+        for name in (
+            "model",
+            "slice",
+            "width",
+            "GB",
+            "GPUs",
+            "fits",
+            "ms per token",
+            "GPU-ms per token",
+            "largest batch",
+            "tokens/s",
+        )
     ),
 }
 
@@ -173,6 +196,7 @@ def token_notes(rows: Sequence[Mapping]) -> list[str]:
 def notes(content: Mapping) -> list[str]:
     """What a reader must know besides the table."""
     told = [content["baseline"]] if content.get("baseline") else []
+    told += content.get("notes", [])
     told += token_notes(content["rows"])
     if content.get("taken_in_turns") is False:
         told.append("The networks do not fit into memory together: they were measured one after the other.")

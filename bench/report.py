@@ -118,7 +118,7 @@ def section(file: Path, content: Mapping, anchor: str) -> str:
     """One result: title, what to know, plot, tables, where it was measured."""
     where = content["environment"]
     known = content["benchmark"] in COLUMNS and "rows" in content
-    told = notes(content) if known else []
+    told = notes(content) if known else content.get("notes", [])
     parts = [f'<section id="{anchor}"><h2>{html.escape(title_of(content))}']
     if not content.get("complete", True):
         parts.append(' <span class="badge">incomplete</span>')
@@ -140,7 +140,8 @@ def section(file: Path, content: Mapping, anchor: str) -> str:
         parts += plain_tables(content)
     versions = ", ".join(f"{name} {value}" for name, value in where["versions"].items() if value)
     driver = f", driver {where['driver']}" if where.get("driver") else ""
-    facts = f"{where['device']}, {threads_of(where)}{driver} · {where['date']} · commit {where['commit']}"
+    threads = f", {threads_of(where)}" if where["threads"] else ""  # what is on paper has none
+    facts = f"{where['device']}{threads}{driver} · {where['date']} · commit {where['commit']}"
     parts.append(f'<p class="dim">{html.escape(facts)}<br>{html.escape(versions)}<br>')
     parts.append(f"<code>{html.escape(where['command'])}</code><br>{html.escape(file.name)}</p></section>")
     return "".join(parts)

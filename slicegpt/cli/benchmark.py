@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .benchmark_options import SHORTCUTS, dtypes, fraction, fractions, memory, names
+from .benchmark_options import SHORTCUTS, dtypes, fraction, fractions, memory, names, settings_of
 from .options import add_device, add_json, positive, resolve_device, resolve_dtype
 from .prediction import add_predict
 
@@ -72,12 +72,6 @@ def networks_of(options: argparse.Namespace) -> list:
     shape = Shape(options.shortcut, round_to=options.round_to)
     device, dtypes = resolve_device(options.device), [resolve_dtype(name) for name in options.dtype]
     return choose_networks(options.model, options.shape, options.slice, dtypes, device, shape)
-
-
-def settings_of(options: argparse.Namespace) -> dict:
-    """The options, as the results record them."""
-    unsaid = ("run", "verbose", "command", "benchmark", "json", "csv", "plot")
-    return {name: value for name, value in vars(options).items() if name not in unsaid}
 
 
 def record_of(options: argparse.Namespace, device):
