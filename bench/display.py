@@ -6,6 +6,9 @@ from pathlib import Path
 from slicegpt.sizes import format_bytes
 from slicegpt.table import format_table
 
+# Memory that is in use after a batch and was not before is named above this; an allocator's reserve stays below it.
+LEAK_BYTES = 64e6
+
 TITLES = {
     "token": "Time per token",
     "throughput": "Throughput",
@@ -159,9 +162,15 @@ def print_rows(benchmark: str, rows: Sequence[Mapping]) -> None:
     print_table(*table(benchmark, rows))
 
 
+def skipped_line(row: Mapping) -> str:
+    """What was not measured, or only in part, and why."""
+    what = "measured in part" if row.get("partial") else "not measured"
+    return f"{row['network']}, {row['engine']}: {what} ({row['skipped']})"
+
+
 def print_skipped(skipped: Sequence[Mapping]) -> None:
     for row in skipped:
-        print(f"{row['network']}, {row['engine']}: not measured ({row['skipped']})")
+        print(skipped_line(row))
 
 
 def print_summary(content: Mapping) -> None:
@@ -198,6 +207,12 @@ def notes(content: Mapping) -> list[str]:
     told = [content["baseline"]] if content.get("baseline") else []
     told += content.get("notes", [])
     told += token_notes(content["rows"])
+    leaks = [row for row in content["rows"] if (row.get("leaked_bytes") or 0) > LEAK_BYTES]
+    if leaks:
+        which = ", ".join(
+            f"{row['network']} {row['engine']} {format_bytes(row['leaked_bytes'])}" for row in leaks
+        )
+        told.append(f"Memory that a batch did not give back, above {format_bytes(LEAK_BYTES)}: {which}.")
     if content.get("taken_in_turns") is False:
         told.append("The networks do not fit into memory together: they were measured one after the other.")
     if content.get("ratio"):
@@ -206,6 +221,9 @@ def notes(content: Mapping) -> list[str]:
             f"dense forward pass ({content['tokens_per_second']:,.0f} tokens/s) and at most "
             f"{format_bytes(content['added_bytes'])} above what was in use before."
         )
+    libraries = dict.fromkeys(row["library"] for row in content["rows"] if row.get("library"))
+    if libraries:
+        told.append(f"2:4 sparse products by {', '.join(libraries)}.")
     if content.get("cache_note"):
         told.append(content["cache_note"])
     apart = [row["variant"] for row in content["rows"] if row.get("agrees") is False]

@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slicegpt.bench.charts import INK, draw
-from slicegpt.bench.display import COLUMNS, TITLES, notes, operation_table, table, threads_of, title_of
+from slicegpt.bench.display import (
+    COLUMNS,
+    TITLES,
+    notes,
+    operation_table,
+    skipped_line,
+    table,
+    threads_of,
+    title_of,
+)
 from slicegpt.errors import SliceGPTError
 
 STYLE = """
@@ -134,8 +143,7 @@ def section(file: Path, content: Mapping, anchor: str) -> str:
         if content.get("ratios"):
             parts.append(html_table(*table("ratios", content["ratios"])))
         for row in content.get("skipped", ()):
-            text = f"{row['network']}, {row['engine']}: not measured ({row['skipped']})"
-            parts.append(f'<p class="dim">{html.escape(text)}</p>')
+            parts.append(f'<p class="dim">{html.escape(skipped_line(row))}</p>')
     else:
         parts += plain_tables(content)
     versions = ", ".join(f"{name} {value}" for name, value in where["versions"].items() if value)

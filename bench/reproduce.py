@@ -245,7 +245,7 @@ def slicing_times() -> tuple[list[dict], list[str]]:
     note = (
         "Not predicted: what can be counted, two forward passes of every layer and the float64 covariances, 1024 x "
         f"2048 calibration tokens assumed, takes {share} % of the published time at the peaks. The rest is signals "
-        "kept on the host, copied there and back by every pass, the eigensolver, rotations and the model's loading; their "
+        "kept on the host, copied there and back by every pass, the eigensolver, rotations and loading; their "
         "rates are not published."
     )
     return rows, [note]
