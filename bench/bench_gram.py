@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from slicegpt.bench.devices import DEVICES, Device, current_device
-from slicegpt.bench.results import write_results
+from slicegpt.bench.results import Record
 from slicegpt.eigensolver import leading_eigenvectors
 from slicegpt.ops import cuda, gram_
 from slicegpt.ops.gram import EXPECTED_PLANES, is_supported
@@ -324,16 +324,22 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}: peaks not listed in bench/devices.py, no bounds")
     else:
         print(f"{device.name}: {device}\n")
-    rows = [row for case in cases(options.quick) for row in measure(case, device, options.repeats)]
+    record = Record("gram", vars(options), torch.device("cuda" if ON_GPU else "cpu"), options.json)
+    rows, eigen = [], []
+    figures = {"peaks": None if device is None else vars(device), "gram": rows, "eigensolver": eigen}
+    for case in cases(options.quick):
+        rows += measure(case, device, options.repeats)
+        record.save(**figures)  # an interrupted run keeps what it has, marked incomplete
     print(format_table(rows, list(rows[0])), end="\n\n")
     repeats = min(3, options.repeats)
-    eigen = [row for size in eigen_sizes(options.quick) for row in measure_eigensolver(size, repeats)]
+    for size in eigen_sizes(options.quick):
+        eigen += measure_eigensolver(size, repeats)
+        record.save()
     print(format_table(eigen, list(eigen[0])), end="\n\n")
     closing = closing_table(device, rows)
     print("262144 tokens of width 4096 in fp16; predicted: the roofline, which no kernel can beat:")
     print(format_table(closing, list(closing[0])))
-    figures = {"peaks": None if device is None else vars(device), "gram": rows, "eigensolver": eigen}
-    write_results(options.json, "gram", figures | {"predictions": closing})
+    record.save(complete=True, predictions=closing)
 
 
 # --- pytest-benchmark ---------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import pytest
 import torch
 
 from slicegpt.bench.devices import Device, current_device
-from slicegpt.bench.results import write_results
+from slicegpt.bench.results import Record
 from slicegpt.bench.rotation import (
     Inputs,
     Run,
@@ -215,13 +215,17 @@ def main() -> None:
         if device
         else f"{torch.cuda.get_device_name()}: no peaks known, no bounds"
     )
-    began, rows, skipped = time.monotonic(), [], 0
+    settings = {name: value for name, value in vars(options).items() if value != float("inf")}
+    record = Record("rotation", settings, DEVICE, options.json)
+    record.content["peaks"] = None if device is None else vars(device)
+    began, rows, skipped = time.monotonic(), record.rows, 0
     with torch.inference_mode():
         for case in chosen(options):
             if time.monotonic() - began > options.seconds:
                 skipped += 1
                 continue
             rows += measure(*case, device, options)
+            record.save()  # an interrupted run keeps what it has, marked incomplete
             torch._dynamo.reset()  # each shape is compiled on its own: no limit of recompilations is met
     print(format_table(rows, COLUMNS))
     if skipped:
@@ -231,8 +235,7 @@ def main() -> None:
         print(
             f"WRONG: {row['model']} {row['part']}, T = {row['T']}, {row['method']}: error {row['error']:.3g}"
         )
-    peaks = None if device is None else vars(device)
-    write_results(options.json, "rotation", {"peaks": peaks, "rows": rows, "not_measured": skipped})
+    record.save(complete=True, not_measured=skipped)
     sys.exit(1 if wrong else 0)
 
 

@@ -28,16 +28,38 @@ class Device:
     source: str
 
 
+_NVIDIA = "https://www.nvidia.com/content/dam/en-zz/Solutions"
+_IMAGES = "https://images.nvidia.com/aem-dam"
+SOURCES = {
+    "B200": "NVIDIA HGX B200 data sheet, 2024",
+    "H200": "NVIDIA H200 data sheet 3002446, SXM, 2023, "
+    "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446",
+    "H100 SXM": "NVIDIA H100 data sheet 2430615, SXM5, 2023, "
+    "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet",
+    "A100 80GB": "NVIDIA A100 80GB data sheet 1758950, SXM4, 2021, "
+    f"{_NVIDIA}/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
+    "A100 40GB": "NVIDIA A100 architecture white paper, 2020, "
+    f"{_IMAGES}/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf",
+    "RTX 4090": "NVIDIA Ada architecture white paper, 2022, "
+    f"{_IMAGES}/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
+    "Quadro RTX 6000": "NVIDIA Turing architecture white paper, 2018, "
+    f"{_IMAGES}/en-zz/Solutions/design-visualization/technologies/turing-architecture/"
+    "NVIDIA-Turing-Architecture-Whitepaper.pdf",
+}
+
+
+def _listed(name: str, capability: tuple[int, int], *peaks: float) -> Device:
+    return Device(name, capability, *peaks, SOURCES[name])
+
+
 DEVICES = (
-    Device("B200", (10, 0), 40, 80, 2250, 4500, 8000, 180, "NVIDIA HGX B200 data sheet, 2024"),
-    Device("H200", (9, 0), 66.9, 66.9, 989.4, 1979, 4800, 140, "NVIDIA H200 data sheet, SXM, 2023"),
-    Device("H100 SXM", (9, 0), 66.9, 66.9, 989.4, 1979, 3350, 80, "NVIDIA H100 data sheet, SXM5, 2023"),
-    Device("A100 80GB", (8, 0), 19.5, 19.5, 312, 624, 2039, 80, "NVIDIA A100 80GB data sheet, SXM4, 2021"),
-    Device("A100 40GB", (8, 0), 19.5, 19.5, 312, 624, 1555, 40, "NVIDIA A100 architecture white paper, 2020"),
-    Device(
-        "RTX 4090", (8, 9), 1.29, 82.6, 165.2, 660.6, 1008, 24, "NVIDIA Ada architecture white paper, 2022"
-    ),
-    Device("Quadro RTX 6000", (7, 5), 0.51, 16.3, 130.5, 261, 672, 24, "NVIDIA Turing white paper, 2018"),
+    _listed("B200", (10, 0), 40, 80, 2250, 4500, 8000, 180),
+    _listed("H200", (9, 0), 66.9, 66.9, 989.4, 1979, 4800, 140),
+    _listed("H100 SXM", (9, 0), 66.9, 66.9, 989.4, 1979, 3350, 80),
+    _listed("A100 80GB", (8, 0), 19.5, 19.5, 312, 624, 2039, 80),
+    _listed("A100 40GB", (8, 0), 19.5, 19.5, 312, 624, 1555, 40),
+    _listed("RTX 4090", (8, 9), 1.29, 82.6, 165.2, 660.6, 1008, 24),
+    _listed("Quadro RTX 6000", (7, 5), 0.51, 16.3, 130.5, 261, 672, 24),
 )
 
 # Parts of torch.cuda.get_device_name(), in order: the first that match decide.
@@ -69,7 +91,7 @@ def device_named(name: str) -> Device:
     for device in DEVICES:
         if device.name == ALIASES.get(name.lower(), name):
             return device
-    raise SliceGPTError(f"--device: must be one of {', '.join(ALIASES)}, got {name!r}")
+    raise SliceGPTError(f"--device: must be one of {', '.join(ALIASES)} or cpu, got {name!r}")
 
 
 def device_of_product(product: str) -> Device | None:
@@ -84,28 +106,35 @@ def current_device(device: torch.device | None = None) -> Device | None:
     """The CUDA device in use (or this one), if its peaks are listed; without CUDA, this CPU with measured peaks."""
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         return device_of_product(torch.cuda.get_device_name(device))
-    return measured_cpu()
+    return measured_cpu(half=torch.bfloat16)
 
 
-def measured_cpu(size: int = 2048, copy_bytes: int = 1 << 28) -> Device:
-    """Best of three: square products, of bfloat16 as well where a CPU has instructions for it; for the bandwidth a copy
-    (bytes read plus bytes written) or a matrix-vector product (bytes read), whichever moves more, as some CPUs read
-    faster than they write."""
-    peaks = {}
-    # bfloat16 is multiplied at half of the size, because without such instructions it may be very slow.
-    for dtype, n in ((torch.float64, size), (torch.float32, size), (torch.bfloat16, size // 2)):
-        a = torch.randn(n, n).to(dtype)
-        peaks[dtype] = 2 * n**3 / _best_seconds(lambda a=a: a @ a) / 1e12
+def measured_cpu(size: int = 2048, copy_bytes: int = 1 << 28, half: torch.dtype = torch.float32) -> Device:
+    """Best of three: square products in float64 and float32; for the bandwidth a copy (bytes read plus bytes written)
+    or a matrix-vector product (bytes read), whichever moves more, as some CPUs read faster than they write.
+
+    Args:
+        half: dtype whose products `Device.half` is the rate of. Without units for it a CPU can be slow at half
+            precision, so its products are smaller; float32 takes the float32 rate.
+    """
+
+    def rate(dtype: torch.dtype, size: int) -> float:
+        a = torch.randn(size, size).to(dtype)
+        return 2 * size**3 / _best_seconds(lambda: a @ a) / 1e12
+
+    peaks = {dtype: rate(dtype, size) for dtype in (torch.float64, torch.float32)}
+    if half not in peaks:
+        peaks[half] = max(rate(half, size // 2), peaks[torch.float32])  # products may be computed in float32
     source = torch.ones(copy_bytes // 4)
     target = torch.empty_like(source)
     matrix, vector = source.view(-1, 1 << 13), torch.ones(1 << 13)
     copied = 2 * copy_bytes / _best_seconds(lambda: target.copy_(source)) / 1e9
     read = copy_bytes / _best_seconds(lambda: matrix @ vector) / 1e9
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    measured = f"measured with {torch.get_num_threads()} threads"
-    float32, bandwidth = peaks[torch.float32], max(copied, read)
-    half = max(float32, peaks[torch.bfloat16])
-    return Device("this CPU", None, peaks[torch.float64], float32, half, 0.0, bandwidth, memory, measured)
+    threads = torch.get_num_threads()
+    measured = f"measured with {threads} thread{'s' if threads > 1 else ''}"
+    rates = (peaks[torch.float64], peaks[torch.float32], peaks[half], 0.0)
+    return Device("this CPU", None, *rates, max(copied, read), memory, measured)
 
 
 def _best_seconds(function) -> float:

@@ -6,11 +6,16 @@ from pathlib import Path
 from slicegpt.sizes import format_bytes
 from slicegpt.table import format_table
 
+# Memory that is in use after a batch and was not before is named above this; an allocator's reserve stays below it.
+LEAK_BYTES = 64e6
+
 TITLES = {
     "token": "Time per token",
     "throughput": "Throughput",
     "layers": "One transformer layer",
     "slicing": "Cost of slicing",
+    "predict": "Prediction",
+    "published": "Published figures, predicted",
     "gram": "Covariance (gram_)",
 }
 
@@ -18,10 +23,12 @@ TITLES = {
 def title_of(content: Mapping) -> str:
     """The benchmark and what it was run on."""
     settings = content.get("settings", {})
+    name = TITLES.get(content["benchmark"], content["benchmark"])
+    if content["benchmark"] == "published":
+        return name  # its settings are those of another prediction
     models = settings.get("model") or []
     models = [Path(name).name for name in ([models] if isinstance(models, str) else models)]
     subject = settings.get("shape") or ", ".join(models)
-    name = TITLES.get(content["benchmark"], content["benchmark"])
     return f"{name}: {subject}" if subject else name
 
 
@@ -44,6 +51,10 @@ def _times(value: float) -> str:
 
 def _round(value: float) -> float:
     return float(f"{value:.4g}")
+
+
+def _as_it_is(value: object) -> object:
+    return value
 
 
 # (key of a row, title, how it is written).
@@ -100,6 +111,21 @@ COLUMNS = {
         ("seconds", "seconds", _round),
         ("of_dense_pass", "of a dense pass", _round),
     ),
+    "predict": tuple(
+        (name, name, _as_it_is)
+        for name in (
+            "model",
+            "slice",
+            "width",
+            "GB",
+            "GPUs",
+            "fits",
+            "ms per token",
+            "GPU-ms per token",
+            "largest batch",
+            "tokens/s",
+        )
+    ),
 }
 
 
@@ -136,9 +162,15 @@ def print_rows(benchmark: str, rows: Sequence[Mapping]) -> None:
     print_table(*table(benchmark, rows))
 
 
+def skipped_line(row: Mapping) -> str:
+    """What was not measured, or only in part, and why."""
+    what = "measured in part" if row.get("partial") else "not measured"
+    return f"{row['network']}, {row['engine']}: {what} ({row['skipped']})"
+
+
 def print_skipped(skipped: Sequence[Mapping]) -> None:
     for row in skipped:
-        print(f"{row['network']}, {row['engine']}: not measured ({row['skipped']})")
+        print(skipped_line(row))
 
 
 def print_summary(content: Mapping) -> None:
@@ -173,7 +205,14 @@ def token_notes(rows: Sequence[Mapping]) -> list[str]:
 def notes(content: Mapping) -> list[str]:
     """What a reader must know besides the table."""
     told = [content["baseline"]] if content.get("baseline") else []
+    told += content.get("notes", [])
     told += token_notes(content["rows"])
+    leaks = [row for row in content["rows"] if (row.get("leaked_bytes") or 0) > LEAK_BYTES]
+    if leaks:
+        which = ", ".join(
+            f"{row['network']} {row['engine']} {format_bytes(row['leaked_bytes'])}" for row in leaks
+        )
+        told.append(f"Memory that a batch did not give back, above {format_bytes(LEAK_BYTES)}: {which}.")
     if content.get("taken_in_turns") is False:
         told.append("The networks do not fit into memory together: they were measured one after the other.")
     if content.get("ratio"):
@@ -182,6 +221,9 @@ def notes(content: Mapping) -> list[str]:
             f"dense forward pass ({content['tokens_per_second']:,.0f} tokens/s) and at most "
             f"{format_bytes(content['added_bytes'])} above what was in use before."
         )
+    libraries = dict.fromkeys(row["library"] for row in content["rows"] if row.get("library"))
+    if libraries:
+        told.append(f"2:4 sparse products by {', '.join(libraries)}.")
     if content.get("cache_note"):
         told.append(content["cache_note"])
     apart = [row["variant"] for row in content["rows"] if row.get("agrees") is False]

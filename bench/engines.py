@@ -1,6 +1,7 @@
 """Engines: the ways in which a network's next tokens are computed, by name, and which network runs under which."""
 
 import shutil
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from slicegpt.loading import first_line
 
 class NotApplicable(Exception):
     """An engine cannot run a network here; the message is the reason, for the table."""
+
+
+class OutOfMemory(NotApplicable):
+    """It needs more memory than there is."""
 
 
 def cache_bytes(network: Network, batch: int, context: float) -> float:
@@ -133,7 +138,7 @@ def pair(networks: Sequence[Network], engines: Sequence[Engine]) -> tuple[list[C
             if reason is None:
                 cases.append(Case(network, engine))
             elif not (engine.huggingface and not network.is_dense):  # that goes without saying
-                skipped.append({"network": network.label, "engine": engine.name, "skipped": reason})
+                skipped.append(not_measured(Case(network, engine), reason))
     if not cases:
         raise SliceGPTError(
             f"--engines: none of {', '.join(engine.name for engine in engines)} runs any of these networks here"
@@ -151,17 +156,29 @@ def start(case: Case, batch: int, length: int) -> Decoder:
 
 @contextmanager
 def refusals(case: Case) -> Iterator[None]:
-    """What torch.compile fails with, which has many types, becomes `NotApplicable`; so does too little memory."""
+    """What a case fails with, which has many types, becomes `NotApplicable`, so that the other cases go on.
+
+    Errors of ours that concern the user's input pass.
+    """
     try:
         yield
-    except NotApplicable:
+    except (NotApplicable, SliceGPTError):
         raise
     except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they hold tensors
         if is_out_of_memory(error):
-            raise NotApplicable("out of memory") from None
-        if case.engine.compiles(case.network):
-            raise NotApplicable(without_folders(f"{type(error).__name__}: {first_line(error)}")) from error
-        raise
+            raise OutOfMemory("out of memory") from None
+        raise NotApplicable(without_folders(f"{type(error).__name__}: {first_line(error)}")) from error
+
+
+def not_measured(case: Case, reason: object, partial: bool = False) -> dict:
+    """A row of "skipped" in a record.
+
+    Args:
+        partial: it has a row of figures as well, of what it did before.
+    """
+    row = {"network": case.network.label, "engine": case.engine.name, "skipped": str(reason)}
+    return row | {"partial": True} if partial else row
 
 
 def by_memory(cases: Sequence[Case], available: float) -> list[list[Case]]:

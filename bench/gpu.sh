@@ -5,7 +5,8 @@
 # GEMMs, and runs the kernel benchmarks, the most important first; only the named steps where some are named. Logs,
 # tables and JSON go to OUTDIR. A step that fails does not stop the others; the summary names it, and the exit status is
 # 1. A step is one line at the end of this file: `step NAME SECONDS COMMAND...`, SECONDS its limit. The whole run stops
-# starting steps after SLICEGPT_GPU_SECONDS (default 1500). PYTHON chooses the interpreter.
+# starting steps after SLICEGPT_GPU_SECONDS (default 1500), but for the page of results, which is always made. A step that
+# takes too long is interrupted and keeps what it has measured. PYTHON chooses the interpreter.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: bench/gpu.sh OUTDIR [STEP...]" >&2; exit 2; }
 mkdir -p "$1" || exit 2
@@ -30,7 +31,7 @@ step() {
         status=skipped
     else
         [ "$left" -lt "$limit" ] && limit=$left
-        timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+        timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
         case $? in 0) status=ok ;; 124 | 137) status="stopped after $limit s" ;; *) status=failed ;; esac
     fi
     [ "$status" = ok ] || failed+=("$name")
@@ -65,6 +66,8 @@ export -f tune
 export out
 
 rotation="$python -m slicegpt.bench.bench_rotation"
+bench="$python -m slicegpt bench"
+seven="--shape llama-2-7b --slice 0,0.25"
 step build 180 "$python" setup.py build_ext --inplace
 step environment 60 "$python" -c 'import sys; from slicegpt.cli import main; sys.exit(main())' env
 step tests 300 "$python" -m pytest -q -m gpu tests
@@ -77,11 +80,18 @@ step racecheck 90 bash -c 'sanitize racecheck tests/csrc/test_gram.py -m gpu -k 
 step memcheck_gemm 90 bash -c 'sanitize memcheck tests/kernels -m gpu -k "test_gpu and 37 and (silu_gated or True) and not every"'
 step memcheck_decode 90 bash -c 'sanitize memcheck tests/csrc/test_decode.py -m gpu -k "cuda and (strides or factor or splits)"'
 step racecheck_decode 90 bash -c 'sanitize racecheck tests/csrc/test_decode.py -m gpu -k "cuda and (splits or factor)"'
-step token_7b 180 "$python" -m slicegpt bench token --shape llama-2-7b --slice 0,0.25,0.5 --engines hf,hf-generate,hf-compile,plain,fused --json "$out/token-7b.json"
-step layers_7b 60 "$python" -m slicegpt bench layers --shape llama-2-7b --slice 0,0.25,0.5 --json "$out/layers-7b.json"
-step throughput_7b 120 "$python" -m slicegpt bench throughput --shape llama-2-7b --slice 0,0.25 --steps 16 --json "$out/throughput-7b.json"
+step token_7b 180 $bench token $seven,0.5 --engines hf,hf-generate,hf-compile,plain,fused --json "$out/token-7b.json" --csv "$out/token-7b.csv"
+step layers_7b 90 $bench layers $seven,0.5 --json "$out/layers-7b.json" --trace "$out/layers-7b.trace"
+step throughput_7b 180 $bench throughput $seven,0.5 --engines hf,fused --steps 16 --json "$out/throughput-7b.json"
+step token_cold_7b 90 $bench token $seven --engines hf,fused --cold-l2 --tokens 64 --json "$out/token-cold-7b.json"
+step layers_13b 90 $bench layers --shape llama-2-13b --slice 0,0.25,0.5 --json "$out/layers-13b.json"
+step slicing_1b 150 $bench slicing --shape llama-1b --slice 0.25 --nsamples 16 --json "$out/slicing-1b.json"
+# The compiled baseline, apart: every batch is compiled anew.
+step throughput_compiled_7b 240 $bench throughput --shape llama-2-7b --slice 0 --engines hf-compile,fused --steps 16 --rounds 1 --json "$out/throughput-compiled-7b.json"
+step pytest_benchmark 120 "$python" -m pytest bench --benchmark-only -q -k "(test_gram and D4096 and bfloat16) or (test_rotation and llama-2-7b-25-compact and T1)" --benchmark-json "$out/pytest-benchmark.json"
 step bench_rotation_70b 150 $rotation --models llama-2-70b --slices 0.25 --seconds 120 --json "$out/bench_rotation_70b.json"
 step bench_rotation_opt 150 $rotation --models opt-66b phi-2 --slices 0.25 --seconds 120 --json "$out/bench_rotation_opt.json"
+budget=$((SECONDS + 60)) step report 60 $bench report "$out"
 
 echo
 if [ ${#failed[@]} -gt 0 ]; then

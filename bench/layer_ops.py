@@ -39,6 +39,7 @@ class LayerRun:
         whole: the same layer in one call; returns its output.
         state: the tensors before the first operation.
         reference: another way to the same output, where `whole` is only the operations in order.
+        library: whose 2:4 sparse products it runs, "cuSPARSELt" or "CUTLASS"; None where dense.
     """
 
     variant: str
@@ -46,6 +47,7 @@ class LayerRun:
     whole: Callable[[], Tensor]
     state: State
     reference: Callable[[], Tensor] | None = None
+    library: str | None = None
 
 
 def one_layer(config: SlicedConfig) -> SlicedConfig:
@@ -230,15 +232,30 @@ def reason_against_2_4(dtype: torch.dtype, device: torch.device) -> str | None:
 def sparse_2_4(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtype, device) -> LayerRun:
     """The dense layer with the two smaller of every four weights of a row deleted, on sparse tensor cores.
 
-    Products come from `torch.sparse.to_sparse_semi_structured`, which takes cuSPARSELt where it is there.
+    Products come from `torch.sparse.to_sparse_semi_structured`, which takes cuSPARSELt, and CUTLASS where
+    `SparseSemiStructuredTensor._FORCE_CUTLASS` is set; the run says which it was. Without cuSPARSELt it is a
+    RuntimeError.
     """
     model = random_model(one_layer(config), dtype, device)
+    libraries = set()
     for module in model.model.layers[0].modules():
         if isinstance(module, nn.Linear):
             pruned = prune_2_4(module.weight)
             sparse = torch.sparse.to_sparse_semi_structured(pruned)
             module.weight = nn.Parameter(sparse, requires_grad=False)
-    return _of_module(variant, model, batch, seqlen)
+            libraries.add(sparse_library(type(sparse)))
+    run = _of_module(variant, model, batch, seqlen)
+    run.library = ", ".join(sorted(libraries))
+    return run
+
+
+def sparse_library(kind: type[Tensor]) -> str:
+    """Whose products a class of 2:4 sparse tensors runs; its name where PyTorch has a new one."""
+    known = {
+        torch.sparse.SparseSemiStructuredTensorCUSPARSELT: "cuSPARSELt",
+        torch.sparse.SparseSemiStructuredTensorCUTLASS: "CUTLASS",
+    }
+    return known.get(kind, kind.__name__)
 
 
 def prune_2_4(weight: Tensor) -> Tensor:

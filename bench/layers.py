@@ -163,6 +163,7 @@ def row_of(variant: Variant, run: LayerRun, operations: list[list[float]], whole
         # Pruned weights are no dense baseline.
         "slice": None if variant.engine == "2:4" else variant.network.slice,
         "engine": variant.engine,
+        "library": run.library,
         "operations": times,
         "total_ms": total,
         "layer_ms": layer,

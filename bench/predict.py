@@ -18,13 +18,14 @@ from functools import lru_cache
 
 from slicegpt.bench.devices import Device, device_named
 from slicegpt.bench.models import sliced_config
-from slicegpt.bench.published import THROUGHPUT_DEVICE, THROUGHPUTS, TOKEN_TIMES
+from slicegpt.bench.published import THROUGHPUT_DEVICE, THROUGHPUTS, TOKEN_TIMES, Throughput, TokenTime
+from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedConfig
 from slicegpt.sizes import decoder_parameters, stored_parameters
 
-HALF = 2  # bytes: every prediction is for float16 or bfloat16 weights and cache
+HALF = 2  # bytes of a float16 or bfloat16 number
 
-# What the CUDA context, the allocator's fragments and cuBLAS workspaces take on every GPU.
+# What the CUDA context, the allocator's fragments and cuBLAS workspaces take on every GPU, and Python on a CPU.
 RESERVED_BYTES = 1 << 30
 
 # Memory-bound steps of a good runtime: full stacks reach 55 to 80 % of the bandwidth. Used where a device has no
@@ -45,6 +46,7 @@ class Load:
         cache_passes: how often a step moves the cache's bytes through memory.
         attention_operations: of one step for each token in the cache.
         activation_bytes: of one sequence in a step: logits in float32, and the widest layer.
+        itemsize: bytes of a number of the weights and the cache.
     """
 
     stored_bytes: int
@@ -53,10 +55,11 @@ class Load:
     cache_passes: float
     attention_operations: int
     activation_bytes: int
+    itemsize: int = HALF
 
 
-def load_of(config: SlicedConfig, runtime: str = "fused") -> Load:
-    """The costs of a model under a runtime.
+def load_of(config: SlicedConfig, runtime: str = "fused", itemsize: int = HALF) -> Load:
+    """The costs of a model under a runtime, with `itemsize` bytes a number.
 
     "fused" reads the cache in place. "eager" is transformers' dynamic cache with unfused attention, what the published
     figures were measured with: each step copies the cache to append to it (read and written), copies it once more
@@ -69,25 +72,36 @@ def load_of(config: SlicedConfig, runtime: str = "fused") -> Load:
         passes = 2 + (1 + 2 * groups if groups > 1 else 1)
     layers, width = config.num_hidden_layers, config.head_dim
     return Load(
-        stored_bytes=stored_parameters(config) * HALF,
+        stored_bytes=stored_parameters(config) * itemsize,
         read_weights=decoder_parameters(config) + config.vocab_size * config.hidden_size,
-        cache_bytes=2 * layers * kv_heads * width * HALF,
+        cache_bytes=2 * layers * kv_heads * width * itemsize,
         cache_passes=passes,
         attention_operations=4 * layers * heads * width,
-        activation_bytes=4 * config.vocab_size + 2 * HALF * config.intermediate_size,
+        activation_bytes=4 * config.vocab_size + 2 * itemsize * config.intermediate_size,
+        itemsize=itemsize,
     )
 
 
 def step_seconds(load: Load, device: Device, batch: int, context: float) -> float:
     """Seconds of one decoding step at the device's peaks (efficiency 1)."""
-    bandwidth, peak = device.bandwidth * 1e9, device.half * 1e12
-    weights = max(load.read_weights * HALF / bandwidth, 2 * load.read_weights * batch / peak)
-    cached = batch * context
-    return (
-        weights
-        + load.cache_bytes * load.cache_passes * cached / bandwidth
-        + load.attention_operations * cached / peak
-    )
+    return weight_seconds(load, device, batch) + cache_seconds(load, device, batch * context)
+
+
+def peak_of(load: Load, device: Device) -> float:
+    """Operations a second in the load's precision."""
+    return 1e12 * (device.half if load.itemsize == HALF else device.fp32)
+
+
+def weight_seconds(load: Load, device: Device, batch: int) -> float:
+    """Of a step: reading every weight once and multiplying it with every sequence, the longer of both."""
+    read = load.read_weights * load.itemsize / (device.bandwidth * 1e9)
+    return max(read, 2 * load.read_weights * batch / peak_of(load, device))
+
+
+def cache_seconds(load: Load, device: Device, cached: float) -> float:
+    """Of a step: attention over so many tokens in the cache, of all sequences together."""
+    moved = load.cache_bytes * load.cache_passes * cached / (device.bandwidth * 1e9)
+    return moved + load.attention_operations * cached / peak_of(load, device)
 
 
 def usable_bytes(device: Device, gpus: int) -> float:
@@ -125,72 +139,56 @@ def published_load(model: str, fraction: float) -> Load:
     return load_of(sliced_config(model, fraction, "dense", 8), "eager")
 
 
-def _published_step(row, device: Device) -> float:
-    """Seconds at peak of a published row's step."""
-    load = published_load(row.model, row.slice)
-    return step_seconds(load, device, getattr(row, "batch", 1), context=64)  # on average, of 128 tokens
+def published_batch(row: TokenTime | Throughput) -> int:
+    return row.batch if isinstance(row, Throughput) else 1
 
 
+def published_step(row: TokenTime | Throughput) -> float:
+    """Seconds at the peaks of a published row's step; of its 128 tokens half are in the cache on average."""
+    device = row.device if isinstance(row, TokenTime) else THROUGHPUT_DEVICE
+    return step_seconds(
+        published_load(row.model, row.slice), device_named(device), published_batch(row), context=64
+    )
+
+
+def published_rows() -> dict[str, list[tuple[TokenTime | Throughput, float]]]:
+    """By device: the published rows that were measured on it, each with its step's seconds."""
+    rows: dict[str, list] = {}
+    for row in TOKEN_TIMES:
+        rows.setdefault(row.device, []).append((row, row.milliseconds / 1000))
+    for row in THROUGHPUTS:
+        rows.setdefault(THROUGHPUT_DEVICE, []).append((row, row.batch / row.tokens_per_second))
+    return rows
+
+
+@lru_cache
 def calibrated_efficiencies() -> dict[str, float]:
     """One efficiency a device, from the published figures measured on it."""
-    pairs: dict[str, list[tuple[float, float]]] = {}
-    for row in TOKEN_TIMES:
-        ideal = _published_step(row, device_named(row.device))
-        pairs.setdefault(row.device, []).append((ideal, row.milliseconds / 1000))
-    for row in THROUGHPUTS:
-        ideal = _published_step(row, device_named(THROUGHPUT_DEVICE))
-        pairs.setdefault(THROUGHPUT_DEVICE, []).append((ideal, row.batch / row.tokens_per_second))
-    return {name: calibrate(values) for name, values in pairs.items()}
+    return {
+        name: calibrate((published_step(row), measured) for row, measured in rows)
+        for name, rows in published_rows().items()
+    }
 
 
-def reproduce_token_times() -> list[dict]:
-    """Table 2 of the paper: published, predicted, and the error, with one calibrated efficiency a device."""
-    efficiencies, rows = calibrated_efficiencies(), []
-    for row in TOKEN_TIMES:
-        device = device_named(row.device)
-        load = published_load(row.model, row.slice)
-        predicted = 1000 * _published_step(row, device) / efficiencies[row.device]
-        rows.append(
-            {
-                "device": row.device,
-                "model": row.model,
-                "slice": row.slice,
-                "GPUs published": row.gpus,
-                "GPUs predicted": fewest_gpus(load, device),
-                "ms published": row.milliseconds,
-                "ms predicted": predicted,
-                "error %": 100 * (predicted / row.milliseconds - 1),
-            }
-        )
-    return rows
+@dataclass(frozen=True)
+class Efficiency:
+    """A share of a device's peaks, and where it is from."""
+
+    value: float
+    origin: str
 
 
-def reproduce_throughputs() -> list[dict]:
-    """The throughput table: tokens/s at the published batch, and the speed-up over the dense row."""
-    device = device_named(THROUGHPUT_DEVICE)
-    efficiency, rows = calibrated_efficiencies()[THROUGHPUT_DEVICE], []
-    dense: tuple[float, float] = (1.0, 1.0)
-    for row in THROUGHPUTS:
-        load = published_load(row.model, row.slice)
-        predicted = row.batch / _published_step(row, device) * efficiency
-        if row.slice == 0:  # the dense row comes first
-            dense = (row.tokens_per_second, predicted)
-        published_ratio, ratio = row.tokens_per_second / dense[0], predicted / dense[1]
-        rows.append(
-            {
-                "model": row.model,
-                "slice": row.slice,
-                "GPUs": row.gpus,
-                "batch": row.batch,
-                "batch that fits": largest_batch(load, device, row.gpus, 128),
-                "tokens/s published": row.tokens_per_second,
-                "tokens/s predicted": predicted,
-                "speed-up published": published_ratio,
-                "speed-up predicted": ratio,
-                "error %": 100 * (ratio / published_ratio - 1),
-            }
-        )
-    return rows
+def efficiency_of(device: Device, runtime: str, given: float | None = None) -> Efficiency:
+    """The one that is given; else what the published figures give, which ran eagerly; else an assumption."""
+    if given is not None:
+        return Efficiency(given, "as given")
+    if runtime == "eager" and device.name in calibrated_efficiencies():
+        batches = sorted({published_batch(row) for row, _ in published_rows()[device.name]})
+        span = f"{batches[0]}" if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
+        figures = f"{len(published_rows()[device.name])} published figures of this device"
+        origin = f"fitted to {figures}, float16, batch {span}, Hugging Face's eager runtime"
+        return Efficiency(calibrated_efficiencies()[device.name], origin)
+    return Efficiency(ASSUMED_EFFICIENCY, "assumed, not measured")
 
 
 def predict(
@@ -204,25 +202,33 @@ def predict(
     batch: int = 1,
     length: int = 128,
     efficiency: float | None = None,
+    itemsize: int = HALF,
 ) -> dict:
     """Time per token and throughput of a named model at a slicing fraction, as one row of a table.
 
     Args:
-        gpus: how many hold the model; None takes the fewest that do.
+        gpus: how many hold the model; None takes the fewest that do. A CPU is one device.
         batch, length: sequences, and tokens of each at the end; the cache holds half of `length` on average.
-        efficiency: of the peaks; None takes `ASSUMED_EFFICIENCY`.
+        efficiency: of the peaks; None takes that of `efficiency_of`.
+        itemsize: bytes of a number of the weights and the cache.
+
+    Raises:
+        SliceGPTError: the model is unknown, or several GPUs are asked for on a CPU.
     """
+    on_cpu = device.capability is None
+    if on_cpu and (gpus or 1) > 1:
+        raise SliceGPTError(f"--gpus: must be 1 (or not given) where --device is cpu, got {gpus}")
     config = sliced_config(name, fraction, shortcut)
-    load = load_of(config, runtime)
-    gpus = gpus or fewest_gpus(load, device, length)
-    factor = 1 / (ASSUMED_EFFICIENCY if efficiency is None else efficiency)
+    load = load_of(config, runtime, itemsize)
+    gpus = gpus or (1 if on_cpu else fewest_gpus(load, device, length))
+    factor = 1 / efficiency_of(device, runtime, efficiency).value
     most = largest_batch(load, device, gpus, length)
     row = {
         "model": name,
         "slice": fraction,
         "width": config.boundary_widths[0],
         "GB": load.stored_bytes / 1e9,
-        "GPUs": gpus,
+        "GPUs": None if on_cpu else gpus,
         "fits": most >= batch,
         "ms per token": None,
         "GPU-ms per token": None,
@@ -231,7 +237,8 @@ def predict(
     }
     if most >= batch:
         milliseconds = 1000 * step_seconds(load, device, batch, length / 2) * factor
-        row["ms per token"], row["GPU-ms per token"] = milliseconds, milliseconds * gpus
+        row["ms per token"] = milliseconds
+        row["GPU-ms per token"] = None if on_cpu else milliseconds * gpus
     if most:
         row["tokens/s"] = most / (step_seconds(load, device, most, length / 2) * factor)
     return row

@@ -1,4 +1,4 @@
-"""The published figures that `bench/predict.py` is held against (SliceGPT paper, arXiv 2401.15024)."""
+"""The published figures that `bench/reproduce.py` holds predictions against (SliceGPT paper, arXiv 2401.15024)."""
 
 from dataclasses import dataclass
 
@@ -23,6 +23,28 @@ class Throughput:
     gpus: int
     batch: int
     tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Milliseconds of the products of one layer, shortcuts not counted, 2048 tokens, float16, A100.
+
+    Attributes:
+        sparse: half of the weights deleted in the 2:4 pattern instead of columns.
+    """
+
+    model: str
+    slice: float
+    milliseconds: float
+    sparse: bool = False
+
+
+@dataclass(frozen=True)
+class SlicingTime:
+    """Minutes that slicing took on one H100 80 GB."""
+
+    model: str
+    minutes: float
 
 
 TOKEN_TIMES = (
@@ -50,4 +72,20 @@ THROUGHPUTS = (
     Throughput("llama-2-70b", 0.0, 2, 128, 541),
     Throughput("llama-2-70b", 0.25, 2, 256, 839),
     Throughput("llama-2-70b", 0.5, 1, 128, 1014),
+)
+
+LAYER_DEVICE = "A100 80GB"  # of either A100: its products are bound by operations, at the same peak
+LAYER_TOKENS = 2048
+LAYER_TIMES = (
+    LayerTime("llama-2-7b", 0.0, 3.99),
+    LayerTime("llama-2-7b", 0.0, 2.70, sparse=True),
+    LayerTime("llama-2-7b", 0.25, 2.99),
+    LayerTime("llama-2-7b", 0.5, 2.06),
+)
+
+SLICING_DEVICE = "H100 SXM"
+SLICING_TIMES = (
+    SlicingTime("llama-2-7b", 44),
+    SlicingTime("llama-2-13b", 68),
+    SlicingTime("llama-2-70b", 211),
 )

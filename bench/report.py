@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slicegpt.bench.charts import INK, draw
-from slicegpt.bench.display import COLUMNS, TITLES, notes, operation_table, table, threads_of, title_of
+from slicegpt.bench.display import (
+    COLUMNS,
+    TITLES,
+    notes,
+    operation_table,
+    skipped_line,
+    table,
+    threads_of,
+    title_of,
+)
 from slicegpt.errors import SliceGPTError
 
 STYLE = """
@@ -118,7 +127,7 @@ def section(file: Path, content: Mapping, anchor: str) -> str:
     """One result: title, what to know, plot, tables, where it was measured."""
     where = content["environment"]
     known = content["benchmark"] in COLUMNS and "rows" in content
-    told = notes(content) if known else []
+    told = notes(content) if known else content.get("notes", [])
     parts = [f'<section id="{anchor}"><h2>{html.escape(title_of(content))}']
     if not content.get("complete", True):
         parts.append(' <span class="badge">incomplete</span>')
@@ -134,13 +143,13 @@ def section(file: Path, content: Mapping, anchor: str) -> str:
         if content.get("ratios"):
             parts.append(html_table(*table("ratios", content["ratios"])))
         for row in content.get("skipped", ()):
-            text = f"{row['network']}, {row['engine']}: not measured ({row['skipped']})"
-            parts.append(f'<p class="dim">{html.escape(text)}</p>')
+            parts.append(f'<p class="dim">{html.escape(skipped_line(row))}</p>')
     else:
         parts += plain_tables(content)
     versions = ", ".join(f"{name} {value}" for name, value in where["versions"].items() if value)
     driver = f", driver {where['driver']}" if where.get("driver") else ""
-    facts = f"{where['device']}, {threads_of(where)}{driver} · {where['date']} · commit {where['commit']}"
+    threads = f", {threads_of(where)}" if where["threads"] else ""  # what is on paper has none
+    facts = f"{where['device']}{threads}{driver} · {where['date']} · commit {where['commit']}"
     parts.append(f'<p class="dim">{html.escape(facts)}<br>{html.escape(versions)}<br>')
     parts.append(f"<code>{html.escape(where['command'])}</code><br>{html.escape(file.name)}</p></section>")
     return "".join(parts)

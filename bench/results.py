@@ -107,16 +107,20 @@ def check_writable(option: str, file: str | Path | None) -> None:
 
 
 def write_csv(file: str | Path, rows: Sequence[Mapping], where: Mapping) -> None:
-    """Rows as CSV, every one with the device, driver, versions, commit and date, so that files can be joined."""
-    marks = {name: where[name] for name in ("device", "driver", "commit", "date")}
-    marks |= {name: where["versions"].get(name) for name in ("torch", "transformers", "triton", "cuda")}
-    columns = list(dict.fromkeys(name for row in rows for name in row)) + list(marks)
+    """Rows as CSV, every one with the device, driver, versions, commit, date and command, so that files can be joined.
+
+    Where a row names its own device, that one is written.
+    """
+    marks = {name: where[name] for name in ("device", "driver", "commit", "date", "command")}
+    known = ("slicegpt", "python", "torch", "transformers", "triton", "cuda")
+    marks |= {name: where["versions"].get(name) for name in known}
+    columns = list(dict.fromkeys([*(name for row in rows for name in row), *marks]))
     temporary = Path(file).with_name(f".{Path(file).name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, columns)
             writer.writeheader()
-            writer.writerows({**row, **marks} for row in rows)
+            writer.writerows({**marks, **row} for row in rows)
         os.replace(temporary, file)
     except OSError as error:
         raise SliceGPTError(f"--csv: cannot write {file}: {error.strerror}") from error

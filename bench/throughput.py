@@ -1,21 +1,23 @@
 """`slicegpt bench throughput`: most tokens/s over all batches, at a given sequence length."""
 
 import statistics
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slicegpt.bench.batch_search import Exhausted, Search, search
 from slicegpt.bench.comparison import compare
 from slicegpt.bench.decoders import Decoder
-from slicegpt.bench.engines import Case, NotApplicable, by_memory, cache_bytes, refusals, start
-from slicegpt.bench.memory import (
-    bytes_in_use,
-    give_back,
-    is_out_of_memory,
-    peak_bytes,
-    start_peak,
+from slicegpt.bench.engines import (
+    Case,
+    NotApplicable,
+    OutOfMemory,
+    by_memory,
+    cache_bytes,
+    not_measured,
+    refusals,
+    start,
 )
+from slicegpt.bench.memory import bytes_in_use, give_back, peak_bytes, start_peak
 from slicegpt.bench.results import Record
 from slicegpt.bench.timing import Stopwatch
 from slicegpt.bench.token_time import RESIDENT_SHARE, check_positions
@@ -99,22 +101,28 @@ class Prober:
         del decoder
         give_back(self.device)
 
-    def __call__(self, batch: int) -> float:
-        """Tokens/s at this batch; every measurement is a point of the record."""
-        self.check(batch)
+    def attempt(self, batch: int) -> tuple[float, int]:
+        """`decode`, after which the memory is as before; `NotApplicable` where it fails."""
         level = bytes_in_use(self.device)
         failed = None
         try:
-            milliseconds, extra = self.decode(batch)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = f"out of memory at batch {batch}"
-            traceback.clear_frames(error.__traceback__)  # they hold the tensors that did not help
+            with refusals(self.case):
+                measured = self.decode(batch)
+        except NotApplicable as reason:
+            failed = type(reason)(f"{reason} at batch {batch}")  # without what the error holds on to
         give_back(self.device, collect=failed is not None)
         self.leaked = max(self.leaked, bytes_in_use(self.device) - level)
-        if failed:
-            raise Exhausted(failed)
+        if failed is not None:
+            raise failed
+        return measured
+
+    def __call__(self, batch: int) -> float:
+        """Tokens/s at this batch; every measurement is a point of the record."""
+        self.check(batch)
+        try:
+            milliseconds, extra = self.attempt(batch)
+        except OutOfMemory as reason:
+            raise Exhausted(str(reason)) from None
         # What is needed once for any batch shrinks in this as the batch grows.
         self.per_sequence = max(self.least_per_sequence(), extra / batch)
         total = self.stored + extra
@@ -162,6 +170,7 @@ class Found:
     prober: Prober
     search: Search
     again: list[float]
+    failed: bool = False
 
     def row(self) -> dict:
         case, search = self.prober.case, self.search
@@ -192,13 +201,21 @@ def measure_throughput(
     """Search every case's best batch, then measure those again in turns; `record` is kept up to date.
 
     `record.content` gets "points", one a measurement of the search, and "rows", one a case: the most tokens/s that was
-    measured and its batch, and "rounds", what the search's best batch gave when it was measured again.
+    measured and its batch, and "rounds", what the search's best batch gave when it was measured again. A case that
+    fails, other than by memory in the search, keeps what it did before, is reported among "skipped", and leaves the
+    others running.
     """
     check_positions(cases, options.seqlen, "--seqlen")
     progress = progress or Progress(quiet=True)
     device = cases[0].network.device
     record.content |= {"points": [], "skipped": record.content.get("skipped", [])}
     done: list[Found] = []
+
+    def fail(found: Found, reason: NotApplicable) -> None:
+        found.failed = True
+        record.content["skipped"].append(not_measured(found.prober.case, reason, bool(found.search.rates)))
+        if not found.search.rates:
+            done.remove(found)
 
     def save(**figures) -> None:
         rows = [one.row() for one in done]
@@ -222,20 +239,23 @@ def measure_throughput(
                     found.prober.warm_up()
                     search(measure, options.tolerance, options.max_batch, found.search)
                 except NotApplicable as reason:
-                    done.remove(found)
-                    record.content["skipped"].append(
-                        {"network": case.network.label, "engine": case.engine.name, "skipped": str(reason)}
-                    )
+                    found.search.stop, found.search.reason = "error", str(reason)
+                    fail(found, reason)
+                if found.failed:  # once the error is gone, which holds on to memory
+                    give_back(device)
                 advance(1)
             save()
         with progress.stage("best batches again", options.rounds, "rounds") as advance:
             for _ in range(options.rounds):
                 for found in done[begun:]:
-                    if found.search.rates:
-                        best = found.search.best
-                        milliseconds, _ = found.prober.decode(best)
-                        give_back(device, collect=False)
+                    if not found.search.rates or found.failed:
+                        continue
+                    best = found.search.best
+                    try:
+                        milliseconds, _ = found.prober.attempt(best)
                         found.again.append(1000 * best / milliseconds)
+                    except NotApplicable as reason:
+                        fail(found, NotApplicable(f"measured again: {reason}"))
                 advance(1)
                 save()
         for network in {id(case.network): case.network for case in group}.values():

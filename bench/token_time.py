@@ -9,7 +9,15 @@ import torch
 from slicegpt.bench.comparison import compare, token_ratios
 from slicegpt.bench.decoders import Decoder
 from slicegpt.bench.devices import Device
-from slicegpt.bench.engines import Case, NotApplicable, by_memory, cache_bytes, refusals, start
+from slicegpt.bench.engines import (
+    Case,
+    NotApplicable,
+    by_memory,
+    cache_bytes,
+    not_measured,
+    refusals,
+    start,
+)
 from slicegpt.bench.memory import bytes_in_use, give_back, peak_bytes, start_peak
 from slicegpt.bench.results import Record
 from slicegpt.bench.timing import CacheFlush, Stopwatch, milliseconds_of, quantiles, synchronise
@@ -52,10 +60,10 @@ class TokenOptions:
 
 @dataclass
 class Run:
-    """A case that decodes: its decoder and what was seen of it."""
+    """A case that decodes: its decoder, None once it has failed, and what was seen of it."""
 
     case: Case
-    decoder: Decoder
+    decoder: Decoder | None
     prompt_ms: float
     setup_seconds: float
     resident: int
@@ -63,12 +71,15 @@ class Run:
     times: list[float] = field(default_factory=list)
     tokens: list[torch.Tensor] = field(default_factory=list)
 
+    def __post_init__(self):
+        self.weight_bytes, self.stored_bytes = self.decoder.weight_bytes, self.decoder.stored_bytes
+
     def row(self, options: TokenOptions, device: Device | None) -> dict:
         """The figures so far."""
         network, engine = self.case.network, self.case.engine
         # The cache holds prompt and warm-up, and on average half of what was decoded since.
         context = options.prompt + 1 + options.warmup + len(self.times) / 2
-        moved = self.decoder.weight_bytes + cache_bytes(network, options.batch, context)
+        moved = self.weight_bytes + cache_bytes(network, options.batch, context)
         seen = quantiles(self.times)
         gpus = int(network.device.type == "cuda")  # the harness runs on one
         rate = moved / seen.median / 1e6
@@ -86,7 +97,7 @@ class Run:
             "read_bytes": round(moved),
             "gigabytes_per_second": rate,
             "bandwidth_fraction": rate / device.bandwidth if device else None,
-            "peak_bytes": self.decoder.stored_bytes + self.extra,
+            "peak_bytes": self.stored_bytes + self.extra,
             "setup_seconds": self.setup_seconds,
         }
 
@@ -140,8 +151,26 @@ def decode(run: Run, steps: int, flush: Callable[[], object] | None) -> None:
     run.extra = max(run.extra, run.resident + peak_bytes(device) - level)
 
 
+def decode_or_stop(run: Run, steps: int, flush: Callable[[], object] | None) -> str | None:
+    """`decode`; where it fails, the run gives its decoder up, and the reason is returned."""
+    try:
+        with refusals(run.case):
+            decode(run, steps, flush)
+    except NotApplicable as reason:
+        run.decoder = None
+        return str(reason)
+    return None
+
+
+def stopped(run: Run, reason: str, options: TokenOptions) -> dict:
+    """The row of "skipped" of a run that failed while it decoded."""
+    if not run.times:
+        return not_measured(run.case, reason)
+    return not_measured(run.case, f"{len(run.times)} of {options.tokens} tokens: {reason}", partial=True)
+
+
 def same_tokens(run: Run, runs: Sequence[Run]) -> int:
-    """How many tokens agree, from the first on, with those of the first engine that ran this network.
+    """How many tokens agree, from the first on, with those of the first engine that ran this network to the end.
 
     Engines with the same weights choose the same tokens until rounding decides between two that are as likely.
     Hugging Face's class and ours only share weights where they come from a folder.
@@ -153,7 +182,8 @@ def same_tokens(run: Run, runs: Sequence[Run]) -> int:
         if one.case.network is network
         and (network.folder is not None or one.case.engine.huggingface == run.case.engine.huggingface)
     ]
-    pairs = zip(run.tokens, shares[0].tokens, strict=False)
+    first = max(shares, key=lambda one: len(one.tokens))
+    pairs = zip(run.tokens, first.tokens, strict=False)
     return next(
         (index for index, (a, b) in enumerate(pairs) if not torch.equal(a.cpu(), b.cpu())), len(run.tokens)
     )
@@ -177,7 +207,8 @@ def measure_token_times(
 ) -> None:
     """Decode with every case in turns; `record` holds a row a case after every round.
 
-    Cases whose weights do not fit into memory together are measured group by group.
+    Cases whose weights do not fit into memory together are measured group by group. A case that fails keeps what it
+    did in the rounds before, is reported among `record.content["skipped"]`, and leaves the others running.
 
     Args:
         device: whose bandwidth the fractions are of; None leaves them out.
@@ -193,18 +224,25 @@ def measure_token_times(
         runs: list[Run] = []
         with progress.stage("prompts and warm-up", len(group), "cases") as advance:
             for case in group:
+                failed = False
                 try:
                     runs.append(prepare(case, options))
                 except NotApplicable as reason:
-                    skipped.append(
-                        {"network": case.network.label, "engine": case.engine.name, "skipped": str(reason)}
-                    )
+                    skipped.append(not_measured(case, reason))
+                    failed = True
+                if failed:  # once the error is gone, which holds on to it
+                    give_back(torch_device)
                 advance(1)
         with progress.stage("decoding", options.tokens * len(runs), "steps") as advance:
             for share in options.shares():
                 for run in runs:
-                    decode(run, share, flush)
+                    if run.decoder is not None:
+                        reason = decode_or_stop(run, share, flush)
+                        if reason is not None:
+                            skipped.append(stopped(run, reason, options))
+                            give_back(torch_device)
                     advance(share)
+                runs = [run for run in runs if run.decoder is not None or run.times]
                 rows = finished + [run.row(options, device) for run in runs]
                 for row, run in zip(rows[len(finished) :], runs, strict=True):
                     row["same_tokens"] = same_tokens(run, runs)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .benchmark_options import SHORTCUTS, dtypes, fraction, fractions, memory, names
+from .benchmark_options import SHORTCUTS, dtypes, fraction, fractions, memory, names, settings_of
 from .options import add_device, add_json, positive, resolve_device, resolve_dtype
 from .prediction import add_predict
 
@@ -21,8 +21,18 @@ def add_parser(commands) -> None:
     add_report(benchmarks)
 
 
-def add_networks(parser: argparse.ArgumentParser, engines: str | None) -> None:
-    """What is measured."""
+# The compiled forward pass with a static cache is the best dense baseline on a GPU, where launches count. Every batch
+# of the search is compiled anew, which takes a CPU half a minute each: there it must be asked for.
+THROUGHPUT_ENGINES = {"cpu": "hf,fused", "cuda": "hf,hf-compile,fused"}
+
+
+def add_networks(parser: argparse.ArgumentParser, engines: str | None, on_gpu: str | None = None) -> None:
+    """What is measured.
+
+    Args:
+        engines: the default of `--engines`; None leaves the option out.
+        on_gpu: the default where the device is a GPU, if another; the option is then None until it is known.
+    """
     group = parser.add_argument_group("networks")
     group.add_argument(
         "--model",
@@ -47,10 +57,11 @@ def add_networks(parser: argparse.ArgumentParser, engines: str | None) -> None:
         group.add_argument(
             "--engines",
             type=names,
-            default=engines.split(","),
+            default=engines.split(",") if on_gpu is None else None,
             metavar="E,...",
             help="of hf, hf-eager, hf-static, hf-compile: Hugging Face's forward pass; hf-generate, "
-            f"hf-generate-static: its generate(); plain, plain-compile, fused: this package's ({engines})",
+            f"hf-generate-static: its generate(); plain, plain-compile, fused: this package's ({engines}"
+            + (f"; on a GPU {on_gpu})" if on_gpu else ")"),
         )
     add_device(group, dtypes)
 
@@ -74,12 +85,6 @@ def networks_of(options: argparse.Namespace) -> list:
     return choose_networks(options.model, options.shape, options.slice, dtypes, device, shape)
 
 
-def settings_of(options: argparse.Namespace) -> dict:
-    """The options, as the results record them."""
-    unsaid = ("run", "verbose", "command", "benchmark", "json", "csv", "plot")
-    return {name: value for name, value in vars(options).items() if name not in unsaid}
-
-
 def record_of(options: argparse.Namespace, device):
     """The record of a run, once every file it shall write has been found writable."""
     from slicegpt.bench.results import Record, check_writable
@@ -94,28 +99,53 @@ def record_of(options: argparse.Namespace, device):
 
 @contextmanager
 def measuring(record, options: argparse.Namespace) -> Iterator[None]:
-    """Print the table at the end, and write the files; also what there is when the run is interrupted."""
-    from slicegpt.bench.display import print_summary
+    """Print the table at the end, and write the files.
 
-    interrupted = False
+    Whatever ends the run before, Ctrl-C or an error, what was measured until then is printed and written, marked
+    incomplete.
+    """
+    from slicegpt.bench.display import print_skipped
+    from slicegpt.errors import SliceGPTError
+
     try:
         yield
+        if not record.rows:
+            print_skipped(record.content.get("skipped", ()))
+            raise SliceGPTError("nothing could be measured")
         record.finish()
-    except KeyboardInterrupt:
-        interrupted = True
+    except BaseException as error:
+        record.content["complete"] = False
+        kept = keep(record, options)
+        if isinstance(error, KeyboardInterrupt):
+            print(f"interrupted: {kept}", file=sys.stderr)
+            raise SystemExit(130) from None
         if record.rows:
-            record.save()
-    if record.rows:
-        print_summary(record.content)
-        if options.plot:
-            from slicegpt.bench.charts import plot_results
+            print(f"stopped by an error: {kept}", file=sys.stderr)
+        raise
+    show(record, options)
 
-            plot_results(record.content, options.plot)
-    if interrupted:
-        kept = [file for file in (options.json, options.csv) if file] if record.rows else []
-        where = f"; {', '.join(kept)} marked incomplete" if kept else ""
-        print(f"interrupted: {len(record.rows)} rows are kept{where}", file=sys.stderr)
-        raise SystemExit(130)
+
+def show(record, options: argparse.Namespace) -> None:
+    from slicegpt.bench.display import print_summary
+
+    print_summary(record.content)
+    if options.plot:
+        from slicegpt.bench.charts import plot_results
+
+        plot_results(record.content, options.plot)
+
+
+def keep(record, options: argparse.Namespace) -> str:
+    """Write and print what an unfinished run has, and say what that is; never an error in place of the first one."""
+    if not record.rows:
+        return "0 rows are kept"
+    try:
+        record.save()
+        show(record, options)
+    except Exception as error:
+        return f"{len(record.rows)} rows were measured, and not all written: {error}"
+    files = ", ".join(file for file in (options.json, options.csv) if file)
+    return f"{len(record.rows)} rows are kept" + (f"; {files} marked incomplete" if files else "")
 
 
 def add_token(benchmarks) -> None:
@@ -171,7 +201,7 @@ def add_throughput(benchmarks) -> None:
         "measures the best batches again in turns.",
     )
     parser.set_defaults(run=run_throughput)
-    add_networks(parser, "hf,fused")
+    add_networks(parser, THROUGHPUT_ENGINES["cpu"], THROUGHPUT_ENGINES["cuda"])
     parser.add_argument("--seqlen", type=positive, default=128, help="tokens of a sequence at its end (128)")
     parser.add_argument(
         "--steps",
@@ -200,8 +230,9 @@ def run_throughput(options: argparse.Namespace) -> None:
     from slicegpt.progress import Progress
 
     networks = networks_of(options)
-    cases, skipped = pair(networks, chosen_engines(options.engines))
     device = networks[0].device
+    options.engines = options.engines or THROUGHPUT_ENGINES[device.type].split(",")
+    cases, skipped = pair(networks, chosen_engines(options.engines))
     if device.type == "cpu":  # a GPU says when it is full; a CPU begins to swap, or the process is killed
         options.max_memory = options.max_memory or 0.8 * free_memory(device) or None
         options.steps = options.steps or 8

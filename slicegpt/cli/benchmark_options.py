@@ -47,3 +47,9 @@ def dtypes(text: str) -> list[str]:
 def names(text: str) -> list[str]:
     """An argparse type: names between commas."""
     return [part for part in text.split(",") if part]
+
+
+def settings_of(options: argparse.Namespace) -> dict:
+    """The options, as the results record them."""
+    unsaid = ("run", "verbose", "command", "benchmark", "json", "csv", "plot")
+    return {name: value for name, value in vars(options).items() if name not in unsaid}

@@ -2,21 +2,29 @@
 
 import argparse
 
-from .benchmark_options import SHORTCUTS, fraction, fractions
-from .options import add_json, positive
+from .benchmark_options import SHORTCUTS, fraction, fractions, settings_of
+from .options import DTYPES, add_json, positive, resolve_dtype
 
 
 def add_predict(benchmarks) -> None:
     parser = benchmarks.add_parser(
         "predict",
         help="time per token and throughput on a device's data sheet",
-        description="Predicts decoding in float16 from bytes, operations and memory; nothing is run. "
+        description="Predicts decoding from bytes, operations and memory; no model is run. "
         "--published compares the method with the published tables instead.",
     )
     parser.set_defaults(run=run_predict)
     parser.add_argument("--published", action="store_true", help="reproduce the paper's tables and the error")
     parser.add_argument(
-        "--device", default="h200", help="h100, h200, a100-40, a100-80, rtx-6000, rtx-4090, b200"
+        "--device",
+        default="h200",
+        help="h100, h200 (default), a100-40, a100-80, rtx-6000, rtx-4090, b200; cpu: this one, its peaks measured",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of weights and cache; auto: float16, on a CPU float32",
     )
     parser.add_argument(
         "--gpus", type=positive, metavar="N", help="the fewest that hold the model, if not given"
@@ -32,30 +40,36 @@ def add_predict(benchmarks) -> None:
     parser.add_argument("--batch", type=positive, default=1, help="for the time per token (1)")
     parser.add_argument("--length", type=positive, default=128, help="tokens a sequence at the end (128)")
     parser.add_argument(
-        "--efficiency", type=fraction, metavar="E", help="share of the peaks that is reached (0.7, assumed)"
+        "--efficiency",
+        type=fraction,
+        metavar="E",
+        help="share of the peaks that is reached (eager: as the published figures give it; else 0.7, assumed)",
     )
     add_json(parser)
+    parser.add_argument(
+        "--csv", metavar="FILE", help="the rows as CSV, each with device, versions and commit"
+    )
 
 
 def run_predict(options: argparse.Namespace) -> None:
-    from slicegpt.bench import predict
-    from slicegpt.bench.devices import device_named
-    from slicegpt.table import format_table, write_json
-
     if options.published:
-        tables = {
-            "time per token": predict.reproduce_token_times(),
-            "throughput": predict.reproduce_throughputs(),
-        }
-        efficiencies = predict.calibrated_efficiencies()
-        for title, rows in tables.items():
-            print(f"{title}, published and predicted\n{format_table(rows, list(rows[0]))}\n")
-        calibrated = ", ".join(f"{name} {value:.2f}" for name, value in efficiencies.items())
-        print(f"One number a device is fitted to these figures, its efficiency: {calibrated}.")
-        if options.json:
-            write_json(options.json, {"efficiencies": efficiencies, **tables})
+        run_published(options)
         return
-    device = device_named(options.device)
+    import torch
+
+    from slicegpt.bench import predict
+    from slicegpt.bench.devices import device_named, measured_cpu
+    from slicegpt.bench.display import print_summary
+    from slicegpt.errors import SliceGPTError
+
+    on_cpu = options.device == "cpu"
+    if on_cpu and (options.gpus or 1) > 1:  # before anything is measured
+        raise SliceGPTError(f"--gpus: must be 1 (or not given) where --device is cpu, got {options.gpus}")
+    dtype = resolve_dtype(options.dtype) or (torch.float32 if on_cpu else torch.float16)
+    device = measured_cpu(half=dtype) if on_cpu else device_named(options.device)
+    record = paper_record("predict", options, None if on_cpu else device.name)
+    record.content["peaks"] = vars(device)
+    efficiency = predict.efficiency_of(device, options.runtime, options.efficiency)
     rows = [
         predict.predict(
             options.shape,
@@ -66,19 +80,59 @@ def run_predict(options: argparse.Namespace) -> None:
             runtime=options.runtime,
             batch=options.batch,
             length=options.length,
-            efficiency=options.efficiency,
+            efficiency=efficiency.value,
+            itemsize=dtype.itemsize,
         )
         for value in options.slice
     ]
-    print(format_table(rows, list(rows[0])))
-    efficiency = options.efficiency or predict.ASSUMED_EFFICIENCY
-    how = "as given" if options.efficiency else "assumed, not measured"
-    print(
-        f"Predicted from {device.source}; at {efficiency:.0%} of its peaks ({how}); the largest batch is a power of "
-        f"two, of {options.length} tokens each. Nothing was measured."
-    )
-    if options.json:
-        settings = {
-            name: value for name, value in vars(options).items() if name not in ("run", "json", "verbose")
-        }
-        write_json(options.json, {"settings": settings, "efficiency": efficiency, "rows": rows})
+    source = device.source
+    if on_cpu:
+        rate = device.fp32 if dtype.itemsize == 4 else device.half
+        source = f"this CPU's peaks, {source}: {device.bandwidth:.1f} GB/s and {1000 * rate:.0f} GFLOP/s"
+    notes = [
+        f"Predicted in {str(dtype).removeprefix('torch.')} from {source}.",
+        f"Efficiency {efficiency.value:.2f} of the peaks: {efficiency.origin}.",
+        f"The largest batch is a power of two, of {options.length} tokens each. No model was run.",
+    ]
+    record.content["rows"] = rows
+    record.save(complete=True, efficiency=vars(efficiency), notes=notes)
+    print_summary(record.content)
+
+
+def run_published(options: argparse.Namespace) -> None:
+    from slicegpt.bench import reproduce
+    from slicegpt.bench.published import TOKEN_TIMES
+    from slicegpt.bench.results import write_csv
+    from slicegpt.table import format_table
+
+    devices = dict.fromkeys([row.device for row in TOKEN_TIMES] + [reproduce.THROUGHPUT_DEVICE])
+    record = paper_record("published", options, ", ".join(devices))
+    tables, notes = reproduce.tables(), []
+    for title, (rows, own) in tables.items():
+        print(f"{title}, published and predicted\n{format_table(rows, list(rows[0]))}")
+        print(*own, "", sep="\n")
+        notes += own
+    notes.append(reproduce.calibration_note())
+    print(notes[-1])
+    figures = {title: rows for title, (rows, _) in tables.items()}
+    record.save(complete=True, efficiencies=reproduce.efficiencies(), notes=notes, **figures)
+    if options.csv:
+        rows = [
+            {"table": title, "device": reproduce.DEVICE_OF.get(title), **row}
+            for title, own in figures.items()
+            for row in own
+        ]
+        write_csv(options.csv, rows, record.content["environment"])
+
+
+def paper_record(name: str, options: argparse.Namespace, device: str | None):
+    """A record whose device is the predicted one, and not the machine that did the sums; None is this CPU."""
+    import torch
+
+    from slicegpt.bench.results import Record
+
+    record = Record(name, settings_of(options), torch.device("cpu"), options.json, options.csv)
+    if device is not None:
+        paper = {"device": f"{device} (on paper)", "driver": None, "threads": None, "load_average": None}
+        record.content["environment"] |= paper
+    return record

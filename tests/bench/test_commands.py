@@ -15,6 +15,7 @@ from slicegpt.bench import engines as engines_module
 from slicegpt.bench.engines import chosen_engines, pair
 from slicegpt.bench.networks import choose_networks
 from slicegpt.cli import main
+from slicegpt.errors import SliceGPTError
 from slicegpt.schedule import Shape
 
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600  # importing alone takes minutes on a busy machine
         while not os.path.exists(f"{file}.csv") and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
@@ -147,6 +148,29 @@ def test_forms_that_no_engine_needs_are_given_up(tiny_folder):
     assert forms("fused") == {"runtime"}
     assert forms("plain", "fused") == {"canonical", "runtime"}
     assert forms("fused", "hf") == {"huggingface", "runtime"}
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "engines"),
+    [
+        ("cpu", [], "hf,fused"),
+        ("cuda", [], "hf,hf-compile,fused"),
+        ("cuda", ["--engines", "fused"], "fused"),
+    ],
+)
+def test_engines_of_throughput_depend_on_the_device(device, asked, engines, tiny_networks, monkeypatch):
+    (network,) = tiny_networks((0.0,))
+    network.device = torch.device(device)
+    seen = []
+
+    def choose(names):
+        seen.append(",".join(names))
+        raise SliceGPTError("enough")
+
+    monkeypatch.setattr("slicegpt.cli.benchmark.networks_of", lambda options: [network])
+    monkeypatch.setattr("slicegpt.bench.engines.chosen_engines", choose)
+    assert main(["bench", "throughput", "--shape", "llama-1b", *asked]) == 2
+    assert seen == [engines]
 
 
 def test_labels_tell_models_apart(tiny_folder, tmp_path):

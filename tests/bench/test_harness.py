@@ -280,7 +280,10 @@ def test_folder_speaks_the_same_in_hugging_faces_class_and_ours(tiny_folder, tmp
     with open(f"{file}.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["engine"] for row in rows] == ALL
-    assert {row["commit"] for row in rows} == {content["environment"]["commit"]}
+    where = content["environment"]
+    for name, value in {**where, **where["versions"]}.items():
+        if name in ("device", "commit", "date", "command", "slicegpt", "python", "torch"):
+            assert {row[name] for row in rows} == {value}
     assert float(rows[0]["ms_median"]) == content["rows"][0]["ms_median"]
     printed = capsys.readouterr().out
     best = min(content["rows"], key=lambda row: row["ms_median"])["engine"]

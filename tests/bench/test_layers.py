@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slicegpt.bench import layer_ops
+from slicegpt.bench.display import notes
 from slicegpt.bench.layer_ops import one_layer, prune_2_4, reason_against_2_4
 from slicegpt.bench.layers import LayersOptions, check, measure_layers, variants_of, write_trace
 from slicegpt.bench.results import Record
@@ -90,6 +91,34 @@ def test_sparse_library_that_turns_a_shape_down_is_reported(tiny_networks, monke
     assert record.content["skipped"] == [
         {"network": "dense", "engine": "2:4", "skipped": "shape not supported"}
     ]
+
+
+def test_library_of_the_sparse_products_is_recorded(tiny_networks, monkeypatch):
+    """A CPU has none: dense weights of a class that is called so."""
+
+    class Pretended(torch.Tensor):
+        pass
+
+    made = []
+
+    def pretend(weight):
+        made.append(weight)
+        return weight.as_subclass(Pretended)
+
+    monkeypatch.setattr(layer_ops, "reason_against_2_4", lambda dtype, device: None)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", pretend)
+    record = Record("layers", {}, CPU)
+    measure_layers(tiny_networks((0.0,)), OPTIONS, record)
+    assert {row["engine"]: row.get("library") for row in record.rows} == {
+        "hf": None,
+        "unfused": None,
+        "fused": None,
+        "2:4": "Pretended",
+    }
+    assert len(made) == 7
+    assert "2:4 sparse products by Pretended." in notes(record.content)
+    assert layer_ops.sparse_library(torch.sparse.SparseSemiStructuredTensorCUSPARSELT) == "cuSPARSELt"
+    assert layer_ops.sparse_library(torch.sparse.SparseSemiStructuredTensorCUTLASS) == "CUTLASS"
 
 
 def test_trace_replaces_a_file(tiny_networks, tmp_path):
