@@ -274,16 +274,16 @@ def test_warnings():
 def test_held_out_windows_are_others_of_the_same_text(files, tiny_tokenizer):
     a = str(files / "a.txt")
     drawn = sample_sources(load_sources(f"{a}:3,random-tokens:1"), tiny_tokenizer, 8, 32)
-    plain = windows(sample_batches(load_documents(a), tiny_tokenizer, 11, 32))
-    assert [tuple(row) for row in drawn.held_out.tolist()] == plain[6:11]
-    assert [tuple(row) for row in drawn.seen.tolist()] == plain[:5]
+    plain = windows(sample_batches(load_documents(a), tiny_tokenizer, 9, 32))
+    assert [tuple(row) for row in drawn.held_out.tolist()] == plain[6:9]
+    assert [tuple(row) for row in drawn.seen.tolist()] == plain[:3]
     assert not len(sample_sources(load_sources("random-tokens"), tiny_tokenizer, 8, 32).held_out)
 
 
 def test_a_model_writes_windows_to_hold_out(tiny_tokenizer, model):
     """`self` alone has them as well; they are no samples of it."""
     drawn = sample_sources(load_sources("self"), tiny_tokenizer, 4, 16, model=model)
-    assert drawn.held_out.shape == (6, 16)
+    assert drawn.held_out.shape == (4, 16)
     assert drawn.seen.shape == (4, 16)
     samples = windows(drawn.batches)
     assert len(samples) == 4
@@ -305,7 +305,7 @@ def test_held_out_check(files, tiny_tokenizer, model):
     for name in ("seen", "held_out"):
         ids = getattr(drawn, name)
         assert math.isclose(check[name], loss(sliced, ids) - loss(model, ids), abs_tol=2e-5)
-    assert check["windows"] == 6
+    assert check["windows"] == 4
     everything = replace(drawn, held_out=drawn.held_out[:0])
     assert held_out_check(model, sliced, everything, torch.device("cpu")) is None
 

@@ -21,7 +21,7 @@ RANDOM_TOKENS = "random-tokens"  # tokens drawn uniformly from the vocabulary
 GENERATED = (SELF, RANDOM_TOKENS)
 
 # Windows drawn beside the samples: the refit's ridge is chosen by them, and they tell whether the samples were enough.
-HELD_OUT = 6
+HELD_OUT = 4
 
 
 @dataclass(frozen=True)
