@@ -95,7 +95,7 @@ def window_losses(
     device = model.get_input_embeddings().weight.device
     report, losses = progress or Progress(quiet=True), []
     with torch.no_grad(), _evaluating(model):
-        token_losses = token_loss_function(model, windows[:1, :16].to(device))
+        token_losses = _loss_function(model, windows[:1, :16].to(device))
         with report.stage("perplexity", len(windows), "windows") as advance:
             for batch in windows.split(batch_size):
                 losses += token_losses(batch.to(device)).sum(dim=1).tolist()
@@ -106,9 +106,7 @@ def window_losses(
     return losses
 
 
-def token_loss_function(
-    model: PreTrainedModel, probe: torch.Tensor
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _loss_function(model: PreTrainedModel, probe: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function from ids [b, s] to the float64 losses [b, s - 1] of the tokens after the first.
 
     A vocabulary of 50k and a batch of 8 windows make 3 GB of float32 logits, so the head is applied to some

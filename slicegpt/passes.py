@@ -51,7 +51,6 @@ class Passes:
         device: where blocks run.
         place: where streams are kept, see `Signals`.
         fitted: so many batches, the first ones, are refitted to: the dense model's stream is carried beside theirs.
-        watched: batches that pass the sliced blocks like the others and that nothing is computed from.
     """
 
     def __init__(
@@ -62,13 +61,12 @@ class Passes:
         device: torch.device,
         place: str,
         fitted: int = 0,
-        watched: Sequence[CalibrationBatch] = (),
     ):
         self.config, self.dtype, self.device = config, dtype, device
         width = config.dense_hidden_size
-        self.counted, self.fitted = len(batches), fitted
+        self.fitted = fitted
         self.tokens = sum(batch.tokens for batch in batches)
-        self.signals = Signals([*batches, *watched], width, dtype, device, place)
+        self.signals = Signals(batches, width, dtype, device, place)
         self.teacher = Signals(batches[:fitted], width, dtype, device, place)
         self.stage = Stopwatch(device)
         self.advance: Callable[[int], None] = lambda steps: None
@@ -89,19 +87,11 @@ class Passes:
             if checkpoint.family.mean_subtraction:
                 stream = centre(stream, True)
             stream = stream.to(self.dtype)
-            self.count(covariance, index, stream)
+            if covariance is not None:
+                covariance.add(stream, batch.attention_mask)
             self.signals[index] = stream
             if index < self.fitted:
                 self.teacher[index] = stream
-
-    def watched(self) -> list[torch.Tensor]:
-        """The streams of the watched batches, where they are: [batch, tokens, D] each."""
-        return [stream for index, _, stream in self.signals if index >= self.counted]
-
-    def count(self, covariance: Covariance | None, index: int, stream: torch.Tensor) -> None:
-        """Add a batch's stream to the covariance of the boundary that it has reached."""
-        if covariance is not None and index < self.counted:
-            covariance.add(stream, self.signals.batches[index].attention_mask)
 
     def inputs(self, block: Block, stream: torch.Tensor, batch: TokenBatch) -> dict:
         """Attention mask and rotary positions, as the block's attention takes them."""
@@ -116,8 +106,9 @@ class Passes:
         for index, batch, stream in self.signals:
             with self.stage("signals"):
                 self.signals[index] = out = lifted(stream, **self.inputs(block, stream, batch))
-            with self.stage("covariance"):
-                self.count(covariance, index, out)
+            if covariance is not None:
+                with self.stage("covariance"):
+                    covariance.add(out, batch.attention_mask)
             self.advance(1)
 
     def run_refitted(
@@ -165,6 +156,7 @@ class Passes:
                 else:
                     carried, activations = lifted.activations(stream, **self.inputs(block, stream, batch))
                 self.signals[index] = out = lifted.write(carried, activations)
-            with self.stage("covariance"):
-                self.count(covariance, index, out)
+            if covariance is not None:
+                with self.stage("covariance"):
+                    covariance.add(out, batch.attention_mask)
             self.advance(1)

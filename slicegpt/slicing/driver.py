@@ -1,6 +1,7 @@
 """`slice_model`: the whole of slicing."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -9,6 +10,7 @@ from slicegpt.calibration.sampling import CalibrationBatch
 from slicegpt.families import checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
+from slicegpt.refit import RIDGE
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.ridge import search_ridge
 from slicegpt.slicing.slicer import Slicer
@@ -30,8 +32,8 @@ def slice_model(
         batches: calibration tokens; needed wherever a boundary is sliced or takes its basis from PCA.
         options: see `SlicingOptions`.
         progress: counts passes of one batch through one block.
-        held_out: windows [n, s] of calibration tokens outside `batches`, which the refit's ridge is chosen by where
-            `options.ridge` is None; without them it is `slicegpt.refit.RIDGE`.
+        held_out: windows [n, s] of calibration tokens outside `batches`, by which the refit's ridge is chosen where
+            `options.ridge` is None: the model is sliced some three times then. Without them it is `RIDGE`.
 
     Returns:
         The sliced model, on the CPU in `options.dtype`, and the report.
@@ -41,11 +43,14 @@ def slice_model(
         activations (the layer is named).
     """
     options, progress = options or SlicingOptions(), progress or Progress(quiet=True)
-    slicer = Slicer(checkpoint_of(model), config, batches, options, progress)
-    if slicer.refits and options.ridge is None and held_out is not None:
-        with slicer.stage("ridge"):
-            losses = search_ridge(model, config, batches, options, held_out, progress)
-        slicer.report.ridge_search = losses
-        if losses:
-            slicer.ridge = min(losses, key=losses.get)
-    return slicer.run(), slicer.report
+    checkpoint = checkpoint_of(model)
+
+    def slice_with(ridge: float) -> tuple[SlicedForCausalLM, SlicingReport]:
+        slicer = Slicer(checkpoint, config, batches, replace(options, ridge=ridge), progress)
+        return slicer.run(), slicer.report
+
+    if options.ridge is not None:
+        return slice_with(options.ridge)
+    if held_out is None or held_out.shape[1] < 2 or not len(held_out) or not options.refit:
+        return slice_with(RIDGE)
+    return search_ridge(slice_with, held_out, options.device)

@@ -6,11 +6,8 @@ import torch
 
 from slicegpt.covariance import SIGNALS
 from slicegpt.errors import SliceGPTError
+from slicegpt.refit import RIDGE
 from slicegpt.rotation import ORIENTATIONS
-
-# The refit carries the dense model's stream beside the sliced one and sums second moments: fitting to all of the
-# samples would cost more than all the rest of slicing. Half of them lose little by it (docs/quality.md).
-FITTED = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class SlicingOptions:
     seed: int = 42
     vocabulary_prior: float = 0.0
     refit: bool = True
-    ridge: float | None = None
-    fitted: float = FITTED
+    ridge: float | None = RIDGE
+    fitted: float = 1.0
 
     def __post_init__(self):
         for name, value, allowed in (

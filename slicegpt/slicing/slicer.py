@@ -34,7 +34,7 @@ from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.neurons import choose_neurons
 from slicegpt.passes import Passes
 from slicegpt.progress import Progress
-from slicegpt.refit import RIDGE, Moments, Writer, fit
+from slicegpt.refit import Moments, Writer, fit
 from slicegpt.rotation import align, random_orthogonal
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 
@@ -48,8 +48,7 @@ class Slicer:
     """One run of slicing; holds what the steps share.
 
     Args:
-        options: `ridge` None means `slicegpt.refit.RIDGE` here.
-        watched: windows of tokens that are carried along and that nothing is computed from.
+        options: with a number for `ridge`.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class Slicer:
         batches: Sequence[CalibrationBatch],
         options: SlicingOptions,
         progress: Progress,
-        watched: Sequence[CalibrationBatch] = (),
     ):
         self.checkpoint = checkpoint
         self.config = config
@@ -69,14 +67,13 @@ class Slicer:
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
         self.state: dict[str, torch.Tensor] = {}
-        self.ridge = RIDGE if options.ridge is None else options.ridge
         self.prunes = config.intermediate_size < config.dense_intermediate_size
         if self.prunes and not options.refit:
             raise SliceGPTError("--neurons: which of them to delete is decided by the refit, got --no-refit")
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
-        self.passes = Passes(config, batches, options.dtype, options.device, options.place, fitted, watched)
+        self.passes = Passes(config, batches, options.dtype, options.device, options.place, fitted)
         self.stage = self.passes.stage
         self.report.tokens = self.passes.tokens
         self.report.seconds = self.stage.seconds
@@ -134,7 +131,7 @@ class Slicer:
         if not self.needs_covariance(boundary):
             return None
         config, options = self.config, self.options
-        if not self.passes.counted:
+        if not len(self.passes.signals):
             raise SliceGPTError(f"batches: boundary {boundary} needs calibration tokens, got none")
         return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
@@ -167,10 +164,10 @@ class Slicer:
             start = sum(writer.weight.shape[1] for part, writer in writers.items() if part == "attention")
             group = slice(start, start + self.config.dense_intermediate_size)
             choose = partial(choose_neurons, group=group, count=self.config.intermediate_size)
-        fitted, before = fit(moments, self.ridge, prior, choose), prior.loss(moments)
+        fitted, before = fit(moments, self.options.ridge, prior, choose), prior.loss(moments)
         # A block that nothing was taken from has rounding errors before the fit, and no fraction of them.
         left = fitted.loss(moments) / before if before > 1e-9 * moments.energy.item() else None
-        self.report.refit.append({"block": block.index, "ridge": self.ridge, "left": left})
+        self.report.refit.append({"block": block.index, "ridge": self.options.ridge, "left": left})
 
         weights = fitted.weight.mT.split(moments.groups, dim=1)
         refitted = {
@@ -288,25 +285,17 @@ class Slicer:
         if head.bias is not None:
             self.store({"lm_head.bias": head.bias.to(dtype)})
 
-    def steps(self, blocks: Sequence[Block]) -> int:
-        """Passes of one batch through one of `blocks`, the dense model's included."""
-        passes = self.passes
-        return sum(map(self.needs_pass, blocks)) * (len(passes.signals) + passes.fitted)
-
     @torch.no_grad()
     def run(self) -> SlicedForCausalLM:
         """Slice everything and return the model on the CPU."""
         blocks = blocks_of(self.config)
-        with self.progress.stage("slicing", self.steps(blocks), "steps") as self.passes.advance:
-            self.slice_head(self.slice_blocks(blocks))
+        steps = sum(map(self.needs_pass, blocks)) * (len(self.passes.signals) + self.passes.fitted)
+        with self.progress.stage("slicing", steps, "steps") as self.passes.advance:
+            basis = self.slice_embedding()
+            for block in blocks:
+                basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
+            self.slice_head(basis)
         return build_model(self.config, self.state)
-
-    def slice_blocks(self, blocks: Sequence[Block]) -> torch.Tensor:
-        """Slice the embedding and the first blocks; returns the basis behind them."""
-        basis = self.slice_embedding()
-        for block in blocks:
-            basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
-        return basis
 
 
 def build_model(config: SlicedConfig, state: dict[str, torch.Tensor]) -> SlicedForCausalLM:
