@@ -62,7 +62,8 @@ def main() -> None:
     ratio = rows[1]["in all"] / rows[0]["in all"]
     print(f"{ratio:.2f} times the slicing time without the refit; {report.tokens} tokens, width {width}")
     figures = {
-        "settings": vars(options) | {"width": width, "tokens": report.tokens},
+        "settings": {name: value for name, value in vars(options).items() if name != "json"}
+        | {"width": width, "tokens": report.tokens},
         "rows": rows,
         "ratio": ratio,
         "ridge_search": report.ridge_search,
