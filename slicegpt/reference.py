@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, float32, float64
 
-# One chunk of X is upcast at a time, 4 MiB in float64: it stays in a last-level cache that other work shares (8 MiB took
-# 6 % longer at 576 columns on an AMD EPYC). Below 1024 tokens a chunk, reading and writing C for every chunk would cost
-# as much as the product.
+# One chunk of X is upcast at a time, 4 MiB in float64: it stays in a last-level cache that other work shares (8 MiB
+# took 6 % longer at 576 columns on an AMD EPYC). Below 1024 tokens a chunk, reading and writing C for every chunk would
+# cost as much as the product.
 CHUNK_ELEMENTS = 1 << 19
 MIN_CHUNK_TOKENS = 1024
 
