@@ -17,8 +17,7 @@ from slicegpt.bench.memory import bytes_in_use, give_back, peak_bytes, start_pea
 from slicegpt.bench.models import MODELS, random_dense
 from slicegpt.bench.results import Record
 from slicegpt.bench.timing import synchronise
-from slicegpt.calibration import Calibration, CalibrationBatch, Source, load_documents, sample_sources
-from slicegpt.calibration.mixture import HELD_OUT
+from slicegpt.calibration import CalibrationBatch, load_documents, sample_batches
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.loading import load_dense
@@ -48,36 +47,32 @@ class SlicingTimeOptions:
 
 def load(
     options: SlicingTimeOptions, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, Callable[[int, int], Calibration]]:
-    """The dense model on the CPU, and a function (samples, batch size) -> calibration tokens.
+) -> tuple[PreTrainedModel, Callable[[int, int], list[CalibrationBatch]]]:
+    """The dense model on the CPU, and a function (samples, batch size) -> batches of calibration tokens.
 
     A shape gets random weights and random tokens.
     """
     if (options.model is None) == (options.shape_name is None):
         raise SliceGPTError("--model, --shape: one of them is needed, and not both")
     if options.shape_name is None:
-        source = Source(options.calibration, documents=load_documents(options.calibration, "train"))
+        documents = load_documents(options.calibration, "train")
         model, tokenizer = load_dense(options.model, dtype)
 
-        def drawn(nsamples: int, size: int) -> Calibration:
-            return sample_sources([source], tokenizer, nsamples, options.seqlen, size, options.seed)
+        def batches(nsamples: int, size: int) -> list[CalibrationBatch]:
+            return sample_batches(documents, tokenizer, nsamples, options.seqlen, size, options.seed)
 
-        return model, drawn
+        return model, batches
     if options.shape_name not in MODELS:
         raise SliceGPTError(f"--shape: must be one of {', '.join(MODELS)}, got {options.shape_name!r}")
     config = MODELS[options.shape_name]
     model = random_dense(config, dtype or torch.float32, torch.device("cpu"))
 
-    def random_tokens(nsamples: int, size: int) -> Calibration:
+    def random_batches(nsamples: int, size: int) -> list[CalibrationBatch]:
         generator = torch.Generator().manual_seed(options.seed)
-        shape = (nsamples + HELD_OUT, options.seqlen)
-        samples, held_out = torch.randint(config.vocab_size, shape, generator=generator).split(
-            [nsamples, HELD_OUT]
-        )
-        batches = [CalibrationBatch(part, torch.ones_like(part)) for part in samples.split(size)]
-        return Calibration(batches, [], held_out, samples[:HELD_OUT])
+        ids = torch.randint(config.vocab_size, (nsamples, options.seqlen), generator=generator)
+        return [CalibrationBatch(part, torch.ones_like(part)) for part in ids.split(size)]
 
-    return model, random_tokens
+    return model, random_batches
 
 
 @torch.no_grad()
@@ -115,19 +110,19 @@ def measure_slicing(
     progress = progress or Progress(quiet=True)
     began = time.perf_counter()
     with progress.stage("loading", 1, "model") as advance:
-        model, draw = load(options, dtype)
+        model, batches_of = load(options, dtype)
         advance(1)
     loading = time.perf_counter() - began
 
     fields = canonical_fields(model)
     width = width_for_slice(fields["dense_hidden_size"], options.fraction, shape.round_to)
     config = plan(fields, constant_widths(fields, width), shape)
-    calibration = draw(options.nsamples, options.batch_size)
+    batches = batches_of(options.nsamples, options.batch_size)
 
     def dense_seconds(stage: str, size: int) -> float:
         with progress.stage(stage, options.nsamples, "samples") as advance:
             model.to(device)
-            seconds = dense_pass(model, draw(options.nsamples, size).batches, device)
+            seconds = dense_pass(model, batches_of(options.nsamples, size), device)
             model.to("cpu")
             give_back(device)
             advance(options.nsamples)
@@ -135,10 +130,10 @@ def measure_slicing(
 
     with progress.stage("choosing the dense pass's batch size", len(TRIAL_BATCHES), "sizes") as advance:
         model.to(device)
-        dense_pass(model, draw(1, 1).batches, device)  # warms up
+        dense_pass(model, batches_of(1, 1), device)  # warms up
         trials = {}
         for size in TRIAL_BATCHES:
-            trials[size] = dense_pass(model, draw(min(TRIAL_SAMPLES, options.nsamples), size).batches, device)
+            trials[size] = dense_pass(model, batches_of(min(TRIAL_SAMPLES, options.nsamples), size), device)
             advance(1)
     best = min(trials, key=trials.get)
     dense = [dense_seconds("dense pass", best)]
@@ -152,10 +147,9 @@ def measure_slicing(
     sliced, report = slice_model(
         model,
         config,
-        calibration.batches,
+        batches,
         SlicingOptions(model.dtype, device, seed=options.seed, refit=options.refit),
         progress,
-        calibration.held_out,
     )
     synchronise(device)
     total = time.perf_counter() - began
@@ -174,7 +168,6 @@ def measure_slicing(
         seconds |= {"loading": loading, "saving": saving}
         record.save(
             tokens=report.tokens,
-            ridge_search=report.ridge_search,
             dense_seconds=dense,
             slicing_seconds=total,
             tokens_per_second=report.tokens / total,

@@ -169,7 +169,7 @@ class Frontier:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.fields = canonical_fields(model)
-        self.calibration, self.texts, self.seqlen = calibration, texts, seqlen
+        self.batches, self.texts, self.seqlen = calibration.batches, texts, seqlen
         self.options, self.file = options, file
         self.progress = progress or Progress(quiet=True)
         self.settings = settings | {
@@ -289,16 +289,10 @@ class Frontier:
         if found:
             return found
         start = time.perf_counter()
-        sliced, report = slice_model(
-            self.model, config, self.calibration.batches, slicing, self.progress, self.calibration.held_out
-        )
-        slicing_seconds = time.perf_counter() - start
+        sliced, _ = slice_model(self.model, config, self.batches, slicing, self.progress)
         sliced.to(self.options.device)
         nll = self.measure(sliced)
-        point = self.record(method, widths, options, self.sizes(config), time.perf_counter() - start, nll)
-        point |= {"slicing_seconds": round(slicing_seconds, 1), "ridge_search": report.ridge_search}
-        self.write()
-        return point
+        return self.record(method, widths, options, self.sizes(config), time.perf_counter() - start, nll)
 
 
 def run_frontier(

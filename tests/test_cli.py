@@ -230,6 +230,18 @@ def test_neurons(folder, text, tmp_path, options, left, capsys):
     assert model.model.layers[0].mlp.up_proj.out_features == facts["neurons"]
 
 
+def test_ridge_is_searched_for(folder, text, tmp_path):
+    """`auto` tries several, and the record says what each lost; without it there is no search."""
+    for ridge, searched in (("auto", True), ("0.3", False)):
+        out = tmp_path / ridge
+        arguments = ["slice", folder, "--slice", "0.25", "--round-to", "4", *SAMPLES, text, "--ridge", ridge]
+        assert main([str(argument) for argument in (*arguments, "--output", out)]) == 0
+        record = json.loads((out / "slicing.json").read_text())
+        assert (record["ridge_search"] is not None) == searched
+        best = min(record["ridge_search"], key=record["ridge_search"].get) if searched else ridge
+        assert {str(entry["ridge"]) for entry in record["refit"]} == {best}
+
+
 # --- bad input: one line, exit code 2, nothing written -------------------------------------------------------------
 
 
@@ -249,6 +261,9 @@ def test_neurons(folder, text, tmp_path, options, left, capsys):
             r"--neurons: the fraction to delete must lie in \[0, 1\), got 1.0",
         ),
         (("--slice", "0.25", "--neurons", "0.5", "--no-refit"), "--neurons: .*got --no-refit"),
+        (("--slice", "0.25", "--ridge", "0.1", "--no-refit"), "--ridge: needs the output refit, got 0.1"),
+        (("--slice", "0.25", "--refit-share", "0.5", "--no-refit"), "--refit-share: needs the output refit"),
+        (("--slice", "0.25", "--refit-share", "0"), r"--refit-share: must lie in \(0, 1\], got 0"),
         (("--slice", "0.25", "--nsamples", "100000"), "100000 samples of 32 tokens need 3,200,000 tokens"),
         (("--slice", "0.25", "--orientation", "pca", "--shortcut", "compact"), "compact shortcuts need"),
         (("--slice", "0.25", "--device", "cuda:77"), "--device: cuda:77 is not there"),

@@ -193,6 +193,10 @@ def run(options: argparse.Namespace) -> None:
         width_for_slice(1, options.slice, 1)
     if options.ridge is not None and not options.refit:
         raise SliceGPTError(f"--ridge: needs the output refit, got {options.ridge} with --no-refit")
+    if options.refit_share != 1 and not options.refit:
+        raise SliceGPTError(
+            f"--refit-share: needs the output refit, got {options.refit_share:g} with --no-refit"
+        )
     path = check_output(options.output, options.overwrite)
     device = resolve_device(options.device)
     sources = load_sources(options.calibration, options.text_column)
