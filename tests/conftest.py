@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+with contextlib.suppress(ImportError):
+    # Inductor imports it, and it refuses to load once something else has loaded the old distutils.
+    import setuptools  # noqa: F401
 
 import pytest
 import torch
