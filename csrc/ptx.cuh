@@ -312,17 +312,11 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
     return int(cudaGetLastError());
 }
 
-// The same with clusters of `size` blocks (compute capability 9.0 on), neighbours in x.
+// The same through the extensible launch, with one attribute; what more than 48 KB of shared memory asks for is the
+// caller's.
 template <typename... Parameters, typename... Arguments>
-int launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
-                    Arguments... arguments) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return int(error);
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(size);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+int launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), dim3 grid, int threads,
+                size_t shared, cudaStream_t stream, Arguments... arguments) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(unsigned(threads));
@@ -333,8 +327,23 @@ int launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, int thre
     return int(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// The same as launch, and where `overlap` is set (compute capability 9.0 on) the kernel may start before the one ahead of it in
-// the stream has ended; it must call wait_for_previous_kernels() before it touches what others write.
+// The same as launch with clusters of `size` blocks (compute capability 9.0 on), neighbours in x.
+template <typename... Parameters, typename... Arguments>
+int launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+                    cudaStream_t stream, Arguments... arguments) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return int(error);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(size);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    return launch_with(attribute, kernel, grid, threads, shared, stream, arguments...);
+}
+
+// The same as launch, and where `overlap` is set (compute capability 9.0 on) the kernel may start before the one
+// ahead of it in the stream has ended; it must call wait_for_previous_kernels() before it touches what others
+// write.
 template <typename... Parameters, typename... Arguments>
 int launch_overlapped(bool overlap, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                       cudaStream_t stream, Arguments... arguments) {
@@ -343,14 +352,7 @@ int launch_overlapped(bool overlap, void (*kernel)(Parameters...), dim3 grid, in
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(unsigned(threads));
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return int(cudaLaunchKernelEx(&config, kernel, arguments...));
+    return launch_with(attribute, kernel, grid, threads, shared, stream, arguments...);
 }
 
 }  // namespace slicegpt::ptx

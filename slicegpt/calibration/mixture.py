@@ -20,7 +20,7 @@ SELF = "self"  # text sampled from the dense model
 RANDOM_TOKENS = "random-tokens"  # tokens drawn uniformly from the vocabulary
 GENERATED = (SELF, RANDOM_TOKENS)
 
-# Windows drawn beside the samples: the refit's ridge is chosen by them, and they tell whether the samples were enough.
+# Windows drawn beside the samples: they tell whether these were enough, and `--ridge auto` judges by them.
 HELD_OUT = 4
 
 
