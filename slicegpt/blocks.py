@@ -50,6 +50,7 @@ class LiftedBlock(nn.Module):
         states: of each part, all but its output projection.
         writers: of each part, in order, the output projection at full width, float64. A last one, "shortcut", with
             V itself as its weight, writes what a dense shortcut carries.
+        dtype: of the weights and of what passes between them. A stream of a wider one stays in it.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class LiftedBlock(nn.Module):
     def activations(self, stream: torch.Tensor, **kwargs) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What the shortcut carries, lifted [..., D], and the inputs of the writers [..., K]."""
         hidden_states = stream if self.basis is None else stream @ self.basis
-        normed = self.norm(hidden_states)
+        normed = self.norm(hidden_states).to(self.dtype)
         inputs = []
         if "attention" in self.parts:
             inputs.append(self.parts["attention"](normed, **kwargs)[0])

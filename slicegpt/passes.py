@@ -130,15 +130,15 @@ class Passes:
         keep = elements * self.dtype.itemsize <= free_memory(self.device) // 2
         kept: list[torch.Tensor | None] = []
         for (index, batch, dense), (_, _, stream) in zip(self.teacher, self.signals, strict=False):
-            inputs = self.inputs(block, stream, batch)
             with self.stage("teacher"):
+                inputs = self.inputs(block, dense.to(teacher.dtype), batch)
                 self.teacher[index] = target = teacher(dense, **inputs)
             self.advance(1)
             with self.stage("signals"):
-                carried, activations = lifted.activations(stream, **inputs)
+                carried, activations = lifted.activations(stream, **self.inputs(block, stream, batch))
                 missing = target if carried is None else target - carried
             with self.stage("refit"):
-                weights = token_weights(target, self.config.rms_norm_eps)
+                weights = token_weights(dense, target, self.config.rms_norm_eps)
                 present = None if batch.attention_mask is None else batch.attention_mask.bool()
                 joined.add(*(select(states, present) for states in (activations, missing, weights)))
             if keep:

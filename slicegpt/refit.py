@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from slicegpt.ops import cross_gram_, gram_
+from slicegpt.ops.devices import has_fast_bfloat16
 
 logger = logging.getLogger("slicegpt")
 
@@ -33,15 +34,28 @@ RIDGE = 0.1
 TOKENS_PER_CALL = 4096
 
 
-def token_weights(stream: torch.Tensor, eps: float) -> torch.Tensor:
-    """How much a token's squared error counts: the inverse root of `|x|² + D eps`, of `stream` [..., D]: [...].
+def teacher_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In what the dense model's blocks run for a stream of `dtype`: bfloat16 for float32, where it is faster.
 
-    The next block reads `x` divided by that root, the blocks behind it the error as it is: between relative and
-    absolute errors, halfway was best (docs/quality.md).
+    Their roundings, a few thousandths of what a block writes, are noise in the target of a regression over all tokens:
+    the fit averages it out, and what is left is far below what slicing loses (docs/quality.md). The stream between
+    the blocks stays in `dtype`.
     """
-    dtype = torch.float64 if stream.dtype == torch.float64 else torch.float32
-    squares = torch.linalg.vector_norm(stream, dim=-1, dtype=dtype).square()
-    return (squares + stream.shape[-1] * eps).rsqrt()
+    return torch.bfloat16 if dtype == torch.float32 and has_fast_bfloat16(device) else dtype
+
+
+def token_weights(before: torch.Tensor, behind: torch.Tensor, eps: float) -> torch.Tensor:
+    """How much a token's squared error counts: the inverse root of `|x|² + D eps`, [...].
+
+    `x` is the dense stream before the block or behind it [..., D], whichever is longer. The next block reads the
+    stream divided by that root, the blocks behind it the error as it is: between relative and absolute errors,
+    halfway was best (docs/quality.md). An error is also in proportion to what came in: where a block takes the huge
+    activations of an attention sink (the first token of a sequence) back to the others' size, what is wrong with
+    that one token would outweigh all others.
+    """
+    dtype = torch.float64 if behind.dtype == torch.float64 else torch.float32
+    squares = [torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square() for x in (before, behind)]
+    return (torch.maximum(*squares) + behind.shape[-1] * eps).rsqrt()
 
 
 class Moments:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 # Compute capabilities with double-precision tensor cores at half of the float32 rate or more. sm_86, 89,
 # 103 and 120 compute in float64 at 1/64 of it.
 FP64_TENSOR_CORES = frozenset({(8, 0), (9, 0), (10, 0)})
@@ -31,3 +33,13 @@ UNKNOWN = RATES[8, 9]
 
 def rates_of(capability: tuple[int, int]) -> Rates:
     return RATES.get(capability, UNKNOWN)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster there than in float32: tensor cores, AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))

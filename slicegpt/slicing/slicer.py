@@ -34,7 +34,7 @@ from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.neurons import choose_neurons
 from slicegpt.passes import Passes
 from slicegpt.progress import Progress
-from slicegpt.refit import Moments, Writer, fit
+from slicegpt.refit import Moments, Writer, fit, teacher_dtype
 from slicegpt.rotation import align, random_orthogonal
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 
@@ -260,7 +260,8 @@ class Slicer:
 
     def dense_block(self, block: Block, layer: DenseLayer, writers: dict[str, Linear]) -> LiftedBlock:
         """The dense model's block."""
-        dtype, device = self.options.dtype, self.options.device
+        device = self.options.device
+        dtype = teacher_dtype(self.options.dtype, device)
         identity = torch.eye(self.config.dense_hidden_size, dtype=torch.float64, device=device)
         states = {part: reader_state(part, layer, identity, dtype) for part in block.parts}
         return LiftedBlock(self.config, block, None, states, writers, dtype)
