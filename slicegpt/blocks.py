@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slicegpt.families import Linear
+from slicegpt.families import FAMILIES, DenseLayer, Linear
+from slicegpt.folding import WRITERS, fold_writer, reader_state
 from slicegpt.modeling import SlicedConfig, WeightlessRMSNorm
 from slicegpt.modeling.layers import SlicedAttention, build_mlp
 
@@ -109,3 +110,25 @@ class LiftedBlock(nn.Module):
 
     def forward(self, stream: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.write(*self.activations(stream, **kwargs))
+
+
+def dense_writers(
+    config: SlicedConfig, block: Block, layer: DenseLayer, device: torch.device
+) -> dict[str, Linear]:
+    """Of each part of a block, its output projection [D, K], float64, with the mean subtraction folded in."""
+    centred = FAMILIES[config.source_model_type].mean_subtraction
+    return {part: fold_writer(getattr(layer, WRITERS[part][1]), centred, device) for part in block.parts}
+
+
+def dense_block(
+    config: SlicedConfig,
+    block: Block,
+    layer: DenseLayer,
+    writers: dict[str, Linear],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LiftedBlock:
+    """The dense model's block, at full width, with the `writers` of its parts."""
+    identity = torch.eye(config.dense_hidden_size, dtype=torch.float64, device=device)
+    states = {part: reader_state(part, layer, identity, dtype) for part in block.parts}
+    return LiftedBlock(config, block, None, states, writers, dtype)

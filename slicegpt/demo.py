@@ -18,7 +18,7 @@ from slicegpt.plots import plot_spectra
 from slicegpt.progress import Progress
 from slicegpt.record import calibration_record, slicing_record
 from slicegpt.schedule import Shape, plan_for_parameters
-from slicegpt.sizes import format_bytes
+from slicegpt.sizes import describe_neurons, format_bytes
 from slicegpt.slicing import SlicingOptions, slice_model
 from slicegpt.table import format_table, write_json
 
@@ -112,11 +112,12 @@ def run_demo(options: argparse.Namespace) -> None:
         # Multiples of 8: on a model 576 wide, steps of 64 could not come near the sizes asked for.
         shape = Shape(round_to=8, neurons=None)
         config = plan_for_parameters(fields, int(size * fields["source_parameters"]), shape)
-        sliced, report = slice_model(model, config, batches, SlicingOptions(), progress)
+        settings = SlicingOptions(neuron_multiple=shape.round_to)
+        sliced, report = slice_model(model, config, batches, settings, progress)
         sliced.generation_config = model.generation_config
-        records[label] = slicing_record(sliced, report, SlicingOptions(), options.model, calibration)
+        records[label] = slicing_record(sliced, report, settings, options.model, calibration)
         save_sliced(sliced, tokenizer, records[label], folder / f"params-{size:g}", overwrite=True)
-        left = {"width": config.boundary_widths[0], "neurons": config.intermediate_size}
+        left = {"width": config.boundary_widths[0], "neurons": describe_neurons(sliced.config.neurons)}
         rows.append(measure(label, sliced, tokenizer, test, options, progress) | left)
     whole = {"width": fields["dense_hidden_size"], "neurons": fields["intermediate_size"]}
     shown = [whole | row | {"bytes": format_bytes(row["bytes"])} for row in rows]

@@ -54,6 +54,7 @@ class Method:
 # from the embeddings of RMSNorm models, too, which changes their function.
 METHODS = {
     "ours": Method("ours", Shape(neurons=None), slicing={"refit": True}),
+    "equal": Method("ours, equal layers", Shape(neurons=None), slicing={"refit": True, "allocate": False}),
     "columns": Method("ours, columns alone", Shape(), slicing={"refit": True}),
     "compact": Method("compact shortcuts only", Shape(), slicing={"refit": False, "vocabulary_prior": 0.0}),
     "published": Method(
@@ -292,7 +293,9 @@ class Frontier:
         sliced, _ = slice_model(self.model, config, self.batches, slicing, self.progress)
         sliced.to(self.options.device)
         nll = self.measure(sliced)
-        return self.record(method, widths, options, self.sizes(config), time.perf_counter() - start, nll)
+        neurons = {} if sliced.config.layer_neurons is None else {"neurons": sliced.config.layer_neurons}
+        sizes = self.sizes(sliced.config) | neurons
+        return self.record(method, widths, options, sizes, time.perf_counter() - start, nll)
 
 
 def run_frontier(

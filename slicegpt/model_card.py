@@ -2,7 +2,7 @@
 
 import math
 
-from slicegpt.sizes import format_bytes
+from slicegpt.sizes import describe_neurons, format_bytes
 
 _CARD = """---
 library_name: transformers
@@ -88,9 +88,9 @@ def model_card(record: dict, name: str, self_contained: bool = False) -> str:
         parameters=size["parameters"],
         dense_bytes=format_bytes(size["dense_bytes"]),
         bytes=format_bytes(size["bytes"]),
-        with_neurons=", and MLP neurons" if record["neurons"] < record["dense_neurons"] else "",
+        with_neurons=", and MLP neurons" if record["neurons"] != record["dense_neurons"] else "",
         dense_width=record["dense_width"],
-        neurons=record["neurons"],
+        neurons=describe_neurons(record["neurons"]),
         dense_neurons=record["dense_neurons"],
         widths=summarise(widths),
         removed=size["removed"],

@@ -111,6 +111,32 @@ class Passes:
                     covariance.add(out, batch.attention_mask)
             self.advance(1)
 
+    def run_dense(self, block: Block, dense: LiftedBlock, moments: Moments | None) -> None:
+        """Bring every batch past the dense model's block, and add it to the moments of what it writes."""
+        joined = None if moments is None else JoinedBatches(moments)
+        for index, batch, stream in self.signals:
+            inputs = self.inputs(block, stream.to(dense.dtype), batch)
+            carried, activations = dense.activations(stream, **inputs)
+            self.signals[index] = out = dense.write(carried, activations)
+            if joined is not None:
+                self.add_moments(joined, batch, activations.to(out.dtype), out - carried, stream, out)
+        if joined is not None:
+            joined.finish()
+
+    def add_moments(
+        self,
+        joined: JoinedBatches,
+        batch: TokenBatch,
+        activations: torch.Tensor,
+        missing: torch.Tensor,
+        before: torch.Tensor,
+        behind: torch.Tensor,
+    ) -> None:
+        """Add a batch's tokens: what a block writes from, what it has to write, and the dense stream around it."""
+        weights = token_weights(before, behind, self.config.rms_norm_eps)
+        present = None if batch.attention_mask is None else batch.attention_mask.bool()
+        joined.add(*(select(states, present) for states in (activations, missing, weights)))
+
     def run_refitted(
         self,
         block: Block,
@@ -138,9 +164,7 @@ class Passes:
                 carried, activations = lifted.activations(stream, **self.inputs(block, stream, batch))
                 missing = target if carried is None else target - carried
             with self.stage("refit"):
-                weights = token_weights(dense, target, self.config.rms_norm_eps)
-                present = None if batch.attention_mask is None else batch.attention_mask.bool()
-                joined.add(*(select(states, present) for states in (activations, missing, weights)))
+                self.add_moments(joined, batch, activations, missing, dense, target)
             if keep:
                 kept.append(activations)
                 if carried is not None:

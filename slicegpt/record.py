@@ -69,7 +69,7 @@ def slicing_record(
         "versions": versions(),
         "dtype": str(options.dtype).removeprefix("torch."),
         "dense_width": config.dense_hidden_size,
-        "neurons": config.intermediate_size,
+        "neurons": config.layer_neurons or config.intermediate_size,
         "dense_neurons": config.dense_intermediate_size,
         "slicing": slicing_fraction(config),
         "orientation": options.orientation,

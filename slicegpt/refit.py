@@ -15,11 +15,12 @@ calibration text (`slicegpt.slicing.ridge`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from slicegpt.families import Linear
 from slicegpt.ops import cross_gram_, gram_
 from slicegpt.ops.devices import has_fast_bfloat16
 
@@ -147,6 +148,14 @@ class Writer:
         if bias is not None:
             loss += bias @ (moments.tokens * bias - 2 * moments.outputs + 2 * (moments.inputs @ weight))
         return loss.item()
+
+
+def prior_of(writers: Iterable[Linear]) -> Writer:
+    """The output weights of a block's parts side by side, and the sum of their biases."""
+    writers = list(writers)
+    biases = [writer.bias for writer in writers if writer.bias is not None]
+    weight = torch.cat([writer.weight for writer in writers], dim=1).mT
+    return Writer(weight, sum(biases) if biases else None)
 
 
 def normal_equations(moments: Moments, ridge: float, prior: Writer) -> tuple[torch.Tensor, torch.Tensor]:

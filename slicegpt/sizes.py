@@ -36,6 +36,15 @@ def boundary_report(config: SlicedConfig) -> list[dict]:
     ]
 
 
+def describe_neurons(neurons: int | list[int]) -> str:
+    """The neurons of an MLP, or of each layer's where they differ: "1368", "888 to 1536, 1368 on average"."""
+    neurons = [neurons] if isinstance(neurons, int) else neurons
+    if min(neurons) == max(neurons):
+        return str(neurons[0])
+    mean = round(sum(neurons) / len(neurons))
+    return f"{min(neurons)} to {max(neurons)}, {mean} on average"
+
+
 def format_bytes(count: float) -> str:
     """Bytes in powers of 1000, as disks and memory bandwidths are quoted."""
     for unit in ("B", "kB", "MB", "GB"):

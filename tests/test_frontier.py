@@ -192,7 +192,7 @@ def test_table_and_ratio():
         (
             "--method",
             "theirs",
-            "--method: must be among ours, columns, compact, published, sparsegpt-2:4, got 'theirs'",
+            "--method: must be among ours, equal, columns, compact, published, sparsegpt-2:4, got 'theirs'",
         ),
         ("--data", "python-reference,", "--data: every name must be given once"),
         ("--sizes", "0.01", "size: .* cannot be reached"),

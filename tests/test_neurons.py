@@ -148,10 +148,10 @@ def test_the_neurons_left_are_fitted_to_the_dense_stream():
     for handle in handles:
         handle.remove()
     activations, behind = torch.cat(seen).flatten(0, 1), torch.cat(streams).flatten(0, 1)
-    # Tokens count by the inverse of the stream's norm behind the block.
-    activations = (
-        activations * (behind.square().sum(dim=1, keepdim=True) + 48 * model.config.rms_norm_eps) ** -0.25
-    )
+    # Tokens count by the inverse of the stream's norm before the block or behind it, the larger one.
+    before = behind - mlp.down_proj(activations)
+    squares = torch.maximum(*(stream.square().sum(dim=1, keepdim=True) for stream in (before, behind)))
+    activations = activations * (squares + 48 * model.config.rms_norm_eps) ** -0.25
     penalty = 0.1 * activations.square().sum(dim=0).mean()
     weight = mlp.down_proj.weight.mT
     left = torch.cat((activations[:, kept], penalty.sqrt() * torch.eye(len(kept)).double()))

@@ -30,7 +30,8 @@ def add_parser(commands) -> None:
         "--method",
         default="ours,published",
         metavar="NAME,NAME",
-        help="ours, columns (ours, no neurons deleted), compact (no refit either), published (dense shortcuts, untied "
+        help="ours, equal (ours, as many neurons in every layer), columns (ours, no neurons deleted), compact (no "
+        "refit either), published (dense shortcuts, untied "
         f"head), {SPARSEGPT}",
     )
     parser.add_argument(
@@ -168,7 +169,7 @@ def run(options: argparse.Namespace) -> None:
         device=device,
     )
     settings = {"model": options.model, "calibration": options.calibration}
-    shared = SlicingOptions(model.dtype, device, seed=options.seed)
+    shared = SlicingOptions(model.dtype, device, seed=options.seed, neuron_multiple=options.round_to)
     frontier = Frontier(
         model, tokenizer, calibration, texts, options.seqlen, shared, settings, file, progress
     )

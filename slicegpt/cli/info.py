@@ -57,7 +57,7 @@ def describe(name: str) -> dict:
         "slicing": slicing_fraction(config),
         "layers": config.num_hidden_layers,
         "dense_width": config.dense_hidden_size,
-        "neurons": config.intermediate_size,
+        "neurons": config.layer_neurons or config.intermediate_size,
         "dense_neurons": config.dense_intermediate_size,
         "tied_head": config.tie_word_embeddings,
         "boundaries": boundary_report(config),
@@ -67,7 +67,7 @@ def describe(name: str) -> dict:
 
 def run(options: argparse.Namespace) -> None:
     from slicegpt.model_card import summarise
-    from slicegpt.sizes import format_bytes
+    from slicegpt.sizes import describe_neurons, format_bytes
     from slicegpt.table import format_table, write_json
 
     facts = describe(options.model)
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         ("removed", f"{100 * facts['removed']:.1f} % of all parameters, shortcuts and head counted"),
         ("slicing (1 - d/D)", f"{100 * facts['slicing']:.1f} %"),
         ("widths", f"{summarise([b['width'] for b in boundaries])} of {facts['dense_width']}"),
-        ("neurons of an MLP", f"{facts['neurons']} of {facts['dense_neurons']}"),
+        ("neurons of an MLP", f"{describe_neurons(facts['neurons'])}, of {facts['dense_neurons']}"),
         ("shortcuts", summarise([b["shortcut"] for b in boundaries[:-1]])),
         ("ranks", summarise([b["rank"] for b in boundaries[:-1] if b["shortcut"] == "compact"]) or "none"),
     ]

@@ -4,7 +4,7 @@
 def print_sizes(record: dict) -> None:
     """Dense and sliced sizes of a `slicing.json`, side by side."""
     from slicegpt.model_card import summarise
-    from slicegpt.sizes import format_bytes
+    from slicegpt.sizes import describe_neurons, format_bytes
     from slicegpt.table import format_table
 
     size, boundaries = record["size"], record["boundaries"]
@@ -24,7 +24,7 @@ def print_sizes(record: dict) -> None:
             "bytes": format_bytes(size["bytes"]),
             "removed": f"{100 * size['removed']:.1f} %",
             "widths": summarise([boundary["width"] for boundary in boundaries]),
-            "neurons": record["neurons"],
+            "neurons": describe_neurons(record["neurons"]),
             "shortcuts": summarise([boundary["shortcut"] for boundary in boundaries[:-1]]),
         },
     ]

@@ -54,6 +54,12 @@ def add_parser(commands) -> None:
         help="fraction of MLP neurons to delete as well, or auto: in step with the columns (default with --params and "
         "--target-bytes; else 0)",
     )
+    shape.add_argument(
+        "--allocate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="layers keep more or fewer neurons as deleting them costs (default), or all the same",
+    )
     shape.add_argument("--signal", choices=("residual", "normalized"), default="residual")
 
     add_refit(parser)
@@ -221,6 +227,8 @@ def run(options: argparse.Namespace) -> None:
         options.vocabulary_prior,
         refit=options.refit,
         fitted=options.refit_share,
+        allocate=options.allocate,
+        neuron_multiple=options.round_to,
         **({} if options.ridge is None else {"ridge": None if options.ridge == "auto" else options.ridge}),
     )
     with step(progress, f"tokenising {options.calibration}"):

@@ -39,8 +39,9 @@ class SlicedConfig(PreTrainedConfig):
             cannot absorb them.
         parallel_blocks: attention and MLP read the same normalised stream and are added together.
         position_embedding: `"rotary"` or `"learned"`; learned positions start at row `position_offset`.
-        intermediate_size, dense_intermediate_size: MLP neurons of a layer, and how many they were before slicing (the
-            same where not given).
+        intermediate_size, dense_intermediate_size: MLP neurons of a layer, the most of any, and how many they were
+            before slicing (the same where not given).
+        layer_neurons: those of each layer, where they differ; see `neurons`.
         gated_mlp: `down(act(gate(x)) * up(x))` rather than `down(act(up(x)))`.
         attention_bias, attention_output_bias, mlp_bias, mlp_output_bias, lm_head_bias: which linear layers
             carry a bias (folding a LayerNorm's shift creates some).
@@ -88,6 +89,7 @@ class SlicedConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     intermediate_size: int = 11008
     dense_intermediate_size: int | None = None
+    layer_neurons: list[int] | None = None
     hidden_act: str = "silu"
     gated_mlp: bool = True
     mlp_bias: bool = False
@@ -115,6 +117,8 @@ class SlicedConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.dense_intermediate_size is None:
             self.dense_intermediate_size = self.intermediate_size
+        if self.layer_neurons is not None:
+            self.intermediate_size = max(self.layer_neurons, default=self.intermediate_size)
         if self.boundary_widths is None:
             self.boundary_widths = [self.dense_hidden_size] * (self.num_blocks + 1)
         if self.shortcuts is None:
@@ -129,6 +133,11 @@ class SlicedConfig(PreTrainedConfig):
     def num_blocks(self) -> int:
         """B, the number of blocks, each with a boundary before it."""
         return self.num_hidden_layers * (1 if self.parallel_blocks else 2)
+
+    @property
+    def neurons(self) -> list[int]:
+        """MLP neurons of each layer."""
+        return self.layer_neurons or [self.intermediate_size] * self.num_hidden_layers
 
     @property
     def head_projection(self) -> bool:
@@ -164,6 +173,10 @@ class SlicedConfig(PreTrainedConfig):
         if not 1 <= self.intermediate_size <= self.dense_intermediate_size:
             raise ValueError(
                 f"intermediate_size must lie in [1, {self.dense_intermediate_size}], got {self.intermediate_size}"
+            )
+        if len(self.neurons) != self.num_hidden_layers or min(self.neurons) < 1:
+            raise ValueError(
+                f"layer_neurons must hold {self.num_hidden_layers} numbers of at least 1, got {self.layer_neurons}"
             )
         if len(self.shortcuts) != blocks or not set(self.shortcuts) <= set(SHORTCUT_KINDS):
             raise ValueError(f"shortcuts must hold {blocks} of {SHORTCUT_KINDS}, got {self.shortcuts}")

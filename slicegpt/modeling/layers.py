@@ -210,12 +210,11 @@ class SlicedAttention(nn.Module):
 class SlicedMLP(nn.Module):
     """The feed-forward part from a boundary of `in_width` columns to one of `out_width`: `down(act(up(x)))`."""
 
-    def __init__(self, config: SlicedConfig, in_width: int, out_width: int, neurons: int | None = None):
+    def __init__(self, config: SlicedConfig, in_width: int, out_width: int, neurons: int):
         super().__init__()
-        size = neurons or config.intermediate_size
-        self.gate_proj = nn.Linear(in_width, size, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(in_width, size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(size, out_width, bias=config.mlp_output_bias)
+        self.gate_proj = nn.Linear(in_width, neurons, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(in_width, neurons, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(neurons, out_width, bias=config.mlp_output_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -229,6 +228,6 @@ class SlicedGatedMLP(SlicedMLP):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-def build_mlp(config: SlicedConfig, in_width: int, out_width: int, neurons: int | None = None) -> SlicedMLP:
-    """The feed-forward part, gated or not as the config says, with its `intermediate_size` or another one."""
+def build_mlp(config: SlicedConfig, in_width: int, out_width: int, neurons: int) -> SlicedMLP:
+    """The feed-forward part, gated or not as the config says."""
     return (SlicedGatedMLP if config.gated_mlp else SlicedMLP)(config, in_width, out_width, neurons)

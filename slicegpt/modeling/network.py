@@ -56,7 +56,7 @@ class SlicedDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = SlicedAttention(config, layer_idx, entry, middle)
         self.attention_shortcut = build_shortcut(config, block)
         self.mlp_norm = build_norm(config, block + 1)
-        self.mlp = build_mlp(config, middle, leave)
+        self.mlp = build_mlp(config, middle, leave, config.neurons[layer_idx])
         self.mlp_shortcut = build_shortcut(config, block + 1)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -80,7 +80,7 @@ class SlicedParallelDecoderLayer(GradientCheckpointingLayer):
         entry, leave = config.boundary_widths[layer_idx : layer_idx + 2]
         self.input_norm = build_norm(config, layer_idx)
         self.self_attn = SlicedAttention(config, layer_idx, entry, leave)
-        self.mlp = build_mlp(config, entry, leave)
+        self.mlp = build_mlp(config, entry, leave, config.neurons[layer_idx])
         self.shortcut = build_shortcut(config, layer_idx)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -273,7 +273,7 @@ def _pack_mlp(config: SlicedConfig, module: SlicedMLP) -> Projection:
     activation = ACTIVATION_NAMES[config.hidden_act]
     if not config.gated_mlp:
         bias = None if module.up_proj.bias is None else module.up_proj.bias.detach()
-        return Projection(module.up_proj.weight.detach(), bias, config.intermediate_size, activation)
+        return Projection(module.up_proj.weight.detach(), bias, module.up_proj.out_features, activation)
     weight = torch.cat((module.gate_proj.weight, module.up_proj.weight))
     bias = None if module.up_proj.bias is None else torch.cat((module.gate_proj.bias, module.up_proj.bias))
     return Projection(weight, bias, len(weight), f"{activation}_gated")

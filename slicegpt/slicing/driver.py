@@ -11,6 +11,7 @@ from slicegpt.families import checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
 from slicegpt.refit import RIDGE
+from slicegpt.slicing.allocation import allocate_neurons, deletes_neurons
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.ridge import search_ridge
 from slicegpt.slicing.slicer import Slicer
@@ -28,7 +29,8 @@ def slice_model(
 
     Args:
         model: of a supported family (`slicegpt.families.FAMILIES`), on the CPU; it is not changed.
-        config: planned by `slicegpt.schedule.plan`.
+        config: planned by `slicegpt.schedule.plan`. The neurons it leaves are shared out among the layers, see
+            `options.allocate`.
         batches: calibration tokens; needed wherever a boundary is sliced or takes its basis from PCA.
         options: see `SlicingOptions`.
         progress: counts passes of one batch through one block.
@@ -44,6 +46,9 @@ def slice_model(
     """
     options, progress = options or SlicingOptions(), progress or Progress(quiet=True)
     checkpoint = checkpoint_of(model)
+    if options.allocate and options.refit and config.layer_neurons is None and deletes_neurons(config):
+        ridge = RIDGE if options.ridge is None else options.ridge
+        config = allocate_neurons(checkpoint, config, batches, replace(options, ridge=ridge), progress)
 
     def slice_with(ridge: float) -> tuple[SlicedForCausalLM, SlicingReport]:
         slicer = Slicer(checkpoint, config, batches, replace(options, ridge=ridge), progress)

@@ -25,6 +25,9 @@ class SlicingOptions:
             from the whole vocabulary, so that tokens which the text never shows keep their embeddings.
         refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.refit`.
         ridge: its λ; None: the one that loses least on held-out windows (`slicegpt.slicing.ridge`).
+        allocate: where a config deletes the same number of neurons everywhere, each layer gives up as many as its
+            costs call for (`slicegpt.slicing.allocation`); False keeps that number.
+        neuron_multiple: those numbers are multiples of it.
         fitted: the share of the calibration batches that it fits to; the covariances are of all of them.
     """
 
@@ -38,6 +41,8 @@ class SlicingOptions:
     refit: bool = True
     ridge: float | None = RIDGE
     fitted: float = 1.0
+    allocate: bool = True
+    neuron_multiple: int = 64
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -52,6 +57,8 @@ class SlicingOptions:
             )
         if self.ridge is not None and not 0 < self.ridge < float("inf"):
             raise SliceGPTError(f"--ridge: must be above 0, got {self.ridge}")
+        if self.neuron_multiple < 1:
+            raise SliceGPTError(f"neuron_multiple: must be at least 1, got {self.neuron_multiple}")
         if not 0 < self.fitted <= 1:
             raise SliceGPTError(f"--refit-share: must lie in (0, 1], got {self.fitted}")
 

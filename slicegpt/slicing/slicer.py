@@ -12,7 +12,15 @@ from functools import partial
 
 import torch
 
-from slicegpt.blocks import MODULE_NAMES, WRITER_NAMES, Block, LiftedBlock, blocks_of
+from slicegpt.blocks import (
+    MODULE_NAMES,
+    WRITER_NAMES,
+    Block,
+    LiftedBlock,
+    blocks_of,
+    dense_block,
+    dense_writers,
+)
 from slicegpt.calibration.sampling import CalibrationBatch
 from slicegpt.covariance import Covariance
 from slicegpt.eigensolver import leading_eigenvectors
@@ -20,10 +28,8 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint, DenseLayer, Linear
 from slicegpt.folding import (
     TABLE_ROWS,
-    WRITERS,
     centre,
     fold_head,
-    fold_writer,
     named,
     reader_state,
     rotate_table,
@@ -34,8 +40,9 @@ from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.neurons import choose_neurons
 from slicegpt.passes import Passes
 from slicegpt.progress import Progress
-from slicegpt.refit import Moments, Writer, fit, teacher_dtype
+from slicegpt.refit import Moments, fit, prior_of, teacher_dtype
 from slicegpt.rotation import align, random_orthogonal
+from slicegpt.slicing.allocation import deletes_neurons
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 
 
@@ -67,7 +74,7 @@ class Slicer:
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
         self.state: dict[str, torch.Tensor] = {}
-        self.prunes = config.intermediate_size < config.dense_intermediate_size
+        self.prunes = deletes_neurons(config)
         if self.prunes and not options.refit:
             raise SliceGPTError("--neurons: which of them to delete is decided by the refit, got --no-refit")
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
@@ -156,14 +163,12 @@ class Slicer:
         And the MLP neurons that stay, where some go: the columns of the others are 0.
         """
         self.check_finite(moments, block)
-        biases = [writer.bias for writer in writers.values() if writer.bias is not None]
-        weight = torch.cat([writer.weight for writer in writers.values()], dim=1).mT
-        prior = Writer(weight, sum(biases) if biases else None)
-        choose = None
-        if self.prunes and "mlp" in writers:
+        prior, choose = prior_of(writers.values()), None
+        count, whole = self.config.neurons[block.layer], self.config.dense_intermediate_size
+        if count < whole and "mlp" in writers:
             start = sum(writer.weight.shape[1] for part, writer in writers.items() if part == "attention")
-            group = slice(start, start + self.config.dense_intermediate_size)
-            choose = partial(choose_neurons, group=group, count=self.config.intermediate_size)
+            group = slice(start, start + whole)
+            choose = partial(choose_neurons, group=group, count=count)
         fitted, before = fit(moments, self.options.ridge, prior, choose), prior.loss(moments)
         # A block that nothing was taken from has rounding errors before the fit, and no fraction of them.
         left = fitted.loss(moments) / before if before > 1e-9 * moments.energy.item() else None
@@ -174,7 +179,7 @@ class Slicer:
             part: Linear(weight, None if writer.bias is None else torch.zeros_like(writer.bias))
             for (part, writer), weight in zip(writers.items(), weights, strict=True)
         }
-        if biases:  # parallel parts: their sum is what counts, and the first takes it
+        if prior.bias is not None:  # parallel parts: their sum is what counts, and the first takes it
             first = next(part for part, writer in writers.items() if writer.bias is not None)
             refitted[first] = Linear(refitted[first].weight, fitted.bias)
         if choose is None:
@@ -218,14 +223,13 @@ class Slicer:
         kind = self.config.shortcuts[block.index]
         with self.stage("rotation"):
             readers = {part: reader_state(part, layer, basis, dtype) for part in block.parts}
-            writers = {
-                part: fold_writer(getattr(layer, WRITERS[part][1]), self.mean_subtraction, device)
-                for part in block.parts
-            }
+            writers = dense_writers(self.config, block, layer, device)
         covariance, neurons = self.new_covariance(boundary), None
         if self.refits:
             with self.stage("rotation"):
-                teacher = self.dense_block(block, layer, writers)
+                teacher = dense_block(
+                    self.config, block, layer, writers, teacher_dtype(dtype, device), device
+                )
                 if kind == "dense":  # a matrix of its own, so it is fitted like the others
                     writers["shortcut"] = Linear(basis)
                 lifted = LiftedBlock(self.config, block, basis, readers, writers, dtype)
@@ -257,14 +261,6 @@ class Slicer:
                 shortcut = rotate_writer(writers.get("shortcut", Linear(basis)), next_basis)
                 self.store(named(f"{block.prefix}.{block.shortcut}", shortcut, dtype))
         return next_basis
-
-    def dense_block(self, block: Block, layer: DenseLayer, writers: dict[str, Linear]) -> LiftedBlock:
-        """The dense model's block."""
-        device = self.options.device
-        dtype = teacher_dtype(self.options.dtype, device)
-        identity = torch.eye(self.config.dense_hidden_size, dtype=torch.float64, device=device)
-        states = {part: reader_state(part, layer, identity, dtype) for part in block.parts}
-        return LiftedBlock(self.config, block, None, states, writers, dtype)
 
     def slice_head(self, basis: torch.Tensor) -> None:
         """Final norm and head, in the basis of the last boundary."""

@@ -1,0 +1,162 @@
+"""How many MLP neurons each layer keeps: fewer where deleting them costs the stream less.
+
+With the same number everywhere, the neurons of one layer cost twenty times what those of another do (docs/quality.md).
+So the dense model's own activations tell, of every layer, by how much the refit's objective rises as its neurons go
+(`slicegpt.neurons.deletions`; a layer's errors count alike, whatever its depth), and they go where a parameter is
+cheapest, until as many parameters are gone as with the planned number everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from slicegpt.blocks import blocks_of, dense_block, dense_writers
+from slicegpt.calibration.sampling import CalibrationBatch
+from slicegpt.families import Checkpoint
+from slicegpt.modeling import SlicedConfig
+from slicegpt.neurons import deletions
+from slicegpt.passes import Passes
+from slicegpt.progress import Progress
+from slicegpt.refit import Moments, Writer, normal_equations, prior_of, teacher_dtype
+from slicegpt.slicing.options import SlicingOptions
+
+# The share of the calibration batches that the costs are taken from. They only decide between layers, where they
+# differ by factors.
+SHARE = 0.25
+
+# The costs of a layer are looked at as long as this fraction of its neurons is left, or half of the planned number.
+FEWEST = 0.25
+
+# Points of a layer's curve of costs.
+POINTS = 24
+
+
+def allocate_neurons(
+    checkpoint: Checkpoint,
+    config: SlicedConfig,
+    batches: Sequence[CalibrationBatch],
+    options: SlicingOptions,
+    progress: Progress,
+) -> SlicedConfig:
+    """`config` with the neurons of its layers shared out anew, in multiples of `options.neuron_multiple`.
+
+    It stores at most as many parameters as `config`, whose layers have the same number of neurons.
+
+    Args:
+        batches: calibration tokens; the first ones are looked at, `SHARE` of them.
+        options: with a number for `ridge`.
+    """
+    curves = deletion_costs(checkpoint, config, batches[: math.ceil(SHARE * len(batches))], options, progress)
+    neurons = share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
+    return SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
+
+
+def deletes_neurons(config: SlicedConfig) -> bool:
+    return min(config.neurons) < config.dense_intermediate_size
+
+
+def fewest_neurons(config: SlicedConfig, multiple: int) -> int:
+    """What no layer falls below."""
+    fewest = min(FEWEST * config.dense_intermediate_size, config.intermediate_size / 2)
+    return min(config.intermediate_size, max(multiple, int(fewest) // multiple * multiple))
+
+
+def neuron_parameters(config: SlicedConfig) -> list[int]:
+    """What a neuron of each layer stores: its rows of the gate and up projections, its column of the down one."""
+    reads, own = 2 if config.gated_mlp else 1, int(config.mlp_bias)
+    blocks = [block for block in blocks_of(config) if "mlp" in block.parts]
+    widths = config.boundary_widths
+    return [reads * (widths[block.index] + own) + widths[block.index + 1] for block in blocks]
+
+
+@torch.no_grad()
+def deletion_costs(
+    checkpoint: Checkpoint,
+    config: SlicedConfig,
+    batches: Sequence[CalibrationBatch],
+    options: SlicingOptions,
+    progress: Progress,
+) -> list[list[tuple[int, float]]]:
+    """Of each layer `[(neurons left, rise of the refit's objective so far)]`, from all to `fewest_neurons`."""
+    dtype = teacher_dtype(options.dtype, options.device)
+    passes = Passes(config, batches, options.dtype, options.device, options.place)
+    passes.start(checkpoint, None)
+    blocks, curves = blocks_of(config), []
+    with progress.stage("neurons: what deleting them costs", len(blocks), "blocks") as advance:
+        for block in blocks:
+            layer = checkpoint.layer(block.layer)
+            writers = dense_writers(config, block, layer, options.device)
+            lifted = dense_block(config, block, layer, writers, dtype, options.device)
+            moments = None
+            if "mlp" in block.parts:
+                moments = Moments(lifted.groups, config.dense_hidden_size, options.device)
+            passes.run_dense(block, lifted, moments)
+            if moments is not None:
+                curves.append(cost_curve(config, moments, prior_of(writers.values()), options))
+            advance(1)
+    return curves
+
+
+def cost_curve(
+    config: SlicedConfig, moments: Moments, prior: Writer, options: SlicingOptions
+) -> list[tuple[int, float]]:
+    """The curve of one layer; its prior is what the dense model's refit would give."""
+    whole = config.dense_intermediate_size
+    start = sum(moments.groups) - whole  # attention's columns come first
+    removable = whole - fewest_neurons(config, options.neuron_multiple)
+    step = max(1, -(-removable // POINTS))
+    rounds = [min(step, removable - gone) for gone in range(0, removable, step)]
+    system, right = normal_equations(moments, options.ridge, prior)
+    left, rise, curve = whole, 0.0, [(whole, 0.0)]
+    for removed, (_, more) in zip(
+        rounds, deletions(system, right, slice(start, start + whole), rounds), strict=True
+    ):
+        left, rise = left - removed, rise + more.item()
+        curve.append((left, rise))
+    return curve
+
+
+def share_out_neurons(
+    curves: Sequence[Sequence[tuple[int, float]]],
+    parameters: Sequence[int],
+    config: SlicedConfig,
+    multiple: int,
+) -> list[int]:
+    """Neurons of each layer: as `config` stores, at the least rise of all objectives together.
+
+    Along a curve the rise of a neuron only grows (what it does not is noise, and smoothed away), so that taking the
+    cheapest step of all, again and again, is best.
+
+    Args:
+        curves: of each layer, see `deletion_costs`.
+        parameters: what a neuron of each layer stores.
+    """
+    whole, fewest = config.dense_intermediate_size, fewest_neurons(config, multiple)
+    choices = [whole, *range((whole - 1) // multiple * multiple, fewest - 1, -multiple)]
+    steps = []
+    for layer, curve in enumerate(curves):
+        highest = 0.0
+        for order, (more, less) in enumerate(pairwise(choices)):
+            cost = (_rise_at(curve, less) - _rise_at(curve, more)) / ((more - less) * parameters[layer])
+            highest = max(highest, cost)
+            steps.append((highest, order, layer, less))
+    neurons = [whole] * len(curves)
+    excess = (whole - config.intermediate_size) * sum(parameters)
+    for _, _, layer, less in sorted(steps):
+        if excess <= 0:
+            break
+        excess -= (neurons[layer] - less) * parameters[layer]
+        neurons[layer] = less
+    return neurons
+
+
+def _rise_at(curve: Sequence[tuple[int, float]], left: int) -> float:
+    """The curve at `left` neurons, linear between its points."""
+    for (more, before), (less, behind) in pairwise(curve):
+        if less <= left <= more:
+            return before + (behind - before) * (more - left) / (more - less)
+    raise ValueError(f"left must lie in [{curve[-1][0]}, {curve[0][0]}], got {left}")
