@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
 
 #include "decode.h"
@@ -40,6 +43,38 @@ class Tasks {
 
    private:
     std::atomic<int64_t> next_{0};
+};
+
+// A barrier whose threads soon sleep. OpenMP's would have them spin: where other work takes turns with them on the
+// processors, a thread then spends its turn waiting for one that waits for a turn, and every barrier costs a time slice
+// (measured: 8 ms a run of 3 ms).
+class Meeting {
+   public:
+    void wait(int threads) {
+        if (threads == 1) return;
+        const int64_t before = meetings_;
+        if (++arrived_ == threads) {
+            arrived_ = 0;
+            const std::lock_guard<std::mutex> lock(mutex_);
+            ++meetings_;
+            all_.notify_all();
+            return;
+        }
+        const auto until = std::chrono::steady_clock::now() + kSpin;
+        while (meetings_ == before)
+            if (std::chrono::steady_clock::now() > until) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                all_.wait(lock, [&] { return meetings_ != before; });
+            }
+    }
+
+   private:
+    // As long as the last task of another thread may take.
+    static constexpr std::chrono::microseconds kSpin{50};
+    std::atomic<int> arrived_{0};
+    std::atomic<int64_t> meetings_{0};
+    std::mutex mutex_;
+    std::condition_variable all_;
 };
 
 void mark_infinities(double* row, int64_t count) {
@@ -94,10 +129,10 @@ class Work {
             if (thread == 0) multiplying_.restart();
             const int64_t blocks = divided_up(tokens, kPackedTokens);
             packing_.each(op_.triangle ? blocks : 2 * blocks, [&](int64_t task) { pack(first, tokens, blocks, task); });
-            if (threads > 1) barrier();
+            meeting_.wait(threads);
             if (thread == 0) packing_.restart();
             multiplying_.each(tile_tasks(), [&](int64_t task) { multiply(tokens, task); });
-            if (threads > 1) barrier();
+            meeting_.wait(threads);
         }
         const int64_t rows = op_.left.count;
         finishing_.each(divided_up(rows, kFinishedRows), [&](int64_t task) {
@@ -137,6 +172,7 @@ class Work {
     std::unique_ptr<char, Free> memory_;
     char *left_ = nullptr, *right_ = nullptr;
     Tasks packing_, multiplying_, finishing_;
+    Meeting meeting_;
 };
 
 }  // namespace
