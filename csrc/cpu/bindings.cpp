@@ -1,5 +1,5 @@
-// The Python module slicegpt._cpu: the CPU's decode kernels with addresses and sizes as integers. Checks and allocation
-// are Python's (slicegpt/ops/cpu_decode.py). torch must have been imported before: see threads.h.
+// The Python module slicegpt._cpu: the CPU's kernels with addresses and sizes as integers. Checks and allocation are
+// Python's (slicegpt/ops/cpu_decode.py, cpu_gram.py). torch must have been imported before: see threads.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
