@@ -162,7 +162,8 @@ def bound_seconds(device: Device, case: Case, method: str) -> float | None:
     elif method == "gram_ fp64":
         arithmetic = full / 2 / (device.fp64 * 1e12)
     elif method == "gram_ fast":
-        arithmetic = full / 2 / (device.half * 1e12)
+        # Half precision on tensor cores; a CPU multiplies in float32.
+        arithmetic = full / 2 / ((device.fp32 if device.capability is None else device.half) * 1e12)
     elif method.startswith("gram_ exact") and device.int8:
         # 3 digits are integers of 20 bits: 7 residues, see kernels/gram_exact.py.
         planes = 7 if method.endswith("digits") else EXPECTED_PLANES[case.dtype]
