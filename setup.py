@@ -1,6 +1,6 @@
 """Builds the compiled parts through ninja; all metadata is in pyproject.toml.
 
-`slicegpt._C`, the CUDA kernels, from csrc/ with nvcc; `slicegpt._cpu`, the CPU's decode kernels, from csrc/cpu/ with a
+`slicegpt._C`, the CUDA kernels, from csrc/ with nvcc; `slicegpt._cpu`, the CPU's kernels, from csrc/cpu/ with a
 C++ compiler (Linux).
 
 Environment variables:

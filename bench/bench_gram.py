@@ -24,8 +24,8 @@ from torch import Tensor
 from slicegpt.bench.devices import DEVICES, Device, current_device
 from slicegpt.bench.results import Record
 from slicegpt.eigensolver import leading_eigenvectors
-from slicegpt.ops import cuda, gram_
-from slicegpt.ops.gram import EXPECTED_PLANES, is_supported
+from slicegpt.ops import cpu_decode, cuda, gram_
+from slicegpt.ops.gram import EXPECTED_PLANES, choose, is_supported
 from slicegpt.ops.registration import requested_backend
 from slicegpt.table import format_table
 
@@ -119,9 +119,9 @@ METHODS = {
 
 
 def methods_for(case: Case) -> list[str]:
-    """On a CPU every precision of `gram_` is the same float64 arithmetic: one line of it."""
+    """On a CPU all precisions of `gram_` but "fast" are the same float64 arithmetic: one line of it."""
     if not ON_GPU:
-        return ["published", "float64 product", "float32 product", "gram_ fp64"]
+        return ["published", "float64 product", "float32 product", "gram_ fp64", "gram_ fast"]
     capability = torch.cuda.get_device_capability()
     exact = ("gram_ exact", *ON_WGMMA, "gram_ exact, 3 digits")
     precisions = {"gram_ fast": "fast", **dict.fromkeys(exact, "exact")}
@@ -131,6 +131,12 @@ def methods_for(case: Case) -> list[str]:
         if is_supported(capability, case.dtype, precisions.get(name, "fp64"))
         and (name not in ON_WGMMA or wgmma_runs())
     ]
+
+
+def cpu_path() -> str:
+    """What `gram_` takes on this CPU: plain PyTorch, or the kernels for an instruction set."""
+    backend, _ = choose(requested_backend(), None, torch.float32, COLUMNS[0], "fp64")
+    return f"{backend}, {cpu_decode.build_info()['instruction set']}" if backend == "cpu" else backend
 
 
 def wgmma_runs() -> bool:
@@ -156,7 +162,8 @@ def bound_seconds(device: Device, case: Case, method: str) -> float | None:
     elif method == "gram_ fp64":
         arithmetic = full / 2 / (device.fp64 * 1e12)
     elif method == "gram_ fast":
-        arithmetic = full / 2 / (device.half * 1e12)
+        # Half precision on tensor cores; a CPU multiplies in float32.
+        arithmetic = full / 2 / ((device.fp32 if device.capability is None else device.half) * 1e12)
     elif method.startswith("gram_ exact") and device.int8:
         # 3 digits are integers of 20 bits: 7 residues, see kernels/gram_exact.py.
         planes = 7 if method.endswith("digits") else EXPECTED_PLANES[case.dtype]
@@ -327,6 +334,9 @@ def main() -> None:
     record = Record("gram", vars(options), torch.device("cuda" if ON_GPU else "cpu"), options.json)
     rows, eigen = [], []
     figures = {"peaks": None if device is None else vars(device), "gram": rows, "eigensolver": eigen}
+    if not ON_GPU:
+        figures["gram_ takes"] = cpu_path()
+        print(f"gram_ takes: {figures['gram_ takes']}\n")
     for case in cases(options.quick):
         rows += measure(case, device, options.repeats)
         record.save(**figures)  # an interrupted run keeps what it has, marked incomplete

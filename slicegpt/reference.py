@@ -1,4 +1,4 @@
-"""Plain-PyTorch implementations of the operators: for the CPU, and what the kernels are compared with."""
+"""Plain-PyTorch implementations of the operators: where there are no kernels, and what those are compared with."""
 
 import torch
 import torch.nn.functional as F

@@ -22,10 +22,12 @@ namespace {
 #include "product.h"
 #include "attention.h"
 #include "kernels.h"
+#include "gram_tiles.h"
 
 }  // namespace
 
-const Kernels kAvx2{"avx2", norm_linear_of, rotate_add_of, row_sums_of, attend_of};
+const Kernels kAvx2{"avx2",       norm_linear_of,      rotate_add_of,    row_sums_of,
+                      attend_of, gram_kernels<Doubles>(), gram_kernels<Vec>()};
 
 }  // namespace cpu
 }  // namespace slicegpt

@@ -24,10 +24,12 @@ namespace {
 #include "product.h"
 #include "attention.h"
 #include "kernels.h"
+#include "gram_tiles.h"
 
 }  // namespace
 
-const Kernels kAvx512{"avx512", norm_linear_of, rotate_add_of, row_sums_of, attend_of};
+const Kernels kAvx512{"avx512",       norm_linear_of,      rotate_add_of,    row_sums_of,
+                      attend_of, gram_kernels<Doubles>(), gram_kernels<Vec>()};
 
 }  // namespace cpu
 }  // namespace slicegpt

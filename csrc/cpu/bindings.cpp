@@ -1,5 +1,5 @@
-// The Python module slicegpt._cpu: the CPU's decode kernels with addresses and sizes as integers. Checks and allocation
-// are Python's (slicegpt/ops/cpu_decode.py). torch must have been imported before: see threads.h.
+// The Python module slicegpt._cpu: the CPU's kernels with addresses and sizes as integers. Checks and allocation are
+// Python's (slicegpt/ops/cpu_decode.py, cpu_gram.py). torch must have been imported before: see threads.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "decode.h"
+#include "gram.h"
 #include "step.h"
 #include "threads.h"
 
@@ -157,6 +158,25 @@ void bind_step(py::module_& m) {
             py::arg("threads"));
 }
 
+void bind_gram(py::module_& m) {
+    py::class_<Columns>(m, "Columns", py::module_local())
+        .def(py::init([](A data, int64_t row_stride, int64_t column_stride, int64_t count) {
+                 return Columns{Address{data}, row_stride, column_stride, count};
+             }),
+             py::arg("data"), py::arg("row_stride"), py::arg("column_stride"), py::arg("count"));
+    m.def(
+        "gram",
+        [](const Columns& left, const Columns& right, int stored, A rows, A weight, int64_t tokens, A C, bool triangle,
+           bool fast, int threads) {
+            const Gram op{left,   right,      static_cast<Stored>(stored), Address{rows}, Address{weight},
+                          tokens, Address{C}, triangle,                    fast};
+            py::gil_scoped_release release;
+            run_gram(*chosen, op, threads);
+        },
+        py::arg("left"), py::arg("right"), py::arg("stored"), py::arg("rows"), py::arg("weight"), py::arg("tokens"),
+        py::arg("C"), py::arg("triangle"), py::arg("fast"), py::arg("threads"));
+}
+
 }  // namespace
 }  // namespace cpu
 }  // namespace slicegpt
@@ -171,4 +191,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("use", &slicegpt::cpu::use);
     slicegpt::cpu::bind_operations(m);
     slicegpt::cpu::bind_step(m);
+    slicegpt::cpu::bind_gram(m);
 }

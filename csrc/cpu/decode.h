@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "gram.h"
+
 namespace slicegpt {
 namespace cpu {
 
@@ -74,6 +76,7 @@ struct Kernels {
     void (*rotate_add)(Dtype, const RotateAdd&, int thread, int threads);
     void (*row_sums)(Dtype, const RotateAdd&, int thread, int threads);
     void (*attend)(Dtype, const Attention&, int thread, int threads);
+    GramKernels gram_fp64, gram_fast;
 };
 
 #if defined(__x86_64__) || defined(_M_X64)

@@ -1,4 +1,4 @@
-// Eight floats at a time, with FMA and F16C. Included once, into the unnamed namespace of avx2.cpp.
+// Eight floats or four doubles at a time, with FMA and F16C. Included once, into the unnamed namespace of avx2.cpp.
 #pragma once
 
 struct Vec {
@@ -10,6 +10,7 @@ struct Vec {
     static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
     void store(float* p) const { _mm256_storeu_ps(p, v); }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+    static Vec product(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
     float sum() const {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -55,3 +56,38 @@ inline Float16 to_float16(float x) {
     return {static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)))};
 }
 inline void store_value(Float16* p, float x) { *p = to_float16(x); }
+
+// See simd_avx512.h.
+inline void read(const float* p, Vec& out) { out = Vec::load(p); }
+inline void read(const BFloat16* p, Vec& out) {
+    const __m128i items = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    out = {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(items), 16))};
+}
+inline void read(const Float16* p, Vec& out) {
+    out = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+
+struct Doubles {
+    __m256d v;
+    static constexpr int kLanes = 4;
+    static Doubles zero() { return {_mm256_setzero_pd()}; }
+    static Doubles all(double x) { return {_mm256_set1_pd(x)}; }
+    static Doubles load(const double* p) { return {_mm256_loadu_pd(p)}; }
+    void store(double* p) const { _mm256_storeu_pd(p, v); }
+    static Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+    static Doubles product(Doubles a, Doubles b) { return {_mm256_mul_pd(a.v, b.v)}; }
+};
+inline void read(const double* p, Doubles& out) { out = Doubles::load(p); }
+inline void read(const float* p, Doubles& out) { out = {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
+inline void read(const BFloat16* p, Doubles& out) {
+    const __m128i items = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    out = {_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(items), 16)))};
+}
+inline void read(const Float16* p, Doubles& out) {
+    out = {_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline void add_to(double* p, Doubles x) { _mm256_storeu_pd(p, _mm256_add_pd(_mm256_loadu_pd(p), x.v)); }
+inline void add_to(double* p, Vec x) {
+    add_to(p, Doubles{_mm256_cvtps_pd(_mm256_castps256_ps128(x.v))});
+    add_to(p + 4, Doubles{_mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))});
+}

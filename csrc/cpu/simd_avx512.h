@@ -1,4 +1,4 @@
-// Sixteen floats at a time. Included once, into the unnamed namespace of avx512.cpp.
+// Sixteen floats or eight doubles at a time. Included once, into the unnamed namespace of avx512.cpp.
 #pragma once
 
 struct Vec {
@@ -10,6 +10,7 @@ struct Vec {
     static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    static Vec product(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
     float sum() const { return _mm512_reduce_add_ps(v); }
 
     // The sums of eight, each added in the order of `sum`: 23 operations where eight of those take 64.
@@ -82,3 +83,38 @@ inline Float16 to_float16(float x) {
     return {static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)))};
 }
 inline void store_value(Float16* p, float x) { *p = to_float16(x); }
+
+// kLanes items in their order, as floats and as doubles; and sums of either kind added to doubles.
+inline void read(const float* p, Vec& out) { out = Vec::load(p); }
+inline void read(const BFloat16* p, Vec& out) {
+    const __m256i items = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    out = {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(items), 16))};
+}
+inline void read(const Float16* p, Vec& out) {
+    out = {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+struct Doubles {
+    __m512d v;
+    static constexpr int kLanes = 8;
+    static Doubles zero() { return {_mm512_setzero_pd()}; }
+    static Doubles all(double x) { return {_mm512_set1_pd(x)}; }
+    static Doubles load(const double* p) { return {_mm512_loadu_pd(p)}; }
+    void store(double* p) const { _mm512_storeu_pd(p, v); }
+    static Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+    static Doubles product(Doubles a, Doubles b) { return {_mm512_mul_pd(a.v, b.v)}; }
+};
+inline void read(const double* p, Doubles& out) { out = Doubles::load(p); }
+inline void read(const float* p, Doubles& out) { out = {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+inline void read(const BFloat16* p, Doubles& out) {
+    const __m128i items = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    out = {_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(items), 16)))};
+}
+inline void read(const Float16* p, Doubles& out) {
+    out = {_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline void add_to(double* p, Doubles x) { _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), x.v)); }
+inline void add_to(double* p, Vec x) {
+    add_to(p, Doubles{_mm512_cvtps_pd(_mm512_castps512_ps256(x.v))});
+    add_to(p + 8, Doubles{_mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))});
+}

@@ -1,4 +1,4 @@
-// Plain C++, eight floats at a time: what a compiler turns into the vectors of any machine. Included once, into the
+// Plain C++, eight floats or four doubles at a time: what a compiler turns into the vectors of any machine. Included once, into the
 // unnamed namespace of portable.cpp.
 #pragma once
 
@@ -44,6 +44,10 @@ struct Vec {
         for (int i = 0; i < 8; ++i) c.v[i] += a.v[i] * b.v[i];
         return c;
     }
+    static Vec product(Vec a, const Vec& b) {
+        for (int i = 0; i < 8; ++i) a.v[i] *= b.v[i];
+        return a;
+    }
     float sum() const { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 };
 
@@ -56,3 +60,34 @@ struct Values {
     }
 };
 inline void store_value(Float16* p, float x) { *p = to_float16(x); }
+
+// See simd_avx512.h.
+struct Doubles {
+    double v[4];
+    static constexpr int kLanes = 4;
+    static Doubles zero() { return all(0); }
+    static Doubles all(double x) { return {{x, x, x, x}}; }
+    static Doubles load(const double* p) {
+        Doubles r;
+        std::memcpy(r.v, p, sizeof r.v);
+        return r;
+    }
+    void store(double* p) const { std::memcpy(p, v, sizeof v); }
+    static Doubles fma(const Doubles& a, const Doubles& b, Doubles c) {
+        for (int i = 0; i < 4; ++i) c.v[i] += a.v[i] * b.v[i];
+        return c;
+    }
+    static Doubles product(Doubles a, const Doubles& b) {
+        for (int i = 0; i < 4; ++i) a.v[i] *= b.v[i];
+        return a;
+    }
+};
+template <typename D, typename V>
+inline void read(const D* p, V& out) {
+    for (int i = 0; i < V::kLanes; ++i) out.v[i] = to_float(p[i]);
+}
+inline void read(const double* p, Doubles& out) { out = Doubles::load(p); }
+template <typename V>
+inline void add_to(double* p, const V& x) {
+    for (int i = 0; i < V::kLanes; ++i) p[i] += x.v[i];
+}

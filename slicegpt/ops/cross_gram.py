@@ -7,6 +7,7 @@ from torch import Tensor
 
 from slicegpt import reference
 from slicegpt.errors import SliceGPTError
+from slicegpt.ops import cpu_gram
 from slicegpt.ops.registration import (
     bad,
     device_capability,
@@ -67,7 +68,7 @@ def choose(backend: str, capability: tuple[int, int] | None, dtype: torch.dtype,
 def _candidates(backend: str, capability: tuple[int, int] | None) -> tuple[str, ...]:
     if backend != "auto":
         return (backend,)
-    return ("reference",) if capability is None else ("triton", "reference")
+    return ("cpu", "reference") if capability is None else ("triton", "reference")
 
 
 def _implements(backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, precision: str) -> bool:
@@ -75,7 +76,9 @@ def _implements(backend: str, capability: tuple[int, int] | None, dtype: torch.d
         return False
     if backend == "reference":
         return True
-    if backend != "triton" or capability is None or not triton_is_available():
+    if capability is None:
+        return backend == "cpu" and cpu_gram.is_supported(dtype, fast=precision == "fast")
+    if backend != "triton" or not triton_is_available():
         return False
     from slicegpt.kernels import cross_gram
 
@@ -126,8 +129,10 @@ def _run(C: Tensor, A: Tensor, B: Tensor, weight: Tensor | None, precision: str)
         return
     capability = device_capability(A.get_device()) if A.is_cuda else None
     fast = precision == "fast"
-    if choose(requested_backend(), capability, A.dtype, precision) == "reference":
-        reference.cross_gram_(C, A, B, weight, fast)
+    backend = choose(requested_backend(), capability, A.dtype, precision)
+    if backend in ("cpu", "reference"):
+        run = cpu_gram.cross_gram_ if backend == "cpu" else reference.cross_gram_
+        run(C, A, B, weight, fast)
         return
     from slicegpt.kernels.cross_gram import cross_gram
 

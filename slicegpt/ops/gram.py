@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slicegpt import reference
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import cuda
+from slicegpt.ops import cpu_gram, cuda
 from slicegpt.ops.devices import FP64_TENSOR_CORES, Rates, rates_of
 from slicegpt.ops.registration import (
     bad,
@@ -152,7 +152,7 @@ def choose(
 def _candidates(backend: str, capability: tuple[int, int] | None) -> tuple[str, ...]:
     if backend != "auto":
         return (backend,)
-    return ("reference",) if capability is None else ("cuda", "triton", "reference")
+    return ("cpu", "reference") if capability is None else ("cuda", "triton", "reference")
 
 
 def _implements(backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, precision: str) -> bool:
@@ -161,7 +161,7 @@ def _implements(backend: str, capability: tuple[int, int] | None, dtype: torch.d
     if backend == "reference":
         return True
     if capability is None:
-        return False
+        return backend == "cpu" and cpu_gram.is_supported(dtype, fast=precision == "fast")
     if backend == "cuda":
         return cuda.is_available() and cuda.gram_supports(capability, dtype, precision)
     if not triton_is_available():
@@ -219,8 +219,9 @@ def _run(C: Tensor, X: Tensor, weight: Tensor | None, precision: str, digits: in
     capability = device_capability(X.get_device()) if X.is_cuda else None
     float_weight = weight is not None and weight.is_floating_point()
     backend, precision = choose(requested_backend(), capability, X.dtype, X.shape[1], precision, float_weight)
-    if backend == "reference":
-        reference.gram_(C, X, weight, fast=precision == "fast")
+    if backend in ("cpu", "reference"):
+        run = cpu_gram.gram_ if backend == "cpu" else reference.gram_
+        run(C, X, weight, fast=precision == "fast")
         return
     if weight is not None:
         weight = weight.to(torch.float64).contiguous()

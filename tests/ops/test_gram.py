@@ -39,9 +39,15 @@ def assert_close_to_longdouble(C, start, X, weight=None) -> None:
     assert torch.equal(C, C.T)
 
 
+@pytest.fixture(params=["auto", "reference"])
+def cpu_backend(request, monkeypatch):
+    """What a CPU takes by itself, its kernels where they are built; and plain PyTorch."""
+    monkeypatch.setenv("SLICEGPT_BACKEND", request.param)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (127, 63), (1000, 1), (300, 577)])
-def test_against_longdouble(tokens, columns, dtype):
+def test_against_longdouble(cpu_backend, tokens, columns, dtype):
     X = normal(tokens, columns, dtype)
     C = identity(columns)
     gram_(C, X)
@@ -49,6 +55,7 @@ def test_against_longdouble(tokens, columns, dtype):
 
 
 def test_more_than_one_chunk(monkeypatch):
+    monkeypatch.setenv("SLICEGPT_BACKEND", "reference")
     monkeypatch.setattr(reference, "MIN_CHUNK_TOKENS", 7)
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1)
     X, weight = normal(50, 20, torch.float32), torch.arange(50) % 2 == 0
@@ -59,7 +66,7 @@ def test_more_than_one_chunk(monkeypatch):
 
 @pytest.mark.parametrize("weight_dtype", [torch.bool, torch.int64, torch.float16, torch.float64])
 @pytest.mark.parametrize("strided", ["columns", "rows", "transposed", "expanded"])
-def test_strides_and_weights(strided, weight_dtype):
+def test_strides_and_weights(cpu_backend, strided, weight_dtype):
     base = normal(100, 100, torch.float16)
     X = {
         "columns": base[:, ::3],
@@ -74,21 +81,21 @@ def test_strides_and_weights(strided, weight_dtype):
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp64", "exact"])
-def test_every_precision_but_fast_is_float64_on_the_cpu(precision):
+def test_every_precision_but_fast_is_float64_on_the_cpu(cpu_backend, precision):
     X = normal(60, 9, torch.float16)
     C = torch.zeros(9, 9, dtype=torch.float64)
     gram_(C, X, precision=precision, digits=3 if precision == "exact" else None)
     assert_close_to_longdouble(C, torch.zeros_like(C), X)
 
 
-def test_huge_range_is_kept():
+def test_huge_range_is_kept(cpu_backend):
     X = torch.tensor([[6e-8, 65504.0], [65504.0, 0.0]], dtype=torch.float16)
     C = torch.zeros(2, 2, dtype=torch.float64)
     gram_(C, X)
     assert C[0, 1] == float(X[0, 0]) * 65504
 
 
-def test_infinities_and_nans_arrive_as_nan():
+def test_infinities_and_nans_arrive_as_nan(cpu_backend):
     X = normal(40, 300, torch.float32)
     X[3, 1], X[7, 250] = torch.inf, torch.nan
     C = torch.zeros(300, 300, dtype=torch.float64)
@@ -103,14 +110,14 @@ def test_infinities_and_nans_arrive_as_nan():
     assert_close_to_longdouble(C, torch.zeros_like(C), X.nan_to_num(0, 0, 0), keep)
 
 
-def test_empty_changes_nothing():
+def test_empty_changes_nothing(cpu_backend):
     for tokens, columns in ((0, 4), (3, 0), (0, 0)):
         C = torch.full((columns, columns), 2.5, dtype=torch.float64)
         gram_(C, torch.zeros(tokens, columns))
         assert C.eq(2.5).all()
 
 
-def test_same_bits_every_time():
+def test_same_bits_every_time(cpu_backend):
     X, weight = normal(3000, 300, torch.float32), torch.rand(3000)
     results = []
     for _ in range(3):
@@ -205,6 +212,7 @@ def test_auto_precision_follows_the_device_and_the_shape():
 
 def test_choice_falls_through_the_backends(monkeypatch):
     monkeypatch.setattr(gram_module.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gram_module.cpu_gram, "is_supported", lambda dtype, fast: False)
     choose.cache_clear()
     assert choose("auto", None, torch.float32, 64, "auto") == ("reference", "fp64")
     assert choose("auto", (8, 9), torch.bfloat16, 4096, "auto") == ("triton", "exact")
@@ -231,7 +239,8 @@ def test_is_supported():
     assert not is_supported(None, torch.int8)
 
 
-def test_the_choice_is_logged_once(caplog):
+def test_the_choice_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setenv("SLICEGPT_BACKEND", "reference")
     choose.cache_clear()
     with caplog.at_level(logging.INFO, logger="slicegpt"):
         for _ in range(3):
