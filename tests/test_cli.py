@@ -210,24 +210,35 @@ def test_full_width_is_the_dense_model(folder, text, tmp_path):
     ("options", "left"),
     [
         (("--slice", "0.25"), 80),  # the paper's percentage: columns alone
-        (("--slice", "0.25", "--neurons", "0.2"), 64),
-        (("--slice", "0.25", "--shortcut", "dense", "--neurons", "0.2"), 64),
+        (("--slice", "0.25", "--neurons", "0.2", "--no-allocate"), 64),
+        (("--slice", "0.25", "--neurons", "0.2"), None),
+        (("--slice", "0.25", "--shortcut", "dense", "--neurons", "0.2"), None),
         (("--params", "0.9", "--neurons", "0"), 80),
         (("--params", "0.9", "--no-refit"), 80),
         (("--params", "0.9"), None),
     ],
 )
 def test_neurons(folder, text, tmp_path, options, left, capsys):
-    """A true size is reached by deleting neurons, too; otherwise only where they are asked for."""
+    """A true size is reached by deleting neurons, too; otherwise only where they are asked for. None: layers differ."""
     arguments = ["slice", folder, *options, "--round-to", "4", *SAMPLES, text, "--output", tmp_path / "out"]
     assert main([str(argument) for argument in arguments]) == 0
     assert main(["info", str(tmp_path / "out"), "--json", str(tmp_path / "info.json")]) == 0
+    shown = capsys.readouterr().out
     facts = json.loads((tmp_path / "info.json").read_text())
     assert facts["dense_neurons"] == 80
-    assert facts["neurons"] == left if left else facts["neurons"] < 80
-    assert ("and MLP neurons" in (tmp_path / "out/README.md").read_text()) == (facts["neurons"] < 80)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.model.layers[0].mlp.up_proj.out_features == facts["neurons"]
+    stored = [layer.mlp.up_proj.out_features for layer in model.model.layers]
+    card = (tmp_path / "out/README.md").read_text()
+    assert ("and MLP neurons" in card) == (left != 80)
+    if left:
+        assert facts["neurons"] == left
+        assert stored == [left] * len(stored)
+        return
+    assert facts["neurons"] == stored
+    assert min(stored) < max(stored)
+    assert all(number % 4 == 0 for number in stored)
+    for text_shown in (shown, card):
+        assert f"{min(stored)} to {max(stored)}, {round(sum(stored) / len(stored))} on average" in text_shown
 
 
 def test_ridge_is_searched_for(folder, text, tmp_path):
