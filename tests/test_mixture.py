@@ -148,11 +148,17 @@ def test_generated_samples(model, tiny_tokenizer):
     assert ordinary == set(range(len(tiny_tokenizer))) - {0, 1, 2}
     ids = generate_samples(model, tiny_tokenizer, 6, 20, seed=3)
     assert ids.shape == (6, 20)
-    assert (ids[:, 0] == tiny_tokenizer.bos_token_id).all()
-    assert set(ids[:, 1:].flatten().tolist()) <= ordinary
+    assert set(ids.flatten().tolist()) <= ordinary
+    assert len(set(ids[:, 0].tolist())) > 1
     assert len({tuple(row) for row in ids.tolist()}) == 6
     assert torch.equal(ids, generate_samples(model, tiny_tokenizer, 6, 20, seed=3))
     assert not torch.equal(ids, generate_samples(model, tiny_tokenizer, 6, 20, seed=4))
+
+
+def test_a_document_keeps_its_start_where_no_position_is_left_for_it(model, tiny_tokenizer):
+    ids = generate_samples(model, tiny_tokenizer, 2, model.config.max_position_embeddings, seed=3)
+    assert ids.shape == (2, model.config.max_position_embeddings)
+    assert (ids[:, 0] == tiny_tokenizer.bos_token_id).all()
 
 
 def test_half_of_the_samples_are_conversations(model, tiny_tokenizer):

@@ -140,8 +140,10 @@ def generate_samples(
 ) -> torch.Tensor:
     """Let the model write calibration text: int64 [nsamples, seqlen], on the CPU; the same seed, the same text.
 
-    Half of the samples start as documents do, without a special token in them, so that they are full of text. The
-    others start inside the chat template, where the user's turn begins, so that the model writes both sides of a
+    Half of the samples are documents, without a special token in them, so that they are full of text; what stands
+    before a document, such as BOS, is cut off: a sample's first token is the attention sink of all others, and a model
+    that is sliced on one sink token fails on text that begins with any other (docs/quality.md). The others start
+    inside the chat template, where the user's turn begins, so that the model writes both sides of a
     conversation (Xu et al., Magpie, arXiv 2406.08464); a model without a template writes documents only. At
     temperature 1 the text is as varied as the model takes text to be.
 
@@ -158,18 +160,22 @@ def generate_samples(
     kinds = [document, chat or document]
     width = max(map(len, kinds))
     starts = torch.tensor([(kinds[i % 2] + [-1] * width)[:width] for i in range(nsamples)])
+    # Where the model has no position left for it, a document keeps its start.
+    cut = len(document) if seqlen + len(document) <= model.config.max_position_embeddings else 0
     banned = special * torch.tensor([i % 2 == 0 or chat is None for i in range(nsamples)])[:, None]
     report = progress or Progress(quiet=True)
     pieces = list(zip(starts.split(settings.batch_size), banned.split(settings.batch_size), strict=True))
-    tokens = max(0, seqlen - min(map(len, kinds)))
+    tokens = max(0, seqlen + cut - min(map(len, kinds)))
     with report.stage("sampling the model", len(pieces) * tokens, "tokens") as advance:
         written = [
             continue_tokens(
-                model, piece.to(device), seqlen, generator, settings, never.to(device), advance
+                model, piece.to(device), seqlen + cut, generator, settings, never.to(device), advance
             ).cpu()
             for piece, never in pieces
         ]
-    return torch.cat(written)
+    ids = torch.cat(written)
+    is_document = torch.tensor([start == document for start in (kinds[i % 2] for i in range(nsamples))])
+    return torch.where(is_document[:, None], ids[:, cut:], ids[:, :seqlen])
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
