@@ -12,6 +12,7 @@ import torch
 from slicegpt.blocks import Block, LiftedBlock
 from slicegpt.calibration.sampling import CalibrationBatch
 from slicegpt.covariance import Covariance
+from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint, Linear
 from slicegpt.folding import centre
 from slicegpt.memory import free_memory
@@ -40,6 +41,17 @@ class Stopwatch:
 def select(states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
     """[batch, tokens, ...] to [n, ...]: the tokens of a mask, all of them (a view) where it is None."""
     return states.flatten(0, 1) if tokens is None else states[tokens]
+
+
+def check_finite(sums: Covariance | Moments, block: Block | None) -> None:
+    """One clear error for a stream that overflowed; `block` is what it comes from, None the embedding."""
+    tensors = (sums.matrix,) if isinstance(sums, Covariance) else (sums.gram, sums.cross, sums.energy)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        where = "the embedding" if block is None else f"layer {block.layer} ({' and '.join(block.parts)})"
+        raise SliceGPTError(
+            f"activations: NaN or infinity in the stream after {where}; if the model is sound, the dtype "
+            "overflows: try --dtype float32 or bfloat16"
+        )
 
 
 class Passes:

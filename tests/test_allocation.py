@@ -180,3 +180,12 @@ def test_bad_multiple():
 def test_how_neurons_are_described():
     assert describe_neurons(64) == describe_neurons([64, 64]) == "64"
     assert describe_neurons([80, 40, 63]) == "40 to 80, 61 on average"
+
+
+@torch.no_grad()
+def test_an_overflow_is_named():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    message = r"activations: NaN or infinity in the stream after layer 1 \(mlp\)"
+    with pytest.raises(SliceGPTError, match=message):
+        deletion_costs(checkpoint_of(model), planned("llama"), batches(), options(), Progress(quiet=True))

@@ -19,7 +19,7 @@ from slicegpt.calibration.sampling import CalibrationBatch
 from slicegpt.families import Checkpoint
 from slicegpt.modeling import SlicedConfig
 from slicegpt.neurons import deletions
-from slicegpt.passes import Passes
+from slicegpt.passes import Passes, check_finite
 from slicegpt.progress import Progress
 from slicegpt.refit import Moments, Writer, normal_equations, prior_of, teacher_dtype
 from slicegpt.slicing.options import SlicingOptions
@@ -96,6 +96,7 @@ def deletion_costs(
                 moments = Moments(lifted.groups, config.dense_hidden_size, options.device)
             passes.run_dense(block, lifted, moments)
             if moments is not None:
+                check_finite(moments, block)
                 curves.append(cost_curve(config, moments, prior_of(writers.values()), options))
             advance(1)
     return curves

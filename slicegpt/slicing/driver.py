@@ -1,5 +1,6 @@
 """`slice_model`: the whole of slicing."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -46,13 +47,18 @@ def slice_model(
     """
     options, progress = options or SlicingOptions(), progress or Progress(quiet=True)
     checkpoint = checkpoint_of(model)
-    if options.allocate and options.refit and config.layer_neurons is None and deletes_neurons(config):
-        ridge = RIDGE if options.ridge is None else options.ridge
+    spent = {}
+    equal = config.layer_neurons is None
+    if equal and deletes_neurons(config) and options.allocate and options.refit and len(batches):
+        began, ridge = time.perf_counter(), RIDGE if options.ridge is None else options.ridge
         config = allocate_neurons(checkpoint, config, batches, replace(options, ridge=ridge), progress)
+        spent["allocation"] = time.perf_counter() - began
 
     def slice_with(ridge: float) -> tuple[SlicedForCausalLM, SlicingReport]:
         slicer = Slicer(checkpoint, config, batches, replace(options, ridge=ridge), progress)
-        return slicer.run(), slicer.report
+        sliced = slicer.run()
+        slicer.report.seconds |= spent
+        return sliced, slicer.report
 
     if options.ridge is not None:
         return slice_with(options.ridge)

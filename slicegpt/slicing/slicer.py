@@ -38,7 +38,7 @@ from slicegpt.folding import (
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.neurons import choose_neurons
-from slicegpt.passes import Passes
+from slicegpt.passes import Passes, check_finite
 from slicegpt.progress import Progress
 from slicegpt.refit import Moments, fit, prior_of, teacher_dtype
 from slicegpt.rotation import align, random_orthogonal
@@ -119,7 +119,7 @@ class Slicer:
         device, orientation = self.options.device, self.options.orientation
         eigenvalues, vectors = None, torch.eye(dense_width, dtype=torch.float64, device=device)
         if covariance is not None:
-            self.check_finite(covariance, block)
+            check_finite(covariance, block)
             with self.stage("eigensolver"):
                 eigenvalues, vectors = leading_eigenvectors(covariance.matrix, dense_width)
         self.report.eigenvalues.append(None if eigenvalues is None else eigenvalues.tolist())
@@ -142,17 +142,6 @@ class Slicer:
             raise SliceGPTError(f"batches: boundary {boundary} needs calibration tokens, got none")
         return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
-    @staticmethod
-    def check_finite(sums: Covariance | Moments, block: Block | None) -> None:
-        """One clear error for a stream that overflowed; `block` is what it comes from, None the embedding."""
-        tensors = (sums.matrix,) if isinstance(sums, Covariance) else (sums.gram, sums.cross, sums.energy)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            where = "the embedding" if block is None else f"layer {block.layer} ({' and '.join(block.parts)})"
-            raise SliceGPTError(
-                f"activations: NaN or infinity in the stream after {where}; if the model is sound, the dtype "
-                "overflows: try --dtype float32 or bfloat16"
-            )
-
     # --- refit -------------------------------------------------------------------------------------------------
 
     def refitted(
@@ -162,7 +151,7 @@ class Slicer:
 
         And the MLP neurons that stay, where some go: the columns of the others are 0.
         """
-        self.check_finite(moments, block)
+        check_finite(moments, block)
         prior, choose = prior_of(writers.values()), None
         count, whole = self.config.neurons[block.layer], self.config.dense_intermediate_size
         if count < whole and "mlp" in writers:
