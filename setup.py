@@ -44,6 +44,7 @@ NAMED_ARCHITECTURES = {
 # One wheel serves every processor of an architecture: each file of kernels is compiled for its instruction set, and
 # called where the processor has it.
 X86_FLAGS = {
+    "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mprefer-vector-width=512",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
     "avx2": "-mavx2 -mfma -mf16c",
 }

@@ -77,6 +77,8 @@ struct Kernels {
     void (*row_sums)(Dtype, const RotateAdd&, int thread, int threads);
     void (*attend)(Dtype, const Attention&, int thread, int threads);
     GramKernels gram_fp64, gram_fast;
+    // For bfloat16 without weights, where the processor has products of it; or null.
+    const GramKernels* (*gram_bf16)() = nullptr;
 };
 
 #if defined(__x86_64__) || defined(_M_X64)

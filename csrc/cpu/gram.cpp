@@ -17,7 +17,7 @@ namespace slicegpt {
 namespace cpu {
 namespace {
 
-// A column of a run, in bytes: 512 tokens in float64, 1024 in float32. Longer runs read and write C less often, and
+// A column of a run, in bytes: 512 tokens in float64, 1024 in float32, 2048 in bfloat16. Longer runs read and write C less often, and
 // take more memory.
 constexpr int64_t kColumnBytes = 4096;
 // Left panels that are multiplied with one right panel after the other: they stay in the second-level cache.
@@ -175,10 +175,17 @@ class Work {
     Meeting meeting_;
 };
 
+const GramKernels& kernels_for(const Kernels& kernels, const Gram& op) {
+    if (!op.fast) return kernels.gram_fp64;
+    const bool fits = op.stored == Stored::kBFloat16 && !op.weight && kernels.gram_bf16;
+    const GramKernels* bf16 = fits ? kernels.gram_bf16() : nullptr;
+    return bf16 ? *bf16 : kernels.gram_fast;
+}
+
 }  // namespace
 
 void run_gram(const Kernels& kernels, const Gram& op, int threads) {
-    Work work(op.fast ? kernels.gram_fast : kernels.gram_fp64, op);
+    Work work(kernels_for(kernels, op), op);
     parallel(threads, [&](int thread, int count) { work(thread, count); });
 }
 

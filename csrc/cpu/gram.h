@@ -57,12 +57,15 @@ struct Tiles {
     bool triangle;
 };
 
-// One instruction set's implementation with products in float64, or in float32.
+// One instruction set's implementation with products in float64, in float32, or of bfloat16.
 struct GramKernels {
     int panel_columns, item_bytes;
     void (*pack)(const Packing&);
     void (*multiply)(const Tiles&);
 };
+
+// Null on a processor without AVX512-BF16.
+const GramKernels* avx512_bf16_gram();
 
 // The whole operation. Infinities among the sums become NaN, as the columns they come from have no covariance.
 void run_gram(const Kernels& kernels, const Gram& op, int threads);
