@@ -106,6 +106,26 @@ def test_a_token_of_weight_three_is_three_tokens(intercept):
     assert fits[0].loss(weighted) == pytest.approx(fits[1].loss(repeated), rel=1e-10)
 
 
+@pytest.mark.parametrize("halves", [False, True])
+def test_float32_moments(halves, monkeypatch):
+    """Against float64, as float32 products and as those of bfloat16; the fit is the same but for what is averaged."""
+    monkeypatch.setattr(refit, "has_fast_bfloat16", lambda device: halves)
+    activations, target = problem(4000)
+    weight = torch.rand(4000, generator=torch.Generator().manual_seed(3)).double() + 0.1
+    exact, moments = (Moments([12], 7, torch.device("cpu")) for _ in range(2))
+    exact.add(activations, target, weight)
+    moments.add(activations.float(), target.float(), weight.float())
+    for name, right in (("gram", activations), ("cross", target)):
+        magnitudes = activations.abs().mT @ (weight[:, None] * right.abs())
+        # Each operand is rounded to 8 bits (2^-9 of it at most), or both and the weight to 24; then 4000 float32 sums.
+        bound = (2 * 2.0**-9 + 2.0**-18 if halves else 4 * 2.0**-24) + 4097 * 2.0**-24
+        assert ((getattr(moments, name) - getattr(exact, name)).abs() <= bound * magnitudes).all()
+    fits = [fit(sums, 0.1, prior_of(bias=True)) for sums in (exact, moments)]
+    # Independent roundings of 4000 tokens: some 2^-9 / sqrt(4000) of a weight; ten times that.
+    limit = 10 * 2.0**-9 / 4000**0.5 if halves else 1e-5
+    assert relative_error(fits[1].weight, fits[0].weight) < limit
+
+
 @pytest.mark.parametrize("intercept", [False, True])
 def test_loss_is_that_of_the_tokens(intercept):
     """The quadratic form in the moments of other tokens, against their residuals themselves."""
