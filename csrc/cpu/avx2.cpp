@@ -26,8 +26,8 @@ namespace {
 
 }  // namespace
 
-const Kernels kAvx2{"avx2",       norm_linear_of,      rotate_add_of,    row_sums_of,
-                      attend_of, gram_kernels<Doubles>(), gram_kernels<Vec>()};
+const Kernels kAvx2{"avx2", norm_linear_of, rotate_add_of, row_sums_of, attend_of, gram_kernels<Doubles>(),
+                      gram_kernels<Vec>()};
 
 }  // namespace cpu
 }  // namespace slicegpt

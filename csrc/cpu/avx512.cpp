@@ -28,8 +28,8 @@ namespace {
 
 }  // namespace
 
-const Kernels kAvx512{"avx512",       norm_linear_of,      rotate_add_of,    row_sums_of,
-                      attend_of, gram_kernels<Doubles>(), gram_kernels<Vec>(), avx512_bf16_gram};
+const Kernels kAvx512{"avx512", norm_linear_of, rotate_add_of, row_sums_of, attend_of, gram_kernels<Doubles>(),
+                      gram_kernels<Vec>(), avx512_bf16_gram};
 
 }  // namespace cpu
 }  // namespace slicegpt

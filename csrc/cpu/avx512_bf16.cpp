@@ -1,24 +1,48 @@
 // "fast" products of bfloat16 without weights, two tokens an instruction: twice float32's rate. They are exact in
 // float32 but for numbers below 2^-126, which count as 0; the sums round as any float32 sums do.
-#include "gram.h"
-
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 
+#include <cstdint>
 #include <cstring>
 #include <initializer_list>
+
+#include "gram.h"
+
+#define SLICEGPT_PREFETCH
 
 namespace slicegpt {
 namespace cpu {
 namespace {
 
-// A tile of C is kTileRows rows by the columns of a panel, as in gram_tiles.h; an item is a column's pair of tokens.
-constexpr int kVectors = 3, kTileRows = 8, kLanes = 16, kColumns = kVectors * kLanes;
+#include "values.h"
+#include "simd_avx512.h"
+#include "gram_tiles.h"
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+// Sixteen columns' pairs of tokens, the earlier token in the lower half of an item.
+struct Pairs {
+    __m512i v;
+    static constexpr int kLanes = 16;
+    static Pairs all(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+    static Pairs load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+    static Vec fma(Pairs a, Pairs b, Vec c) { return {_mm512_dpbf16_ps(c.v, a.halves(), b.halves())}; }
+    __m512bh halves() const {
+        __m512bh x;
+        std::memcpy(&x, &v, sizeof x);
+        return x;
+    }
+};
+inline uint32_t item_of(const Pairs&);
+template <>
+struct SumsOf<Pairs> {
+    using type = Vec;
+};
+template <>
+constexpr int kItemTokens<Pairs> = 2;
 
-void pack(const Packing& of) {
+void pack_pairs(const Packing& of) {
     const auto* data = static_cast<const uint16_t*>(of.from.data);
+    constexpr int kColumns = kPanelColumns<Pairs>, kLanes = Pairs::kLanes;
     for (int64_t first = 0; first < of.from.count; first += kColumns) {
         const int64_t width = least(kColumns, of.from.count - first);
         // `at` is even: kPackedTokens is.
@@ -41,66 +65,15 @@ void pack(const Packing& of) {
                 };
                 const __m512i pairs = _mm512_or_si512(half(0), _mm512_slli_epi32(half(1), 16));
                 for (void* to : {of.plain, of.weighted})
-                    if (to) _mm512_storeu_si512(static_cast<uint32_t*>(to) + offset + t / 2 * kColumns + v * kLanes, pairs);
+                    if (to)
+                        _mm512_storeu_si512(static_cast<uint32_t*>(to) + offset + t / 2 * kColumns + v * kLanes, pairs);
             }
         }
     }
 }
 
-__m512bh as_pairs(__m512i x) {
-    __m512bh pairs;
-    std::memcpy(&pairs, &x, sizeof pairs);
-    return pairs;
-}
-
-// C[:rows, :columns] += the product of `pairs` items of kTileRows columns at `left` and of the panel at `right`.
-template <int VECTORS>
-void multiply_tile(const uint32_t* left, const uint32_t* right, int64_t pairs, double* C, int64_t stride, int64_t rows,
-                   int64_t columns) {
-    constexpr int kDoublesPerLine = 8;
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < columns; i += kDoublesPerLine) __builtin_prefetch(C + r * stride + i, 1);
-    __m512 sums[kTileRows][VECTORS];
-    for (auto& of_row : sums)
-        for (auto& sum : of_row) sum = _mm512_setzero_ps();
-    for (int64_t k = 0; k < pairs; ++k, left += kColumns, right += kColumns) {
-        __m512bh values[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) values[v] = as_pairs(_mm512_loadu_si512(right + v * kLanes));
-        for (int r = 0; r < kTileRows; ++r) {
-            const __m512bh x = as_pairs(_mm512_set1_epi32(static_cast<int>(left[r])));
-            for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, values[v]);
-        }
-    }
-    alignas(64) float room[VECTORS * kLanes];
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int v = 0; v < VECTORS; ++v) _mm512_store_ps(room + v * kLanes, sums[r][v]);
-        for (int64_t i = 0; i < columns; ++i) C[r * stride + i] += static_cast<double>(room[i]);
-    }
-}
-
-void multiply(const Tiles& of) {
-    const int64_t size = of.run / 2 * kColumns, column = of.panel * kColumns, width = least(kColumns, of.D - column);
-    const int64_t pairs = (of.tokens + 1) / 2;
-    const auto* right = static_cast<const uint32_t*>(of.right) + of.panel * size;
-    // Of a triangle the rows down to the panel's last diagonal element.
-    const int64_t rows = of.triangle ? column + width : of.K;
-    for (int64_t panel = of.first_left; panel < of.last_left; ++panel)
-        for (int64_t at = 0; at < kColumns; at += kTileRows) {
-            const int64_t row = panel * kColumns + at;
-            if (row >= rows) return;
-            const auto* left = static_cast<const uint32_t*>(of.left) + panel * size + at;
-            double* C = of.C + row * of.D + column;
-            const int64_t height = least(kTileRows, of.K - row);
-            if (width > 2 * kLanes)
-                multiply_tile<3>(left, right, pairs, C, of.D, height, width);
-            else if (width > kLanes)
-                multiply_tile<2>(left, right, pairs, C, of.D, height, width);
-            else
-                multiply_tile<1>(left, right, pairs, C, of.D, height, width);
-        }
-}
-
-constexpr GramKernels kKernels{kColumns, 2, pack, multiply};
+constexpr GramKernels kKernels{kPanelColumns<Pairs>, sizeof(Item<Pairs>) / kItemTokens<Pairs>, pack_pairs,
+                               multiply_of<Pairs>};
 
 }  // namespace
 

@@ -10,6 +10,14 @@ inline float item_of(const Vec&);
 template <typename V>
 using Item = decltype(item_of(V{}));
 
+// What products of V are summed in, and how many tokens of a column one of its items holds: see avx512_bf16.cpp.
+template <typename V>
+struct SumsOf {
+    using type = V;
+};
+template <typename V>
+constexpr int kItemTokens = 1;
+
 // A tile of C is kTileRows rows by the columns of a panel, kVectors vectors: its sums, a row of the right panel and one
 // item of the left one fill the registers (24 + 3 + 1 of 32, 12 + 3 + 1 of 16). A step of a tile is then as many
 // multiplications as loads or more, and takes all operands but one from the first-level cache or next to it.
@@ -72,9 +80,9 @@ void pack_of(const Packing& of) {
     }
 }
 
-// C[:rows, :columns] += the product of `tokens` items of kTileRows columns at `left` and of the panel at `right`.
+// C[:rows, :columns] += the product of `items` items of kTileRows columns at `left` and of the panel at `right`.
 template <typename V, int VECTORS>
-inline void multiply_tile(const Item<V>* left, const Item<V>* right, int64_t tokens, double* C, int64_t stride,
+inline void multiply_tile(const Item<V>* left, const Item<V>* right, int64_t items, double* C, int64_t stride,
                           int64_t rows, int64_t columns) {
     constexpr int kColumns = kPanelColumns<V>, kLanes = V::kLanes, kDoublesPerLine = 8;
 #ifdef SLICEGPT_PREFETCH
@@ -82,10 +90,11 @@ inline void multiply_tile(const Item<V>* left, const Item<V>* right, int64_t tok
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t i = 0; i < columns; i += kDoublesPerLine) __builtin_prefetch(C + r * stride + i, 1);
 #endif
-    V sums[kTileRows][VECTORS];
+    using Sums = typename SumsOf<V>::type;
+    Sums sums[kTileRows][VECTORS];
     for (auto& of_row : sums)
-        for (V& sum : of_row) sum = V::zero();
-    for (int64_t k = 0; k < tokens; ++k, left += kColumns, right += kColumns) {
+        for (Sums& sum : of_row) sum = Sums::zero();
+    for (int64_t k = 0; k < items; ++k, left += kColumns, right += kColumns) {
         V values[VECTORS];
         for (int v = 0; v < VECTORS; ++v) values[v] = V::load(right + v * kLanes);
         for (int r = 0; r < kTileRows; ++r) {
@@ -108,7 +117,8 @@ inline void multiply_tile(const Item<V>* left, const Item<V>* right, int64_t tok
 template <typename V>
 void multiply_of(const Tiles& of) {
     constexpr int kColumns = kPanelColumns<V>, kLanes = V::kLanes;
-    const int64_t size = of.run * kColumns, column = of.panel * kColumns, width = least(kColumns, of.D - column);
+    const int64_t items = (of.tokens + kItemTokens<V> - 1) / kItemTokens<V>;
+    const int64_t size = of.run / kItemTokens<V> * kColumns, column = of.panel * kColumns, width = least(kColumns, of.D - column);
     const auto* right = static_cast<const Item<V>*>(of.right) + of.panel * size;
     // Of a triangle the rows down to the panel's last diagonal element.
     const int64_t rows = of.triangle ? column + width : of.K;
@@ -120,11 +130,11 @@ void multiply_of(const Tiles& of) {
             double* C = of.C + row * of.D + column;
             const int64_t height = least(kTileRows, of.K - row);
             if (width > 2 * kLanes)
-                multiply_tile<V, 3>(left, right, of.tokens, C, of.D, height, width);
+                multiply_tile<V, 3>(left, right, items, C, of.D, height, width);
             else if (width > kLanes)
-                multiply_tile<V, 2>(left, right, of.tokens, C, of.D, height, width);
+                multiply_tile<V, 2>(left, right, items, C, of.D, height, width);
             else
-                multiply_tile<V, 1>(left, right, of.tokens, C, of.D, height, width);
+                multiply_tile<V, 1>(left, right, items, C, of.D, height, width);
         }
 }
 

@@ -21,8 +21,8 @@ namespace {
 
 }  // namespace
 
-const Kernels kPortable{"portable",       norm_linear_of,      rotate_add_of,    row_sums_of,
-                      attend_of, gram_kernels<Doubles>(), gram_kernels<Vec>()};
+const Kernels kPortable{"portable", norm_linear_of, rotate_add_of, row_sums_of, attend_of, gram_kernels<Doubles>(),
+                      gram_kernels<Vec>()};
 
 }  // namespace cpu
 }  // namespace slicegpt

@@ -28,28 +28,36 @@ inline Float16 to_float16(float x) {
     return {static_cast<uint16_t>(sign | half)};
 }
 
-struct Vec {
-    float v[8];
-    static constexpr int kLanes = 8;
+template <typename T, int LANES>
+struct Lanes {
+    T v[LANES];
+    static constexpr int kLanes = LANES;
     static constexpr int kRegisters = 16;
-    static Vec zero() { return all(0); }
-    static Vec all(float x) { return {{x, x, x, x, x, x, x, x}}; }
-    static Vec load(const float* p) {
-        Vec r;
+    static Lanes zero() { return all(0); }
+    static Lanes all(T x) {
+        Lanes r;
+        for (T& lane : r.v) lane = x;
+        return r;
+    }
+    static Lanes load(const T* p) {
+        Lanes r;
         std::memcpy(r.v, p, sizeof r.v);
         return r;
     }
-    void store(float* p) const { std::memcpy(p, v, sizeof v); }
-    static Vec fma(const Vec& a, const Vec& b, Vec c) {
-        for (int i = 0; i < 8; ++i) c.v[i] += a.v[i] * b.v[i];
+    void store(T* p) const { std::memcpy(p, v, sizeof v); }
+    static Lanes fma(const Lanes& a, const Lanes& b, Lanes c) {
+        for (int i = 0; i < LANES; ++i) c.v[i] += a.v[i] * b.v[i];
         return c;
     }
-    static Vec product(Vec a, const Vec& b) {
-        for (int i = 0; i < 8; ++i) a.v[i] *= b.v[i];
+    static Lanes product(Lanes a, const Lanes& b) {
+        for (int i = 0; i < LANES; ++i) a.v[i] *= b.v[i];
         return a;
     }
-    float sum() const { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+    // Of eight.
+    T sum() const { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 };
+using Vec = Lanes<float, 8>;
+using Doubles = Lanes<double, 4>;
 
 template <typename D>
 struct Values {
@@ -62,26 +70,6 @@ struct Values {
 inline void store_value(Float16* p, float x) { *p = to_float16(x); }
 
 // See simd_avx512.h.
-struct Doubles {
-    double v[4];
-    static constexpr int kLanes = 4;
-    static Doubles zero() { return all(0); }
-    static Doubles all(double x) { return {{x, x, x, x}}; }
-    static Doubles load(const double* p) {
-        Doubles r;
-        std::memcpy(r.v, p, sizeof r.v);
-        return r;
-    }
-    void store(double* p) const { std::memcpy(p, v, sizeof v); }
-    static Doubles fma(const Doubles& a, const Doubles& b, Doubles c) {
-        for (int i = 0; i < 4; ++i) c.v[i] += a.v[i] * b.v[i];
-        return c;
-    }
-    static Doubles product(Doubles a, const Doubles& b) {
-        for (int i = 0; i < 4; ++i) a.v[i] *= b.v[i];
-        return a;
-    }
-};
 template <typename D, typename V>
 inline void read(const D* p, V& out) {
     for (int i = 0; i < V::kLanes; ++i) out.v[i] = to_float(p[i]);
