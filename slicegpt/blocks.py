@@ -120,6 +120,16 @@ def dense_writers(
     return {part: fold_writer(getattr(layer, WRITERS[part][1]), centred, device) for part in block.parts}
 
 
+def neuron_rows(writers: dict[str, Linear]) -> slice:
+    """The columns of the writers side by side, those of the refit's activations, that the MLP's neurons are."""
+    start = 0
+    for part, writer in writers.items():
+        if part == "mlp":
+            return slice(start, start + writer.weight.shape[1])
+        start += writer.weight.shape[1]
+    raise KeyError("mlp")
+
+
 def dense_block(
     config: SlicedConfig,
     block: Block,

@@ -168,12 +168,15 @@ class Passes:
         keep = elements * self.dtype.itemsize <= free_memory(self.device) // 2
         kept: list[torch.Tensor | None] = []
         for (index, batch, dense), (_, _, stream) in zip(self.teacher, self.signals, strict=False):
+            inputs = self.inputs(block, stream, batch)
             with self.stage("teacher"):
-                inputs = self.inputs(block, dense.to(teacher.dtype), batch)
-                self.teacher[index] = target = teacher(dense, **inputs)
+                own = inputs
+                if teacher.dtype != self.dtype:
+                    own = self.inputs(block, dense.to(teacher.dtype), batch)
+                self.teacher[index] = target = teacher(dense, **own)
             self.advance(1)
             with self.stage("signals"):
-                carried, activations = lifted.activations(stream, **self.inputs(block, stream, batch))
+                carried, activations = lifted.activations(stream, **inputs)
                 missing = target if carried is None else target - carried
             with self.stage("refit"):
                 self.add_moments(joined, batch, activations, missing, dense, target)

@@ -14,14 +14,14 @@ from itertools import pairwise
 
 import torch
 
-from slicegpt.blocks import blocks_of, dense_block, dense_writers
+from slicegpt.blocks import blocks_of, dense_block, dense_writers, neuron_rows
 from slicegpt.calibration.sampling import CalibrationBatch
 from slicegpt.families import Checkpoint
 from slicegpt.modeling import SlicedConfig
 from slicegpt.neurons import deletions
 from slicegpt.passes import Passes, check_finite
 from slicegpt.progress import Progress
-from slicegpt.refit import Moments, Writer, normal_equations, prior_of, teacher_dtype
+from slicegpt.refit import Moments, normal_equations, prior_of, teacher_dtype
 from slicegpt.slicing.options import SlicingOptions
 
 # The share of the calibration batches that the costs are taken from. They only decide between layers, where they
@@ -97,25 +97,23 @@ def deletion_costs(
             passes.run_dense(block, lifted, moments)
             if moments is not None:
                 check_finite(moments, block)
-                curves.append(cost_curve(config, moments, prior_of(writers.values()), options))
+                system, right = normal_equations(moments, options.ridge, prior_of(writers.values()))
+                fewest = fewest_neurons(config, options.neuron_multiple)
+                curves.append(cost_curve(system, right, neuron_rows(writers), fewest))
             advance(1)
     return curves
 
 
 def cost_curve(
-    config: SlicedConfig, moments: Moments, prior: Writer, options: SlicingOptions
+    system: torch.Tensor, right: torch.Tensor, group: slice, fewest: int
 ) -> list[tuple[int, float]]:
-    """The curve of one layer; its prior is what the dense model's refit would give."""
-    whole = config.dense_intermediate_size
-    start = sum(moments.groups) - whole  # attention's columns come first
-    removable = whole - fewest_neurons(config, options.neuron_multiple)
+    """The curve of one layer down to `fewest` neurons; the others as `choose_neurons` takes them."""
+    whole = group.stop - group.start
+    removable = whole - fewest
     step = max(1, -(-removable // POINTS))
     rounds = [min(step, removable - gone) for gone in range(0, removable, step)]
-    system, right = normal_equations(moments, options.ridge, prior)
     left, rise, curve = whole, 0.0, [(whole, 0.0)]
-    for removed, (_, more) in zip(
-        rounds, deletions(system, right, slice(start, start + whole), rounds), strict=True
-    ):
+    for removed, (_, more) in zip(rounds, deletions(system, right, group, rounds), strict=True):
         left, rise = left - removed, rise + more.item()
         curve.append((left, rise))
     return curve

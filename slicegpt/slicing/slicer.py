@@ -20,6 +20,7 @@ from slicegpt.blocks import (
     blocks_of,
     dense_block,
     dense_writers,
+    neuron_rows,
 )
 from slicegpt.calibration.sampling import CalibrationBatch
 from slicegpt.covariance import Covariance
@@ -153,10 +154,9 @@ class Slicer:
         """
         check_finite(moments, block)
         prior, choose = prior_of(writers.values()), None
-        count, whole = self.config.neurons[block.layer], self.config.dense_intermediate_size
-        if count < whole and "mlp" in writers:
-            start = sum(writer.weight.shape[1] for part, writer in writers.items() if part == "attention")
-            group = slice(start, start + whole)
+        count = self.config.neurons[block.layer]
+        if count < self.config.dense_intermediate_size and "mlp" in writers:
+            group = neuron_rows(writers)
             choose = partial(choose_neurons, group=group, count=count)
         fitted, before = fit(moments, self.options.ridge, prior, choose), prior.loss(moments)
         # A block that nothing was taken from has rounding errors before the fit, and no fraction of them.
