@@ -2,8 +2,8 @@
 
     python -m slicegpt.bench.bench_refit --nsamples 128 --seqlen 512 --json refit.json
 
-Both start from the same samples. "teacher" is the dense model's stream that is carried along,
-"refit" the second moments and the solutions.
+Both start from the same samples. "teacher" is the dense model's stream that is carried along, "refit" the second
+moments and the solutions, "ridge" the choice among these on held-out windows.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
     for refit in (False, True):
         settings = SlicingOptions(model.dtype, device, refit=refit)
         begin = time.perf_counter()
-        _, report = slice_model(model, config, drawn.batches, settings, progress)
+        _, report = slice_model(model, config, drawn.batches, settings, progress, drawn.held_out)
         synchronise(device)
         seconds = time.perf_counter() - begin
         rows.append({"slicing": "with refit" if refit else "without", **report.seconds, "in all": seconds})

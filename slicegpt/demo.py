@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slicegpt.calibration import load_documents, sample_batches
+from slicegpt.calibration import Source, load_documents, sample_sources
 from slicegpt.checkpoint import save_sliced
 from slicegpt.errors import SliceGPTError
 from slicegpt.evaluate import perplexity
@@ -103,8 +103,9 @@ def run_demo(options: argparse.Namespace) -> None:
         model, tokenizer = load_dense(options.model, torch.float32)
         advance(1)
     train, test = (load_documents(options.data, split) for split in ("train", "test"))
-    batches = sample_batches(train, tokenizer, options.nsamples, options.seqlen, 8, SEED)
-    calibration = calibration_record(options.data, options.nsamples, options.seqlen, SEED, batches)
+    sources = [Source(options.data, documents=train)]
+    drawn = sample_sources(sources, tokenizer, options.nsamples, options.seqlen, 8, SEED)
+    calibration = calibration_record(options.data, options.nsamples, options.seqlen, SEED, drawn.batches)
     fields = canonical_fields(model)
     rows, records = [measure("dense", model, tokenizer, test, options, progress)], {}
     for size in options.params:
@@ -113,7 +114,7 @@ def run_demo(options: argparse.Namespace) -> None:
         shape = Shape(round_to=8, neurons=None)
         config = plan_for_parameters(fields, int(size * fields["source_parameters"]), shape)
         settings = SlicingOptions(neuron_multiple=shape.round_to)
-        sliced, report = slice_model(model, config, batches, settings, progress)
+        sliced, report = slice_model(model, config, drawn.batches, settings, progress, drawn.held_out)
         sliced.generation_config = model.generation_config
         records[label] = slicing_record(sliced, report, settings, options.model, calibration)
         save_sliced(sliced, tokenizer, records[label], folder / f"params-{size:g}", overwrite=True)

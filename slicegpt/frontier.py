@@ -170,7 +170,7 @@ class Frontier:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.fields = canonical_fields(model)
-        self.batches, self.texts, self.seqlen = calibration.batches, texts, seqlen
+        self.calibration, self.texts, self.seqlen = calibration, texts, seqlen
         self.options, self.file = options, file
         self.progress = progress or Progress(quiet=True)
         self.settings = settings | {
@@ -290,11 +290,13 @@ class Frontier:
         if found:
             return found
         start = time.perf_counter()
-        sliced, _ = slice_model(self.model, config, self.batches, slicing, self.progress)
+        seen, held_out = self.calibration.batches, self.calibration.held_out
+        sliced, report = slice_model(self.model, config, seen, slicing, self.progress, held_out)
         sliced.to(self.options.device)
         nll = self.measure(sliced)
         neurons = {} if sliced.config.layer_neurons is None else {"neurons": sliced.config.layer_neurons}
-        sizes = self.sizes(sliced.config) | neurons
+        ridge = {"ridge": report.refit[0]["ridge"]} if report.refit else {}
+        sizes = self.sizes(sliced.config) | neurons | ridge
         return self.record(method, widths, options, sizes, time.perf_counter() - start, nll)
 
 

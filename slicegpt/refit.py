@@ -8,14 +8,13 @@ way to the solution of the ridge regression
 
 at full width, before the basis of the next boundary is chosen. Tokens count by `token_weights`. `g²` is the mean
 diagonal of aᵀa, apart for each kind of activations where several are fitted at once: attention's, the MLP's, the
-stream behind a dense shortcut. λ is a constant of the method, `RIDGE`, or chosen on held-out windows of the
-calibration text (`slicegpt.slicing.ridge`).
+stream behind a dense shortcut. λ is chosen on held-out windows of the calibration text (`slicegpt.slicing.ridge`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +24,6 @@ from slicegpt.ops import cross_gram_, gram_
 from slicegpt.ops.devices import has_fast_bfloat16
 
 logger = logging.getLogger("slicegpt")
-
-# The λ of lowest perplexity, in and out of the calibration's domain, nearly everywhere that it was measured; the
-# optimum is flat (docs/quality.md).
-RIDGE = 0.1
 
 # Every call of `gram_` goes through a whole [K, K] in float64, which on a CPU costs as much as the products of some
 # hundred tokens: calibration batches of one sample are joined to this many tokens.
@@ -143,12 +138,12 @@ class Writer:
 
     Attributes:
         weight: W [K, D] float64; bias: [D] float64, or None.
-        kept: int64, the rows of W that may differ from 0; None: all.
+        left: what `loss` is on the moments that it was fitted to; None where it was not fitted.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    kept: torch.Tensor | None = None
+    left: float | None = None
 
     def loss(self, moments: Moments) -> float:
         """`‖t - a W - bias‖²`, weighted, over the tokens of `moments`: a quadratic form in them."""
@@ -167,39 +162,44 @@ def prior_of(writers: Iterable[Linear]) -> Writer:
     return Writer(weight, sum(biases) if biases else None)
 
 
+def centred(moments: Moments, intercept: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`aᵀa`, `aᵀt` and `‖t‖²`; of deviations from the means where an `intercept` takes those."""
+    gram, cross, energy = moments.gram, moments.cross, moments.energy
+    if not intercept:
+        return gram, cross, energy
+    mean = moments.inputs / moments.tokens
+    gram = gram - torch.outer(mean, moments.inputs)
+    cross = cross - torch.outer(mean, moments.outputs)
+    return gram, cross, energy - moments.outputs @ moments.outputs / moments.tokens
+
+
 def normal_equations(moments: Moments, ridge: float, prior: Writer) -> tuple[torch.Tensor, torch.Tensor]:
     """`H` [K, K] and `B` [K, D] of the fit at one λ, `H W' = B`; a bias is eliminated from them, without a penalty."""
-    gram, right = moments.gram, moments.cross
-    if prior.bias is not None:
-        mean = moments.inputs / moments.tokens
-        gram = gram - torch.outer(mean, moments.inputs)
-        right = right - torch.outer(mean, moments.outputs)
+    gram, cross, _ = centred(moments, prior.bias is not None)
     penalty = ridge * moments.scales(gram)
     system = gram.clone()
     system.diagonal().add_(penalty)
-    return system, right + penalty[:, None] * prior.weight
+    return system, cross + penalty[:, None] * prior.weight
 
 
-def fit(
-    moments: Moments,
-    ridge: float,
-    prior: Writer,
-    choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-) -> Writer:
+def fit(moments: Moments, ridge: float, prior: Writer, kept: torch.Tensor | None = None) -> Writer:
     """The fit at one λ, drawn towards the weights of `prior`; a bias that it has is fitted, too.
 
     Args:
-        choose: gives the rows of W' that may differ from 0, from `H` and `B` of the normal equations; None: all may.
+        kept: int64, the rows of W' that may differ from 0; None: all.
     """
     system, right = normal_equations(moments, ridge, prior)
-    kept = None if choose is None else choose(system, right)
     if kept is None:
         weight = solve(system, right)
     else:
         weight = torch.zeros_like(right)
         weight[kept] = solve(system[kept][:, kept], right[kept])
     bias = None if prior.bias is None else (moments.outputs - moments.inputs @ weight) / moments.tokens
-    return Writer(weight, bias, kept)
+    # ‖t - a W'‖² without another product: in the rows that are kept aᵀa W' = aᵀt + λ diag(g²) (W - W').
+    gram, cross, energy = centred(moments, prior.bias is not None)
+    penalty = ridge * moments.scales(gram)[:, None]
+    left = energy - (weight * (cross - penalty * (prior.weight - weight))).sum()
+    return Writer(weight, bias, left.item())
 
 
 def solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def test_costs_are_those_of_the_regressions(case):
     """The first layer's curve: at every point what the ridge regression of the dense block's output loses with the
     neurons that are left, from Hugging Face's own activations. OPT's has biases, whose intercept is fitted along."""
     model, config, calibration = tiny_model(case), planned(case), batches()
-    curve = deletion_costs(checkpoint_of(model), config, calibration, options(), Progress(quiet=True))[0]
+    curve = deletion_costs(checkpoint_of(model), config, calibration, options(), 0.1, Progress(quiet=True))[0]
     assert curve[0] == (80, 0.0)
     assert curve[-1][0] == fewest_neurons(config, 4) == 20
 
@@ -188,4 +188,6 @@ def test_an_overflow_is_named():
     model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
     message = r"activations: NaN or infinity in the stream after layer 1 \(mlp\)"
     with pytest.raises(SliceGPTError, match=message):
-        deletion_costs(checkpoint_of(model), planned("llama"), batches(), options(), Progress(quiet=True))
+        deletion_costs(
+            checkpoint_of(model), planned("llama"), batches(), options(), 0.1, Progress(quiet=True)
+        )

@@ -241,16 +241,18 @@ def test_neurons(folder, text, tmp_path, options, left, capsys):
         assert f"{min(stored)} to {max(stored)}, {round(sum(stored) / len(stored))} on average" in text_shown
 
 
-def test_ridge_is_searched_for(folder, text, tmp_path):
-    """`auto` tries several, and the record says what each lost; without it there is no search."""
-    for ridge, searched in (("auto", True), ("0.3", False)):
-        out = tmp_path / ridge
-        arguments = ["slice", folder, "--slice", "0.25", "--round-to", "4", *SAMPLES, text, "--ridge", ridge]
-        assert main([str(argument) for argument in (*arguments, "--output", out)]) == 0
-        record = json.loads((out / "slicing.json").read_text())
-        assert (record["ridge_search"] is not None) == searched
-        best = min(record["ridge_search"], key=record["ridge_search"].get) if searched else ridge
-        assert {str(entry["ridge"]) for entry in record["refit"]} == {best}
+@pytest.mark.parametrize(
+    ("ridge", "chosen"), [((), True), (("--ridge", "auto"), True), (("--ridge", "0.3"), False)]
+)
+def test_ridge_is_chosen_unless_given(folder, text, tmp_path, ridge, chosen):
+    """The record says what each candidate lost."""
+    out = tmp_path / "out"
+    arguments = ["slice", folder, "--slice", "0.25", "--round-to", "4", *SAMPLES, text, *ridge]
+    assert main([str(argument) for argument in (*arguments, "--output", out)]) == 0
+    record = json.loads((out / "slicing.json").read_text())
+    assert (record["ridge_search"] is not None) == chosen
+    best = min(record["ridge_search"], key=record["ridge_search"].get) if chosen else "0.3"
+    assert {str(entry["ridge"]) for entry in record["refit"]} == {best}
 
 
 # --- bad input: one line, exit code 2, nothing written -------------------------------------------------------------

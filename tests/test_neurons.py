@@ -14,7 +14,7 @@ from slicegpt.neurons import choose_neurons
 from slicegpt.runtime import Runtime
 from slicegpt.schedule import NEURONS_TO_COLUMNS, Shape, constant_widths, plan, plan_for_parameters
 from slicegpt.sizes import decoder_parameters, stored_parameters
-from slicegpt.slicing import SlicingOptions, slice_model
+from slicegpt.slicing import SlicingOptions, driver, ridge, slice_model
 
 CASES = ["llama", "llama-tied", "llama-biased", "mistral-window", "qwen3-tied", "opt", "phi"]
 
@@ -126,14 +126,19 @@ def test_every_family(case, shortcut, tmp_path):
 
 
 @torch.no_grad()
-def test_the_neurons_left_are_fitted_to_the_dense_stream():
+@pytest.mark.parametrize("stored", [0.1, 3.0])
+def test_the_neurons_left_are_fitted_to_the_dense_stream(stored, monkeypatch):
     """At full width, the first MLP: its neurons are some of the dense ones, and its output weights the ridge
-    regression of the dense block's output on these, from Hugging Face's own activations."""
+    regression of the dense block's output on these, from Hugging Face's own activations. At the λ that is stored,
+    while the tokens went on, and the neurons were chosen, at 0.1."""
+    monkeypatch.setattr(driver, "CANDIDATES", (0.1, stored))
+    monkeypatch.setattr(ridge, "UNJUDGED", stored)
     model, calibration = tiny_model("llama"), batches()
-    network, _ = sliced(model, 48, Shape(round_to=4, neurons=0.25), calibration)
-    mlp, stored = model.model.layers[0].mlp, network.model.layers[0].mlp
+    network, report = sliced(model, 48, Shape(round_to=4, neurons=0.25), calibration)
+    assert {entry["ridge"] for entry in report.refit} == {stored}
+    mlp, shorter = model.model.layers[0].mlp, network.model.layers[0].mlp
     folded = mlp.up_proj.weight * model.model.layers[0].post_attention_layernorm.weight
-    matches = (stored.up_proj.weight[:, None] - folded).abs().amax(dim=2) < 1e-12
+    matches = (shorter.up_proj.weight[:, None] - folded).abs().amax(dim=2) < 1e-12
     assert matches.sum(dim=1).eq(1).all()
     kept = matches.int().argmax(dim=1)
     assert kept.diff().gt(0).all()
@@ -152,13 +157,13 @@ def test_the_neurons_left_are_fitted_to_the_dense_stream():
     before = behind - mlp.down_proj(activations)
     squares = torch.maximum(*(stream.square().sum(dim=1, keepdim=True) for stream in (before, behind)))
     activations = activations * (squares + 48 * model.config.rms_norm_eps) ** -0.25
-    penalty = 0.1 * activations.square().sum(dim=0).mean()
+    penalty = stored * activations.square().sum(dim=0).mean()
     weight = mlp.down_proj.weight.mT
     left = torch.cat((activations[:, kept], penalty.sqrt() * torch.eye(len(kept)).double()))
     right = torch.cat((activations @ weight, penalty.sqrt() * weight[kept]))
     expected = torch.linalg.lstsq(left, right, driver="gelsd").solution
     # float64 all through; conditions of some 1e3 on either side.
-    assert relative_error(stored.down_proj.weight.mT, expected) < 1e-10
+    assert relative_error(shorter.down_proj.weight.mT, expected) < 1e-10
 
 
 @torch.no_grad()

@@ -126,10 +126,14 @@ def test_float32_moments(halves, monkeypatch):
     assert relative_error(fits[1].weight, fits[0].weight) < limit
 
 
+@pytest.mark.parametrize("kept", [None, [0, 2, 3, 7, 11]])
 @pytest.mark.parametrize("intercept", [False, True])
-def test_loss_is_that_of_the_tokens(intercept):
-    """The quadratic form in the moments of other tokens, against their residuals themselves."""
-    fitted = fit(moments_of(*problem(200)), 0.1, prior_of(bias=intercept))
+def test_loss_is_that_of_the_tokens(intercept, kept):
+    """The quadratic form in the moments of other tokens, against their residuals themselves; and what the fit leaves
+    of its own."""
+    own, kept = moments_of(*problem(200)), None if kept is None else torch.tensor(kept)
+    fitted = fit(own, 0.1, prior_of(bias=intercept), kept)
+    assert fitted.left == pytest.approx(fitted.loss(own), rel=1e-10)
     activations, target = problem(90, seed=1)
     left = target - activations @ fitted.weight
     if intercept:

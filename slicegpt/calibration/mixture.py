@@ -20,7 +20,7 @@ SELF = "self"  # text sampled from the dense model
 RANDOM_TOKENS = "random-tokens"  # tokens drawn uniformly from the vocabulary
 GENERATED = (SELF, RANDOM_TOKENS)
 
-# Windows drawn beside the samples: they tell whether these were enough, and `--ridge auto` judges by them.
+# Windows drawn beside the samples: they tell whether these were enough, and the refit's λ is chosen by them.
 HELD_OUT = 4
 
 

@@ -118,8 +118,8 @@ def add_refit(parser: argparse.ArgumentParser) -> None:
         "--ridge",
         type=number_or_auto,
         metavar="L",
-        help="its ridge, relative to the mean diagonal (0.1), or auto: the one that loses least on windows of the "
-        "calibration text that are held out; slices some three times",
+        help="its ridge, relative to the mean diagonal, or auto (default): 0.1, 0.3 or 1, by what the sliced model "
+        "loses on windows of the calibration text that are held out",
     )
     group.add_argument(
         "--refit-share",

@@ -40,6 +40,7 @@ def allocate_neurons(
     config: SlicedConfig,
     batches: Sequence[CalibrationBatch],
     options: SlicingOptions,
+    ridge: float,
     progress: Progress,
 ) -> SlicedConfig:
     """`config` with the neurons of its layers shared out anew, in multiples of `options.neuron_multiple`.
@@ -48,9 +49,10 @@ def allocate_neurons(
 
     Args:
         batches: calibration tokens; the first ones are looked at, `SHARE` of them.
-        options: with a number for `ridge`.
+        ridge: λ of the refit whose objective the costs are of.
     """
-    curves = deletion_costs(checkpoint, config, batches[: math.ceil(SHARE * len(batches))], options, progress)
+    looked_at = batches[: math.ceil(SHARE * len(batches))]
+    curves = deletion_costs(checkpoint, config, looked_at, options, ridge, progress)
     neurons = share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
     return SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
 
@@ -79,6 +81,7 @@ def deletion_costs(
     config: SlicedConfig,
     batches: Sequence[CalibrationBatch],
     options: SlicingOptions,
+    ridge: float,
     progress: Progress,
 ) -> list[list[tuple[int, float]]]:
     """Of each layer `[(neurons left, rise of the refit's objective so far)]`, from all to `fewest_neurons`."""
@@ -97,7 +100,7 @@ def deletion_costs(
             passes.run_dense(block, lifted, moments)
             if moments is not None:
                 check_finite(moments, block)
-                system, right = normal_equations(moments, options.ridge, prior_of(writers.values()))
+                system, right = normal_equations(moments, ridge, prior_of(writers.values()))
                 fewest = fewest_neurons(config, options.neuron_multiple)
                 curves.append(cost_curve(system, right, neuron_rows(writers), fewest))
             advance(1)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -11,10 +10,9 @@ from slicegpt.calibration.sampling import CalibrationBatch
 from slicegpt.families import checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
-from slicegpt.refit import RIDGE
 from slicegpt.slicing.allocation import allocate_neurons, deletes_neurons
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
-from slicegpt.slicing.ridge import search_ridge
+from slicegpt.slicing.ridge import CANDIDATES, choose_ridge
 from slicegpt.slicing.slicer import Slicer
 
 
@@ -36,7 +34,7 @@ def slice_model(
         options: see `SlicingOptions`.
         progress: counts passes of one batch through one block.
         held_out: windows [n, s] of calibration tokens outside `batches`, by which the refit's ridge is chosen where
-            `options.ridge` is None: the model is sliced some three times then. Without them it is `RIDGE`.
+            `options.ridge` is None, see `slicegpt.slicing.ridge.choose_ridge`.
 
     Returns:
         The sliced model, on the CPU in `options.dtype`, and the report.
@@ -48,20 +46,19 @@ def slice_model(
     options, progress = options or SlicingOptions(), progress or Progress(quiet=True)
     checkpoint = checkpoint_of(model)
     spent = {}
+    ridges = CANDIDATES if options.ridge is None else (options.ridge,)
     equal = config.layer_neurons is None
     if equal and deletes_neurons(config) and options.allocate and options.refit and len(batches):
-        began, ridge = time.perf_counter(), RIDGE if options.ridge is None else options.ridge
-        config = allocate_neurons(checkpoint, config, batches, replace(options, ridge=ridge), progress)
+        began = time.perf_counter()
+        config = allocate_neurons(checkpoint, config, batches, options, ridges[0], progress)
         spent["allocation"] = time.perf_counter() - began
 
-    def slice_with(ridge: float) -> tuple[SlicedForCausalLM, SlicingReport]:
-        slicer = Slicer(checkpoint, config, batches, replace(options, ridge=ridge), progress)
-        sliced = slicer.run()
-        slicer.report.seconds |= spent
-        return sliced, slicer.report
-
-    if options.ridge is not None:
-        return slice_with(options.ridge)
-    if held_out is None or held_out.shape[1] < 2 or not len(held_out) or not options.refit:
-        return slice_with(RIDGE)
-    return search_ridge(slice_with, held_out, options.device)
+    slicer = Slicer(checkpoint, config, batches, options, ridges, progress)
+    sliced, report, ridge = slicer.run(), slicer.report, ridges[0]
+    if slicer.refits and len(ridges) > 1:
+        began = time.perf_counter()
+        ridge, report.ridge_search = choose_ridge(sliced, slicer.fits, held_out, options.device, progress)
+        spent["ridge"] = time.perf_counter() - began
+    report.refit = [{"block": block, "ridge": ridge, "left": left[ridge]} for block, left in slicer.left]
+    report.seconds |= spent
+    return sliced, report

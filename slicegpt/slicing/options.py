@@ -6,7 +6,6 @@ import torch
 
 from slicegpt.covariance import SIGNALS
 from slicegpt.errors import SliceGPTError
-from slicegpt.refit import RIDGE
 from slicegpt.rotation import ORIENTATIONS
 
 
@@ -24,7 +23,7 @@ class SlicingOptions:
         vocabulary_prior: the embedding's basis is chosen from the calibration tokens and, this much beside them,
             from the whole vocabulary, so that tokens which the text never shows keep their embeddings.
         refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.refit`.
-        ridge: its λ; None: the one that loses least on held-out windows (`slicegpt.slicing.ridge`).
+        ridge: its λ; None: of `slicegpt.slicing.ridge.CANDIDATES` the one that loses least on held-out windows.
         allocate: where a config deletes the same number of neurons everywhere, each layer gives up as many as its
             costs call for (`slicegpt.slicing.allocation`); False keeps that number.
         neuron_multiple: those numbers are multiples of it.
@@ -39,7 +38,7 @@ class SlicingOptions:
     seed: int = 42
     vocabulary_prior: float = 0.0
     refit: bool = True
-    ridge: float | None = RIDGE
+    ridge: float | None = None
     fitted: float = 1.0
     allocate: bool = True
     neuron_multiple: int = 64
@@ -72,7 +71,7 @@ class SlicingReport:
         seconds: of each stage.
         eigenvalues: [D] for each boundary; None where none were needed.
         refit: for each refitted block its λ, and the fraction of its squared error, before the fit, that is left.
-        ridge_search: where λ was searched for, the held-out loss of each candidate, in nats a token.
+        ridge_search: where λ was chosen, the held-out loss of each candidate, in nats a token.
     """
 
     tokens: int = 0

@@ -1,61 +1,66 @@
 """λ of the output refit, chosen by what the whole sliced model loses on calibration windows that are held out.
 
 Nothing less is a good judge (docs/quality.md): a block's own error on unseen tokens undervalues the fit, which also
-makes up for what earlier blocks lost, and so does the loss with only the first layers sliced. So the model is sliced
-once with each candidate.
+makes up for what earlier blocks lost, and so does the loss with only the first layers sliced. A run of slicing for
+every candidate is not needed, though. The calibration tokens go on through the network with the lightest fit, which
+keeps them closest to the dense model's stream; every block is fitted to the same moments at each candidate, and one of
+these fits is stored. So a candidate costs its solutions and one evaluation. It is also better than slicing at that λ
+all along (docs/quality.md).
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 
 from slicegpt.evaluate import window_losses
-from slicegpt.memory import fits_on
 from slicegpt.modeling import SlicedForCausalLM
-from slicegpt.slicing.options import SlicingReport
+from slicegpt.offload import layer_by_layer
+from slicegpt.progress import Progress
 
 logger = logging.getLogger("slicegpt")
 
-# Half decades: the loss is flat around its minimum.
-CANDIDATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-FIRST = (0.03, 0.1)
+# Half decades: the loss is flat around its minimum. The tokens go on with the lightest one's fit. Where there are no
+# windows to judge by the second is stored, which loses little with a few samples and with many (docs/quality.md).
+CANDIDATES = (0.1, 0.3, 1.0)
+UNJUDGED = 0.3
+
+# Windows that are evaluated at a time: a layer that has to be copied to the device is copied for so many.
+WINDOWS = 4
 
 
-def search_ridge(
-    slice_with: Callable[[float], tuple[SlicedForCausalLM, SlicingReport]],
-    held_out: torch.Tensor,
+def choose_ridge(
+    model: SlicedForCausalLM,
+    fits: Mapping[float, Mapping[str, torch.Tensor]],
+    held_out: torch.Tensor | None,
     device: torch.device,
-) -> tuple[SlicedForCausalLM, SlicingReport]:
-    """The model with the best ridge, and its report with the loss of every candidate that was tried.
-
-    Two are tried, then the next one on the better side, until it is worse: three runs of slicing where it is at once.
+    progress: Progress | None = None,
+) -> tuple[float, dict[float, float] | None]:
+    """Give `model` the weights of the best ridge: from the lightest on, until the next one loses more.
 
     Args:
-        slice_with: slices with a given λ.
-        held_out: windows [n, s] of token ids that the model is not fitted to.
-        device: where the losses are computed if the model fits there; it comes and goes back on the CPU.
+        model: on the CPU, where it stays.
+        fits: of each λ, in ascending order, the entries of the model's state that depend on it.
+        held_out: windows [n, s] of token ids that the model is not fitted to; None or none of two tokens: nothing is
+            evaluated, and λ is `UNJUDGED`.
+        device: where the losses are computed, layer by layer if the model does not fit there.
+
+    Returns:
+        λ, and the loss of every candidate that was evaluated, in nats a token; None where nothing was.
     """
+    if held_out is None or not len(held_out) or held_out.shape[1] < 2:
+        model.load_state_dict(fits[UNJUDGED], strict=False, assign=True)
+        return UNJUDGED, None
     losses: dict[float, float] = {}
     tokens = len(held_out) * (held_out.shape[1] - 1)
-
-    def run(index: int) -> tuple[SlicedForCausalLM, SlicingReport]:
-        model, report = slice_with(CANDIDATES[index])
-        model.to(device if fits_on(model, device) else "cpu")
-        losses[CANDIDATES[index]] = sum(window_losses(model, held_out)) / tokens
-        return model.to("cpu"), report
-
-    low, high = map(CANDIDATES.index, FIRST)
-    best, other = run(low), run(high)
-    place, step = low, -1
-    if losses[CANDIDATES[high]] <= losses[CANDIDATES[low]]:
-        best, place, step = other, high, 1
-    del other
-    while 0 <= place + step < len(CANDIDATES):
-        following = run(place + step)
-        if losses[CANDIDATES[place + step]] >= losses[CANDIDATES[place]]:
+    for ridge, state in fits.items():
+        model.load_state_dict(state, strict=False, assign=True)
+        with layer_by_layer(model, device):
+            loss = sum(window_losses(model, held_out, WINDOWS, progress)) / tokens
+        losses[ridge] = loss
+        if loss > min(losses.values()):
             break
-        best, place = following, place + step
+    best = min(losses, key=losses.__getitem__)
+    model.load_state_dict(fits[best], strict=False, assign=True)
     logger.info("refit: held-out loss by ridge %s", losses)
-    best[1].ridge_search = dict(sorted(losses.items()))
-    return best
+    return best, losses

@@ -8,7 +8,6 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
@@ -41,7 +40,7 @@ from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.neurons import choose_neurons
 from slicegpt.passes import Passes, check_finite
 from slicegpt.progress import Progress
-from slicegpt.refit import Moments, fit, prior_of, teacher_dtype
+from slicegpt.refit import Moments, Writer, fit, normal_equations, prior_of, teacher_dtype
 from slicegpt.rotation import align, random_orthogonal
 from slicegpt.slicing.allocation import deletes_neurons
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
@@ -56,7 +55,13 @@ class Slicer:
     """One run of slicing; holds what the steps share.
 
     Args:
-        options: with a number for `ridge`.
+        ridges: λ of the refit. The tokens go on through the network with the fit at the first; with the same bases and
+            neurons every other one has entries of its own in `fits`.
+
+    Attributes:
+        fits: of each λ the entries of the model's state that depend on it.
+        left: of each refitted block its index, and for each λ the fraction of its squared error, before the fit, that
+            is left.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Slicer:
         config: SlicedConfig,
         batches: Sequence[CalibrationBatch],
         options: SlicingOptions,
+        ridges: Sequence[float],
         progress: Progress,
     ):
         self.checkpoint = checkpoint
@@ -75,11 +81,14 @@ class Slicer:
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
         self.state: dict[str, torch.Tensor] = {}
+        self.left: list[tuple[int, dict[float, float | None]]] = []
         self.prunes = deletes_neurons(config)
         if self.prunes and not options.refit:
             raise SliceGPTError("--neurons: which of them to delete is decided by the refit, got --no-refit")
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
+        self.fits: dict[float, dict[str, torch.Tensor]]
+        self.fits = {ridge: {} for ridge in ridges[: None if self.refits else 1]}
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
         self.passes = Passes(config, batches, options.dtype, options.device, options.place, fitted)
         self.stage = self.passes.stage
@@ -147,34 +156,39 @@ class Slicer:
 
     def refitted(
         self, block: Block, writers: dict[str, Linear], moments: Moments
-    ) -> tuple[dict[str, Linear], torch.Tensor | None]:
-        """The output weights [D, K] fitted to the dense model's stream, and the bias where there is one.
+    ) -> tuple[dict[float, dict[str, Linear]], torch.Tensor | None]:
+        """For each λ the output weights [D, K] fitted to the dense model's stream, and the bias where there is one.
 
         And the MLP neurons that stay, where some go: the columns of the others are 0.
         """
         check_finite(moments, block)
-        prior, choose = prior_of(writers.values()), None
+        prior, kept = prior_of(writers.values()), None
         count = self.config.neurons[block.layer]
         if count < self.config.dense_intermediate_size and "mlp" in writers:
             group = neuron_rows(writers)
-            choose = partial(choose_neurons, group=group, count=count)
-        fitted, before = fit(moments, self.options.ridge, prior, choose), prior.loss(moments)
-        # A block that nothing was taken from has rounding errors before the fit, and no fraction of them.
-        left = fitted.loss(moments) / before if before > 1e-9 * moments.energy.item() else None
-        self.report.refit.append({"block": block.index, "ridge": self.options.ridge, "left": left})
+            kept = choose_neurons(*normal_equations(moments, next(iter(self.fits)), prior), group, count)
+        before, fitted, left = prior.loss(moments), {}, {}
+        for ridge in self.fits:
+            writer = fit(moments, ridge, prior, kept)
+            fitted[ridge] = self.separate(writer, writers, moments)
+            # A block that nothing was taken from has rounding errors before the fit, and no fraction of them.
+            left[ridge] = writer.left / before if before > 1e-9 * moments.energy.item() else None
+        self.left.append((block.index, left))
+        if kept is None:
+            return fitted, None
+        return fitted, kept[(kept >= group.start) & (kept < group.stop)] - group.start
 
+    def separate(self, fitted: Writer, writers: dict[str, Linear], moments: Moments) -> dict[str, Linear]:
+        """What was fitted side by side, as one layer for each of `writers`."""
         weights = fitted.weight.mT.split(moments.groups, dim=1)
-        refitted = {
+        layers = {
             part: Linear(weight, None if writer.bias is None else torch.zeros_like(writer.bias))
             for (part, writer), weight in zip(writers.items(), weights, strict=True)
         }
-        if prior.bias is not None:  # parallel parts: their sum is what counts, and the first takes it
+        if fitted.bias is not None:  # parallel parts: their sum is what counts, and the first takes it
             first = next(part for part, writer in writers.items() if writer.bias is not None)
-            refitted[first] = Linear(refitted[first].weight, fitted.bias)
-        if choose is None:
-            return refitted, None
-        kept = fitted.kept
-        return refitted, kept[(kept >= group.start) & (kept < group.stop)] - group.start
+            layers[first] = Linear(layers[first].weight, fitted.bias)
+        return layers
 
     # --- steps -------------------------------------------------------------------------------------------------
 
@@ -214,6 +228,7 @@ class Slicer:
             readers = {part: reader_state(part, layer, basis, dtype) for part in block.parts}
             writers = dense_writers(self.config, block, layer, device)
         covariance, neurons = self.new_covariance(boundary), None
+        fits = dict.fromkeys(self.fits, writers)
         if self.refits:
             with self.stage("rotation"):
                 teacher = dense_block(
@@ -224,10 +239,9 @@ class Slicer:
                 lifted = LiftedBlock(self.config, block, basis, readers, writers, dtype)
 
             def refit(moments: Moments) -> dict[str, Linear]:
-                nonlocal neurons
-                fitted, neurons = self.refitted(block, writers, moments)
-                writers.update(fitted)
-                return writers
+                nonlocal fits, neurons
+                fits, neurons = self.refitted(block, writers, moments)
+                return next(iter(fits.values()))
 
             self.passes.run_refitted(block, lifted, teacher, refit, covariance)
         elif self.needs_pass(block):
@@ -238,18 +252,30 @@ class Slicer:
 
         with self.stage("rotation"):
             for part, state in readers.items():
-                writer = rotate_writer(writers[part], next_basis)
                 if part == "mlp" and neurons is not None:
                     state = {name: rows[neurons] for name, rows in state.items()}
-                    writer = Linear(writer.weight[:, neurons], writer.bias)
-                state |= named(WRITER_NAMES[part], writer, dtype)
                 self.store(state, f"{block.prefix}.{MODULE_NAMES[part]}.")
             if kind == "compact":
                 self.store({f"{block.prefix}.{block.shortcut}.factor": factor.mT.to(dtype).contiguous()})
-            elif kind == "dense":
-                shortcut = rotate_writer(writers.get("shortcut", Linear(basis)), next_basis)
-                self.store(named(f"{block.prefix}.{block.shortcut}", shortcut, dtype))
+            for ridge, fitted in fits.items():
+                if kind == "dense" and "shortcut" not in fitted:
+                    fitted = fitted | {"shortcut": Linear(basis)}
+                self.fits[ridge] |= self.writer_state(block, fitted, neurons, next_basis)
         return next_basis
+
+    def writer_state(
+        self, block: Block, writers: dict[str, Linear], neurons: torch.Tensor | None, basis: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """State of the layers that write the stream onto the basis behind a block, on the CPU."""
+        state: dict[str, torch.Tensor] = {}
+        for part, full in writers.items():
+            writer, name = rotate_writer(full, basis), f"{block.prefix}.{block.shortcut}"
+            if part != "shortcut":
+                name = f"{block.prefix}.{MODULE_NAMES[part]}.{WRITER_NAMES[part]}"
+            if part == "mlp" and neurons is not None:
+                writer = Linear(writer.weight[:, neurons], writer.bias)
+            state |= named(name, writer, self.options.dtype)
+        return {name: tensor.to("cpu") for name, tensor in state.items()}
 
     def slice_head(self, basis: torch.Tensor) -> None:
         """Final norm and head, in the basis of the last boundary."""
@@ -281,7 +307,7 @@ class Slicer:
             for block in blocks:
                 basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
             self.slice_head(basis)
-        return build_model(self.config, self.state)
+        return build_model(self.config, self.state | next(iter(self.fits.values())))
 
 
 def build_model(config: SlicedConfig, state: dict[str, torch.Tensor]) -> SlicedForCausalLM:
