@@ -103,10 +103,12 @@ class Moments:
             getattr(self, name).add_(getattr(other, name))
         return self
 
-    def scales(self, gram: torch.Tensor) -> torch.Tensor:
-        """g² [K]: the mean diagonal of each group of columns."""
-        means = [part.mean().expand(len(part)) for part in gram.diagonal().split(self.groups)]
-        return torch.cat(means)
+    def scales(self, intercept: bool) -> torch.Tensor:
+        """g² [K]: the mean diagonal of each group of columns; of deviations from the means with an `intercept`."""
+        diagonal = self.gram.diagonal()
+        if intercept:
+            diagonal = diagonal - self.inputs.square() / self.tokens
+        return torch.cat([part.mean().expand(len(part)) for part in diagonal.split(self.groups)])
 
 
 class JoinedBatches:
@@ -162,24 +164,17 @@ def prior_of(writers: Iterable[Linear]) -> Writer:
     return Writer(weight, sum(biases) if biases else None)
 
 
-def centred(moments: Moments, intercept: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`aᵀa`, `aᵀt` and `‖t‖²`; of deviations from the means where an `intercept` takes those."""
-    gram, cross, energy = moments.gram, moments.cross, moments.energy
-    if not intercept:
-        return gram, cross, energy
-    mean = moments.inputs / moments.tokens
-    gram = gram - torch.outer(mean, moments.inputs)
-    cross = cross - torch.outer(mean, moments.outputs)
-    return gram, cross, energy - moments.outputs @ moments.outputs / moments.tokens
-
-
 def normal_equations(moments: Moments, ridge: float, prior: Writer) -> tuple[torch.Tensor, torch.Tensor]:
     """`H` [K, K] and `B` [K, D] of the fit at one λ, `H W' = B`; a bias is eliminated from them, without a penalty."""
-    gram, cross, _ = centred(moments, prior.bias is not None)
-    penalty = ridge * moments.scales(gram)
-    system = gram.clone()
+    intercept = prior.bias is not None
+    penalty = ridge * moments.scales(intercept)
+    system, right = moments.gram.clone(), moments.cross + penalty[:, None] * prior.weight
+    if intercept:
+        mean = moments.inputs / moments.tokens
+        system.addr_(mean, moments.inputs, alpha=-1)
+        right.addr_(mean, moments.outputs, alpha=-1)
     system.diagonal().add_(penalty)
-    return system, cross + penalty[:, None] * prior.weight
+    return system, right
 
 
 def fit(moments: Moments, ridge: float, prior: Writer, kept: torch.Tensor | None = None) -> Writer:
@@ -194,11 +189,13 @@ def fit(moments: Moments, ridge: float, prior: Writer, kept: torch.Tensor | None
     else:
         weight = torch.zeros_like(right)
         weight[kept] = solve(system[kept][:, kept], right[kept])
-    bias = None if prior.bias is None else (moments.outputs - moments.inputs @ weight) / moments.tokens
-    # ‖t - a W'‖² without another product: in the rows that are kept aᵀa W' = aᵀt + λ diag(g²) (W - W').
-    gram, cross, energy = centred(moments, prior.bias is not None)
-    penalty = ridge * moments.scales(gram)[:, None]
-    left = energy - (weight * (cross - penalty * (prior.weight - weight))).sum()
+    bias, energy, intercept = None, moments.energy, prior.bias is not None
+    if intercept:
+        bias = (moments.outputs - moments.inputs @ weight) / moments.tokens
+        energy = energy - moments.outputs @ moments.outputs / moments.tokens
+    # ‖t - a W'‖² without another product: in the rows that are kept aᵀa W' = B - λ diag(g²) W'.
+    penalty = ridge * moments.scales(intercept)[:, None]
+    left = energy - (weight * (right - penalty * (2 * prior.weight - weight))).sum()
     return Writer(weight, bias, left.item())
 
 

@@ -5,7 +5,7 @@ makes up for what earlier blocks lost, and so does the loss with only the first 
 every candidate is not needed, though. The calibration tokens go on through the network with the lightest fit, which
 keeps them closest to the dense model's stream; every block is fitted to the same moments at each candidate, and one of
 these fits is stored. So a candidate costs its solutions and one evaluation. It is also better than slicing at that λ
-all along (docs/quality.md).
+all along (docs/quality.md). Until then the output weights are in memory once for each candidate.
 """
 
 import logging
@@ -52,14 +52,15 @@ def choose_ridge(
         model.load_state_dict(fits[UNJUDGED], strict=False, assign=True)
         return UNJUDGED, None
     losses: dict[float, float] = {}
-    tokens = len(held_out) * (held_out.shape[1] - 1)
-    for ridge, state in fits.items():
-        model.load_state_dict(state, strict=False, assign=True)
-        with layer_by_layer(model, device):
-            loss = sum(window_losses(model, held_out, WINDOWS, progress)) / tokens
-        losses[ridge] = loss
-        if loss > min(losses.values()):
-            break
+    tokens, report = len(held_out) * (held_out.shape[1] - 1), progress or Progress(quiet=True)
+    with report.stage("refit: λ by held-out windows", len(fits), "candidates") as advance:
+        for ridge, state in fits.items():
+            model.load_state_dict(state, strict=False, assign=True)
+            with layer_by_layer(model, device):
+                losses[ridge] = sum(window_losses(model, held_out, WINDOWS)) / tokens
+            advance(1)
+            if losses[ridge] > min(losses.values()):
+                break
     best = min(losses, key=losses.__getitem__)
     model.load_state_dict(fits[best], strict=False, assign=True)
     logger.info("refit: held-out loss by ridge %s", losses)
