@@ -53,7 +53,7 @@ def choose_ridge(
         return UNJUDGED, None
     losses: dict[float, float] = {}
     tokens, report = len(held_out) * (held_out.shape[1] - 1), progress or Progress(quiet=True)
-    with report.stage("refit: λ by held-out windows", len(fits), "candidates") as advance:
+    with report.stage("refit: λ by held-out windows", len(fits), "candidates at most") as advance:
         for ridge, state in fits.items():
             model.load_state_dict(state, strict=False, assign=True)
             with layer_by_layer(model, device):
