@@ -118,7 +118,8 @@ template <typename V>
 void multiply_of(const Tiles& of) {
     constexpr int kColumns = kPanelColumns<V>, kLanes = V::kLanes;
     const int64_t items = (of.tokens + kItemTokens<V> - 1) / kItemTokens<V>;
-    const int64_t size = of.run / kItemTokens<V> * kColumns, column = of.panel * kColumns, width = least(kColumns, of.D - column);
+    const int64_t size = of.run / kItemTokens<V> * kColumns, column = of.panel * kColumns;
+    const int64_t width = least(kColumns, of.D - column);
     const auto* right = static_cast<const Item<V>*>(of.right) + of.panel * size;
     // Of a triangle the rows down to the panel's last diagonal element.
     const int64_t rows = of.triangle ? column + width : of.K;

@@ -229,7 +229,7 @@ def run(options: argparse.Namespace) -> None:
         fitted=options.refit_share,
         allocate=options.allocate,
         neuron_multiple=options.round_to,
-        **({} if options.ridge is None else {"ridge": None if options.ridge == "auto" else options.ridge}),
+        ridge=None if options.ridge == "auto" else options.ridge,
     )
     with step(progress, f"tokenising {options.calibration}"):
         drawn = sample_sources(

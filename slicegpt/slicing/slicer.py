@@ -59,6 +59,7 @@ class Slicer:
             neurons every other one has entries of its own in `fits`.
 
     Attributes:
+        carried: the first of `ridges`.
         fits: of each λ the entries of the model's state that depend on it.
         left: of each refitted block its index, and for each λ the fraction of its squared error, before the fit, that
             is left.
@@ -87,16 +88,24 @@ class Slicer:
             raise SliceGPTError("--neurons: which of them to delete is decided by the refit, got --no-refit")
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
+        self.carried = ridges[0]
         self.fits: dict[float, dict[str, torch.Tensor]]
-        self.fits = {ridge: {} for ridge in ridges[: None if self.refits else 1]}
+        self.fits = {ridge: {} for ridge in (ridges if self.refits else (self.carried,))}
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
         self.passes = Passes(config, batches, options.dtype, options.device, options.place, fitted)
         self.stage = self.passes.stage
         self.report.tokens = self.passes.tokens
         self.report.seconds = self.stage.seconds
 
-    def store(self, entries: dict[str, torch.Tensor], prefix: str = "") -> None:
-        self.state |= {f"{prefix}{name}": tensor.to("cpu") for name, tensor in entries.items()}
+    def store(
+        self,
+        entries: dict[str, torch.Tensor],
+        prefix: str = "",
+        state: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add entries to `state`, on the CPU; None: to that of every λ."""
+        state = self.state if state is None else state
+        state |= {f"{prefix}{name}": tensor.to("cpu") for name, tensor in entries.items()}
 
     # --- bases -------------------------------------------------------------------------------------------------
 
@@ -166,7 +175,7 @@ class Slicer:
         count = self.config.neurons[block.layer]
         if count < self.config.dense_intermediate_size and "mlp" in writers:
             group = neuron_rows(writers)
-            kept = choose_neurons(*normal_equations(moments, next(iter(self.fits)), prior), group, count)
+            kept = choose_neurons(*normal_equations(moments, self.carried, prior), group, count)
         before, fitted, left = prior.loss(moments), {}, {}
         for ridge in self.fits:
             writer = fit(moments, ridge, prior, kept)
@@ -241,7 +250,7 @@ class Slicer:
             def refit(moments: Moments) -> dict[str, Linear]:
                 nonlocal fits, neurons
                 fits, neurons = self.refitted(block, writers, moments)
-                return next(iter(fits.values()))
+                return fits[self.carried]
 
             self.passes.run_refitted(block, lifted, teacher, refit, covariance)
         elif self.needs_pass(block):
@@ -260,13 +269,13 @@ class Slicer:
             for ridge, fitted in fits.items():
                 if kind == "dense" and "shortcut" not in fitted:
                     fitted = fitted | {"shortcut": Linear(basis)}
-                self.fits[ridge] |= self.writer_state(block, fitted, neurons, next_basis)
+                self.store(self.writer_state(block, fitted, neurons, next_basis), state=self.fits[ridge])
         return next_basis
 
     def writer_state(
         self, block: Block, writers: dict[str, Linear], neurons: torch.Tensor | None, basis: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """State of the layers that write the stream onto the basis behind a block, on the CPU."""
+        """State of the layers that write the stream onto the basis behind a block."""
         state: dict[str, torch.Tensor] = {}
         for part, full in writers.items():
             writer, name = rotate_writer(full, basis), f"{block.prefix}.{block.shortcut}"
@@ -275,7 +284,7 @@ class Slicer:
             if part == "mlp" and neurons is not None:
                 writer = Linear(writer.weight[:, neurons], writer.bias)
             state |= named(name, writer, self.options.dtype)
-        return {name: tensor.to("cpu") for name, tensor in state.items()}
+        return state
 
     def slice_head(self, basis: torch.Tensor) -> None:
         """Final norm and head, in the basis of the last boundary."""
@@ -307,7 +316,7 @@ class Slicer:
             for block in blocks:
                 basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
             self.slice_head(basis)
-        return build_model(self.config, self.state | next(iter(self.fits.values())))
+        return build_model(self.config, self.state | self.fits[self.carried])
 
 
 def build_model(config: SlicedConfig, state: dict[str, torch.Tensor]) -> SlicedForCausalLM:
