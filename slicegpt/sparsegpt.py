@@ -19,8 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slicegpt.calibration import CalibrationBatch
 from slicegpt.errors import SliceGPTError
 from slicegpt.loading import load_dense
+from slicegpt.progress import Progress
 
 WORKER = Path(__file__).with_name("sparsegpt_worker.py")
+# In every line by which llm-compressor says that it begins with a matrix.
+BEGINS = "Sparsifying"
 INSTALL = "python -m venv sparsegpt && sparsegpt/bin/pip install llmcompressor"
 
 
@@ -51,11 +54,13 @@ def sparsegpt_2_4(
     tokenizer: PreTrainedTokenizerBase,
     batches: Sequence[CalibrationBatch],
     python: str = sys.executable,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Prune the decoder's linear layers to 2:4 with SparseGPT, calibrated on the same samples.
 
     Args:
         python: interpreter of an environment with llmcompressor.
+        progress: counts matrices.
 
     Errors: `SliceGPTError` where it fails there, or what comes back is not 2:4 sparse.
     """
@@ -70,15 +75,27 @@ def sparsegpt_2_4(
         ]
         tokens = {f"{index:06}": ids.contiguous() for index, ids in enumerate(samples)}
         save_file(tokens, Path(folder, "samples.safetensors"))
-        done = subprocess.run(
-            [python, str(WORKER), folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if done.returncode:
-            last = (done.stdout.strip().splitlines() or ["no message"])[-1]
-            raise SliceGPTError(f"sparsegpt-2:4: llm-compressor failed: {last}")
+        run_worker(python, folder, len(decoder_linears(model)), progress or Progress(quiet=True))
         pruned, _ = load_dense(str(sparse), model.dtype)
     check_2_4(pruned)
     return pruned
+
+
+def run_worker(python: str, folder: str, matrices: int, progress: Progress) -> None:
+    """Run `sparsegpt_worker.py` in `folder`; one clear error where it fails."""
+    command, last, begun = [python, str(WORKER), folder], "no message", 0
+    with progress.stage("sparsegpt-2:4", matrices, "matrices") as advance:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process:
+            for line in process.stdout:
+                last = line.strip() or last
+                if BEGINS in line:
+                    advance(begun > 0)  # the one before is done
+                    begun += 1
+        if process.returncode:
+            raise SliceGPTError(f"sparsegpt-2:4: llm-compressor failed: {last}")
+        advance(matrices - max(0, begun - 1))
 
 
 def check_2_4(model: PreTrainedModel) -> None:

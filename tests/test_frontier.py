@@ -1,9 +1,12 @@
 """The quality frontier: true sizes, what each method stores, resuming, and the command."""
 
+import contextlib
+import io
 import json
 import math
 import os
 import re
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from test_cli import bad
 from tiny_models import tiny_model
 
 import slicegpt.frontier
+import slicegpt.sparsegpt
 from slicegpt.bench import bench_frontier
 from slicegpt.calibration import CalibrationBatch, encode_text, load_documents, sample_batches
 from slicegpt.cli import main
@@ -19,6 +23,7 @@ from slicegpt.evaluate import perplexity
 from slicegpt.families import canonical_fields
 from slicegpt.frontier import METHODS, cut_text, describe_widths, loss_ratio, plan_point, table_rows, untied
 from slicegpt.loading import load_dense
+from slicegpt.progress import Progress
 from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.sizes import decoder_parameters, stored_parameters
 from slicegpt.slicing import SlicingOptions, slice_model
@@ -277,6 +282,54 @@ def test_a_matrix_that_is_not_2_4():
     model.model.layers[1].mlp.up_proj.weight[3, :4] = torch.tensor([1.0, 1.0, 0.0, 1.0])
     with pytest.raises(SliceGPTError, match=r"layers\.1\.mlp\.up_proj\.weight keeps 3 of 4"):
         check_2_4(model)
+
+
+# Stands in for the worker: every second column goes, told in llm-compressor's words.
+WORKER = """
+import pathlib, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = pathlib.Path(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder / "dense")
+for name, weight in model.named_parameters():
+    if ".layers." in name and weight.dim() == 2:
+        print(f"compress_modules | INFO - Sparsifying {name}. using 2 samples", flush=True)
+        weight.data[:, ::2] = 0
+if "fails" in sys.argv[0]:
+    sys.exit("no space left")
+model.save_pretrained(folder / "sparse")
+AutoTokenizer.from_pretrained(folder / "dense").save_pretrained(folder / "sparse")
+"""
+
+
+def run_stand_in(folder, file, monkeypatch, progress):
+    file.write_text(WORKER, encoding="utf-8")
+    monkeypatch.setattr(slicegpt.sparsegpt, "WORKER", file)
+    model, tokenizer = load_dense(str(folder))
+    return model, sparsegpt_2_4(model, tokenizer, [], sys.executable, progress)
+
+
+def test_sparsegpt_shows_progress(folder, tmp_path, monkeypatch):
+    progress = Progress(stream=io.StringIO())
+    steps = []
+    stage = Progress.stage
+
+    @contextlib.contextmanager
+    def counted(self, name, total, unit):
+        with stage(self, name, total, unit) as advance:
+            yield lambda n: (steps.append(n), advance(n))
+
+    monkeypatch.setattr(Progress, "stage", counted)
+    model, pruned = run_stand_in(folder, tmp_path / "worker.py", monkeypatch, progress)
+    matrices = len(decoder_linears(model))
+    assert f"sparsegpt-2:4: {matrices} matrices in" in progress.stream.getvalue()
+    assert steps == [0] + [1] * matrices  # one as each is done, the last when the worker is
+    assert decoder_linears(pruned).keys() == decoder_linears(model).keys()
+
+
+def test_sparsegpt_failure_is_told(folder, tmp_path, monkeypatch):
+    with pytest.raises(SliceGPTError, match="sparsegpt-2:4: llm-compressor failed: no space left"):
+        run_stand_in(folder, tmp_path / "fails.py", monkeypatch, None)
 
 
 def test_sparsegpt_prunes_to_2_4(folder, text, tiny_tokenizer):

@@ -179,7 +179,7 @@ def run(options: argparse.Namespace) -> None:
         methods.remove(SPARSEGPT)
 
         def sparse():
-            return sparsegpt_2_4(model, tokenizer, calibration.batches, python)
+            return sparsegpt_2_4(model, tokenizer, calibration.batches, python, progress)
 
     points = run_frontier(frontier, methods, sizes, options.basis, options.round_to, sparse)
     rows = table_rows(points, options.basis)
