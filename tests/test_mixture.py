@@ -156,22 +156,38 @@ def test_generated_samples(model, tiny_tokenizer):
 
 
 def test_a_document_keeps_its_start_where_no_position_is_left_for_it(model, tiny_tokenizer):
-    ids = generate_samples(model, tiny_tokenizer, 2, model.config.max_position_embeddings, seed=3)
-    assert ids.shape == (2, model.config.max_position_embeddings)
-    assert (ids[:, 0] == tiny_tokenizer.bos_token_id).all()
+    ids = generate_samples(model, tiny_tokenizer, 4, model.config.max_position_embeddings, seed=3)
+    assert ids.shape == (4, model.config.max_position_embeddings)
+    assert (ids[::2, 0] == tiny_tokenizer.bos_token_id).all()
+    assert not (ids[1::2, 0] == tiny_tokenizer.bos_token_id).any()  # random starts have nothing before them
 
 
-def test_half_of_the_samples_are_conversations(model, tiny_tokenizer):
+def test_what_samples_begin_with(model, tiny_tokenizer):
+    """Documents, conversations and uniformly drawn tokens in turn; special tokens in conversations alone."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
     opening = tokenizer("<bos>user: ", add_special_tokens=False).input_ids
     assert chat_start(tokenizer) == opening
-    ids = generate_samples(model, tokenizer, 8, 200, seed=3, settings=SamplingSettings(batch_size=3))
-    assert all(row[: len(opening)] == opening for row in ids[1::2].tolist())
+    ids = generate_samples(model, tokenizer, 12, 200, seed=3, settings=SamplingSettings(batch_size=5))
+    documents, conversations, others = ids[::3], ids[1::3], ids[2::3]
+    assert all(row[: len(opening)] == opening for row in conversations.tolist())
     ordinary = set(ordinary_tokens(tokenizer).tolist())
-    assert set(ids[::2, 1:].flatten().tolist()) <= ordinary
+    # 200 tokens are more than the model has positions, so that documents keep their start.
+    assert set(documents[:, 1:].flatten().tolist()) | set(others.flatten().tolist()) <= ordinary
     # A turn ends with a special token, so conversations may draw them: 780 draws of about 1 in 540 tokens each.
-    assert not set(ids[1::2, len(opening) :].flatten().tolist()) <= ordinary
+    assert not set(conversations[:, len(opening) :].flatten().tolist()) <= ordinary
+
+
+def test_random_starts_are_drawn_uniformly(model, tiny_tokenizer):
+    """First tokens of 2000 samples: the chi-square statistic over 20 bins of the ordinary tokens."""
+    ordinary, count = ordinary_tokens(tiny_tokenizer), 2000
+    first = generate_samples(model, tiny_tokenizer, 2 * count, 2, seed=5)[1::2, 0].contiguous()
+    bins = torch.searchsorted(ordinary, first) * 20 // len(ordinary)
+    sizes = torch.bincount(torch.arange(len(ordinary)) * 20 // len(ordinary), minlength=20).double()
+    expected = sizes / len(ordinary) * count
+    statistic = ((torch.bincount(bins, minlength=20) - expected).square() / expected).sum().item()
+    # 19 degrees of freedom: mean 19, standard deviation sqrt(38); 8 of them is far beyond chance.
+    assert statistic < 19 + 8 * math.sqrt(38)
 
 
 def test_the_cache_changes_nothing(model, tiny_tokenizer):

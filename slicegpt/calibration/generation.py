@@ -140,33 +140,43 @@ def generate_samples(
 ) -> torch.Tensor:
     """Let the model write calibration text: int64 [nsamples, seqlen], on the CPU; the same seed, the same text.
 
-    Half of the samples are documents, without a special token in them, so that they are full of text; what stands
-    before a document, such as BOS, is cut off: a sample's first token is the attention sink of all others, and a model
-    that is sliced on one sink token fails on text that begins with any other (docs/quality.md). The others start
-    inside the chat template, where the user's turn begins, so that the model writes both sides of a
-    conversation (Xu et al., Magpie, arXiv 2406.08464); a model without a template writes documents only. At
-    temperature 1 the text is as varied as the model takes text to be.
+    A third of the samples each, in turn:
 
-    Measured with SmolLM2-135M-Instruct: of its stream on presidents' addresses (each token scaled to length 1), the
-    504 leading axes of 4,096 tokens of other addresses miss 1.06 %; of documents 1.24 %, of conversations 1.29 %, of
-    text continuing random tokens 1.51 %; of documents and conversations, 4,096 tokens each, 1.11 %.
+    - documents, as the model begins them; what stands before them, such as BOS, is cut off: a sample's first token is
+      the attention sink of all others, and a model that is sliced on one sink token fails on text that begins with any
+      other (docs/quality.md);
+    - conversations, from inside the chat template where the user's turn begins, so that the model writes both sides
+      (Xu et al., Magpie, arXiv 2406.08464); none where the model has no template;
+    - what the model makes of a first token drawn uniformly from the vocabulary (Liu et al., LLM-QAT, arXiv
+      2305.17888).
+
+    Documents and what follows a random token hold no special tokens, so that they are full of text. At temperature 1
+    the text is as varied as the model takes text to be. How each kind fares is measured in docs/quality.md.
     """
     settings = settings or SamplingSettings()
     generator = torch.Generator().manual_seed(seed)
     device = model.get_input_embeddings().weight.device
+    ordinary = ordinary_tokens(tokenizer)
     special = torch.ones(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
-    special[ordinary_tokens(tokenizer)] = False
+    special[ordinary] = False
     document, chat = document_start(tokenizer), chat_start(tokenizer)
-    kinds = [document, chat or document]
-    width = max(map(len, kinds))
-    starts = torch.tensor([(kinds[i % 2] + [-1] * width)[:width] for i in range(nsamples)])
+    kinds = ["document", "random"] if chat is None else ["document", "conversation", "random"]
+    kinds = [kinds[i % len(kinds)] for i in range(nsamples)]
+    drawn = ordinary[torch.randint(len(ordinary), (nsamples,), generator=generator)].tolist()
+    known = [
+        {"document": document, "conversation": chat, "random": [token]}[kind]
+        for kind, token in zip(kinds, drawn, strict=True)
+    ]
+    width = max(map(len, known))
+    starts = torch.tensor([start + [-1] * (width - len(start)) for start in known])
     # Where the model has no position left for it, a document keeps its start.
     cut = len(document) if seqlen + len(document) <= model.config.max_position_embeddings else 0
-    banned = special * torch.tensor([i % 2 == 0 or chat is None for i in range(nsamples)])[:, None]
+    banned = special * torch.tensor([kind != "conversation" for kind in kinds])[:, None]
     report = progress or Progress(quiet=True)
     pieces = list(zip(starts.split(settings.batch_size), banned.split(settings.batch_size), strict=True))
-    tokens = max(0, seqlen + cut - min(map(len, kinds)))
-    with report.stage("sampling the model", len(pieces) * tokens, "tokens") as advance:
+    shortest = [int((piece >= 0).sum(dim=1).min()) for piece, _ in pieces]
+    tokens = sum(max(0, seqlen + cut - length) for length in shortest)
+    with report.stage("sampling the model", tokens, "tokens") as advance:
         written = [
             continue_tokens(
                 model, piece.to(device), seqlen + cut, generator, settings, never.to(device), advance
@@ -174,7 +184,7 @@ def generate_samples(
             for piece, never in pieces
         ]
     ids = torch.cat(written)
-    is_document = torch.tensor([start == document for start in (kinds[i % 2] for i in range(nsamples))])
+    is_document = torch.tensor([kind == "document" for kind in kinds])
     return torch.where(is_document[:, None], ids[:, cut:], ids[:, :seqlen])
 
 
