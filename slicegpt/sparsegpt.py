@@ -91,7 +91,8 @@ def run_worker(python: str, folder: str, matrices: int, progress: Progress) -> N
             for line in process.stdout:
                 last = line.strip() or last
                 if BEGINS in line:
-                    advance(begun > 0)  # the one before is done
+                    if begun:
+                        advance(1)
                     begun += 1
         if process.returncode:
             raise SliceGPTError(f"sparsegpt-2:4: llm-compressor failed: {last}")
