@@ -163,10 +163,8 @@ def generate_samples(
     kinds = ["document", "random"] if chat is None else ["document", "conversation", "random"]
     kinds = [kinds[i % len(kinds)] for i in range(nsamples)]
     drawn = ordinary[torch.randint(len(ordinary), (nsamples,), generator=generator)].tolist()
-    known = [
-        {"document": document, "conversation": chat, "random": [token]}[kind]
-        for kind, token in zip(kinds, drawn, strict=True)
-    ]
+    openings = {"document": document, "conversation": chat}
+    known = [openings.get(kind, [token]) for kind, token in zip(kinds, drawn, strict=True)]
     width = max(map(len, known))
     starts = torch.tensor([start + [-1] * (width - len(start)) for start in known])
     # Where the model has no position left for it, a document keeps its start.
