@@ -42,12 +42,17 @@ NAMED_ARCHITECTURES = {
 
 
 # One wheel serves every processor of an architecture: each file of kernels is compiled for its instruction set, and
-# called where the processor has it.
+# called where the processor has it. A compiler that knows no such instructions (GCC before 11, for the first) makes an
+# empty object of the file.
+AVX512_FLAGS = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 X86_FLAGS = {
-    "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mprefer-vector-width=512",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+    "amx": f"{AVX512_FLAGS} -mavx512bf16 -mamx-tile -mamx-bf16",
+    "avx512_bf16": f"{AVX512_FLAGS} -mavx512bf16",
+    "avx512": AVX512_FLAGS,
     "avx2": "-mavx2 -mfma -mf16c",
 }
+
+NEW_ON_X86 = ("amx", "avx512_bf16")
 
 
 class BuildError(SystemExit):
@@ -129,6 +134,12 @@ def find_compiler() -> str | None:
     if named:
         return named if shutil.which(shlex.split(named)[0]) else None
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def accepts(compiler: str, flags: str) -> bool:
+    """Whether the C++ compiler knows these flags."""
+    command = [*shlex.split(compiler), *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def wanted_compiler() -> str | None:
@@ -247,6 +258,8 @@ def cpu_ninja_file(compiler: str, version: str, build: Path, target: Path) -> st
     for source in sorted((SOURCES / "cpu").glob("*.cpp")):
         obj = _escape(build / f"{source.stem}.o")
         flags = X86_FLAGS.get(source.stem, "") if on_x86 else ""
+        if source.stem in NEW_ON_X86 and not accepts(compiler, flags):
+            flags = ""
         lines += [f"build {obj}: object {_escape(source)}", f"  set = {flags}"]
         objects.append(obj)
     lines += [f"build {_escape(target)}: link {' '.join(objects)}", f"default {_escape(target)}", ""]

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -267,6 +268,30 @@ def test_wheel_with_the_cpu_part(tree):
     version, *instruction_sets = done.stdout.split()
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
     assert instruction_sets[-1] == "portable"
+
+
+@needs_backend
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="has no such instructions")
+def test_a_compiler_before_amx(tmp_path):
+    """Its files are compiled without their flags, to kernels that are not there; nothing else changes."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    text, usual = evaluate(
+        f"cpu_ninja_file({str(compiler)!r}, '0', Path('build'), Path('target'))",
+        "cpu_ninja_file('c++', '0', Path('build'), Path('target'))",
+        env=without_nvcc(),
+    )
+    differing = [
+        (one, other) for one, other in zip(text.splitlines(), usual.splitlines(), strict=True) if one != other
+    ]
+    assert [one.split(" = ")[0].strip() for one, _ in differing] == ["cxx", "set"]
+    assert "-mamx-bf16" in differing[1][1]
+    assert differing[1][0].strip() == "set ="
+    for name in ("amx", "avx512_bf16"):
+        command = [str(compiler), "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", f"csrc/cpu/{name}.cpp"]
+        assert subprocess.run(command, cwd=ROOT).returncode == 0
 
 
 @needs_backend

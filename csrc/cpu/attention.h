@@ -51,7 +51,7 @@ inline void weighted_sum(const float* p, int64_t p_stride, const D* v, int64_t n
             if (width == kChunk)
                 Values<D>::load(row, values);
             else
-                load_first(row, width, values);
+                load_first<Floats<D>>(row, width, values);
             for (int g = 0; g < GROUP; ++g) {
                 const Vec weight = Vec::all(p[g * p_stride + j]);
                 for (int i = 0; i < kParts; ++i) sums[g][i] = Vec::fma(weight, values[i], sums[g][i]);
@@ -71,7 +71,9 @@ inline void softmax(float* scores, int64_t count, float scale, const uint8_t* va
     for (int64_t j = 0; j < count - 1; ++j)
         if (!valid || valid[j]) largest = scores[j] > largest ? scores[j] : largest;
     float total = 0;
-    for (int64_t j = 0; j < count; ++j) scores[j] = exponential((scores[j] - largest) * scale);
+    map(scores, count, [&](Vec v) {
+        return exponential(Vec::product(Vec::difference(v, Vec::all(largest)), Vec::all(scale)));
+    });
     if (valid)
         for (int64_t j = 0; j < count - 1; ++j) scores[j] = valid[j] ? scores[j] : 0.0f;
     for (int64_t j = 0; j < count; ++j) total += scores[j];
@@ -81,7 +83,7 @@ inline void softmax(float* scores, int64_t count, float scale, const uint8_t* va
 
 template <typename D>
 void attend(const Attention& op, int thread, int threads) {
-    const int64_t size = op.head_dim, packed = packed_size<D>(size), sharing = op.heads / op.key_heads;
+    const int64_t size = op.head_dim, packed = packed_size<Floats<D>>(size), sharing = op.heads / op.key_heads;
     const int64_t n = op.slot - op.first, scores_stride = n + 1;
     // One key head and its queries at a time; one query at a time where that leaves threads idle.
     const int64_t group = op.batch * op.key_heads >= 4 * threads ? least(sharing, kGroup) : 1;
@@ -115,8 +117,8 @@ void attend(const Attention& op, int thread, int threads) {
         const int64_t of_head = b * op.batch_stride + k * op.head_stride;
         D* keys = static_cast<D*>(op.keys) + of_head;
         D* values = static_cast<D*>(op.values) + of_head;
-        product(keys + op.first * size, size, n, size, queries, count, scores, scores_stride, false);
-        product(new_key, size, 1, size, queries, count, scores + n, scores_stride, false);
+        product<Floats<D>>(keys + op.first * size, size, n, size, queries, count, scores, scores_stride, false);
+        product<Floats<D>>(new_key, size, 1, size, queries, count, scores + n, scores_stride, false);
         const uint8_t* valid = op.valid ? op.valid + b * op.valid_stride + op.first : nullptr;
         for (int64_t g = 0; g < count; ++g) softmax(scores + g * scores_stride, n + 1, scale, valid);
         const D* seen = values + op.first * size;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "decode.h"
 #include "scratch.h"
@@ -24,12 +25,13 @@ namespace {
 #include "product.h"
 #include "attention.h"
 #include "kernels.h"
+#include "every_dtype.h"
 #include "gram_tiles.h"
 
 }  // namespace
 
 const Kernels kAvx512{"avx512", norm_linear_of, rotate_add_of, row_sums_of, attend_of, gram_kernels<Doubles>(),
-                      gram_kernels<Vec>(), avx512_bf16_gram};
+                      gram_kernels<Vec>(), nullptr};
 
 }  // namespace cpu
 }  // namespace slicegpt

@@ -1,15 +1,21 @@
-// "fast" products of bfloat16 without weights, two tokens an instruction: twice float32's rate. They are exact in
-// float32 but for numbers below 2^-126, which count as 0; the sums round as any float32 sums do.
+// The kernels for AVX512-BF16: products of bfloat16 are of pairs, all else is AVX-512's.
 #if defined(__x86_64__) || defined(_M_X64)
+#include "decode.h"
+
+#ifdef __AVX512BF16__
 #include <immintrin.h>
+
+#include <math.h>
 
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
 
-#include "gram.h"
+#include "scratch.h"
 
+#define SLICEGPT_MASKED_LOADS
 #define SLICEGPT_PREFETCH
+#define SLICEGPT_EIGHT_SUMS
 
 namespace slicegpt {
 namespace cpu {
@@ -17,21 +23,23 @@ namespace {
 
 #include "values.h"
 #include "simd_avx512.h"
+#include "activation.h"
+#include "pairs.h"
+#include "product.h"
+#include "kernels.h"
 #include "gram_tiles.h"
 
-// Sixteen columns' pairs of tokens, the earlier token in the lower half of an item.
-struct Pairs {
-    __m512i v;
-    static constexpr int kLanes = 16;
-    static Pairs all(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
-    static Pairs load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
-    static Vec fma(Pairs a, Pairs b, Vec c) { return {_mm512_dpbf16_ps(c.v, a.halves(), b.halves())}; }
-    __m512bh halves() const {
-        __m512bh x;
-        std::memcpy(&x, &v, sizeof x);
-        return x;
-    }
-};
+void norm_linear_of(Dtype dtype, const NormLinear& op, int thread, int threads) {
+    if (dtype != Dtype::kBFloat16) return kAvx512.norm_linear(dtype, op, thread, threads);
+    norm_linear<RowProduct<RowPairs>>(op, thread, threads);
+}
+
+void rotate_add_of(Dtype dtype, const RotateAdd& op, int thread, int threads) {
+    if (dtype != Dtype::kBFloat16) return kAvx512.rotate_add(dtype, op, thread, threads);
+    rotate_add<RowProduct<RowPairs>>(op, thread, threads);
+}
+
+// For gram_tiles.h: a column's neighbouring tokens are a pair, the earlier one in the lower half of an item.
 inline uint32_t item_of(const Pairs&);
 template <>
 struct SumsOf<Pairs> {
@@ -72,13 +80,24 @@ void pack_pairs(const Packing& of) {
     }
 }
 
-constexpr GramKernels kKernels{kPanelColumns<Pairs>, sizeof(Item<Pairs>) / kItemTokens<Pairs>, pack_pairs,
-                               multiply_of<Pairs>};
+constexpr GramKernels kGram{kPanelColumns<Pairs>, sizeof(Item<Pairs>) / kItemTokens<Pairs>, pack_pairs,
+                            multiply_of<Pairs>};
 
 }  // namespace
 
-const GramKernels* avx512_bf16_gram() { return __builtin_cpu_supports("avx512bf16") ? &kKernels : nullptr; }
+const Kernels* avx512_bf16() {
+    static const Kernels kernels{"avx512_bf16",  norm_linear_of,    rotate_add_of,     kAvx512.row_sums,
+                                 kAvx512.attend, kAvx512.gram_fp64, kAvx512.gram_fast, &kGram};
+    return __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
+}
 
 }  // namespace cpu
 }  // namespace slicegpt
+#else
+namespace slicegpt {
+namespace cpu {
+const Kernels* avx512_bf16() { return nullptr; }
+}  // namespace cpu
+}  // namespace slicegpt
+#endif
 #endif

@@ -77,11 +77,14 @@ struct Kernels {
     void (*row_sums)(Dtype, const RotateAdd&, int thread, int threads);
     void (*attend)(Dtype, const Attention&, int thread, int threads);
     GramKernels gram_fp64, gram_fast;
-    // For bfloat16 without weights, where the processor has products of it; or null.
-    const GramKernels* (*gram_bf16)() = nullptr;
+    const GramKernels* gram_bf16;  // "fast" sums of bfloat16 without weights, in products of it; or null
 };
 
 #if defined(__x86_64__) || defined(_M_X64)
+// Null where the compiler or the processor has no such instructions; those that AVX-512 is a part of are not asked whether
+// the processor has that.
+const Kernels* amx();
+const Kernels* avx512_bf16();
 extern const Kernels kAvx512;
 extern const Kernels kAvx2;
 #endif

@@ -177,9 +177,8 @@ class Work {
 
 const GramKernels& kernels_for(const Kernels& kernels, const Gram& op) {
     if (!op.fast) return kernels.gram_fp64;
-    const bool fits = op.stored == Stored::kBFloat16 && !op.weight && kernels.gram_bf16;
-    const GramKernels* bf16 = fits ? kernels.gram_bf16() : nullptr;
-    return bf16 ? *bf16 : kernels.gram_fast;
+    const bool pairs = op.stored == Stored::kBFloat16 && !op.weight && kernels.gram_bf16;
+    return pairs ? *kernels.gram_bf16 : kernels.gram_fast;
 }
 
 }  // namespace

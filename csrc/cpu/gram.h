@@ -13,7 +13,7 @@ namespace cpu {
 struct Kernels;
 
 // Tokens that are packed at a time.
-constexpr int kPackedTokens = 16;
+constexpr int kPackedTokens = 32;
 
 // The order is slicegpt/ops/cpu_gram.py's DTYPES.
 enum class Stored { kFloat16, kBFloat16, kFloat32, kFloat64 };
@@ -63,9 +63,6 @@ struct GramKernels {
     void (*pack)(const Packing&);
     void (*multiply)(const Tiles&);
 };
-
-// Null on a processor without AVX512-BF16.
-const GramKernels* avx512_bf16_gram();
 
 // The whole operation. Infinities among the sums become NaN, as the columns they come from have no covariance.
 void run_gram(const Kernels& kernels, const Gram& op, int threads);

@@ -1,105 +1,189 @@
-// norm_linear, rotate_add and attention over any instruction set's Vec and Values. Included into an unnamed namespace
-// behind product.h and activation.h.
+// norm_linear and rotate_add over a way P of multiplying rows (`RowProduct`; tiles.h has another), and the sums of
+// squares. Included into an unnamed namespace behind product.h and activation.h.
 #pragma once
 
 // Columns of an output that are finished together: their products stay in the first-level cache for the epilogue.
 constexpr int kBlock = 64;
 
-// values = values * scale + bias
-template <typename D>
-inline void scale_and_shift(float* values, int64_t count, float scale, const D* bias) {
-    if (bias)
-        for (int64_t i = 0; i < count; ++i) values[i] = values[i] * scale + to_float(bias[i]);
-    else
-        for (int64_t i = 0; i < count; ++i) values[i] *= scale;
-}
+// The tokens that a thread works on, and its number among those that share them.
+struct Part {
+    Range tokens;
+    int thread, threads;
+};
 
-template <typename D>
-void norm_linear(const NormLinear& op, int thread, int threads) {
+// Few tokens, every one packed on its own: the weights are what takes the time, so threads share nothing but columns.
+template <typename V>
+struct RowProduct {
+    using Stored = typename V::Stored;
+    using Item = typename V::Item;
+    static_assert(sizeof(Item) == sizeof(float), "packed rows lie in scratch memory, which is counted in floats");
+    struct Session {};  // what the processor is set to meanwhile
+
+    static Part part(int64_t tokens, int thread, int threads) { return {{0, tokens}, thread, threads}; }
+    static int64_t tokens_at_once(int64_t tokens) { return tokens; }
+    static int64_t columns_at_once(int64_t) { return kBlock; }
+    static int64_t packed_floats(int64_t tokens, int64_t K) { return tokens * packed_size<V>(K); }
+    static int64_t sums_floats(int64_t tokens, int64_t block) { return tokens * block; }
+    static int64_t rows_floats(int64_t) { return 0; }
+    static int64_t room_floats() { return 0; }
+
+    static void pack_tokens(const Stored* x, int64_t stride, int64_t tokens, int64_t K, float* out) {
+        const int64_t packed = packed_size<V>(K);
+        for (int64_t t = 0; t < tokens; ++t) pack<V>(x + t * stride, K, reinterpret_cast<Item*>(out + t * packed));
+    }
+    // sums = x Wᵀ, or added to what is there.
+    static void multiply(const Stored* w, int64_t w_stride, int64_t rows, int64_t K, const float* x, int64_t tokens,
+                         float* sums, int64_t block, bool add, float*) {
+        product<V>(w, w_stride, rows, K, reinterpret_cast<const Item*>(x), tokens, sums, block, add);
+    }
+    // The sums of tokens from t on, `group` of them, [token][block].
+    static int64_t group(int64_t tokens) { return tokens; }
+    static const float* rows(const float* sums, int64_t, int64_t, int64_t t, int64_t block, float*) {
+        return sums + t * block;
+    }
+};
+
+inline int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+template <typename P>
+void norm_linear_rows(const NormLinear& op, int thread, int threads) {
+    using D = typename P::Stored;
     const auto* h = static_cast<const D*>(op.h);
     const auto* weight = static_cast<const D*>(op.weight);
     const auto* bias = static_cast<const D*>(op.bias);
     auto* y = static_cast<D*>(op.y);
-    const int64_t tokens = op.tokens, packed = packed_size<D>(op.d);
-    float* x = scratch(tokens * (packed + 2 * kBlock + 1));
-    float* first = x + tokens * packed;
-    float* second = first + tokens * kBlock;
-    float* scale = second + tokens * kBlock;
+    const int64_t tokens = op.tokens, group = P::group(tokens), block = P::columns_at_once(op.d);
+    const int64_t packed = whole_lines(P::packed_floats(tokens, op.d)), sums = P::sums_floats(tokens, block);
+    const int64_t rows = P::rows_floats(block);
+    float* x = scratch(packed + 2 * (sums + rows) + P::room_floats() + tokens);
+    float* first = x + packed;
+    float* second = first + sums;
+    float* first_rows = second + sums;
+    float* second_rows = first_rows + rows;
+    float* room = second_rows + rows;
+    float* scale = room + P::room_floats();
+    P::pack_tokens(h, op.h_stride, tokens, op.d, x);
     for (int64_t t = 0; t < tokens; ++t) {
-        pack(h + t * op.h_stride, op.d, x + t * packed);
         double total = 0;
         if (op.sumsq)
             for (int64_t p = 0; p < op.parts; ++p) total += op.sumsq[t * op.parts + p];
         else
-            total = sum_of_squares(x + t * packed, packed);
+            total = sum_of_squares(h + t * op.h_stride, op.d);
         scale[t] = static_cast<float>(1 / ::sqrt(total / op.divisor + op.eps));
     }
+    const auto multiply = [&](int64_t row, int64_t count, float* out) {
+        P::multiply(weight + row * op.weight_stride, op.weight_stride, count, op.d, x, tokens, out, block, false, room);
+    };
+    const auto shifted = [&](const float* value, Vec by, int64_t column, int64_t left) {
+        return Vec::fma(Vec::load(value), by, bias ? read_some(bias + column, left) : Vec::zero());
+    };
     const int64_t up = op.n_scaled / 2, columns = op.gated ? up : op.n_scaled;
     const Range scaled = share(columns, kUnit, thread, threads);
-    for (int64_t n = scaled.begin; n < scaled.end; n += kBlock) {
-        const int64_t count = least(kBlock, scaled.end - n);
-        product(weight + n * op.weight_stride, op.weight_stride, count, op.d, x, tokens, first, kBlock, false);
-        if (op.gated)
-            product(weight + (up + n) * op.weight_stride, op.weight_stride, count, op.d, x, tokens, second, kBlock,
-                    false);
-        for (int64_t t = 0; t < tokens; ++t) {
-            float* values = first + t * kBlock;
-            scale_and_shift(values, count, scale[t], bias ? bias + n : nullptr);
-            activate(op.activation, values, count);
-            if (op.gated) {
-                const float* others = second + t * kBlock;
-                scale_and_shift(second + t * kBlock, count, scale[t], bias ? bias + up + n : nullptr);
-                for (int64_t i = 0; i < count; ++i) values[i] *= others[i];
-            }
-            store_row(y + t * op.y_stride + n, values, count);
+    for (int64_t n = scaled.begin; n < scaled.end; n += block) {
+        const int64_t count = least(block, scaled.end - n);
+        multiply(n, count, first);
+        if (op.gated) multiply(up + n, count, second);
+        for (int64_t begin = 0; begin < tokens; begin += group) {
+            const float* values = P::rows(first, count, tokens, begin, block, first_rows);
+            const float* others = op.gated ? P::rows(second, count, tokens, begin, block, second_rows) : nullptr;
+            with_activation(op.activation, [&](auto activate) {
+                for (int64_t t = begin; t < least(begin + group, tokens); ++t) {
+                    const int64_t row = (t - begin) * block;
+                    const Vec by = Vec::all(scale[t]);
+                    write_row(y + t * op.y_stride + n, count, [&](int64_t i, int64_t left) {
+                        const Vec value = activate(shifted(values + row + i, by, n + i, left));
+                        if (!op.gated) return value;
+                        return Vec::product(value, shifted(others + row + i, by, up + n + i, left));
+                    });
+                }
+            });
         }
     }
     // The threads that got less above get more here.
     const Range plain = share(op.N - op.n_scaled, kUnit, threads - 1 - thread, threads);
-    for (int64_t n = plain.begin; n < plain.end; n += kBlock) {
-        const int64_t count = least(kBlock, plain.end - n);
-        product(weight + (op.n_scaled + n) * op.weight_stride, op.weight_stride, count, op.d, x, tokens, first, kBlock,
-                false);
-        for (int64_t t = 0; t < tokens; ++t)
-            store_row(y + t * op.y_stride + columns + n, first + t * kBlock, count);
+    for (int64_t n = plain.begin; n < plain.end; n += block) {
+        const int64_t count = least(block, plain.end - n);
+        multiply(op.n_scaled + n, count, first);
+        for (int64_t begin = 0; begin < tokens; begin += group) {
+            const float* values = P::rows(first, count, tokens, begin, block, first_rows);
+            for (int64_t t = begin; t < least(begin + group, tokens); ++t, values += block)
+                store_row(y + t * op.y_stride + columns + n, values, count);
+        }
     }
 }
 
-template <typename D>
-void rotate_add(const RotateAdd& op, int thread, int threads) {
+template <typename P>
+void norm_linear(const NormLinear& op, int thread, int threads) {
+    using D = typename P::Stored;
+    const typename P::Session session;
+    const Part part = P::part(op.tokens, thread, threads);
+    const int64_t step = P::tokens_at_once(op.tokens);
+    for (int64_t t = part.tokens.begin; t < part.tokens.end; t += step) {
+        NormLinear rows = op;
+        rows.tokens = least(step, part.tokens.end - t);
+        rows.h = static_cast<const D*>(op.h) + t * op.h_stride;
+        rows.y = static_cast<D*>(op.y) + t * op.y_stride;
+        rows.sumsq = op.sumsq ? op.sumsq + t * op.parts : nullptr;
+        norm_linear_rows<P>(rows, part.thread, part.threads);
+    }
+}
+
+template <typename P>
+void rotate_add_rows(const RotateAdd& op, int thread, int threads) {
+    using D = typename P::Stored;
     const auto* a = static_cast<const D*>(op.a);
     const auto* h = static_cast<const D*>(op.h);
     const auto* weight = static_cast<const D*>(op.weight);
     const auto* shortcut = static_cast<const D*>(op.shortcut);
     const auto* bias = static_cast<const D*>(op.bias);
     auto* h_next = static_cast<D*>(op.h_next);
-    const int64_t tokens = op.tokens, packed_a = packed_size<D>(op.K);
-    const int64_t packed_h = shortcut ? packed_size<D>(op.d) : 0;
-    float* x = scratch(tokens * (packed_a + packed_h + kBlock));
-    float* x_h = x + tokens * packed_a;
-    float* sums = x_h + tokens * packed_h;
-    for (int64_t t = 0; t < tokens; ++t) {
-        pack(a + t * op.a_stride, op.K, x + t * packed_a);
-        if (shortcut) pack(h + t * op.h_stride, op.d, x_h + t * packed_h);
-    }
+    const int64_t tokens = op.tokens, group = P::group(tokens), block = P::columns_at_once(op.K);
+    const int64_t packed_a = whole_lines(P::packed_floats(tokens, op.K));
+    const int64_t packed_h = shortcut ? whole_lines(P::packed_floats(tokens, op.d)) : 0;
+    const int64_t size = P::sums_floats(tokens, block);
+    float* x = scratch(packed_a + packed_h + size + P::rows_floats(block) + P::room_floats());
+    float* x_h = x + packed_a;
+    float* sums = x_h + packed_h;
+    float* rows = sums + size;
+    float* room = rows + P::rows_floats(block);
+    P::pack_tokens(a, op.a_stride, tokens, op.K, x);
+    if (shortcut) P::pack_tokens(h, op.h_stride, tokens, op.d, x_h);
     const Range columns = share(op.N, kUnit, thread, threads);
-    for (int64_t n = columns.begin; n < columns.end; n += kBlock) {
-        const int64_t count = least(kBlock, columns.end - n);
-        product(weight + n * op.weight_stride, op.weight_stride, count, op.K, x, tokens, sums, kBlock, false);
+    for (int64_t n = columns.begin; n < columns.end; n += block) {
+        const int64_t count = least(block, columns.end - n);
+        P::multiply(weight + n * op.weight_stride, op.weight_stride, count, op.K, x, tokens, sums, block, false, room);
         if (shortcut)
-            product(shortcut + n * op.shortcut_stride, op.shortcut_stride, count, op.d, x_h, tokens, sums, kBlock,
-                    true);
-        for (int64_t t = 0; t < tokens; ++t) {
-            float* values = sums + t * kBlock;
-            if (!shortcut) {
-                const D* kept = h + t * op.h_stride + n;
-                const int64_t wide = least(count, op.d - n);  // zeros beyond h's columns
-                for (int64_t i = 0; i < wide; ++i) values[i] += to_float(kept[i]);
+            P::multiply(shortcut + n * op.shortcut_stride, op.shortcut_stride, count, op.d, x_h, tokens, sums, block,
+                        true, room);
+        // The stream passes as it is, with zeros beyond its columns.
+        const int64_t kept = shortcut ? 0 : most(0, least(count, op.d - n));
+        for (int64_t begin = 0; begin < tokens; begin += group) {
+            const float* values = P::rows(sums, count, tokens, begin, block, rows);
+            for (int64_t t = begin; t < least(begin + group, tokens); ++t, values += block) {
+                const D* stream = h + t * op.h_stride + n;
+                write_row(h_next + t * op.h_next_stride + n, count, [&](int64_t i, int64_t left) {
+                    Vec value = Vec::load(values + i);
+                    if (i < kept) value = Vec::plus(value, read_some(stream + i, kept - i));
+                    return bias ? Vec::plus(value, read_some(bias + n + i, left)) : value;
+                });
             }
-            if (bias)
-                for (int64_t i = 0; i < count; ++i) values[i] += to_float(bias[n + i]);
-            store_row(h_next + t * op.h_next_stride + n, values, count);
         }
+    }
+}
+
+template <typename P>
+void rotate_add(const RotateAdd& op, int thread, int threads) {
+    using D = typename P::Stored;
+    const typename P::Session session;
+    const Part part = P::part(op.tokens, thread, threads);
+    const int64_t step = P::tokens_at_once(op.tokens);
+    for (int64_t t = part.tokens.begin; t < part.tokens.end; t += step) {
+        RotateAdd rows = op;  // but for `sumsq`, which is not written here
+        rows.tokens = least(step, part.tokens.end - t);
+        rows.a = static_cast<const D*>(op.a) + t * op.a_stride;
+        rows.h = static_cast<const D*>(op.h) + t * op.h_stride;
+        rows.h_next = static_cast<D*>(op.h_next) + t * op.h_next_stride;
+        rotate_add_rows<P>(rows, part.thread, part.threads);
     }
 }
 
@@ -112,46 +196,6 @@ void row_sums(const RotateAdd& op, int thread, int threads) {
     for (int64_t t = 0; t < op.tokens; ++t)
         for (int64_t p = range.begin; p < range.end; ++p) {
             const D* values = h_next + t * op.h_next_stride + p * kSumColumns;
-            const int64_t count = least(kSumColumns, op.N - p * kSumColumns);
-            float lanes[8] = {};
-            int64_t i = 0;
-            for (; i + 8 <= count; i += 8)
-                for (int l = 0; l < 8; ++l) lanes[l] += to_float(values[i + l]) * to_float(values[i + l]);
-            for (; i < count; ++i) lanes[i % 8] += to_float(values[i]) * to_float(values[i]);
-            op.sumsq[t * parts + p] = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
-                                      ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+            op.sumsq[t * parts + p] = sum_of_squares(values, least(kSumColumns, op.N - p * kSumColumns));
         }
-}
-
-// Calls body(fixed<T>) with T the type that a dtype stands for.
-template <typename T>
-struct Fixed {
-    using type = T;
-};
-template <typename Body>
-inline void with_type(Dtype dtype, Body body) {
-    switch (dtype) {
-        case Dtype::kFloat16:
-            return body(Fixed<Float16>{});
-        case Dtype::kBFloat16:
-            return body(Fixed<BFloat16>{});
-        case Dtype::kFloat32:
-            return body(Fixed<float>{});
-    }
-}
-
-void norm_linear_of(Dtype dtype, const NormLinear& op, int thread, int threads) {
-    with_type(dtype, [&](auto fixed) { norm_linear<typename decltype(fixed)::type>(op, thread, threads); });
-}
-
-void rotate_add_of(Dtype dtype, const RotateAdd& op, int thread, int threads) {
-    with_type(dtype, [&](auto fixed) { rotate_add<typename decltype(fixed)::type>(op, thread, threads); });
-}
-
-void row_sums_of(Dtype dtype, const RotateAdd& op, int thread, int threads) {
-    with_type(dtype, [&](auto fixed) { row_sums<typename decltype(fixed)::type>(op, thread, threads); });
-}
-
-void attend_of(Dtype dtype, const Attention& op, int thread, int threads) {
-    with_type(dtype, [&](auto fixed) { attend<typename decltype(fixed)::type>(op, thread, threads); });
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "decode.h"
 #include "scratch.h"
@@ -17,12 +18,13 @@ namespace {
 #include "product.h"
 #include "attention.h"
 #include "kernels.h"
+#include "every_dtype.h"
 #include "gram_tiles.h"
 
 }  // namespace
 
 const Kernels kPortable{"portable", norm_linear_of, rotate_add_of, row_sums_of, attend_of, gram_kernels<Doubles>(),
-                      gram_kernels<Vec>()};
+                      gram_kernels<Vec>(), nullptr};
 
 }  // namespace cpu
 }  // namespace slicegpt

@@ -2,8 +2,17 @@
 // into an unnamed namespace behind a Vec and its Values, see values.h.
 #pragma once
 
+// What a product is computed in: V::kChunk items of V::Stored become V::kParts vectors V::Factor of V::Item, which x is
+// packed as. Here floats, whatever is stored; pairs.h has bfloat16 as it is.
+template <typename D>
+struct Floats : Values<D> {
+    using Stored = D;
+    using Item = float;
+    using Factor = Vec;
+};
+
 // Tokens whose sums are kept in registers together, and the rows of weights that share what is loaded of them.
-constexpr int kTile = 8;
+constexpr int kTileTokens = 8;
 constexpr int64_t kCachedColumns = 1024;
 template <int TOKENS>
 constexpr int rows_at_once() {
@@ -20,21 +29,25 @@ constexpr int64_t kPrefetch = 8192;
 constexpr int64_t kPrefetch = 0;
 #endif
 
-template <typename D>
-inline void load_first(const D* p, int count, Vec* out) {
+template <typename V>
+inline void load_first(const typename V::Stored* p, int count, typename V::Factor* out) {
 #ifdef SLICEGPT_MASKED_LOADS
-    Values<D>::load_first(p, count, out);
+    V::load_first(p, count, out);
 #else
-    D whole[Values<D>::kChunk] = {};
-    std::memcpy(whole, p, count * sizeof(D));
-    Values<D>::load(whole, out);
+    typename V::Stored whole[V::kChunk] = {};
+    std::memcpy(whole, p, count * sizeof whole[0]);
+    V::load(whole, out);
 #endif
 }
 
-// Floats that a row of `count` items takes once packed.
-template <typename D>
+// Stored items in one V::Item.
+template <typename V>
+constexpr int kStoredPerItem = V::kChunk / (V::kParts * V::Factor::kLanes);
+
+// Items that a row of `count` stored ones takes once packed.
+template <typename V>
 inline int64_t packed_size(int64_t count) {
-    return (count + Values<D>::kChunk - 1) / Values<D>::kChunk * Values<D>::kChunk;
+    return (count + V::kChunk - 1) / V::kChunk * (V::kChunk / kStoredPerItem<V>);
 }
 
 // Where item i of a chunk stands among its vectors.
@@ -45,35 +58,62 @@ inline int position(int i) {
 }
 
 // Converts a row in the order in which weights are loaded, padded with zeros.
-template <typename D>
-inline void pack(const D* x, int64_t count, float* out) {
-    constexpr int kChunk = Values<D>::kChunk, kParts = Values<D>::kParts;
-    for (int64_t k = 0; k < count; k += kChunk, out += kChunk) {
-        Vec parts[kParts];
-        if (count - k >= kChunk)
-            Values<D>::load(x + k, parts);
+template <typename V>
+inline void pack(const typename V::Stored* x, int64_t count, typename V::Item* out) {
+    for (int64_t k = 0; k < count; k += V::kChunk) {
+        typename V::Factor parts[V::kParts];
+        if (count - k >= V::kChunk)
+            V::load(x + k, parts);
         else
-            load_first(x + k, static_cast<int>(count - k), parts);
-        for (int i = 0; i < kParts; ++i) parts[i].store(out + i * Vec::kLanes);
+            load_first<V>(x + k, static_cast<int>(count - k), parts);
+        for (int i = 0; i < V::kParts; ++i, out += V::Factor::kLanes) parts[i].store(out);
     }
+}
+
+// Up to kLanes items as floats, zeros behind them.
+template <typename D>
+inline Vec read_some(const D* p, int64_t count) {
+    Vec x;
+    if (count >= Vec::kLanes) {
+        read(p, x);
+        return x;
+    }
+    D room[Vec::kLanes] = {};
+    std::memcpy(room, p, count * sizeof(D));
+    read(room, x);
+    return x;
+}
+
+// out[i] = value(i, how many from i on), rounded to D; `value` gives a vector.
+template <typename D, typename F>
+inline void write_row(D* out, int64_t count, F value) {
+    int64_t i = 0;
+    for (; i + Vec::kLanes <= count; i += Vec::kLanes) write(out + i, value(i, Vec::kLanes));
+    if (i == count) return;
+    D room[Vec::kLanes];
+    write(room, value(i, count - i));
+    std::memcpy(out + i, room, (count - i) * sizeof(D));
 }
 
 template <typename D>
 inline void store_row(D* out, const float* values, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) store_value(out + i, values[i]);
+    write_row(out, count, [&](int64_t i, int64_t left) { return read_some(values + i, left); });
 }
 
-inline float sum_of_squares(const float* x, int64_t packed) {
-    Vec sums[2] = {Vec::zero(), Vec::zero()};
-    int64_t k = 0;
-    for (; k + 2 * Vec::kLanes <= packed; k += 2 * Vec::kLanes)
-        for (int i = 0; i < 2; ++i) {
-            const Vec v = Vec::load(x + k + i * Vec::kLanes);
-            sums[i] = Vec::fma(v, v, sums[i]);
+template <typename D>
+inline float sum_of_squares(const D* x, int64_t count) {
+    using V = Floats<D>;
+    Vec sums[2] = {Vec::zero(), Vec::zero()}, parts[V::kParts];
+    int next = 0;
+    for (int64_t k = 0; k < count; k += V::kChunk) {
+        if (count - k >= V::kChunk)
+            V::load(x + k, parts);
+        else
+            load_first<V>(x + k, static_cast<int>(count - k), parts);
+        for (const Vec part : parts) {
+            sums[next] = Vec::fma(part, part, sums[next]);
+            next ^= 1;
         }
-    for (; k < packed; k += Vec::kLanes) {
-        const Vec v = Vec::load(x + k);
-        sums[0] = Vec::fma(v, v, sums[0]);
     }
     return sums[0].sum() + sums[1].sum();
 }
@@ -86,32 +126,33 @@ inline void sums_of(const Vec (&vectors)[COUNT], float* out) {
     for (int i = 0; i < COUNT; ++i) out[i] = vectors[i].sum();
 }
 
-template <typename D, int TOKENS, int ROWS>
-inline void tile(const D* w, int64_t w_stride, int64_t K, const float* x, int64_t x_stride, float* out,
-                 int64_t out_stride, bool add) {
-    constexpr int kChunk = Values<D>::kChunk, kParts = Values<D>::kParts;
+template <typename V, int TOKENS, int ROWS>
+inline void tile(const typename V::Stored* w, int64_t w_stride, int64_t K, const typename V::Item* x, int64_t x_stride,
+                 float* out, int64_t out_stride, bool add) {
+    using Factor = typename V::Factor;
+    constexpr int kChunk = V::kChunk, kParts = V::kParts;
     Vec sums[ROWS][TOKENS];
     for (auto& of_row : sums)
         for (Vec& sum : of_row) sum = Vec::zero();
-    Vec weights[ROWS][kParts];
+    Factor weights[ROWS][kParts];
     const auto multiply = [&](int64_t k) {
         for (int i = 0; i < kParts; ++i)
             for (int t = 0; t < TOKENS; ++t) {
-                const Vec values = Vec::load(x + t * x_stride + k + i * Vec::kLanes);
-                for (int r = 0; r < ROWS; ++r) sums[r][t] = Vec::fma(weights[r][i], values, sums[r][t]);
+                const Factor values = Factor::load(x + t * x_stride + k / kStoredPerItem<V> + i * Factor::kLanes);
+                for (int r = 0; r < ROWS; ++r) sums[r][t] = Factor::fma(weights[r][i], values, sums[r][t]);
             }
     };
     int64_t k = 0;
     for (; k + kChunk <= K; k += kChunk) {
         for (int r = 0; r < ROWS; ++r) {
-            const D* p = w + r * w_stride + k;
+            const auto* p = w + r * w_stride + k;
             if (kPrefetch) __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetch, 0, 2);
-            Values<D>::load(p, weights[r]);
+            V::load(p, weights[r]);
         }
         multiply(k);
     }
     if (k < K) {
-        for (int r = 0; r < ROWS; ++r) load_first(w + r * w_stride + k, static_cast<int>(K - k), weights[r]);
+        for (int r = 0; r < ROWS; ++r) load_first<V>(w + r * w_stride + k, static_cast<int>(K - k), weights[r]);
         multiply(k);
     }
     for (int r = 0; r < ROWS; ++r) {
@@ -124,23 +165,23 @@ inline void tile(const D* w, int64_t w_stride, int64_t K, const float* x, int64_
     }
 }
 
-template <typename D, int TOKENS>
-inline void tile_rows(const D* w, int64_t w_stride, int64_t rows, int64_t K, const float* x, int64_t x_stride,
-                      float* out, int64_t out_stride, bool add) {
+template <typename V, int TOKENS>
+inline void tile_rows(const typename V::Stored* w, int64_t w_stride, int64_t rows, int64_t K, const typename V::Item* x,
+                      int64_t x_stride, float* out, int64_t out_stride, bool add) {
     constexpr int kRows = rows_at_once<TOKENS>();
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows)
-        tile<D, TOKENS, kRows>(w + r * w_stride, w_stride, K, x, x_stride, out + r, out_stride, add);
+        tile<V, TOKENS, kRows>(w + r * w_stride, w_stride, K, x, x_stride, out + r, out_stride, add);
     for (; r < rows; ++r)
-        tile<D, TOKENS, 1>(w + r * w_stride, w_stride, K, x, x_stride, out + r, out_stride, add);
+        tile<V, TOKENS, 1>(w + r * w_stride, w_stride, K, x, x_stride, out + r, out_stride, add);
 }
 
 // x: [tokens, packed_size(K)] from `pack`; out: [tokens, rows], which the products are added to where `add` is set.
-template <typename D>
-void product(const D* w, int64_t w_stride, int64_t rows, int64_t K, const float* x, int64_t tokens, float* out,
-             int64_t out_stride, bool add) {
-    const int64_t x_stride = packed_size<D>(K);
-    const bool one_tile = tokens == 1 || tokens == 2 || tokens == 4 || tokens == kTile;
+template <typename V>
+void product(const typename V::Stored* w, int64_t w_stride, int64_t rows, int64_t K, const typename V::Item* x,
+             int64_t tokens, float* out, int64_t out_stride, bool add) {
+    const int64_t x_stride = packed_size<V>(K);
+    const bool one_tile = tokens == 1 || tokens == 2 || tokens == 4 || tokens == kTileTokens;
     // Columns of x that several tokens are multiplied with at a time, so that they stay in the first-level cache; and so
     // few rows that a second group of tokens finds their columns there or next to it.
     const int64_t width = tokens < 4 || K <= kCachedColumns ? K : kCachedColumns;
@@ -149,24 +190,24 @@ void product(const D* w, int64_t w_stride, int64_t rows, int64_t K, const float*
         const int64_t count = least(group, rows - first);
         int64_t k = 0;
         do {
-            const D* panel = w + first * w_stride + k;
+            const auto* panel = w + first * w_stride + k;
             const int64_t columns = least(width, K - k);
             const bool more = add || k > 0;
             for (int64_t t = 0; t < tokens;) {
-                const float* values = x + t * x_stride + k;
+                const auto* values = x + t * x_stride + k / kStoredPerItem<V>;
                 float* target = out + t * out_stride + first;
                 const int64_t left = tokens - t;
                 if (left >= 8) {
-                    tile_rows<D, 8>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
+                    tile_rows<V, 8>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
                     t += 8;
                 } else if (left >= 4) {
-                    tile_rows<D, 4>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
+                    tile_rows<V, 4>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
                     t += 4;
                 } else if (left >= 2) {
-                    tile_rows<D, 2>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
+                    tile_rows<V, 2>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
                     t += 2;
                 } else {
-                    tile_rows<D, 1>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
+                    tile_rows<V, 1>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
                     t += 1;
                 }
             }

@@ -11,6 +11,16 @@ struct Vec {
     void store(float* p) const { _mm256_storeu_ps(p, v); }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     static Vec product(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+    // These as in simd_avx512.h.
+    static Vec plus(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+    static Vec difference(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+    static Vec quotient(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+    static Vec least(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+    static Vec most(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+    static Vec power_of_two(Vec shifted) {
+        const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(shifted.v), _mm256_set1_epi32(0x4b400000 - 127));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(n, 23))};
+    }
     float sum() const {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -52,10 +62,6 @@ struct Values<Float16> {
 };
 
 inline float to_float(Float16 x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
-inline Float16 to_float16(float x) {
-    return {static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)))};
-}
-inline void store_value(Float16* p, float x) { *p = to_float16(x); }
 
 // See simd_avx512.h.
 inline void read(const float* p, Vec& out) { out = Vec::load(p); }
@@ -65,6 +71,21 @@ inline void read(const BFloat16* p, Vec& out) {
 }
 inline void read(const Float16* p, Vec& out) {
     out = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+
+inline void write(float* p, Vec x) { x.store(p); }
+inline void write(BFloat16* p, Vec x) {
+    const __m256i bits = _mm256_castps_si256(x.v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_ORD_Q));
+    const __m256i halves =
+        _mm256_blendv_epi8(_mm256_set1_epi32(0x7fc0), _mm256_srli_epi32(rounded, 16), number);
+    // Packing works on each half of a vector: quarters 0 and 2 are the result.
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void write(Float16* p, Vec x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
 struct Doubles {

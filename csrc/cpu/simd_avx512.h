@@ -11,6 +11,17 @@ struct Vec {
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static Vec product(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+    static Vec plus(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+    static Vec difference(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+    static Vec quotient(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+    // b where either is not a number.
+    static Vec least(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+    static Vec most(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+    // 2^n of 1.5 * 2^23 + n.
+    static Vec power_of_two(Vec shifted) {
+        const __m512i n = _mm512_sub_epi32(_mm512_castps_si512(shifted.v), _mm512_set1_epi32(0x4b400000 - 127));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(n, 23))};
+    }
     float sum() const { return _mm512_reduce_add_ps(v); }
 
     // The sums of eight, each added in the order of `sum`: 23 operations where eight of those take 64.
@@ -79,10 +90,6 @@ struct Values<Float16> {
 };
 
 inline float to_float(Float16 x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
-inline Float16 to_float16(float x) {
-    return {static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)))};
-}
-inline void store_value(Float16* p, float x) { *p = to_float16(x); }
 
 // kLanes items in their order, as floats and as doubles; and sums of either kind added to doubles.
 inline void read(const float* p, Vec& out) { out = Vec::load(p); }
@@ -92,6 +99,25 @@ inline void read(const BFloat16* p, Vec& out) {
 }
 inline void read(const Float16* p, Vec& out) {
     out = {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+// kLanes floats rounded to the nearest, ties to even.
+inline void write(float* p, Vec x) { x.store(p); }
+inline void write(BFloat16* p, Vec x) {
+#ifdef __AVX512BF16__
+    // One instruction; what is below 2^-126 becomes 0.
+    const __m256bh rounded = _mm512_cvtneps_pbh(x.v);
+    std::memcpy(p, &rounded, sizeof rounded);
+#else
+    const __m512i bits = _mm512_castps_si512(x.v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 number = _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q);
+    const __m512i halves = _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, rounded, 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(halves));
+#endif
+}
+inline void write(Float16* p, Vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
 struct Doubles {

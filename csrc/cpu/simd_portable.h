@@ -53,6 +53,31 @@ struct Lanes {
         for (int i = 0; i < LANES; ++i) a.v[i] *= b.v[i];
         return a;
     }
+    // These as in simd_avx512.h.
+    static Lanes plus(Lanes a, const Lanes& b) {
+        for (int i = 0; i < LANES; ++i) a.v[i] += b.v[i];
+        return a;
+    }
+    static Lanes difference(Lanes a, const Lanes& b) {
+        for (int i = 0; i < LANES; ++i) a.v[i] -= b.v[i];
+        return a;
+    }
+    static Lanes quotient(Lanes a, const Lanes& b) {
+        for (int i = 0; i < LANES; ++i) a.v[i] /= b.v[i];
+        return a;
+    }
+    static Lanes least(Lanes a, const Lanes& b) {
+        for (int i = 0; i < LANES; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+        return a;
+    }
+    static Lanes most(Lanes a, const Lanes& b) {
+        for (int i = 0; i < LANES; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+        return a;
+    }
+    static Lanes power_of_two(Lanes shifted) {
+        for (T& lane : shifted.v) lane = from_bits((to_bits(lane) - (0x4b400000u - 127u)) << 23);
+        return shifted;
+    }
     // Of eight.
     T sum() const { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 };
@@ -67,12 +92,24 @@ struct Values {
         for (int i = 0; i < 8; ++i) out[0].v[i] = to_float(p[i]);
     }
 };
+
+// Rounded to the nearest, ties to even.
+inline void store_value(float* p, float x) { *p = x; }
+inline void store_value(BFloat16* p, float x) {
+    const uint32_t bits = to_bits(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    p->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+}
 inline void store_value(Float16* p, float x) { *p = to_float16(x); }
 
 // See simd_avx512.h.
 template <typename D, typename V>
 inline void read(const D* p, V& out) {
     for (int i = 0; i < V::kLanes; ++i) out.v[i] = to_float(p[i]);
+}
+template <typename D>
+inline void write(D* p, const Vec& x) {
+    for (int i = 0; i < Vec::kLanes; ++i) store_value(p + i, x.v[i]);
 }
 inline void read(const double* p, Doubles& out) { out = Doubles::load(p); }
 template <typename V>

@@ -27,14 +27,6 @@ inline float to_float(BFloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Rounded to the nearest, ties to even.
-inline void store_value(float* p, float x) { *p = x; }
-inline void store_value(BFloat16* p, float x) {
-    const uint32_t bits = to_bits(x);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-    p->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
-}
-
 struct Range {
     int64_t begin, end;
 };

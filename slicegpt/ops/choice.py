@@ -13,6 +13,7 @@ import torch
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import cpu_decode
+from slicegpt.ops.cpu_decode import rows_text
 from slicegpt.ops.registration import logger, triton_is_available
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,7 +40,13 @@ def is_supported(
 
 def choose(op: str, backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, rows: int) -> str:
     """The implementation that will run, by its name above."""
-    return _choose(op, backend, capability, dtype, min(rows, _few_rows(capability, dtype) + 1))
+    limit = _few_rows(capability, dtype)
+    name = _choose(op, backend, capability, dtype, limit if rows <= limit else limit + 1)
+    if name is None:
+        raise SliceGPTError(
+            f"{op}: backend {backend!r} does not take {dtype}, {rows} rows on {_device(capability)}"
+        )
+    return name
 
 
 def _few_rows(capability: tuple[int, int] | None, dtype: torch.dtype) -> int:
@@ -48,16 +55,21 @@ def _few_rows(capability: tuple[int, int] | None, dtype: torch.dtype) -> int:
 
 
 @lru_cache
-def _choose(op: str, backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, rows: int) -> str:
-    """Cached, so that each class of calls is logged once."""
-    device = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+def _choose(
+    op: str, backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, rows: int
+) -> str | None:
+    """Cached, so that each class of calls is logged once. `rows`: the limit for few rows, or one more."""
     for name in _candidates(backend, capability, rows):
         if _implements(name, op, capability, dtype, rows):
             limit = _few_rows(capability, dtype)
-            size = f"at most {limit}" if rows <= limit else f"more than {limit}"
-            logger.info("%s: %s, %s rows on %s: %s", op, dtype, size, device, name)
+            size = rows_text(limit) if rows <= limit else f"more than {limit} rows"
+            logger.info("%s: %s, %s on %s: %s", op, dtype, size, _device(capability), name)
             return name
-    raise SliceGPTError(f"{op}: backend {backend!r} does not take {dtype}, {rows} rows on {device}")
+    return None
+
+
+def _device(capability: tuple[int, int] | None) -> str:
+    return "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
 
 
 def _candidates(backend: str, capability: tuple[int, int] | None, rows: int) -> tuple[str, ...]:

@@ -1,13 +1,16 @@
-"""`norm_linear` and `rotate_add` for few rows on a CPU: kernels that read every byte of the weights once.
+"""`norm_linear` and `rotate_add` on a CPU: kernels that read every byte of the weights once for few rows, and with
+matrix tiles (AMX, bfloat16) for any number.
 
 Arguments and results are those of `slicegpt.ops`; the tensors are validated. The kernels run on the threads of the
 OpenMP runtime that torch has loaded (`torch.set_num_threads` governs them), sum in float32 and round once, when they
-store. The same call gives the same bits, whatever the number of threads. SLICEGPT_CPU_ISA=avx512, avx2 or portable,
-read when this module is imported, names the instruction set instead of the best one here; none leaves the kernels out.
+store; instructions for bfloat16 take numbers below 2^-126 for 0. The same call gives the same bits, whatever the number
+of threads. SLICEGPT_CPU_ISA=amx, avx512_bf16, avx512, avx2 or portable, read when this module is imported, names the
+instruction set instead of the best one here; none leaves the kernels out.
 """
 
 import importlib.util
 import os
+import sys
 from functools import lru_cache
 from types import ModuleType
 
@@ -28,8 +31,11 @@ MOST_ROWS = 32
 # In float32 that library is MKL, which on other processors than Intel's takes many more rows to be fast: [rows, 576] x
 # [576, 3072] there at 150 GFLOP/s here against 127 with 64 rows, 147 against 164 with 256; and a step is one call here.
 MOST_ROWS_BESIDE_FOREIGN_MKL = 256
-# Where it has matrix tiles for bfloat16 (AMX): measured with one thread at [rows, 2048] x [2048, 11008], 5.5 ms against
-# 4.9 here with 4 rows, 5.3 against 6.6 with 8.
+# In bfloat16 with matrix tiles (AMX): with any number of rows, 0.25 to 0.7 of the time of unfused torch up to 128 rows,
+# 0.5 to 1 with 512 (bench/results/cpu/rotation-amx.json).
+MOST_ROWS_IN_TILES = sys.maxsize
+# Where the library has them and these kernels do not: measured with one thread at [rows, 2048] x [2048, 11008], 5.5 ms
+# against 4.9 here with 4 rows, 5.3 against 6.6 with 8.
 MOST_ROWS_BESIDE_AMX = 4
 
 # Bytes of weights that are worth waking a second thread: reading them takes one thread longer than that.
@@ -99,9 +105,16 @@ def is_supported(capability: tuple[int, int] | None, dtype: torch.dtype, tokens:
 
 def most_rows(dtype: torch.dtype) -> int:
     """Up to how many rows the kernels are faster than torch's library on this processor."""
-    if dtype is torch.bfloat16 and _has_amx():
+    if dtype is torch.bfloat16 and _has_tiles():
+        return MOST_ROWS_IN_TILES
+    if dtype is torch.bfloat16 and _torch_has_amx():
         return MOST_ROWS_BESIDE_AMX
     return MOST_ROWS_BESIDE_FOREIGN_MKL if dtype is torch.float32 and _has_foreign_mkl() else MOST_ROWS
+
+
+def rows_text(limit: int) -> str:
+    """ "at most 32 rows"."""
+    return "any number of rows" if limit == MOST_ROWS_IN_TILES else f"at most {limit} rows"
 
 
 @lru_cache
@@ -109,8 +122,12 @@ def _has_foreign_mkl() -> bool:
     return torch.backends.mkl.is_available() and _cpu is not None and not _cpu.is_intel()
 
 
+def _has_tiles() -> bool:
+    return _cpu is not None and _cpu.instruction_set() == "amx"
+
+
 @lru_cache
-def _has_amx() -> bool:
+def _torch_has_amx() -> bool:
     # Not a public function of torch: without it, as on a processor that has no such tiles.
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 

@@ -15,7 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPE = {dtype: index for index, dtype in enumerate(DTYPES)}
 
 # Plain C++ is slower than a BLAS; the operators do not take it.
-FAST_INSTRUCTION_SETS = ("avx512", "avx2")
+SLOW_INSTRUCTION_SETS = ("portable",)
 
 # Multiply-adds that are worth waking a second thread.
 PRODUCTS_PER_THREAD = 1 << 18
@@ -23,7 +23,7 @@ PRODUCTS_PER_THREAD = 1 << 18
 
 def is_supported(dtype: torch.dtype, fast: bool) -> bool:
     """Whether the kernels are built, faster here than a BLAS, and take this dtype."""
-    if cpu_decode.why_not() is not None or cpu_decode._cpu.instruction_set() not in FAST_INSTRUCTION_SETS:
+    if cpu_decode.why_not() is not None or cpu_decode._cpu.instruction_set() in SLOW_INSTRUCTION_SETS:
         return False
     return dtype in DTYPES and not (fast and dtype is torch.float64)
 

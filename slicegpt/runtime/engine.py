@@ -257,8 +257,8 @@ class Runtime:
         if self.decoder == "fused" and not fused:
             raise SliceGPTError(
                 f"Runtime: decoder 'fused' needs the CPU's kernels ({cpu_decode.why_not() or 'they are there'}), "
-                f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and at most "
-                f"{cpu_decode.most_rows(dtype)} rows, got {batch} of {dtype} on {self.device}"
+                f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and "
+                f"{cpu_decode.rows_text(cpu_decode.most_rows(dtype))}, got {batch} of {dtype} on {self.device}"
             )
         return self.decoder
 

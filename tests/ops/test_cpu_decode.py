@@ -85,22 +85,62 @@ def test_a_float16_stream_of_60000(instruction_set, rows):
 
 
 @pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
-def test_every_value_is_read_and_rounded_right(instruction_set, dtype):
-    """Ones times each float16 or bfloat16 there is, and back: the sums' magnitudes are exact, so are the results."""
+@pytest.mark.parametrize("rows", [1, 5])
+def test_every_value_is_read_and_rounded_right(instruction_set, rows, dtype):
+    """Ones times each float16 or bfloat16 there is, and back: the sums' magnitudes are exact, so are the results.
+
+    Instructions for bfloat16 take numbers below 2^-126 for 0; tiles are for four rows and more.
+    """
     if dtype is torch.float32:
         values = torch.tensor([0.0, 2.0**-126, 1 / 3, 65519.0, 3e38, float("inf"), -1.5])
     else:
         values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     values = values[~values.isnan()]
-    h = torch.ones(1, 1, dtype=dtype)
+    wanted = values
+    if dtype is torch.bfloat16 and (
+        instruction_set == "avx512_bf16" or (instruction_set == "amx" and rows > 3)
+    ):
+        wanted = values.where(values.abs().float() >= 2.0**-126, 0)
+    h = torch.ones(rows, 1, dtype=dtype)
     actual = cpu_decode.norm_linear(h, values[:, None].contiguous(), None, None, 0, "none", 1.0, 0.0)
-    assert torch.equal(actual[0], values)
+    assert torch.equal(actual, wanted.expand(rows, -1))
     # An identity passes the stream and adds what rounds it up, down, to even; infinity at the end of the range.
     if dtype is not torch.float32:
         half_ulps = normal(len(values), 1, dtype=dtype, seed=1)
-        h_next, _ = cpu_decode.rotate_add(h, half_ulps, values[None], None, None)
+        stream = values[None].repeat(rows, 1)
+        h_next, _ = cpu_decode.rotate_add(h, half_ulps, stream, None, None)
         wanted = (values.float() + half_ulps[:, 0].float()).to(dtype)
-        assert torch.equal(h_next[0], wanted)
+        assert torch.equal(h_next, wanted.expand(rows, -1))
+
+
+@pytest.mark.parametrize("rows", [97, 300])
+def test_many_rows(instruction_set, rows, threads):
+    """Beyond what tiles multiply at a time: 256 tokens, 2048 columns of x, 256 rows of weights; ends of 16 and of 32
+    among them, rows a power of two apart, threads that share out tokens as well."""
+    threads(2)
+    for d, N, n_scaled in ((40, 300, 300), (2048, 70, 40), (4100, 30, 20)):
+        h, weight = normal(rows, d, dtype=torch.bfloat16), normal(N, d, dtype=torch.bfloat16, seed=1)
+        bias = normal(n_scaled, dtype=torch.bfloat16, seed=2)
+        actual = cpu_decode.norm_linear(h, weight, bias, None, n_scaled, "silu_gated", 90.0, 1e-5)
+        assert_within(actual, *norm_linear_bound(h, weight, bias, n_scaled, "silu_gated", 90.0, 1e-5))
+    for K, N, d in ((40, 300, 280), (33, 290, 2100), (4100, 31, 1050)):
+        a, weight = normal(rows, K, dtype=torch.bfloat16), normal(N, K, dtype=torch.bfloat16, seed=1)
+        h, dense = normal(rows, d, dtype=torch.bfloat16, seed=2), normal(N, d, dtype=torch.bfloat16, seed=3)
+        for shortcut in (dense, None) if d <= N else (dense,):
+            h_next, sums = cpu_decode.rotate_add(a, weight, h, shortcut, None)
+            assert_within(h_next, *rotate_add_bound(a, weight, h, shortcut, None))
+            assert_sums(sums, h_next)
+
+
+def test_tiles_are_given_back(threads):
+    """torch's library has matrix tiles of its own shapes, and finds them as it left them."""
+    threads(2)
+    h, weight = normal(40, 100, dtype=torch.bfloat16), normal(70, 100, dtype=torch.bfloat16, seed=1)
+    before = h @ weight.mT
+    first = cpu_decode.norm_linear(h, weight, None, None, 0, "none", 1.0, 0.0)
+    for _ in range(3):
+        assert torch.equal(h @ weight.mT, before)
+        assert torch.equal(cpu_decode.norm_linear(h, weight, None, None, 0, "none", 1.0, 0.0), first)
 
 
 @pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
@@ -129,7 +169,7 @@ def test_strided_rows_and_empty_ones(dtype):
 
 
 @pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 11])
+@pytest.mark.parametrize("rows", [1, 3, 11, 200])
 def test_the_same_bits_with_any_number_of_threads(threads, rows, dtype):
     h, weight = normal(rows, 300, dtype=dtype), normal(501, 300, dtype=dtype, seed=1)
     a, output = normal(rows, 501, dtype=dtype, seed=2), normal(300, 501, dtype=dtype, seed=3)
@@ -253,15 +293,21 @@ def test_where_a_step_is_not_supported():
 
 
 @pytest.mark.parametrize("foreign_mkl", [False, True])
-@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("amx", ["nowhere", "in torch", "here"])
 def test_the_kernels_are_chosen_for_a_few_rows(monkeypatch, amx, foreign_mkl):
-    monkeypatch.setattr(cpu_decode, "_has_amx", lambda: amx)
+    """Of bfloat16 for any number of rows, where they have matrix tiles."""
+    monkeypatch.setattr(cpu_decode, "_has_tiles", lambda: amx == "here")
+    monkeypatch.setattr(cpu_decode, "_torch_has_amx", lambda: amx != "nowhere")
     monkeypatch.setattr(cpu_decode, "_has_foreign_mkl", lambda: foreign_mkl)
     choice._choose.cache_clear()
     for op in ("norm_linear", "rotate_add"):
         for dtype in cpu_decode.DTYPES:
             most = 256 if foreign_mkl and dtype is torch.float32 else 32
-            most = 4 if amx and dtype is torch.bfloat16 else most
+            if amx != "nowhere" and dtype is torch.bfloat16:
+                most = 4
+                if amx == "here":
+                    assert choice.choose(op, "auto", None, dtype, 1 << 20) == "cpu"
+                    continue
             assert choice.choose(op, "auto", None, dtype, most) == "cpu"
             assert choice.choose(op, "auto", None, dtype, most + 1) == "torch"
         assert choice.choose(op, "auto", None, torch.float64, 1) == "torch"
