@@ -61,8 +61,9 @@ bool have_tiles() {
 
 const Kernels* amx() {
     static const bool have = have_tiles();
-    static const Kernels kernels{"amx",          norm_linear_of,    rotate_add_of,     kAvx512.row_sums,
-                                 kAvx512.attend, kAvx512.gram_fp64, kAvx512.gram_fast, &kTileGram};
+    static const Kernels kernels{"amx",            norm_linear_of, kAvx512.finish,    rotate_add_of,
+                                 kAvx512.row_sums, kAvx512.attend, kAvx512.gram_fp64, kAvx512.gram_fast,
+                                 &kTileGram};
     return have ? &kernels : nullptr;
 }
 

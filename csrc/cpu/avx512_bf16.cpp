@@ -86,8 +86,9 @@ constexpr GramKernels kGram{kPanelColumns<Pairs>, sizeof(Item<Pairs>) / kItemTok
 }  // namespace
 
 const Kernels* avx512_bf16() {
-    static const Kernels kernels{"avx512_bf16",  norm_linear_of,    rotate_add_of,     kAvx512.row_sums,
-                                 kAvx512.attend, kAvx512.gram_fp64, kAvx512.gram_fast, &kGram};
+    static const Kernels kernels{"avx512_bf16",    norm_linear_of, kAvx512.finish,    rotate_add_of,
+                                 kAvx512.row_sums, kAvx512.attend, kAvx512.gram_fp64, kAvx512.gram_fast,
+                                 &kGram};
     return __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
 }
 

@@ -96,6 +96,20 @@ void norm_linear(int dtype, const NormLinear& op, int threads) {
     });
 }
 
+void finish(int dtype, const NormLinear& op, A product, int64_t stride, int threads) {
+    py::gil_scoped_release release;
+    parallel(threads, [&](int thread, int count) {
+        chosen->finish(static_cast<Dtype>(dtype), op, Address{product}, stride, thread, count);
+    });
+}
+
+void row_sums(int dtype, const RotateAdd& op, int threads) {
+    py::gil_scoped_release release;
+    parallel(threads, [&](int thread, int count) {
+        chosen->row_sums(static_cast<Dtype>(dtype), op, thread, count);
+    });
+}
+
 void rotate_add(int dtype, const RotateAdd& op, int threads) {
     py::gil_scoped_release release;
     parallel(threads, [&](int thread, int count) {
@@ -132,6 +146,8 @@ void bind_operations(py::module_& m) {
              py::arg("key_heads"), py::arg("head_dim"), py::arg("rotary_dim"), py::arg("first"), py::arg("slot"));
     m.def("norm_linear", &norm_linear);
     m.def("rotate_add", &rotate_add);
+    m.def("finish", &finish);
+    m.def("row_sums", &row_sums);
 }
 
 void bind_step(py::module_& m) {

@@ -72,6 +72,8 @@ struct Attention {
 struct Kernels {
     const char* name;
     void (*norm_linear)(Dtype, const NormLinear&, int thread, int threads);
+    // The same without its product, which is there in the stored dtype; without gates `y` may be that.
+    void (*finish)(Dtype, const NormLinear&, const void* product, int64_t stride, int thread, int threads);
     // Without the sums of squares, which need all of a row: `row_sums` once all threads are through.
     void (*rotate_add)(Dtype, const RotateAdd&, int thread, int threads);
     void (*row_sums)(Dtype, const RotateAdd&, int thread, int threads);

@@ -32,6 +32,12 @@ void rotate_add_of(Dtype dtype, const RotateAdd& op, int thread, int threads) {
     with_rows(dtype, [&](auto fixed) { rotate_add<typename decltype(fixed)::type>(op, thread, threads); });
 }
 
+void finish_of(Dtype dtype, const NormLinear& op, const void* product, int64_t stride, int thread, int threads) {
+    with_type(dtype, [&](auto fixed) {
+        finish_norm_linear<typename decltype(fixed)::type>(op, product, stride, thread, threads);
+    });
+}
+
 void row_sums_of(Dtype dtype, const RotateAdd& op, int thread, int threads) {
     with_type(dtype, [&](auto fixed) { row_sums<typename decltype(fixed)::type>(op, thread, threads); });
 }

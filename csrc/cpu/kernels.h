@@ -45,12 +45,38 @@ struct RowProduct {
 
 inline int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
+template <typename D>
+inline float norm_scale(const NormLinear& op, int64_t token) {
+    double total = 0;
+    if (op.sumsq)
+        for (int64_t p = 0; p < op.parts; ++p) total += op.sumsq[token * op.parts + p];
+    else
+        total = sum_of_squares(static_cast<const D*>(op.h) + token * op.h_stride, op.d);
+    return static_cast<float>(1 / ::sqrt(total / op.divisor + op.eps));
+}
+
+// out = the activation of products * scale + bias, for `count` columns from the n-th on, times the others where they are
+// gated. `products` and `others` give up to kLanes of them: (how many columns further on, how many are left).
+template <typename D, typename Activate, typename Products, typename Others>
+inline void finish_row(const NormLinear& op, Activate activate, D* out, int64_t n, int64_t count, float scale,
+                       Products products, Others others) {
+    const auto* bias = static_cast<const D*>(op.bias);
+    const Vec by = Vec::all(scale);
+    const auto shifted = [&](Vec product, int64_t column, int64_t left) {
+        return Vec::fma(product, by, bias ? read_some(bias + column, left) : Vec::zero());
+    };
+    write_row(out, count, [&](int64_t i, int64_t left) {
+        const Vec value = activate(shifted(products(i, left), n + i, left));
+        if (!op.gated) return value;
+        return Vec::product(value, shifted(others(i, left), op.n_scaled / 2 + n + i, left));
+    });
+}
+
 template <typename P>
 void norm_linear_rows(const NormLinear& op, int thread, int threads) {
     using D = typename P::Stored;
     const auto* h = static_cast<const D*>(op.h);
     const auto* weight = static_cast<const D*>(op.weight);
-    const auto* bias = static_cast<const D*>(op.bias);
     auto* y = static_cast<D*>(op.y);
     const int64_t tokens = op.tokens, group = P::group(tokens), block = P::columns_at_once(op.d);
     const int64_t packed = whole_lines(P::packed_floats(tokens, op.d)), sums = P::sums_floats(tokens, block);
@@ -61,21 +87,11 @@ void norm_linear_rows(const NormLinear& op, int thread, int threads) {
     float* first_rows = second + sums;
     float* second_rows = first_rows + rows;
     float* room = second_rows + rows;
-    float* scale = room + P::room_floats();
+    float* scales = room + P::room_floats();
     P::pack_tokens(h, op.h_stride, tokens, op.d, x);
-    for (int64_t t = 0; t < tokens; ++t) {
-        double total = 0;
-        if (op.sumsq)
-            for (int64_t p = 0; p < op.parts; ++p) total += op.sumsq[t * op.parts + p];
-        else
-            total = sum_of_squares(h + t * op.h_stride, op.d);
-        scale[t] = static_cast<float>(1 / ::sqrt(total / op.divisor + op.eps));
-    }
+    for (int64_t t = 0; t < tokens; ++t) scales[t] = norm_scale<D>(op, t);
     const auto multiply = [&](int64_t row, int64_t count, float* out) {
         P::multiply(weight + row * op.weight_stride, op.weight_stride, count, op.d, x, tokens, out, block, false, room);
-    };
-    const auto shifted = [&](const float* value, Vec by, int64_t column, int64_t left) {
-        return Vec::fma(Vec::load(value), by, bias ? read_some(bias + column, left) : Vec::zero());
     };
     const int64_t up = op.n_scaled / 2, columns = op.gated ? up : op.n_scaled;
     const Range scaled = share(columns, kUnit, thread, threads);
@@ -89,12 +105,10 @@ void norm_linear_rows(const NormLinear& op, int thread, int threads) {
             with_activation(op.activation, [&](auto activate) {
                 for (int64_t t = begin; t < least(begin + group, tokens); ++t) {
                     const int64_t row = (t - begin) * block;
-                    const Vec by = Vec::all(scale[t]);
-                    write_row(y + t * op.y_stride + n, count, [&](int64_t i, int64_t left) {
-                        const Vec value = activate(shifted(values + row + i, by, n + i, left));
-                        if (!op.gated) return value;
-                        return Vec::product(value, shifted(others + row + i, by, up + n + i, left));
-                    });
+                    finish_row(
+                        op, activate, y + t * op.y_stride + n, n, count, scales[t],
+                        [&](int64_t i, int64_t) { return Vec::load(values + row + i); },
+                        [&](int64_t i, int64_t) { return Vec::load(others + row + i); });
                 }
             });
         }
@@ -187,13 +201,33 @@ void rotate_add(const RotateAdd& op, int thread, int threads) {
     }
 }
 
+// `norm_linear` behind a library's product h Wᵀ, [tokens, N]; without gates y may be the same memory.
+template <typename D>
+void finish_norm_linear(const NormLinear& op, const void* product, int64_t stride, int thread, int threads) {
+    const int64_t up = op.n_scaled / 2, columns = op.gated ? up : op.n_scaled;
+    const Range tokens = share(op.tokens, 1, thread, threads);
+    with_activation(op.activation, [&](auto activate) {
+        for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+            const D* row = static_cast<const D*>(product) + t * stride;
+            D* y = static_cast<D*>(op.y) + t * op.y_stride;
+            finish_row(
+                op, activate, y, 0, columns, norm_scale<D>(op, t),
+                [&](int64_t i, int64_t left) { return read_some(row + i, left); },
+                [&](int64_t i, int64_t left) { return read_some(row + up + i, left); });
+            if (y != row) std::memcpy(y + columns, row + op.n_scaled, (op.N - op.n_scaled) * sizeof(D));
+        }
+    });
+}
+
 template <typename D>
 void row_sums(const RotateAdd& op, int thread, int threads) {
     const auto* h_next = static_cast<const D*>(op.h_next);
     const int64_t parts = (op.N + kSumColumns - 1) / kSumColumns;
-    // Whole cache lines of sums where there are several threads' worth.
-    const Range range = share(parts, 16, thread, threads);
-    for (int64_t t = 0; t < op.tokens; ++t)
+    // Rows; where there are fewer than threads, whole cache lines of sums.
+    const bool by_row = op.tokens >= threads;
+    const Range rows = by_row ? share(op.tokens, 1, thread, threads) : Range{0, op.tokens};
+    const Range range = by_row ? Range{0, parts} : share(parts, 16, thread, threads);
+    for (int64_t t = rows.begin; t < rows.end; ++t)
         for (int64_t p = range.begin; p < range.end; ++p) {
             const D* values = h_next + t * op.h_next_stride + p * kSumColumns;
             op.sumsq[t * parts + p] = sum_of_squares(values, least(kSumColumns, op.N - p * kSumColumns));

@@ -1,8 +1,8 @@
 """Which implementation a fused GEMM (`norm_linear`, `rotate_add`) takes.
 
 "cuda": the decode kernels, up to 16 rows. "triton": from sm_80 on. "epilogue": cuBLAS and a CUDA epilogue. "cpu": the
-CPU's kernels, up to `cpu_decode.most_rows`. "torch": library GEMMs and torch epilogues, also on CPUs. "reference":
-float64.
+CPU's kernels, up to `cpu_decode.most_rows`. "cpu-epilogue": its library's GEMM and a kernel behind it. "torch": library
+GEMMs and torch epilogues, also on CPUs. "reference": float64.
 """
 
 import importlib
@@ -78,7 +78,7 @@ def _candidates(backend: str, capability: tuple[int, int] | None, rows: int) -> 
     if backend != "auto":
         return (backend,)
     if capability is None:
-        return ("cpu", "torch")
+        return ("cpu", "cpu-epilogue", "torch")
     prefill = ("triton", "epilogue", "torch")
     return ("cuda", *prefill) if rows <= DECODE_ROWS else prefill
 
@@ -90,7 +90,7 @@ def _implements(
         return False
     if name in ("torch", "reference"):
         return True
-    if name == "cpu":
+    if name in ("cpu", "cpu-epilogue"):
         return launchers(name, op).is_supported(capability, dtype, rows)
     if capability is None:
         return False
@@ -109,6 +109,7 @@ def launchers(name: str, op: str) -> ModuleType:
         "cuda": "ops.cuda_decode",
         "epilogue": "ops.cuda_epilogue",
         "cpu": "ops.cpu_decode",
+        "cpu-epilogue": "ops.cpu_epilogue",
         "triton": f"kernels.{op}",
     }
     return importlib.import_module(f"slicegpt.{modules[name]}")

@@ -164,6 +164,17 @@ def rotate_add(
     return h_next, sumsq
 
 
+def finish(dtype: torch.dtype, arguments, product: Tensor) -> None:
+    """`norm_linear` (its `norm_linear_arguments`) behind the product h Wᵀ [T, N]; without gates y may be `product`."""
+    threads = threads_for(product.nbytes)
+    _cpu.finish(_DTYPE[dtype], arguments, product.data_ptr(), product.stride(0), threads)
+
+
+def row_sums(dtype: torch.dtype, arguments, h_next: Tensor) -> None:
+    """`rotate_add`'s sums of squares (its `rotate_add_arguments`) where `h_next` is there."""
+    _cpu.row_sums(_DTYPE[dtype], arguments, threads_for(h_next.nbytes))
+
+
 def norm_linear_arguments(
     h: Tensor,
     weight: Tensor,

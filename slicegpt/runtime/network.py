@@ -5,16 +5,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt import ops
-from slicegpt.ops import cpu_decode, library_gemm
+from slicegpt.ops import cpu_decode, cpu_epilogue, library_gemm
 from slicegpt.ops.registration import requested_backend
 from slicegpt.runtime.cache import Step
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
 
 
+def _kernels(dtype: torch.dtype, rows: int):
+    """The module of a CPU's kernels for so many rows; None: there is none."""
+    for kernels in (cpu_decode, cpu_epilogue):
+        if kernels.is_supported(None, dtype, rows):
+            return kernels
+    return None
+
+
 def _norm_linear_on_cpu(h: Tensor, *arguments) -> Tensor:
-    """The CPU's kernels for a few rows, its library for more."""
-    kernels = cpu_decode if cpu_decode.is_supported(None, h.dtype, len(h)) else library_gemm
-    return kernels.norm_linear(h, *arguments)
+    return (_kernels(h.dtype, len(h)) or library_gemm).norm_linear(h, *arguments)
 
 
 def _rotate_add_on_cpu(
@@ -25,10 +31,11 @@ def _rotate_add_on_cpu(
     bias: Tensor | None,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same; the library's form leaves the sums of squares to the next norm. `factor` is for GPUs."""
-    if cpu_decode.is_supported(None, a.dtype, len(a)):
-        return cpu_decode.rotate_add(a, weight, h, shortcut, bias)
-    return library_gemm.rotate(a, weight, h, shortcut, bias), None
+    """The library's form leaves the sums of squares to the next norm. `factor` is for GPUs."""
+    kernels = _kernels(a.dtype, len(a))
+    if kernels is None:
+        return library_gemm.rotate(a, weight, h, shortcut, bias), None
+    return kernels.rotate_add(a, weight, h, shortcut, bias)
 
 
 class Network:
