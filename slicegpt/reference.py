@@ -149,9 +149,14 @@ def norm_linear_output(h: Tensor, weight: Tensor, n_scaled: int, activation: str
 
 def rotate_add_outputs(a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Empty outputs of `rotate_add`: the next stream, and its sums of squares."""
-    rows, columns = a.shape[0], weight.shape[0]
-    blocks = (columns + SUMSQ_COLUMNS - 1) // SUMSQ_COLUMNS
-    return a.new_empty((rows, columns)), a.new_empty((rows, blocks), dtype=sumsq_dtype(a.dtype))
+    h_next = a.new_empty((a.shape[0], weight.shape[0]))
+    return h_next, sumsq_output(h_next)
+
+
+def sumsq_output(h: Tensor) -> Tensor:
+    """An empty [T, ceil(d / 32)] for the sums of squares of a stream [T, d]."""
+    blocks = (h.shape[1] + SUMSQ_COLUMNS - 1) // SUMSQ_COLUMNS
+    return h.new_empty((h.shape[0], blocks), dtype=sumsq_dtype(h.dtype))
 
 
 def block_sums_of_squares(h: Tensor) -> Tensor:

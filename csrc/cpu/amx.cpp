@@ -1,5 +1,5 @@
 // The kernels for AMX-BF16 (Sapphire Rapids and later): bfloat16 in matrix tiles; one to three tokens, and all else, is
-// AVX-512's. (Its products of pairs have less than half the rate on these processors.)
+// AVX-512's. (Products of pairs lose on these processors, see bindings.cpp.)
 #if defined(__x86_64__) || defined(_M_X64)
 #include "decode.h"
 

@@ -49,6 +49,9 @@ void pack_chunk(const Packing& of) {
 
 void multiply_panels(const Tiles& of) {
     const TileSession session;
+    const auto strip = [](const float* tile) {
+        return Strip{reinterpret_cast<const char*>(tile), 64, kChunkFloats * sizeof(float), nullptr};
+    };
     const int64_t chunks = divided_up(of.tokens, kTileItems), panel_floats = of.run / kTileItems * kChunkFloats;
     const int64_t column = of.panel * kPanel, width = least(kPanel, of.D - column);
     const float* right = static_cast<const float*>(of.right) + of.panel * panel_floats;
@@ -57,25 +60,9 @@ void multiply_panels(const Tiles& of) {
         const int64_t first = panel * kPanel, height = least(kPanel, of.K - first);
         if (of.triangle && panel > of.panel) return;
         const float* left = static_cast<const float*>(of.left) + panel * panel_floats + 2 * kTileFloats;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t k = 0; k < chunks; ++k) {
-            const float *a = left + k * kChunkFloats, *b = right + k * kChunkFloats;
-            _tile_loadd(4, a, 64);
-            _tile_loadd(6, b, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, b + kTileFloats, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a + kTileFloats, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, sums[0], 64);
-        _tile_stored(1, sums[1], 64);
-        _tile_stored(2, sums[2], 64);
-        _tile_stored(3, sums[3], 64);
+        const Strip strips[2] = {strip(left), strip(left + kTileFloats)};
+        multiply_tiles<2, 2>(strips, chunks, reinterpret_cast<const char*>(right), kChunkFloats * sizeof(float),
+                             kTileFloats * sizeof(float), sums[0], 2 * kTileFloats, true);
         for (int64_t r = 0; r < height; ++r)
             for (int64_t half = 0; half < 2; ++half) {
                 const float* row = sums[r / kTile * 2 + half] + r % kTile * kTile;

@@ -71,10 +71,11 @@ inline void copy_tile(const BFloat16* w, int64_t w_stride, int64_t rows, int64_t
                            r < rows ? _mm512_maskz_loadu_epi16(mask, w + r * w_stride) : _mm512_setzero_si512());
 }
 
-// The sums of STRIPS strips by GROUPS groups of tokens, each a tile of `sums`: zero at first, or what is there.
+// The sums of STRIPS strips by GROUPS groups of tokens, each a tile of `sums`: zero at first, or what is there. From chunk
+// to chunk x goes on by `chunk_bytes`, from group to group by `group_bytes`.
 template <int STRIPS, int GROUPS>
-inline void multiply_tiles(const Strip* strips, int64_t chunks, const char* x, int64_t group_bytes, float* sums,
-                           int64_t strip_floats, bool first) {
+inline void multiply_tiles(const Strip* strips, int64_t chunks, const char* x, int64_t chunk_bytes,
+                           int64_t group_bytes, float* sums, int64_t strip_floats, bool first) {
     constexpr bool kTwoStrips = STRIPS == 2, kTwoGroups = GROUPS == 2;
     float* other = sums + strip_floats;
     if (first) {
@@ -101,7 +102,7 @@ inline void multiply_tiles(const Strip* strips, int64_t chunks, const char* x, i
             _tile_dpbf16ps(2, 5, 6);
             if (kTwoGroups) _tile_dpbf16ps(3, 5, 7);
         }
-        x += 1024;
+        x += chunk_bytes;
     };
     const Strip &one = strips[0], &two = strips[STRIPS - 1];
     const int64_t whole = chunks - (one.last != nullptr);
@@ -174,7 +175,7 @@ struct TileProduct {
                     float* to = target + g * kTileFloats;
                     const auto run = here == 2 ? (g + 1 < groups ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
                                                : (g + 1 < groups ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-                    run(strips, count, tile, group_bytes, to, strip_floats, !add && begin == 0);
+                    run(strips, count, tile, 1024, group_bytes, to, strip_floats, !add && begin == 0);
                 }
             }
         }

@@ -18,6 +18,9 @@ from slicegpt.ops.registration import logger, triton_is_available
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# Those of a CPU, in the order in which they are asked.
+CPU_KERNELS = ("cpu", "cpu-epilogue")
+
 # Up to so many rows a product on a GPU is bound by reading its weights, which the decode kernels do once.
 DECODE_ROWS = 16
 
@@ -78,7 +81,7 @@ def _candidates(backend: str, capability: tuple[int, int] | None, rows: int) -> 
     if backend != "auto":
         return (backend,)
     if capability is None:
-        return ("cpu", "cpu-epilogue", "torch")
+        return (*CPU_KERNELS, "torch")
     prefill = ("triton", "epilogue", "torch")
     return ("cuda", *prefill) if rows <= DECODE_ROWS else prefill
 
@@ -90,7 +93,7 @@ def _implements(
         return False
     if name in ("torch", "reference"):
         return True
-    if name in ("cpu", "cpu-epilogue"):
+    if name in CPU_KERNELS:
         return launchers(name, op).is_supported(capability, dtype, rows)
     if capability is None:
         return False

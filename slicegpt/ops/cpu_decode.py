@@ -31,8 +31,8 @@ MOST_ROWS = 32
 # In float32 that library is MKL, which on other processors than Intel's takes many more rows to be fast: [rows, 576] x
 # [576, 3072] there at 150 GFLOP/s here against 127 with 64 rows, 147 against 164 with 256; and a step is one call here.
 MOST_ROWS_BESIDE_FOREIGN_MKL = 256
-# In bfloat16 with matrix tiles (AMX): with any number of rows, 0.25 to 0.7 of the time of unfused torch up to 128 rows,
-# 0.5 to 1 with 512 (bench/results/cpu/rotation-amx.json).
+# In bfloat16 with matrix tiles (AMX): with any number that was measured, 4 to 512 rows in 0.55 to 0.9 of the time of
+# unfused torch (medians, bench/results/cpu/rotation.json).
 MOST_ROWS_IN_TILES = sys.maxsize
 # Where the library has them and these kernels do not: measured with one thread at [rows, 2048] x [2048, 11008], 5.5 ms
 # against 4.9 here with 4 rows, 5.3 against 6.6 with 8.
@@ -113,7 +113,7 @@ def most_rows(dtype: torch.dtype) -> int:
 
 
 def rows_text(limit: int) -> str:
-    """ "at most 32 rows"."""
+    """A limit of `most_rows` in words: at most 32 rows."""
     return "any number of rows" if limit == MOST_ROWS_IN_TILES else f"at most {limit} rows"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slicegpt.ops import cpu_decode, library_gemm
-from slicegpt.reference import GATED, norm_linear_output, rotate_add_outputs
+from slicegpt.reference import GATED, norm_linear_output, sumsq_output
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -45,8 +45,8 @@ def rotate_add(
     a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `slicegpt.ops.rotate_add`."""
-    _, sumsq = rotate_add_outputs(a, weight)
     h_next = library_gemm.rotate(a, weight, h, shortcut, bias)
+    sumsq = sumsq_output(h_next)
     if h_next.numel() > 0:
         arguments = cpu_decode.rotate_add_arguments(a, weight, h, shortcut, bias, h_next, sumsq)
         cpu_decode.row_sums(a.dtype, arguments, h_next)

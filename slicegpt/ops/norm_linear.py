@@ -122,7 +122,7 @@ def _run(h, weight, bias, sumsq, n_scaled, activation, divisor, eps) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     sumsq = None if sumsq is None else sumsq.contiguous()
     launch = getattr(choice.launchers(backend, OP), OP)
-    if backend in ("cpu", "cpu-epilogue"):
+    if backend in choice.CPU_KERNELS:
         return launch(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
     with torch.cuda.device(h.device):
         return launch(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)

@@ -132,7 +132,7 @@ def _run(a, weight, h, shortcut, bias, factor=None) -> tuple[Tensor, Tensor]:
     shortcut = None if shortcut is None else shortcut.contiguous()
     bias = None if bias is None else bias.contiguous()
     launch = getattr(choice.launchers(backend, OP), OP)
-    if backend in ("cpu", "cpu-epilogue"):
+    if backend in choice.CPU_KERNELS:
         return launch(a, weight, h, shortcut, bias)
     hint = (factor,) if backend == "cuda" else ()
     with torch.cuda.device(a.device):

@@ -19,27 +19,11 @@ from slicegpt.runtime.network import Network
 
 pytestmark = pytest.mark.skipif(cpu_decode.why_not() is not None, reason=str(cpu_decode.why_not()))
 
-SETS = cpu_decode._cpu.instruction_sets() if cpu_decode.why_not() is None else []
 EPILOGUES = ["none", "relu", "gelu", "gelu_tanh", "silu", "silu_gated", "gelu_gated", "gelu_tanh_gated"]
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    before = cpu_decode.use_instruction_set(request.param)
-    yield request.param
-    cpu_decode.use_instruction_set(before)
-
-
-@pytest.fixture
-def threads():
-    """Set the number of threads; as before afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", cpu_decode.DTYPES)

@@ -9,15 +9,7 @@ from slicegpt.reference import GATED
 
 pytestmark = pytest.mark.skipif(cpu_decode.why_not() is not None, reason=str(cpu_decode.why_not()))
 
-SETS = cpu_decode._cpu.instruction_sets() if cpu_decode.why_not() is None else []
 EPILOGUES = ["none", "relu", "gelu", "gelu_tanh", "silu", "silu_gated", "gelu_gated", "gelu_tanh_gated"]
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    before = cpu_decode.use_instruction_set(request.param)
-    yield request.param
-    cpu_decode.use_instruction_set(before)
 
 
 def product_rounding(h, weight, bias, n_scaled, activation):
@@ -104,20 +96,14 @@ def test_the_operators_take_it_for_many_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [2, 33])
-def test_the_same_bits_with_any_number_of_threads(rows):
+def test_the_same_bits_with_any_number_of_threads(threads, rows):
     """Of the epilogue; the library's product is the same tensor."""
-    before, results = torch.get_num_threads(), []
     h, weight = normal(rows, 300, dtype=torch.float32, seed=0), normal(500, 300, dtype=torch.float32, seed=1)
-    product = h @ weight.mT
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            y = torch.empty(rows, 300)
-            arguments = cpu_decode.norm_linear_arguments(
-                h, weight, None, None, y, 400, "silu_gated", 300.0, 1e-5
-            )
-            cpu_decode.finish(torch.float32, arguments, product)
-            results.append(y)
-    finally:
-        torch.set_num_threads(before)
+    product, results = h @ weight.mT, []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        y = torch.empty(rows, 300)
+        arguments = cpu_decode.norm_linear_arguments(h, weight, None, None, y, 400, "silu_gated", 300.0, 1e-5)
+        cpu_decode.finish(torch.float32, arguments, product)
+        results.append(y)
     assert all(torch.equal(results[0], other) for other in results[1:])

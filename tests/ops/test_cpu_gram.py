@@ -22,20 +22,6 @@ CASES = [
 WEIGHTS = ("none", "bool", "float", "strided")
 
 
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    cpu_decode.use_instruction_set(request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads():
-    """Set the number of threads; as before afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def forget_choices():
     gram_module.choose.cache_clear()
