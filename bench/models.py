@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
     LlamaConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -70,6 +72,32 @@ MODELS: dict[str, PreTrainedConfig] = {
         vocab_size=51200,
         max_position_embeddings=2048,
         partial_rotary_factor=0.4,
+    ),
+    "phi-3-mini": Phi3Config(
+        hidden_size=3072,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=8192,
+        vocab_size=32064,
+        max_position_embeddings=4096,
+        sliding_window=2047,
+    ),
+    "phi-4": Phi3Config(
+        hidden_size=5120,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=10,
+        intermediate_size=17920,
+        vocab_size=100352,
+        max_position_embeddings=16384,
+        rope_parameters={"rope_type": "default", "rope_theta": 250000.0},
+    ),
+    "gemma-2b": GemmaConfig(
+        hidden_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        intermediate_size=16384,
     ),
 }
 

@@ -4,6 +4,8 @@ import torch
 from test_slicing import sliced
 from tiny_models import tiny_model
 
+from slicegpt.families import canonical_fields
+
 FORMS = ["dense", "compact", "dense shortcuts", "varying", "head"]
 LENGTHS = [12, 7, 3]
 
@@ -13,7 +15,8 @@ def network(case: str, form: str, dtype: torch.dtype = torch.float64, **changes)
     model = tiny_model(case, dtype, **changes)
     if form == "dense":
         return model
-    widths = [44, 40, 40, 44] if case == "phi" else [40, 36, 40, 44, 32, 48, 48]
+    parallel = canonical_fields(model).get("parallel_blocks")
+    widths = [44, 40, 40, 44] if parallel else [40, 36, 40, 44, 32, 48, 48]
     arguments = {
         "compact": {"widths": 36},
         "dense shortcuts": {"widths": 36, "shortcut": "dense"},

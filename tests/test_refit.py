@@ -14,7 +14,18 @@ from slicegpt.refit import JoinedBatches, Moments, Writer, fit
 from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.slicing import SlicingOptions, slice_model
 
-CASES = ["llama", "llama-tied", "llama-biased", "mistral-window", "qwen3-tied", "opt", "opt-untied", "phi"]
+CASES = [
+    "llama",
+    "llama-tied",
+    "llama-biased",
+    "mistral-window",
+    "qwen3-tied",
+    "opt",
+    "opt-untied",
+    "phi",
+    "granite-tied",
+    "gpt-neox",
+]
 
 
 def problem(

@@ -10,7 +10,18 @@ from slicegpt.families import canonical_fields
 from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.slicing import SlicingOptions, slice_model
 
-CASES = ["llama", "llama-tied", "mistral-window", "qwen3-tied", "opt", "opt-untied", "phi"]
+CASES = [
+    "llama",
+    "llama-tied",
+    "mistral-window",
+    "qwen3-tied",
+    "opt",
+    "opt-untied",
+    "phi",
+    "gemma",
+    "gpt-neox",
+    "cohere",
+]
 
 
 def batches(count: int = 6, batch: int = 4, length: int = 16) -> list[CalibrationBatch]:

@@ -3,13 +3,26 @@
 from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
@@ -17,7 +30,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
+from transformers.models.cohere import modeling_cohere
 
 VOCAB = 96
 COMMON = {
@@ -38,6 +56,20 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+# Positions up to 32 take the short factors; a head has 12 entries, 6 pairs.
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+    "original_max_position_embeddings": 32,
+}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.15,
+    "logits_scaling": 8.0,
 }
 
 # Model class, config class, config.
@@ -65,6 +97,44 @@ CASES = {
         PhiConfig,
         COMMON | {"intermediate_size": 80, "num_key_value_heads": 2, "partial_rotary_factor": 0.5},
     ),
+    "phi3-window": (Phi3ForCausalLM, Phi3Config, GATED | {"sliding_window": 5}),
+    "phi3-long": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        GATED | {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 32},
+    ),
+    "gemma": (GemmaForCausalLM, GemmaConfig, GATED | {"head_dim": 16}),
+    "granite": (GraniteForCausalLM, GraniteConfig, GATED | GRANITE),
+    "granite-tied": (
+        GraniteForCausalLM,
+        GraniteConfig,
+        GATED | GRANITE | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig, COMMON | {"intermediate_size": 80, "rotary_pct": 0.5}),
+    "gpt-neox-sequential": (
+        GPTNeoXForCausalLM,
+        GPTNeoXConfig,
+        COMMON
+        | {
+            "intermediate_size": 80,
+            "rotary_pct": 0.5,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+        },
+    ),
+    "stablelm": (
+        StableLmForCausalLM,
+        StableLmConfig,
+        GATED | {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
+    ),
+    "stablelm-parallel": (
+        StableLmForCausalLM,
+        StableLmConfig,
+        GATED | {"partial_rotary_factor": 0.5, "use_parallel_residual": True},
+    ),
+    "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config, GATED | {"sliding_window": 5}),
+    "olmo": (OlmoForCausalLM, OlmoConfig, GATED),
+    "cohere": (CohereForCausalLM, CohereConfig, GATED | {"logit_scale": 0.25}),
 }
 
 
@@ -83,20 +153,40 @@ def tiny_model(case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
             centre = 1.0 if parameter.ndim == 1 and "norm" in name and name.endswith("weight") else 0.0
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(centre + scale * noise)
-    return honest_norms(model)
+    return in_float64(model)
 
 
-def honest_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """transformers' RMSNorms compute in float32 whatever the dtype; in float64 models let them compute in float64."""
+def _cohere_rotary(q, k, cos, sin):
+    cos, sin, rotate = cos[:, None], sin[:, None], modeling_cohere.rotate_half
+    return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
 
-    def forward(self, hidden_states):
+
+modeling_cohere.apply_rotary_pos_emb = _cohere_rotary  # the same function for float32 inputs
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """transformers computes norms, Gemma's embedding scale and Cohere's rotary positions in float32 whatever the dtype;
+    in float64 models let them be in float64."""
+
+    def rms_norm(self, hidden_states):
+        eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
+        weight = 1 + self.weight if type(self).__name__.startswith("Gemma") else self.weight
+        return weight * (hidden_states * torch.rsqrt(variance + eps))
+
+    def layer_norm(self, hidden_states):
+        eps = getattr(self, "variance_epsilon", 1e-5)
+        return F.layer_norm(hidden_states, hidden_states.shape[-1:], getattr(self, "weight", None), None, eps)
 
     if model.dtype == torch.float64:
         for module in model.modules():
-            if hasattr(module, "variance_epsilon"):
-                module.forward = MethodType(forward, module)
+            name = type(module).__name__
+            if name.endswith("RMSNorm"):
+                module.forward = MethodType(rms_norm, module)
+            elif name in ("CohereLayerNorm", "OlmoLayerNorm"):
+                module.forward = MethodType(layer_norm, module)
+            elif hasattr(module, "scalar_embed_scale"):
+                module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
     return model
 
 

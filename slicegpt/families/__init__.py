@@ -5,11 +5,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slicegpt.errors import SliceGPTError
 
 from .base import Checkpoint, DenseLayer, Family, LayerNames, Linear, Norm
+from .cohere import COHERE
+from .gemma import GEMMA
+from .gpt_neox import GPT_NEOX
+from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .olmo import OLMO
 from .opt import OPT
 from .phi import PHI
+from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
+from .stablelm import STABLELM
+from .starcoder2 import STARCODER2
 
 __all__ = [
     "FAMILIES",
@@ -24,7 +32,25 @@ __all__ = [
     "family_of",
 ]
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OPT, PHI)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        OPT,
+        PHI,
+        PHI3,
+        GEMMA,
+        GRANITE,
+        GPT_NEOX,
+        STABLELM,
+        STARCODER2,
+        OLMO,
+        COHERE,
+    )
+}
 
 _TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
 
@@ -45,7 +71,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def checkpoint_of(model: PreTrainedModel) -> Checkpoint:
     """A loaded Hugging Face model's tensors by their canonical names (no copies)."""
-    return Checkpoint(family_of(model.config), model.state_dict())
+    return Checkpoint(family_of(model.config), model.state_dict(), model.config)
 
 
 def canonical_fields(model: PreTrainedModel) -> dict:

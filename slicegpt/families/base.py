@@ -1,7 +1,7 @@
 """What a family is: where a Hugging Face checkpoint keeps its weights, and the few facts its config carries."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
@@ -65,9 +65,12 @@ class Family:
         architectures: Hugging Face class names, as in `config.architectures`.
         facts: the fields of `SlicedConfig` that the checkpoint's config determines; raises `SliceGPTError`
             for variants that the canonical network cannot represent.
+        layer: where its weights are. Parts that one module holds together have the same name.
         mean_subtraction: LayerNorm family: `M = I - 1 1ᵀ / D` is folded into every layer that writes the stream.
         embedding, positions, layers, final_norm, head: module names; `layers` holds one `{}`.
-        ignored: checkpoint tensors that carry no function (suffixes).
+        rewrite_layer: brings a layer, as its names read it, into the canonical form: fused projections taken apart,
+            factors that stand outside of the weights folded in, rotary pairs reordered (`slicegpt.families.rewriting`).
+        rewrite_final_norm: the same for the last norm.
     """
 
     model_type: str
@@ -80,18 +83,21 @@ class Family:
     final_norm: str
     head: str = "lm_head"
     positions: str | None = None
-    ignored: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))
+    rewrite_layer: Callable[[DenseLayer, PreTrainedConfig], DenseLayer] | None = None
+    rewrite_final_norm: Callable[[Norm, PreTrainedConfig], Norm] | None = None
 
 
 class Checkpoint:
     """A dense model's tensors, read by their canonical names.
 
-    `tensors` is any mapping from checkpoint names to tensors: a module's `state_dict()`, or open safetensors.
+    `tensors` is any mapping from checkpoint names to tensors: a module's `state_dict()`, or open safetensors; `config`
+    the checkpoint's.
     """
 
-    def __init__(self, family: Family, tensors: Mapping[str, torch.Tensor]):
+    def __init__(self, family: Family, tensors: Mapping[str, torch.Tensor], config: PreTrainedConfig):
         self.family = family
         self.tensors = tensors
+        self.config = config
 
     def _get(self, name: str) -> torch.Tensor | None:
         return self.tensors[name] if name in self.tensors else None  # noqa: SIM401  (a Mapping need not have get)
@@ -114,13 +120,15 @@ class Checkpoint:
 
     @property
     def final_norm(self) -> Norm:
-        return self._norm(self.family.final_norm)
+        norm, rewrite = self._norm(self.family.final_norm), self.family.rewrite_final_norm
+        return norm if rewrite is None else rewrite(norm, self.config)
 
     @property
     def head(self) -> Linear:
         """Language-modelling head; a tied one is the embedding table."""
-        weight = self._get(f"{self.family.head}.weight")
-        return Linear(self.embedding if weight is None else weight, self._get(f"{self.family.head}.bias"))
+        name, tied = self.family.head, self.config.tie_word_embeddings
+        weight = self.embedding if tied else self.tensors[f"{name}.weight"]
+        return Linear(weight, self._get(f"{name}.bias"))
 
     def layer(self, index: int) -> DenseLayer:
         names, root = self.family.layer, self.family.layers.format(index)
@@ -128,7 +136,7 @@ class Checkpoint:
             None if name is None else self._get(f"{root}.{name}.weight")
             for name in (names.q_norm, names.k_norm)
         ]
-        return DenseLayer(
+        layer = DenseLayer(
             attention_norm=self._norm(f"{root}.{names.attention_norm}"),
             q=self._linear(f"{root}.{names.q}"),
             k=self._linear(f"{root}.{names.k}"),
@@ -141,3 +149,5 @@ class Checkpoint:
             q_norm=norms[0],
             k_norm=norms[1],
         )
+        rewrite = self.family.rewrite_layer
+        return layer if rewrite is None else rewrite(layer, self.config)

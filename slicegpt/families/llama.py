@@ -19,19 +19,24 @@ LLAMA_LAYER = LayerNames(
 )
 
 
-def llama_facts(config: PreTrainedConfig) -> dict:
-    """Fields of `SlicedConfig` that a Llama-like config determines."""
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Entries of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def llama_facts(config: PreTrainedConfig, eps: float | None = None) -> dict:
+    """Fields of `SlicedConfig` that a Llama-like config determines; `eps` where the config has no `rms_norm_eps`."""
     return {
         "dense_hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "head_dim": head_dim_of(config),
         "hidden_act": config.hidden_act,
         "max_position_embeddings": config.max_position_embeddings,
         "rope_parameters": dict(config.rope_parameters),
-        "rms_norm_eps": config.rms_norm_eps,
+        "rms_norm_eps": config.rms_norm_eps if eps is None else eps,
         "attention_dropout": config.attention_dropout,
     }
 

@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 from slicegpt.errors import SliceGPTError
 
 from .base import Family, LayerNames
+from .llama import llama_facts
 
 
 def phi_facts(config: PreTrainedConfig) -> dict:
@@ -13,19 +14,7 @@ def phi_facts(config: PreTrainedConfig) -> dict:
         raise SliceGPTError(
             "phi: qk_layernorm=True is not supported (Phi-1, Phi-1.5 and Phi-2 do not use it)"
         )
-    return {
-        "dense_hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "hidden_act": config.hidden_act,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": dict(config.rope_parameters),
-        "rms_norm_eps": config.layer_norm_eps,
-        "attention_dropout": config.attention_dropout,
-        "parallel_blocks": True,
-    }
+    return llama_facts(config, config.layer_norm_eps) | {"parallel_blocks": True}
 
 
 PHI = Family(

@@ -21,7 +21,7 @@ from slicegpt.runtime.decoding import (
     tokens_on_host,
 )
 from slicegpt.runtime.network import Network
-from slicegpt.runtime.packing import pack
+from slicegpt.runtime.packing import pack, position_limit
 from slicegpt.runtime.sampling import Sampling
 
 DECODERS = {"growing": GrowingDecoder, "fused": FusedDecoder, "static": StaticDecoder, "graph": GraphDecoder}
@@ -41,7 +41,8 @@ class Runtime:
 
     Args:
         model: `SlicedForCausalLM`, or a dense Hugging Face model (its norms are folded first, which takes a copy).
-        max_length: tokens of prompt and answer together; the model's `max_position_embeddings` where not given.
+        max_length: tokens of prompt and answer together; the model's `max_position_embeddings` where not given, or the
+            length up to which its LongRoPE keeps its frequencies.
         prefill_chunk: tokens of a row that pass the network at a time.
         release: take the layers' weights out of `model` while they are packed, which saves a copy; `model` cannot be
             used afterwards.
@@ -68,13 +69,11 @@ class Runtime:
             raise SliceGPTError(f"Runtime: prefill_chunk must be at least 1, got {prefill_chunk}")
         canonical = to_canonical(model)
         self.config = canonical.config
-        limit = self.config.max_position_embeddings
+        limit, reason = position_limit(self.config)
         if max_length is not None and max_length < 1:
             raise SliceGPTError(f"Runtime: max_length must be at least 1, got {max_length}")
-        if max_length is not None and max_length > limit and self.config.position_embedding == "learned":
-            raise SliceGPTError(
-                f"Runtime: max_length must be at most {limit}, the model's learned positions, got {max_length}"
-            )
+        if max_length is not None and max_length > limit and reason is not None:
+            raise SliceGPTError(f"Runtime: max_length must be at most {limit}, {reason}, got {max_length}")
         self.max_length = max_length or limit
         self.prefill_chunk = prefill_chunk
         self.network = Network(pack(canonical, self.max_length, release or canonical is not model))

@@ -26,8 +26,8 @@ ACTIVATION_NAMES = {
     "swish": "silu",
 }
 
-# Their frequencies depend on the length of the sequence, so there is no table of angles to prepare.
-UNSUPPORTED_ROPE = ("dynamic", "longrope")
+# Its frequencies change with every token past a length, so there is no table of angles to prepare.
+UNSUPPORTED_ROPE = ("dynamic",)
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,28 @@ def _bytes(tensors: list[Tensor | None]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
+def position_limit(config: SlicedConfig) -> tuple[int, str | None]:
+    """Tokens of a sequence that the runtime takes, and what sets a hard limit (None: rotary positions go on).
+
+    LongRoPE takes other frequencies for sequences past its original length, for the tokens before as well, whose keys
+    are in the cache by then: up to there it is one table.
+    """
+    if config.position_embedding == "learned":
+        return config.max_position_embeddings, "the model's learned positions"
+    rope = config.rope_parameters
+    if rope["rope_type"] == "longrope":
+        limit = rope["original_max_position_embeddings"]
+        return limit, "the length at which the model's LongRoPE changes its frequencies"
+    return config.max_position_embeddings, None
+
+
 @torch.no_grad()
 def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bool = False) -> PackedNetwork:
     """Lay the weights out anew, on the model's device; embedding and head are shared with the model.
 
     Args:
         model: in float16, bfloat16, float32 or float64.
-        max_positions: rows of the rotary table; the config's `max_position_embeddings` where not given.
+        max_positions: rows of the rotary table; `position_limit` where not given.
         release: take each layer's weights out of `model` once they are packed, so that they are never held twice.
             The model cannot be used afterwards.
 
@@ -159,7 +174,7 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
             raise SliceGPTError(
                 f"runtime: rope type {trunk.rotary_emb.rope_type!r} is not supported; use the plain model"
             )
-        rotary = rotary_table(trunk.rotary_emb, embedding, max_positions or config.max_position_embeddings)
+        rotary = rotary_table(trunk.rotary_emb, embedding, max_positions or position_limit(config)[0])
     blocks: list[PackedBlock] = []
     for layer in trunk.layers:
         blocks += pack_layer(config, layer)

@@ -1,0 +1,43 @@
+"""Gemma 1: Llama's layout; norms scale by `1 + w`, and the embedding is multiplied by `sqrt(D)`.
+
+Gemma 2 and 3 normalise what a block writes as well, which cannot be folded: rotating would change their function.
+"""
+
+from dataclasses import replace
+
+from transformers import PreTrainedConfig
+
+from slicegpt.errors import SliceGPTError
+
+from .base import DenseLayer, Norm
+from .llama import LLAMA, llama_facts
+from .rewriting import scale_writers
+
+
+def gemma_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Gemma config determines; the stream is carried in units of `sqrt(D)`."""
+    if getattr(config, "use_bidirectional_attention", None):
+        raise SliceGPTError(
+            "gemma: use_bidirectional_attention=True is not supported: attention must be causal"
+        )
+    return llama_facts(config, config.rms_norm_eps / config.hidden_size)
+
+
+def one_plus(norm: Norm, config: PreTrainedConfig | None = None) -> Norm:
+    return Norm(1 + norm.weight.double())
+
+
+def fold_scales(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """See `scale_writers`."""
+    layer = replace(layer, attention_norm=one_plus(layer.attention_norm), mlp_norm=one_plus(layer.mlp_norm))
+    return scale_writers(layer, config.hidden_size**-0.5)
+
+
+GEMMA = replace(
+    LLAMA,
+    model_type="gemma",
+    architectures=("GemmaForCausalLM",),
+    facts=gemma_facts,
+    rewrite_layer=fold_scales,
+    rewrite_final_norm=one_plus,
+)

@@ -1,0 +1,58 @@
+"""GPT-NeoX and Pythia: LayerNorms, attention and MLP in parallel (each its own norm) or in sequence, partial rotary."""
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedConfig
+
+from .base import DenseLayer, Family, LayerNames
+from .rewriting import take_rows
+
+
+def gpt_neox_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a GPT-NeoX config determines."""
+    return {
+        "dense_hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "hidden_act": config.hidden_act,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": dict(config.rope_parameters),
+        "rms_norm_eps": config.layer_norm_eps,
+        "attention_dropout": config.attention_dropout,
+        "parallel_blocks": config.use_parallel_residual,
+    }
+
+
+def split_heads(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """One matrix holds, head by head, its queries, its keys and its values.
+
+    Parallel blocks share one weightless norm, whatever the scales and shifts of their two LayerNorms: those are folded
+    into the layers that read it.
+    """
+    outputs = torch.arange(layer.q.weight.shape[0], device=layer.q.weight.device)
+    q, k, v = outputs.view(config.num_attention_heads, 3, -1).transpose(0, 1).flatten(1)
+    return replace(layer, q=take_rows(layer.q, q), k=take_rows(layer.k, k), v=take_rows(layer.v, v))
+
+
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    architectures=("GPTNeoXForCausalLM",),
+    facts=gpt_neox_facts,
+    layer=LayerNames(
+        attention_norm="input_layernorm",
+        q="attention.query_key_value",
+        k="attention.query_key_value",
+        v="attention.query_key_value",
+        o="attention.dense",
+        mlp_norm="post_attention_layernorm",
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+    ),
+    mean_subtraction=True,
+    embedding="gpt_neox.embed_in",
+    layers="gpt_neox.layers.{}",
+    final_norm="gpt_neox.final_layer_norm",
+    rewrite_layer=split_heads,
+)

@@ -1,0 +1,35 @@
+"""Granite 3: Llama's layout with four factors: on the embedding, on what blocks write, on scores and on logits."""
+
+from dataclasses import replace
+
+from transformers import PreTrainedConfig
+
+from .base import DenseLayer, Norm
+from .llama import LLAMA, head_dim_of, llama_facts
+from .rewriting import scale_linear, scale_norm, scale_writers
+
+
+def granite_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Granite config determines; the stream is in units of the embedding's factor."""
+    return llama_facts(config, config.rms_norm_eps / config.embedding_multiplier**2)
+
+
+def fold_factors(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """The factors of embedding and blocks go into the writers, that of the scores into the queries."""
+    layer = replace(layer, q=scale_linear(layer.q, config.attention_multiplier * head_dim_of(config) ** 0.5))
+    return scale_writers(layer, config.residual_multiplier / config.embedding_multiplier)
+
+
+def fold_logits(norm: Norm, config: PreTrainedConfig) -> Norm:
+    """Logits are divided by a factor; a tied head cannot take it, so the norm before it does."""
+    return scale_norm(norm, 1 / config.logits_scaling)
+
+
+GRANITE = replace(
+    LLAMA,
+    model_type="granite",
+    architectures=("GraniteForCausalLM",),
+    facts=granite_facts,
+    rewrite_layer=fold_factors,
+    rewrite_final_norm=fold_logits,
+)

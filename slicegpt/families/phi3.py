@@ -1,0 +1,36 @@
+"""Phi-3, Phi-3.5 and Phi-4: Llama's layout, its projections fused; LongRoPE in the long-context models."""
+
+from dataclasses import replace
+
+from transformers import PreTrainedConfig
+
+from .base import DenseLayer
+from .llama import LLAMA, LLAMA_LAYER, head_dim_of
+from .mistral import mistral_facts
+from .rewriting import split_rows
+
+
+def split_projections(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """Queries, keys and values lie one below the other in one matrix; gate and up in another."""
+    head_dim = head_dim_of(config)
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    q, k, v = split_rows(layer.q, queries, keys, keys)
+    gate, up = split_rows(layer.up, config.intermediate_size, config.intermediate_size)
+    return replace(layer, q=q, k=k, v=v, gate=gate, up=up)
+
+
+PHI3 = replace(
+    LLAMA,
+    model_type="phi3",
+    architectures=("Phi3ForCausalLM",),
+    facts=mistral_facts,
+    layer=replace(
+        LLAMA_LAYER,
+        q="self_attn.qkv_proj",
+        k="self_attn.qkv_proj",
+        v="self_attn.qkv_proj",
+        gate="mlp.gate_up_proj",
+        up="mlp.gate_up_proj",
+    ),
+    rewrite_layer=split_projections,
+)
