@@ -1,5 +1,6 @@
 """The sliced model as a Hugging Face citizen: saving, sharding, generation, training."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def test_logits_to_keep_and_inputs_embeds(small):
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(small):
-    ids = token_ids()
+    small, ids = copy.deepcopy(small), token_ids()  # some releases of transformers leave hooks behind
     gradients = []
     small.train()
     for checkpointing in (False, True):
@@ -126,9 +127,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(small):
         small.zero_grad()
         small(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in small.parameters()])
-    small.gradient_checkpointing_disable()
-    small.eval()
-    small.zero_grad()
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0] if gradient.numel())
     for one, other in zip(*gradients, strict=True):
         assert relative_error(one, other) < 1e-5 or not one.numel()

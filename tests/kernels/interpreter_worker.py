@@ -13,6 +13,22 @@ os.environ["TRITON_INTERPRET"] = "1"
 results = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
 sys.stdout = sys.stderr  # a stray print must not corrupt the stream
 
+
+def mend_interpreter() -> None:
+    """triton before 3.7 takes `int()` of arrays of one element, which numpy refuses from 2.4 on."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+mend_interpreter()
+
 while True:
     try:
         module, function, arguments, options = pickle.load(sys.stdin.buffer)

