@@ -141,32 +141,37 @@ class GrowingStep(Step):
         )
         cached_keys[:, :, self.start : self.stop] = keys
         cached_values[:, :, self.start : self.stop] = values
+        first = self._first_seen(attention.window)
         if attention.window not in self._masks:
-            self._masks[attention.window] = self._mask(attention.window)
+            self._masks[attention.window] = self._mask(attention.window, first)
         mask = self._masks[attention.window]
         attended = F.scaled_dot_product_attention(
             queries,
-            cached_keys[:, :, : self.stop],
-            cached_values[:, :, : self.stop],
+            cached_keys[:, :, first : self.stop],
+            cached_values[:, :, first : self.stop],
             attn_mask=mask,
             is_causal=mask is None,
             enable_gqa=attention.heads != attention.key_heads,
         )
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
-    def _mask(self, window: int | None) -> Tensor | None:
-        """What each new token sees, bool [batch or 1, 1, tokens, stop]; None where that is plainly causal."""
+    def _first_seen(self, window: int | None) -> int:
+        """The first slot that any of the new tokens sees: a window bounds the work of a long prompt's chunk."""
+        return 0 if window is None else max(0, self.start - window + 1)
+
+    def _mask(self, window: int | None, first: int) -> Tensor | None:
+        """What each new token sees, bool [batch or 1, 1, tokens, stop - first]; None where that is plainly causal."""
         if self.start == 0 and not self.padded and (window is None or window >= self.stop):
             return None
         device = self.cache.keys.device
         query = torch.arange(self.start, self.stop, device=device)[:, None]
-        key = torch.arange(self.stop, device=device)
+        key = torch.arange(first, self.stop, device=device)
         seen = key <= query
         if window is not None:
             seen &= key > query - window
         if self.padded:
             # Padding sees itself: a row of the mask that hides everything would make NaNs.
-            seen = (seen & self.cache.valid[:, None, : self.stop]) | (key == query)
+            seen = (seen & self.cache.valid[:, None, first : self.stop]) | (key == query)
             return seen[:, None]
         return seen[None, None]
 
