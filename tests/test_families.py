@@ -4,11 +4,12 @@ import pytest
 import torch
 from test_slicing import batches
 from tiny_models import LONG_ROPE, relative_error, tiny_model, token_ids
-from transformers import BertConfig
+from transformers import BertConfig, Gemma2Config
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Linear, canonical_fields, checkpoint_of, family_of
 from slicegpt.families.rewriting import neighbours_to_halves
+from slicegpt.modeling import SlicedConfig
 from slicegpt.runtime import Runtime, to_canonical
 from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.slicing import SlicingOptions, slice_model
@@ -34,9 +35,19 @@ def test_variants_that_cannot_be_represented_are_refused(case, changes, message)
         canonical_fields(model)
 
 
-def test_an_unknown_family_is_told_the_known_ones():
-    with pytest.raises(SliceGPTError, match=r"'bert' is not supported; supported are llama \(.*cohere \("):
-        family_of(BertConfig())
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (BertConfig(), "model_type 'bert' is"),
+        (Gemma2Config(), "model_type 'gemma2', whose blocks normalise what they write, is"),
+        (SlicedConfig(), "an already sliced model is"),
+    ],
+)
+def test_an_unknown_family_is_told_the_known_ones(config, what):
+    with pytest.raises(
+        SliceGPTError, match=rf"model: {what} not supported; supported are llama \(.*cohere \("
+    ):
+        family_of(config)
 
 
 @torch.no_grad()

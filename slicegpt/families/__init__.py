@@ -52,6 +52,9 @@ FAMILIES = {
     )
 }
 
+# They scale what a block writes by its own length, which neither a linear layer nor a sliced stream can know.
+_NORMS_BEHIND_BLOCKS = ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3")
+
 _TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
 
 
@@ -60,12 +63,12 @@ def family_of(config: PreTrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         supported = ", ".join(f"{name} ({family.architectures[0]})" for name, family in FAMILIES.items())
-        what = (
-            "an already sliced model"
-            if config.model_type == "slicegpt"
-            else f"model_type {config.model_type!r}"
-        )
-        raise SliceGPTError(f"model: {what} is not supported; supported are {supported}")
+        what, why = f"model_type {config.model_type!r}", ""
+        if config.model_type == "slicegpt":
+            what = "an already sliced model"
+        elif config.model_type in _NORMS_BEHIND_BLOCKS:
+            why = ", whose blocks normalise what they write,"
+        raise SliceGPTError(f"model: {what}{why} is not supported; supported are {supported}")
     return family
 
 
