@@ -25,8 +25,10 @@ from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
 from slicegpt.schedule import Shape, constant_widths, plan, width_for_slice
 
 
-def _llama(width, layers, heads, kv_heads, mlp, vocab, positions, **more) -> LlamaConfig:
-    return LlamaConfig(
+def _llama(
+    width, layers, heads, kv_heads, mlp, vocab, positions, kind: type = LlamaConfig, **more
+) -> PreTrainedConfig:
+    return kind(
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -73,32 +75,9 @@ MODELS: dict[str, PreTrainedConfig] = {
         max_position_embeddings=2048,
         partial_rotary_factor=0.4,
     ),
-    "phi-3-mini": Phi3Config(
-        hidden_size=3072,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        intermediate_size=8192,
-        vocab_size=32064,
-        max_position_embeddings=4096,
-        sliding_window=2047,
-    ),
-    "phi-4": Phi3Config(
-        hidden_size=5120,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=10,
-        intermediate_size=17920,
-        vocab_size=100352,
-        max_position_embeddings=16384,
-        rope_parameters={"rope_type": "default", "rope_theta": 250000.0},
-    ),
-    "gemma-2b": GemmaConfig(
-        hidden_size=2048,
-        num_hidden_layers=18,
-        num_attention_heads=8,
-        num_key_value_heads=1,
-        intermediate_size=16384,
-    ),
+    "phi-3-mini": _llama(3072, 32, 32, 32, 8192, 32064, 4096, Phi3Config, sliding_window=2047),
+    "phi-4": _llama(5120, 40, 40, 10, 17920, 100352, 16384, Phi3Config),
+    "gemma-2b": _llama(2048, 18, 8, 1, 16384, 256000, 8192, GemmaConfig),
 }
 
 
