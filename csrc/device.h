@@ -1,23 +1,30 @@
-// Facts about the current device that launch configurations depend on.
+// Facts about the current device that launch configurations depend on, and what its calls answer.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace slicegpt {
 
+// A call's error as CUDA's code. The runtime keeps the last error until it is asked for: left there, it would be blamed
+// on the next launch, which may be fine.
+inline int report(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return int(error);
+}
+
 // Streaming multiprocessors of the current device; 1 where it cannot be asked (the launch will then say why).
 inline int multiprocessors() {
     int device = 0, count = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 1;
-    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+    if (report(cudaGetDevice(&device))) return 1;
+    if (report(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device))) return 1;
     return count > 0 ? count : 1;
 }
 
 // The major compute capability of the current device; 0 where it cannot be asked.
 inline int capability_major() {
     int device = 0, major = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 0;
+    if (report(cudaGetDevice(&device))) return 0;
+    if (report(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device))) return 0;
     return major;
 }
 

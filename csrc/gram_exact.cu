@@ -237,7 +237,7 @@ int gram_exact(const GramArguments& a, int digits, ExactKernel kernel) {
                  at.padded_columns / kColumns,
                  0};
 
-    int status = int(cudaMemsetAsync(handed_over, 0, sizeof(int), a.stream));
+    int status = report(cudaMemsetAsync(handed_over, 0, sizeof(int), a.stream));
     const int stages = capability_major() >= 8 ? 4 : 2;  // as kStages in the device code
     for (int64_t first = 0; first < a.tokens && status == kOk; first += at.block_tokens) {
         const int64_t tokens = min(a.tokens - first, int64_t(at.block_tokens));
@@ -248,7 +248,7 @@ int gram_exact(const GramArguments& a, int digits, ExactKernel kernel) {
         const auto step = [&](auto&& launch) {
             if (status == kOk) status = launch();
         };
-        step([&] { return int(cudaMemsetAsync(block.unfit, 0, sizeof(int), a.stream)); });
+        step([&] { return report(cudaMemsetAsync(block.unfit, 0, sizeof(int), a.stream)); });
         step([&] { return select_by_weight(weight, tokens, block.fates, a.stream); });
         step([&] { return write_residues(block, a.stream); });
         step([&] { return append_handed_over(block.fates, tokens, first, rows, handed_over, a.stream); });

@@ -153,7 +153,7 @@ int launch_typed(const GramArguments& a) {
                        at.sums.tile_columns, partial};
     int status = kOk;
     if (a.weight) {
-        status = int(cudaMemsetAsync(count, 0, sizeof(int), a.stream));
+        status = report(cudaMemsetAsync(count, 0, sizeof(int), a.stream));
         if (status == kOk) status = select_by_weight(a.weight, a.tokens, fates, a.stream);
         if (status == kOk) status = append_handed_over(fates, a.tokens, 0, rows, count, a.stream);
     }

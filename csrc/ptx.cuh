@@ -11,6 +11,8 @@
 #include <emulated_ptx.cuh>
 #else
 
+#include "device.h"
+
 // The architecture of the pass at hand; 0 in nvcc's host pass, where kernel bodies are parsed but not used.
 #if defined(__CUDA_ARCH__)
 #define SLICEGPT_ARCH __CUDA_ARCH__
@@ -296,27 +298,29 @@ __device__ __forceinline__ double shuffle(double value, int lane) {
 __device__ __forceinline__ int first_lane(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 __device__ __forceinline__ unsigned ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 
+// Above 48 KB a kernel must ask for its shared memory; a cheap call that graph capture allows.
+template <typename Kernel>
+int ask_for_shared(Kernel* kernel, size_t shared) {
+    if (shared <= 48 * 1024) return 0;
+    return report(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+}
+
 // Launches a kernel; the error, if any, is CUDA's code.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
            Arguments... arguments) {
-    // Above 48 KB a kernel must ask for its shared memory; a cheap call that graph capture allows.
-    if (shared > 48 * 1024) {
-        cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-        if (error != cudaSuccess) return int(error);
-    }
+    if (int error = ask_for_shared(kernel, shared)) return error;
     // clang-format off
     kernel<<<grid, threads, shared, stream>>>(arguments...);
     // clang-format on
     return int(cudaGetLastError());
 }
 
-// The same through the extensible launch, with one attribute; what more than 48 KB of shared memory asks for is the
-// caller's.
+// The same through the extensible launch, with one attribute.
 template <typename... Parameters, typename... Arguments>
 int launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), dim3 grid, int threads,
                 size_t shared, cudaStream_t stream, Arguments... arguments) {
+    if (int error = ask_for_shared(kernel, shared)) return error;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(unsigned(threads));
@@ -324,16 +328,13 @@ int launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), di
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    return int(cudaLaunchKernelEx(&config, kernel, arguments...));
+    return report(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 // The same as launch with clusters of `size` blocks (compute capability 9.0 on), neighbours in x.
 template <typename... Parameters, typename... Arguments>
 int launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                     cudaStream_t stream, Arguments... arguments) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return int(error);
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = unsigned(size);
@@ -348,7 +349,6 @@ template <typename... Parameters, typename... Arguments>
 int launch_overlapped(bool overlap, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                       cudaStream_t stream, Arguments... arguments) {
     if (!overlap) return launch(kernel, grid, threads, shared, stream, arguments...);
-    if (shared > 48 * 1024) return int(cudaErrorInvalidValue);
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

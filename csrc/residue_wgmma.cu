@@ -233,11 +233,7 @@ int residue_products_wgmma(const ResidueTiles& p, int moduli, int blocks, cudaSt
 // other architecture has, needs a few.
 bool has_residue_wgmma() {
     cudaFuncAttributes attributes{};
-    if (cudaFuncGetAttributes(&attributes, wgmma_tiles<1>) != cudaSuccess) {
-        cudaGetLastError();  // nobody else's error
-        return false;
-    }
-    return attributes.numRegs >= kSums;
+    return !report(cudaFuncGetAttributes(&attributes, wgmma_tiles<1>)) && attributes.numRegs >= kSums;
 }
 
 }  // namespace slicegpt

@@ -7,8 +7,10 @@ counters.)
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -243,6 +245,9 @@ class _Arrivals:
 
     Two launches that may run at the same time need different ones. Those on one stream follow each other and share;
     a captured launch keeps its own for good, because graphs captured on one stream may be replayed on several.
+
+    They outlive every graph, so they must not lie in a graph's memory pool. `torch.compile(mode="reduce-overhead")`
+    sends all allocations of its thread there, from its warm-up on: another thread allocates them.
     """
 
     POOL = 1 << 18
@@ -253,8 +258,14 @@ class _Arrivals:
         self.used = 0
         self.of_stream: dict[int, Tensor] = {}
         self.kept: list[Tensor] = []
+        self.lock = Lock()
 
     def take(self, count: int, like: Tensor) -> int:
+        """The address of `count` of them, for a launch on the current stream."""
+        with self.lock:
+            return self._take(count, like)
+
+    def _take(self, count: int, like: Tensor) -> int:
         if _capturing(like):
             if self.pool is None or self.used + count > self.POOL:
                 # No zeros from before the capture: they become a node of the graph.
@@ -265,12 +276,16 @@ class _Arrivals:
         if self.pool is None or self.used > self.POOL // 2:
             if self.pool is not None:
                 self.kept.append(self.pool)
-            self.pool, self.used = self._zeros(self.POOL), 0
+            self.pool, self.used = self._allocate(self.POOL), 0
         stream = cuda._stream(like)
         if stream not in self.of_stream or self.of_stream[stream].numel() < count:
             self.kept += [self.of_stream[stream]] if stream in self.of_stream else []
-            self.of_stream[stream] = self._zeros(max(count, 1024))
+            self.of_stream[stream] = self._allocate(max(count, 1024))
         return self.of_stream[stream].data_ptr()
+
+    def _allocate(self, count: int) -> Tensor:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self._zeros, count).result()
 
     def _zeros(self, count: int) -> Tensor:
         zeros = torch.zeros(count, dtype=torch.int32, device=self.device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slicegpt import reference
+from slicegpt import ops, reference
 from slicegpt.ops import cuda, cuda_decode, cuda_epilogue
 
 pytestmark = pytest.mark.gpu
@@ -116,6 +116,21 @@ def test_cuda_graph(d):
         h.copy_(gaussian(1, d, dtype=torch.float16, seed=seed))
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip(result, chain(h), strict=True))
+
+
+def test_graph_trees():
+    """`torch.compile`'s own CUDA graphs take over the allocator from their warm-up on, and check their pool."""
+
+    @torch.compile(mode="reduce-overhead", fullgraph=True)
+    def compiled(a, h):
+        return ops.rotate_add(a, weight, h, None, None)[0] * 2
+
+    a, weight, h, _, _ = block(1, 1536, 576, torch.float16)  # so narrow that K is split
+    cuda_decode._arrivals_of.cache_clear()
+    for seed in range(6):
+        h = gaussian(1, 576, dtype=torch.float16, seed=seed)
+        actual = compiled(a, h).clone()
+        assert torch.equal(actual, cuda_decode.rotate_add(a, weight, h, None, None)[0] * 2)
 
 
 def test_overlapping_launches(monkeypatch):

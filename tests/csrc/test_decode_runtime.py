@@ -1,5 +1,7 @@
 """The runtime on the decode kernels: greedy tokens of compact models, with and without the factor read from L2."""
 
+from threading import get_ident
+
 import pytest
 import torch
 from test_slicing import sliced
@@ -47,3 +49,24 @@ def test_tokens(kernels, case):
     assert any(read)
     runtime.network.rotate_add = lambda *arguments: cuda_decode.rotate_add(*arguments[:5])
     assert torch.equal(runtime.generate(ids, max_new_tokens=NEW, ignore_eos=True), expected)
+
+
+def test_counters_are_allocated_by_another_thread(monkeypatch):
+    """A graph's pool takes what its thread allocates; the counters outlive it. Launches of one stream share theirs."""
+    zeros, threads = torch.zeros, []
+
+    def recorded(*arguments, **options):
+        threads.append(get_ident())
+        return zeros(*arguments, **options)
+
+    monkeypatch.setattr(torch, "zeros", recorded)
+    monkeypatch.setattr(cuda_decode.cuda, "_stream", lambda like: 7)
+    arrivals, like = cuda_decode._Arrivals(torch.device("cpu")), torch.ones(1)
+    first = arrivals.take(100, like)
+    assert len(threads) == 2  # the pool for captured launches, and this stream's
+    assert get_ident() not in threads
+    assert arrivals.take(1024, like) == first
+    monkeypatch.setattr(cuda_decode, "_capturing", lambda like: True)
+    captured = [arrivals.take(10, like) for _ in range(3)]
+    assert [address - captured[0] for address in captured] == [0, 40, 80]
+    assert len(threads) == 2
