@@ -117,7 +117,7 @@ def _add_partials(C, partials, a_columns, b_columns, splits, BLOCK: tl.constexpr
     offsets = rows.to(tl.int64)[:, None] * b_columns + cols[None, :]
     total = tl.load(C + offsets, mask=inside, other=0.0)
     source = partials + offsets
-    stride = a_columns.to(tl.int64) * b_columns
+    stride = tl.cast(a_columns, tl.int64) * b_columns  # an argument of 1 is a number of Python
     for _ in range(splits):
         total += tl.load(source, mask=inside, other=0.0)
         source += stride

@@ -296,7 +296,7 @@ def _residues(
             # Modulo 256 the negative of -128 wraps onto itself, as it should.
             signed = tl.where(bits < 0, -remainder, remainder).to(tl.int8)
             tl.store(pointers, signed, mask=inside)
-        pointers += padded.to(tl.int64) * length
+        pointers += tl.cast(padded, tl.int64) * length
 
 
 @triton.jit

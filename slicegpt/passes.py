@@ -19,7 +19,7 @@ from slicegpt.memory import free_memory
 from slicegpt.modeling import SlicedConfig, SlicedModel
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.refit import JoinedBatches, Moments, token_weights
-from slicegpt.signals import Signals, TokenBatch
+from slicegpt.signals import Signals, TokenBatch, choose_place
 
 
 class Stopwatch:
@@ -61,7 +61,7 @@ class Passes:
         batches: calibration tokens.
         dtype: of the streams.
         device: where blocks run.
-        place: where streams are kept, see `Signals`.
+        place: where streams are kept: "auto", "device" or "host", see `choose_place`.
         fitted: so many batches, the first ones, are refitted to: the dense model's stream is carried beside theirs.
     """
 
@@ -75,11 +75,12 @@ class Passes:
         fitted: int = 0,
     ):
         self.config, self.dtype, self.device = config, dtype, device
-        width = config.dense_hidden_size
         self.fitted = fitted
         self.tokens = sum(batch.tokens for batch in batches)
-        self.signals = Signals(batches, width, dtype, device, place)
-        self.teacher = Signals(batches[:fitted], width, dtype, device, place)
+        tokens = sum(batch.input_ids.numel() for batch in [*batches, *batches[:fitted]])
+        where = choose_place(place, tokens * config.dense_hidden_size * dtype.itemsize, device)
+        self.signals = Signals(batches, device, where)
+        self.teacher = Signals(batches[:fitted], device, where)
         self.stage = Stopwatch(device)
         self.advance: Callable[[int], None] = lambda steps: None
         with torch.device("meta"):

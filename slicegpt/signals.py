@@ -21,7 +21,7 @@ class TokenBatch:
 
 
 def choose_place(place: str, stream_bytes: int, device: torch.device) -> torch.device:
-    """Where the stream is kept. "auto": on the device where it takes at most half of the free memory."""
+    """Where the streams are kept. "auto": on the device where they take at most half of the free memory."""
     if place not in PLACES:
         raise SliceGPTError(f"--signals: must be one of {', '.join(PLACES)}, got {place!r}")
     if device.type != "cuda" or place == "device":
@@ -36,20 +36,17 @@ class Signals:
 
     Args:
         batches: the calibration tokens.
-        width: columns of the stream at full width, D.
-        dtype: of the stream: the model's.
-        place: "auto", "device" or "host".
+        device: where blocks run.
+        place: where the stream is kept, see `choose_place`.
     """
 
     def __init__(
         self,
         batches: Sequence[CalibrationBatch],
-        width: int,
-        dtype: torch.dtype,
         device: torch.device,
-        place: str,
+        place: torch.device,
     ):
-        self.device = device
+        self.device, self.place = device, place
         self.batches = [
             TokenBatch(
                 batch.input_ids.to(device),
@@ -57,8 +54,6 @@ class Signals:
             )
             for batch in batches
         ]
-        elements = sum(batch.input_ids.numel() for batch in batches) * width
-        self.place = choose_place(place, elements * dtype.itemsize, device)
         self.streams: list[torch.Tensor | None] = [None] * len(self.batches)
 
     def __len__(self) -> int:

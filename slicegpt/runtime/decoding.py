@@ -143,7 +143,7 @@ class GraphDecoder(StaticDecoder):
         torch.cuda.current_stream(self.token.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):  # the cache's device may not be the current one
             super().step()
 
     def step(self) -> Tensor:
@@ -164,7 +164,7 @@ def tokens_on_host(decoder: Decoder, first: Tensor, count: int) -> Iterator[Tens
         copy = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
         copy.copy_(token, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(first.device))
         waiting.append((copy, event))
         if len(waiting) > RUN_AHEAD:
             yield _arrived(*waiting.popleft())

@@ -30,20 +30,25 @@ RECONSTRUCT = {
 }  # fmt: skip
 
 
+SPAN = {"X": "fp16", "weight": "fp64", "exponents": "i32", "BLOCK_T": 128, "BLOCK_C": 32}
+FINISH = {"C": "fp64", "partials": "fp64", "BLOCK": 32}
+
+
 def build(
-    kernel, capability: int, arguments: dict, num_warps: int = 4, num_stages: int = 3
+    kernel, capability: int, arguments: dict, num_warps: int = 4, num_stages: int = 3, ones: bool = False
 ) -> tuple[str, str]:
     """Compile for sm_<capability>; return the disassembly and the resource report.
 
     arguments: element type of a pointer, or the value of a constexpr; every other parameter is an integer,
-    aligned to 16 if it is a size or a token stride (the common case: rows of a multiple of 16 items).
+    aligned to 16 if it is a size or a token stride (the common case: rows of a multiple of 16 items). `ones`: all of
+    them are 1, which a launch makes constants, Python's numbers, whatever the kernel does with them.
     """
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = arguments.get(name, "i32")
         if value is None or (name.isupper() and name not in ("A", "B", "C", "X")):
             signature[name], constexprs[name] = "constexpr", value
-        elif name.endswith("stride_column"):
+        elif name.endswith("stride_column") or (ones and name not in arguments):
             signature[name], constexprs[name] = "constexpr", 1
         else:
             signature[name] = value if name not in arguments else "*" + value
@@ -110,3 +115,22 @@ def test_fast_cross_product_uses_half_precision_tensor_cores(capability, instruc
     sass, resources = build(cross_gram._cross_product, capability, arguments)
     assert instruction in sass
     assert_no_spills(sass, resources)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arguments"),
+    [
+        (gram_fp64._product, PRODUCT),
+        (gram_fp64._finish, FINISH),
+        (cross_gram._cross_product, CROSS_PRODUCT),
+        (cross_gram._add_partials, FINISH),
+        (gram_exact._span, SPAN),
+        (gram_exact._residues, RESIDUES),
+        (gram_exact._multiply, MULTIPLY),
+        (gram_exact._reconstruct, RECONSTRUCT),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_sizes_and_strides_of_one(kernel, arguments):
+    """One token, one column: what a launch specialises on has no methods of a tensor."""
+    build(kernel, 90, arguments, ones=True)

@@ -192,8 +192,10 @@ def test_on_the_gpu(monkeypatch, precision, dtype, tokens, rows, columns):
         pytest.skip("not supported")
     monkeypatch.setenv("SLICEGPT_BACKEND", "triton")
     left, right = normal(tokens, rows, dtype), normal(tokens, columns, dtype, seed=1)
-    keep, start = torch.arange(tokens) % 5 != 1, torch.zeros(rows, columns, dtype=torch.float64)
-    total = start.cuda()
+    keep = torch.arange(tokens) % 5 != 1
+    total = torch.zeros(rows, columns, dtype=torch.float64, device="cuda")
     cross_gram_(total, left.cuda(), right.cuda(), keep.cuda(), precision)
-    unit, sums = (2.0**-24, 64) if precision == "fast" else (EPS, None)
-    assert_close_to_longdouble(total.cpu(), start, left, right, keep, unit, sums)
+    left, right = left[keep].double(), right[keep].double()
+    # As in tests/ops/test_gram.py: the float64 product that is expected errs as much.
+    tolerance = 67 * 2.0**-24 if precision == "fast" else 2 * (tokens + 3) * EPS
+    assert ((total.cpu() - left.T @ right).abs() <= tolerance * (left.abs().T @ right.abs())).all()
