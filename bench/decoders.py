@@ -6,6 +6,7 @@ have today, and not with this package's idea of it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from slicegpt.modeling import CACHE
 from slicegpt.runtime import Runtime, Sampling
+from slicegpt.runtime.attention import kernels_for_new_shapes
 
 
 class Decoder(ABC):
@@ -61,7 +63,12 @@ class Decoder(ABC):
 
 
 class CachedModel(Decoder):
-    """A Hugging Face model with a key-value cache: dynamic, as `generate()` takes it, or static."""
+    """A Hugging Face model with a key-value cache: dynamic, as `generate()` takes it, or static.
+
+    On a GPU prompts and growing caches go without cuDNN's attention, which would build a plan for every new length, and
+    the model that runs first would pay for all (see `slicegpt.runtime.attention`). The steps of a static cache, of one
+    shape, take what PyTorch takes.
+    """
 
     def __init__(
         self,
@@ -79,6 +86,7 @@ class CachedModel(Decoder):
             self.cache = StaticCache(config=model.config, max_cache_len=length)
         else:
             self.cache = DynamicCache(config=model.config)
+        self.growing = cache != "static"
         self.forward = model
         if compiled:
             # Every network and batch is compiled anew, on purpose; the default limit is for accidents.
@@ -91,10 +99,15 @@ class CachedModel(Decoder):
     def resume(self) -> None:
         self.model.set_attn_implementation(self.attention)
 
+    def kernels(self) -> AbstractContextManager:
+        """What attention may take while decoding."""
+        return kernels_for_new_shapes(self.model.device) if self.growing else nullcontext()
+
     @torch.no_grad()
     def prompt(self, ids: Tensor) -> None:
         # Not compiled: a prompt's length is seldom seen twice.
-        self._choose(self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}))
+        with kernels_for_new_shapes(self.model.device):
+            self._choose(self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}))
 
     @torch.no_grad()
     def fill(self, context: int) -> None:
@@ -109,7 +122,8 @@ class CachedModel(Decoder):
 
     @torch.no_grad()
     def step(self) -> None:
-        self._choose(self.forward(self.tokens, use_cache=True, **{CACHE: self.cache}))
+        with self.kernels():
+            self._choose(self.forward(self.tokens, use_cache=True, **{CACHE: self.cache}))
 
     def _choose(self, output) -> None:
         self.tokens = output.logits[:, -1:].argmax(dim=-1)
@@ -172,13 +186,14 @@ class GeneratingModel(CachedModel):
         self.tokens = value[:, None]
 
     def _generate(self, count: int, seen: Callable[[Tensor], object]) -> None:
-        self.ids = self.model.generate(
-            self.ids,
-            attention_mask=torch.ones_like(self.ids),
-            max_new_tokens=count,
-            streamer=Observer(seen),
-            **{CACHE: self.cache},
-        )
+        with self.kernels():
+            self.ids = self.model.generate(
+                self.ids,
+                attention_mask=torch.ones_like(self.ids),
+                max_new_tokens=count,
+                streamer=Observer(seen),
+                **{CACHE: self.cache},
+            )
 
 
 class FusedRuntime(Decoder):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt.modeling import SlicedConfig
+from slicegpt.runtime.attention import causal_mask, prompt_attention
 from slicegpt.runtime.packing import Attention
 
 
@@ -74,6 +75,10 @@ class Step:
             states = F.rms_norm(states, (size,), None, attention.norm_eps) * attention.norm
         if self.angles is not None:
             states = rotate(states, *self.angles)
+        elif states.is_cuda and attention.norm is None:
+            states = (
+                states.contiguous()
+            )  # a GEMM's rows of any length: attention's kernels load 16 bytes at a time
         attended = self._attend(attention, states[:, key_heads:], states[:, :key_heads], values)
         rows[:, first_query:end] = attended
         return rows[:, first_query:]
@@ -145,14 +150,8 @@ class GrowingStep(Step):
         if attention.window not in self._masks:
             self._masks[attention.window] = self._mask(attention.window, first)
         mask = self._masks[attention.window]
-        attended = F.scaled_dot_product_attention(
-            queries,
-            cached_keys[:, :, first : self.stop],
-            cached_values[:, :, first : self.stop],
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=attention.heads != attention.key_heads,
-        )
+        seen = slice(first, self.stop)
+        attended = prompt_attention(queries, cached_keys[:, :, seen], cached_values[:, :, seen], mask)
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _first_seen(self, window: int | None) -> int:
@@ -160,9 +159,9 @@ class GrowingStep(Step):
         return 0 if window is None else max(0, self.start - window + 1)
 
     def _mask(self, window: int | None, first: int) -> Tensor | None:
-        """What each new token sees, bool [batch or 1, 1, tokens, stop - first]; None where that is plainly causal."""
-        if self.start == 0 and not self.padded and (window is None or window >= self.stop):
-            return None
+        """What each new token sees of the slots from `first` on; see `prompt_attention`."""
+        if not self.padded and (window is None or window >= self.stop):
+            return causal_mask(self.tokens, self.stop, self.cache.keys)
         device = self.cache.keys.device
         query = torch.arange(self.start, self.stop, device=device)[:, None]
         key = torch.arange(first, self.stop, device=device)

@@ -9,6 +9,7 @@ from transformers.generation import BaseStreamer
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import cpu_decode
+from slicegpt.runtime.attention import kernels_for_new_shapes
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.canonical import to_canonical
 from slicegpt.runtime.cpu_step import CpuStep
@@ -115,7 +116,9 @@ class Runtime:
             ids, places = input_ids[:, columns], positions[:, columns]
             angles = self.network.angles(places)
             step = GrowingStep(cache, ids.shape[1], angles, start, mask is not None)
-            yield self.network.blocks(self.network.embed(ids, places), step)
+            with kernels_for_new_shapes(self.device):
+                past = self.network.blocks(self.network.embed(ids, places), step)
+            yield past
 
     @torch.inference_mode()
     def _last_logits(self, input_ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:

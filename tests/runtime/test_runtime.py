@@ -3,12 +3,12 @@
 import pytest
 import torch
 from sliced_models import FORMS, LENGTHS, network
-from tiny_models import CASES, left_padding, relative_error, tiny_model, token_ids
+from tiny_models import CASES, in_float64, left_padding, relative_error, tiny_model, token_ids
 
 from slicegpt.bench.models import random_model
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig
-from slicegpt.runtime import Runtime, Sampling, packing, to_canonical
+from slicegpt.runtime import Runtime, Sampling, attention, packing, to_canonical
 from slicegpt.runtime.network import Network
 
 
@@ -25,6 +25,20 @@ def test_logits_are_those_of_the_plain_model(case, form):
     actual, expected = runtime.logits(ids, mask), plain(ids, attention_mask=mask).logits
     tolerance = 1e-12 if case.startswith("opt") else 1e-6
     assert relative_error(actual[mask.bool()], expected[mask.bool()]) < tolerance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["dense", "compact"])
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "opt", "qwen3-tied"])
+def test_attention_as_a_gpu_takes_it(case, form, monkeypatch):
+    """Grouped heads, masks and chunks the way PyTorch's GPU kernels want them; float64, as above."""
+    monkeypatch.setattr(attention, "_on_gpu", lambda tensor: True)
+    plain, ids = network(case, form), token_ids()
+    runtime = Runtime(plain, prefill_chunk=5)
+    assert relative_error(runtime.logits(ids), plain(ids).logits) < 1e-12
+    ids, mask = left_padding(ids, LENGTHS)
+    actual, expected = runtime.logits(ids, mask), plain(ids, attention_mask=mask).logits
+    assert relative_error(actual[mask.bool()], expected[mask.bool()]) < (1e-12 if case == "opt" else 1e-6)
 
 
 @torch.no_grad()
@@ -313,3 +327,34 @@ def test_a_cuda_graph_gives_the_same_tokens(case, dtype):
     draws = [runtime.generate(ids, mask, 20, sampling, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "opt"])
+def test_half_precision_with_heads_that_attention_kernels_take(case, device):
+    """Heads of 64 entries, in groups, padded, in chunks, in a window: every kernel of a GPU's, and a captured step.
+
+    Against the same weights in float64: float16 rounds to 5e-4, some hundred times on the way to logits of size 1.
+    """
+    grouped = {} if case == "opt" else {"num_key_value_heads": 2, "head_dim": 64}
+    model_class, config_class, config = CASES[case]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "initializer_range": 0.04} | grouped
+    if case == "opt":
+        sizes["word_embed_proj_dim"] = 512
+    half = model_class(config_class(**(config | sizes))).half().eval()
+    exact = in_float64(model_class(half.config).double().eval())
+    exact.load_state_dict(half.state_dict())
+    ids, mask = left_padding(token_ids(3, 40), [40, 23, 9])
+    runtime = Runtime(half.to(device), prefill_chunk=16)
+    for keep in (torch.ones_like(mask), mask):
+        new = runtime.generate(ids.to(device), keep.to(device), 12, ignore_eos=True).cpu()
+        seen = torch.cat((keep, torch.ones(3, 12, dtype=keep.dtype)), dim=1)
+        expected = exact(new, attention_mask=seen).logits
+        actual = runtime.logits(new.to(device), seen.to(device)).cpu().double()
+        assert relative_error(actual[seen.bool()], expected[seen.bool()]) < 1e-2
+        # What was chosen step by step is best, or as good as best.
+        scores = expected[:, 39:-1]
+        chosen = scores.gather(2, new[:, 40:, None])[..., 0]
+        assert (scores.max(dim=2).values - chosen).max() < 2e-2 * scores.abs().max()
