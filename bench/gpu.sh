@@ -66,12 +66,15 @@ tune() {
 export -f tune
 export out
 
+# Most of the tests' time is Triton compiling: in parallel where pytest-xdist is installed.
+workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 4")
 rotation="$python -m slicegpt.bench.bench_rotation"
 bench="$python -m slicegpt bench"
 seven="--shape llama-2-7b --slice 0,0.25"
 step build 180 "$python" setup.py build_ext --inplace
 step environment 60 "$python" -c 'import sys; from slicegpt.cli import main; sys.exit(main())' env
-step tests 300 "$python" -m pytest -q -m gpu tests
+step tests 240 "$python" -m pytest -q -m gpu $workers tests --ignore=tests/kernels --ignore=tests/ops
+step tests_triton 240 "$python" -m pytest -q -m gpu $workers tests/kernels tests/ops
 step tune 270 bash -c 'tune --models llama-2-7b --seconds 240'
 step bench_rotation 270 $rotation --seconds 240 --json "$out/bench_rotation.json"
 step bench_gram 220 "$python" -m slicegpt.bench.bench_gram --json "$out/bench_gram.json"

@@ -124,8 +124,10 @@ def fits(config: GemmConfig, device: DeviceClass, dtype: torch.dtype) -> bool:
 def shared_bytes(config: GemmConfig, device: DeviceClass, dtype: torch.dtype) -> int:
     """Shared memory of one program: the operands' stages, and half an output tile on its way to coalesced stores."""
     stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
-    # wgmma reads a stage while the next ones arrive; mma.sync has it in registers by then.
-    buffers = config.num_stages - (0 if device.capability >= (9, 0) and config.block_m >= 64 else 1)
+    # wgmma reads a stage while the next ones arrive; mma.sync has it in registers by then, but for float32 as some
+    # releases of triton compile it.
+    reads_memory = device.capability >= (9, 0) and config.block_m >= 64
+    buffers = config.num_stages - (0 if reads_memory or dtype == torch.float32 else 1)
     return buffers * stage + max(4096, config.block_m * config.block_n // 2 * dtype.itemsize) + 512
 
 
