@@ -82,6 +82,7 @@ step memcheck 90 bash -c 'sanitize memcheck tests/csrc/test_gram.py -m gpu -k "c
 step memcheck_wgmma 60 bash -c 'sanitize memcheck tests/csrc/test_residue_wgmma.py -m gpu -k "cuda and (any_values or (forwards and (191-130 or 1300-300)))"'
 step racecheck 90 bash -c 'sanitize racecheck tests/csrc/test_gram.py -m gpu -k "cuda and 70-130"'
 step memcheck_gemm 90 bash -c 'sanitize memcheck tests/kernels -m gpu -k "test_gpu and 37 and (silu_gated or True) and not every"'
+step memcheck_attention 60 bash -c 'sanitize memcheck tests/ops/test_decode_attention.py -m gpu -k "on_the_gpu and auto and (small or phi)"'
 step memcheck_decode 90 bash -c 'sanitize memcheck tests/csrc/test_decode.py -m gpu -k "cuda and (strides or factor or splits)"'
 step racecheck_decode 90 bash -c 'sanitize racecheck tests/csrc/test_decode.py -m gpu -k "cuda and (splits or factor)"'
 step token_7b 180 $bench token $seven,0.5 --engines hf,hf-generate,hf-compile,plain,fused --json "$out/token-7b.json" --csv "$out/token-7b.csv"

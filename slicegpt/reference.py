@@ -189,3 +189,49 @@ def cross_gram_(C: Tensor, A: Tensor, B: Tensor, weight: Tensor | None = None, f
         else:
             C.addmm_(left.T, right)
     _mark_infinities(C)
+
+
+def decode_attention_(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor,
+    slot: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    norm: Tensor | None,
+    heads: int,
+    window: int | None,
+    norm_eps: float,
+) -> None:
+    """Attention of one token a row on a cache; the contract is `slicegpt.ops.decode_attention_`."""
+    batch, key_heads, capacity, head_dim = keys.shape
+    first_key, first_query = key_heads * head_dim, 2 * key_heads * head_dim
+    end = first_query + heads * head_dim
+    states = rows[:, first_key:end].view(batch, key_heads + heads, head_dim)
+    if norm is not None:
+        states = F.rms_norm(states, (head_dim,), None, norm_eps) * norm
+    if cos is not None:
+        states = rotate(states, cos, sin)
+    keys.index_copy_(2, slot, states[:, :key_heads, None])
+    values.index_copy_(2, slot, rows[:, :first_key].view(batch, key_heads, 1, head_dim))
+    place = torch.arange(capacity, device=rows.device)
+    seen = (place <= slot) & valid
+    if window is not None:
+        seen &= place > slot - window
+    # The query heads that share a key head are so many queries of it.
+    queries = states[:, key_heads:].reshape(batch, key_heads, -1, head_dim)
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen[:, None, None])
+    rows[:, first_query:end] = attended.reshape(batch, -1)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions for [tokens, heads, head_dim]: turns the first columns.
+
+    cos, sin: [tokens, 1, rotary_dim]; the first half of the sines is negative.
+    """
+    columns = cos.shape[-1]
+    whole = columns == states.shape[-1]
+    turned = states if whole else states[..., :columns]
+    turned = torch.addcmul(turned * cos, turned.roll(columns // 2, -1), sin)
+    return turned if whole else torch.cat((turned, states[..., columns:]), dim=-1)

@@ -2,7 +2,7 @@
 
 The cache is allocated once. A pass over several tokens of every row (prefill), or over one token where the number of
 cached tokens is known to Python (`GrowingStep`), reads a view of what is filled. A captured pass knows that number on
-the device only (`StaticStep`): it reads all of the cache under a mask.
+the device only (`StaticStep`): its attention is one operator, which asks there.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt.modeling import SlicedConfig
+from slicegpt.ops import decode_attention_
+from slicegpt.reference import rotate
 from slicegpt.runtime.attention import causal_mask, prompt_attention
 from slicegpt.runtime.packing import Attention
 
@@ -40,15 +42,6 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions for [tokens, heads, head_dim]: turns the first columns; see `Network.angles`."""
-    columns = cos.shape[-1]
-    whole = columns == states.shape[-1]
-    turned = states if whole else states[..., :columns]
-    turned = torch.addcmul(turned * cos, turned.roll(columns // 2, -1), sin)
-    return turned if whole else torch.cat((turned, states[..., columns:]), dim=-1)
 
 
 class Step:
@@ -183,18 +176,16 @@ class StaticStep(Step):
     """
 
     def __init__(self, cache: KVCache, angles: tuple[Tensor, Tensor] | None, slot: Tensor):
+        # Contiguous once for all layers.
+        angles = None if angles is None else tuple(angle.contiguous() for angle in angles)
         super().__init__(cache, 1, angles)
         self.slot = slot
-        self._masks: dict[int | None, Tensor] = {}
 
-    def _attend(self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        cached_keys, cached_values = self.cache.keys[attention.layer], self.cache.values[attention.layer]
-        cached_keys.index_copy_(2, self.slot, keys[:, :, None])
-        cached_values.index_copy_(2, self.slot, values[:, :, None])
-        if attention.window not in self._masks:
-            key = torch.arange(self.cache.capacity, device=self.slot.device)
-            seen = (key <= self.slot) & self.cache.valid
-            if attention.window is not None:
-                seen &= key > self.slot - attention.window
-            self._masks[attention.window] = seen[:, None, None]
-        return self._one_query(attention, queries, cached_keys, cached_values, self._masks[attention.window])
+    def attend(self, attention: Attention, rows: Tensor) -> Tensor:
+        cache, layer = self.cache, attention.layer
+        cos, sin = (None, None) if self.angles is None else self.angles
+        decode_attention_(
+            rows, cache.keys[layer], cache.values[layer], cache.valid, self.slot, cos, sin, attention.norm,
+            attention.heads, attention.window, attention.norm_eps,
+        )  # fmt: skip
+        return rows[:, 2 * attention.key_heads * attention.head_dim :]

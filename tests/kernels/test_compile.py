@@ -7,7 +7,7 @@ from cubins import assert_no_spills, disassemble  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from slicegpt.kernels import cross_gram, gram_exact, gram_fp64  # noqa: E402
+from slicegpt.kernels import cross_gram, decode_attention, gram_exact, gram_fp64  # noqa: E402
 
 PRODUCT = {
     "X": "fp16", "weight": "fp64", "out": "fp64", "skip": "i32",
@@ -32,6 +32,19 @@ RECONSTRUCT = {
 
 SPAN = {"X": "fp16", "weight": "fp64", "exponents": "i32", "BLOCK_T": 128, "BLOCK_C": 32}
 FINISH = {"C": "fp64", "partials": "fp64", "BLOCK": 32}
+# Of Llama-2-7B, and with a group, a norm and partial rotary positions.
+ATTEND = {
+    "rows": "fp16", "keys": "fp16", "values": "fp16", "valid": "u8", "slot": "i64", "cos": "fp16", "sin": "fp16",
+    "norm": None, "sums": None, "peaks": None, "GROUP": 1, "KEY_HEADS": 32, "HEAD_DIM": 128, "ROTARY": 128,
+    "WINDOW": None, "SPLITS": 1, "DOT": False, "BLOCK_G": 1, "BLOCK_N": 32, "WIDTH": 128,
+}  # fmt: skip
+GROUPED = {"norm": "fp16", "sums": "fp32", "peaks": "fp32", "GROUP": 8, "KEY_HEADS": 8, "ROTARY": 32,
+           "WINDOW": 4096, "SPLITS": 8}  # fmt: skip
+WIDE = {"HEAD_DIM": 256, "WIDTH": 256}
+COMBINE = {
+    "rows": "fp16", "sums": "fp32", "peaks": "fp32", "HEADS": 32, "HEAD_DIM": 128, "SPLITS": 8, "WIDTH": 128,
+}  # fmt: skip
+FLOATS = ("norm_eps", "score_scale")
 
 
 def build(
@@ -48,11 +61,17 @@ def build(
         value = arguments.get(name, "i32")
         if value is None or (name.isupper() and name not in ("A", "B", "C", "X")):
             signature[name], constexprs[name] = "constexpr", value
-        elif name.endswith("stride_column") or (ones and name not in arguments):
+        elif name.endswith("stride_column") or (ones and name not in arguments and name not in FLOATS):
             signature[name], constexprs[name] = "constexpr", 1
+        elif name in FLOATS:
+            signature[name] = "fp32"
         else:
             signature[name] = value if name not in arguments else "*" + value
-            if name in arguments or name in ("padded", "length") or name.endswith("stride_token"):
+            if (
+                name in arguments
+                or name in ("padded", "length")
+                or name.endswith(("stride_token", "_stride"))
+            ):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -117,6 +136,32 @@ def test_fast_cross_product_uses_half_precision_tensor_cores(capability, instruc
     assert_no_spills(sass, resources)
 
 
+@pytest.mark.parametrize("capability", [75, 80, 90])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "shape", [ATTEND, ATTEND | GROUPED, ATTEND | GROUPED | WIDE], ids=["7b", "grouped", "wide"]
+)
+def test_decode_attention(shape, dtype, capability):
+    """A group of queries multiplies on tensor cores, where they are."""
+    if (capability, dtype) == (75, "bf16"):
+        pytest.skip("no bfloat16")
+    types = {
+        name: dtype for name in ("rows", "keys", "values", "cos", "sin", "norm") if shape[name] is not None
+    }
+    dot = shape["GROUP"] >= 4 and dtype != "fp32" and capability >= 80
+    tile = {
+        "DOT": dot,
+        "BLOCK_G": 16 if dot else 1,
+        "BLOCK_N": decode_attention.block_tokens(shape["WIDTH"], dot),
+    }
+    sass, resources = build(decode_attention._attend, capability, shape | types | tile, num_stages=2)
+    assert_no_spills(sass, resources)
+    assert ("HMMA" in sass) == dot
+    if shape["SPLITS"] > 1:
+        combine = COMBINE | {"rows": dtype, "HEAD_DIM": shape["HEAD_DIM"], "WIDTH": shape["WIDTH"]}
+        assert_no_spills(*build(decode_attention._combine, capability, combine))
+
+
 @pytest.mark.parametrize(
     ("kernel", "arguments"),
     [
@@ -128,6 +173,8 @@ def test_fast_cross_product_uses_half_precision_tensor_cores(capability, instruc
         (gram_exact._residues, RESIDUES),
         (gram_exact._multiply, MULTIPLY),
         (gram_exact._reconstruct, RECONSTRUCT),
+        (decode_attention._attend, ATTEND),
+        (decode_attention._combine, COMBINE),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
