@@ -14,8 +14,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 from transformers.generation.streamers import BaseStreamer
 
 from slicegpt.modeling import CACHE
+from slicegpt.ops.devices import kernels_for_new_shapes
 from slicegpt.runtime import Runtime, Sampling
-from slicegpt.runtime.attention import kernels_for_new_shapes
 
 
 class Decoder(ABC):
@@ -66,7 +66,7 @@ class CachedModel(Decoder):
     """A Hugging Face model with a key-value cache: dynamic, as `generate()` takes it, or static.
 
     On a GPU prompts and growing caches go without cuDNN's attention, which would build a plan for every new length, and
-    the model that runs first would pay for all (see `slicegpt.runtime.attention`). The steps of a static cache, of one
+    the model that runs first would pay for all (see `slicegpt.ops.devices`). The steps of a static cache, of one
     shape, take what PyTorch takes.
     """
 

@@ -119,8 +119,10 @@ def _loss_function(model: PreTrainedModel, probe: torch.Tensor) -> Callable[[tor
         return trunk(input_ids=ids, use_cache=False).last_hidden_state
 
     def from_logits(ids: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        return _losses(logits.flatten(0, 1), ids[:, 1:].flatten()).view(len(ids), -1)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        size = max(1, _LOGITS_AT_ONCE // logits.shape[1])
+        pieces = zip(logits.split(size), ids[:, 1:].flatten().split(size), strict=True)
+        return torch.cat([_losses(part, labels) for part, labels in pieces]).view(len(ids), -1)
 
     def from_hidden_states(ids: torch.Tensor) -> torch.Tensor:
         hidden = hidden_states(ids)[:, :-1].flatten(0, 1)

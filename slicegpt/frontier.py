@@ -11,13 +11,16 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration import Calibration, calibration_hash, encode_text
 from slicegpt.errors import SliceGPTError
 from slicegpt.evaluate import perplexity
 from slicegpt.families import canonical_fields
+from slicegpt.memory import fits_on
 from slicegpt.modeling import SlicedConfig
+from slicegpt.offload import layer_by_layer
 from slicegpt.progress import Progress
 from slicegpt.record import versions
 from slicegpt.schedule import Shape, constant_widths, plan, plan_for_parameters
@@ -220,6 +223,14 @@ class Frontier:
             for text in self.texts
         }
 
+    def measure_on_device(self, model: PreTrainedModel) -> dict[str, float]:
+        """`measure`, on the slicing's device where the model fits there, and back."""
+        origin, device = model.device, torch.device(self.options.device)
+        try:
+            return self.measure(model.to(device) if fits_on(model, device) else model)
+        finally:
+            model.to(origin)
+
     def record(
         self, method: str, widths: str, options: dict, sizes: dict, seconds: float, nll: dict[str, float]
     ) -> dict:
@@ -258,7 +269,7 @@ class Frontier:
         sizes["parameters"] = self.fields["source_parameters"]
         sizes["bytes"] = sizes["parameters"] * self.options.dtype.itemsize
         start = time.perf_counter()
-        nll = self.measure(self.model)
+        nll = self.measure_on_device(self.model)
         return self.record("dense", widths, {}, sizes, time.perf_counter() - start, nll)
 
     def slicing_options(self, method: str) -> SlicingOptions:
@@ -274,7 +285,7 @@ class Frontier:
         start = time.perf_counter()
         model = make()
         sizes = sparse_sizes(model)
-        nll = self.measure(model.to(self.options.device))
+        nll = self.measure_on_device(model)
         return self.record("sparsegpt-2:4", "dense", {}, sizes, time.perf_counter() - start, nll)
 
     def point(self, method: str, config: SlicedConfig) -> dict:
@@ -292,8 +303,8 @@ class Frontier:
         start = time.perf_counter()
         seen, held_out = self.calibration.batches, self.calibration.held_out
         sliced, report = slice_model(self.model, config, seen, slicing, self.progress, held_out)
-        sliced.to(self.options.device)
-        nll = self.measure(sliced)
+        with layer_by_layer(sliced, torch.device(self.options.device)):
+            nll = self.measure(sliced)
         neurons = {} if sliced.config.layer_neurons is None else {"neurons": sliced.config.layer_neurons}
         ridge = {"ridge": report.refit[0]["ridge"]} if report.refit else {}
         sizes = self.sizes(sliced.config) | neurons | ridge

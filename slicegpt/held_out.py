@@ -7,13 +7,18 @@ one window harder than another.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from transformers import PreTrainedModel
 
 from slicegpt.calibration import Calibration
+from slicegpt.errors import SliceGPTError
 from slicegpt.evaluate import window_losses
 from slicegpt.memory import fits_on
 from slicegpt.progress import Progress
+
+logger = logging.getLogger("slicegpt")
 
 # Held-out windows that cost a third more than seen ones: four windows of 512 tokens differ by a tenth by chance.
 EXCESS = 1.33
@@ -34,7 +39,8 @@ def held_out_check(
 
     Returns:
         `windows` of each kind, `seen`, `held_out` and `excess`, their ratio (None where they are too small to be
-        compared); None in place of all of it where no windows were left over, or a model does not fit on the device.
+        compared); None in place of all of it where no windows were left over, a model does not fit on the device, or a
+        loss is not finite (which is logged).
     """
     windows = min(len(calibration.seen), len(calibration.held_out))
     if not windows:
@@ -49,6 +55,12 @@ def held_out_check(
         model.to(device)
         try:
             losses.append(torch.tensor(window_losses(model, pairs, 1, progress), dtype=torch.float64))
+        except (
+            SliceGPTError,
+            torch.OutOfMemoryError,
+        ) as error:  # the sliced model is worth more than this figure
+            logger.warning("held-out windows were not compared: %s", str(error).splitlines()[0])
+            return None
         finally:
             model.to(origin)
     above = (losses[1] - losses[0]).view(2, windows).sum(dim=1) / tokens

@@ -27,6 +27,7 @@ pytest.importorskip("accelerate")
 
 from slicegpt.finetune import AdapterOptions, Schedule, TrainingOptions, attach, merge, training_text
 from slicegpt.finetune.adapters import target_modules
+from slicegpt.finetune.run import _training_arguments
 from slicegpt.finetune.trainer import Clock, distillation_loss
 
 WORKER = Path(__file__).with_name("finetune_worker.py")
@@ -464,3 +465,10 @@ def test_defaults_are_the_papers():
     adapters, training = AdapterOptions(), TrainingOptions()
     assert (adapters.rank, adapters.alpha, adapters.dropout, adapters.targets) == (32, 10, 0.05, "inputs")
     assert training.seqlen == 1024
+
+
+def test_a_numbered_device_is_told_to_accelerate_and_the_environment_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
+    arguments = _training_arguments(tmp_path, TrainingOptions(), torch.device("cpu", 0))
+    assert arguments.device.type == "cpu"
+    assert "ACCELERATE_TORCH_DEVICE" not in os.environ

@@ -312,7 +312,7 @@ def test_a_model_writes_windows_to_hold_out(tiny_tokenizer, model):
     assert not set(samples) & {tuple(row) for row in drawn.held_out.tolist()}
 
 
-def test_held_out_check(files, tiny_tokenizer, model):
+def test_held_out_check(files, tiny_tokenizer, model, caplog):
     """Against the models' own losses, and against a text that is all there is."""
     drawn = sample_sources(load_sources(str(files / "a.txt")), tiny_tokenizer, 8, 32)
     fields = canonical_fields(model)
@@ -330,6 +330,14 @@ def test_held_out_check(files, tiny_tokenizer, model):
     assert check["windows"] == 4
     everything = replace(drawn, held_out=drawn.held_out[:0])
     assert held_out_check(model, sliced, everything, torch.device("cpu")) is None
+
+    # A loss that is not finite costs the figure and not the run.
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight.fill_(torch.nan)
+    with caplog.at_level("WARNING", logger="slicegpt"):
+        assert held_out_check(broken, sliced, drawn, torch.device("cpu")) is None
+    assert "held-out windows were not compared: perplexity: the loss of window 0 is nan" in caplog.text
 
 
 def test_held_out_warning():

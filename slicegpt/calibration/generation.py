@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.families import family_of
+from slicegpt.memory import free_memory
 from slicegpt.modeling import CACHE
+from slicegpt.ops.devices import kernels_for_new_shapes
 from slicegpt.progress import Progress
 
 
@@ -95,7 +99,8 @@ def continue_tokens(
     cache, fed = _cache(model, length), 0
     # What all starts have is read at once; from there on every sequence takes a token a step, given or drawn.
     for position in range(int((ids >= 0).all(dim=0).int().cumprod(dim=0).sum()), length):
-        output = model(ids[:, fed:position], use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        with kernels_for_new_shapes(starts.device):
+            output = model(ids[:, fed:position], use_cache=True, logits_to_keep=1, **{CACHE: cache})
         fed = position
         drawn = _draw(output.logits[:, -1], generator, settings, banned)
         ids[:, position] = torch.where(ids[:, position] < 0, drawn, ids[:, position])
@@ -171,7 +176,8 @@ def generate_samples(
     cut = len(document) if seqlen + len(document) <= model.config.max_position_embeddings else 0
     banned = special * torch.tensor([kind != "conversation" for kind in kinds])[:, None]
     report = progress or Progress(quiet=True)
-    pieces = list(zip(starts.split(settings.batch_size), banned.split(settings.batch_size), strict=True))
+    batch = min(settings.batch_size, _sequences_that_fit(model, seqlen + cut))
+    pieces = list(zip(starts.split(batch), banned.split(batch), strict=True))
     shortest = [int((piece >= 0).sum(dim=1).min()) for piece, _ in pieces]
     tokens = sum(max(0, seqlen + cut - length) for length in shortest)
     with report.stage("sampling the model", tokens, "tokens") as advance:
@@ -184,6 +190,18 @@ def generate_samples(
     ids = torch.cat(written)
     is_document = torch.tensor([kind == "document" for kind in kinds])
     return torch.where(is_document[:, None], ids[:, cut:], ids[:, :seqlen])
+
+
+def _sequences_that_fit(model: PreTrainedModel, length: int) -> int:
+    """Sequences whose keys and values take at most half of what is free on a GPU. A CPU is not asked: there the text
+    must not depend on what else runs."""
+    if model.device.type != "cuda":
+        return sys.maxsize
+    facts = family_of(model.config).facts(model.config)
+    heads = facts.get("num_key_value_heads") or facts["num_attention_heads"]
+    head_dim = facts.get("head_dim") or facts["dense_hidden_size"] // facts["num_attention_heads"]
+    sequence = 2 * facts["num_hidden_layers"] * heads * head_dim * length * model.dtype.itemsize
+    return max(1, free_memory(model.device) // 2 // sequence)
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

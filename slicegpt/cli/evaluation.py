@@ -70,7 +70,9 @@ def run(options: argparse.Namespace) -> None:
         with step(progress, f"loading tasks {options.tasks}"):
             tasks = ZeroShotTasks(names, options.include_path, options.num_fewshot, options.limit)
     results, answers = [], []
+    model = None
     for name in options.models:
+        del model  # one at a time on the device
         with step(progress, f"loading {name}"):
             model, tokenizer = load_dense(name, dtype, device)
         results.append(

@@ -5,6 +5,7 @@ Gemma 2 and 3 normalise what a block writes as well, which cannot be folded: rot
 
 from dataclasses import replace
 
+import torch
 from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
@@ -30,7 +31,9 @@ def one_plus(norm: Norm, config: PreTrainedConfig | None = None) -> Norm:
 def fold_scales(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
     """See `scale_writers`."""
     layer = replace(layer, attention_norm=one_plus(layer.attention_norm), mlp_norm=one_plus(layer.mlp_norm))
-    return scale_writers(layer, config.hidden_size**-0.5)
+    # transformers multiplies by the root as the model's dtype rounds it.
+    root = torch.tensor(config.hidden_size**0.5, dtype=torch.float64).to(layer.o.weight.dtype)
+    return scale_writers(layer, 1 / root.item())
 
 
 GEMMA = replace(

@@ -29,6 +29,7 @@ from slicegpt.finetune.saving import FinetuneResult, run_record, save_adapters
 from slicegpt.finetune.trainer import ELAPSED, Clock, NonFinite, RecoveryTrainer
 from slicegpt.loading import load_dense
 from slicegpt.modeling import SlicedConfig
+from slicegpt.ops.devices import has_fast_bfloat16
 from slicegpt.progress import Progress
 
 
@@ -154,9 +155,30 @@ def _check_fits(model: PreTrainedModel, options: TrainingOptions) -> None:
 def _training_arguments(
     work: Path, options: TrainingOptions, device: torch.device | None
 ) -> TrainingArguments:
+    """The Trainer's arguments; a device with a number is where one process trains (under torchrun each has its own)."""
+    if device is None or device.index is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _arguments(work, options, device)
+    # The Trainer has no argument for it: accelerate reads the environment when it is first asked, which
+    # `arguments.device` does; transformers then takes the first GPU whatever accelerate was told.
+    variable = "ACCELERATE_TORCH_DEVICE"
+    before = os.environ.get(variable)
+    os.environ[variable] = str(device)
+    try:
+        arguments = _arguments(work, options, device)
+        told = arguments.device
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+    if told != device and device.type == "cuda":
+        vars(arguments)["_setup_devices"] = device
+        torch.cuda.set_device(device)
+    return arguments
+
+
+def _arguments(work: Path, options: TrainingOptions, device: torch.device | None) -> TrainingArguments:
     on_cpu = not torch.cuda.is_available() if device is None else device.type == "cpu"
-    if device is not None and device.index is not None:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # the Trainer has no argument for it
     arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=options.batch_size,
@@ -242,7 +264,8 @@ def _prepare(work: Path, settings: dict, resume: bool, overwrite: bool) -> Path 
 
 def _precision(options: TrainingOptions, device: torch.device) -> torch.dtype:
     if options.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        fast = device.type == "cuda" and has_fast_bfloat16(device)
+        return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if options.precision == "bf16" else torch.float32
 
 

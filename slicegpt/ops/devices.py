@@ -1,8 +1,10 @@
 """Facts about device classes that decide between implementations; `bench/devices.py` has more of them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Compute capabilities with double-precision tensor cores at half of the float32 rate or more. sm_86, 89,
 # 103 and 120 compute in float64 at 1/64 of it.
@@ -43,3 +45,15 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return False
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def kernels_for_new_shapes(device: torch.device) -> AbstractContextManager:
+    """Within it, PyTorch's attention on a GPU goes without cuDNN.
+
+    PyTorch takes cuDNN first from compute capability 9.0 on. It builds a plan for every new shape, which costs tens of
+    milliseconds and more: nearly every prompt has a new one, and a growing cache with every token.
+    """
+    return sdpa_kernel(_WITHOUT_PLANS) if device.type == "cuda" else nullcontext()

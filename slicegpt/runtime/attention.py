@@ -1,23 +1,9 @@
 """Attention of the tokens of a prompt, by the kernel of PyTorch's that suits the device."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-
-_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def kernels_for_new_shapes(device: torch.device) -> AbstractContextManager:
-    """Within it, PyTorch's attention on a GPU goes without cuDNN.
-
-    PyTorch takes cuDNN first from compute capability 9.0 on. It builds a plan for every new shape, which costs tens of
-    milliseconds and more: nearly every prompt has a new one, and a growing cache with every token.
-    """
-    return sdpa_kernel(_WITHOUT_PLANS) if device.type == "cuda" else nullcontext()
 
 
 def prompt_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

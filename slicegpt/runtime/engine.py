@@ -9,7 +9,7 @@ from transformers.generation import BaseStreamer
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import cpu_decode
-from slicegpt.runtime.attention import kernels_for_new_shapes
+from slicegpt.ops.devices import kernels_for_new_shapes
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.canonical import to_canonical
 from slicegpt.runtime.cpu_step import CpuStep

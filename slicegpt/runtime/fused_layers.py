@@ -13,7 +13,7 @@ from slicegpt import ops
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.modeling.layers import SlicedAttention
-from slicegpt.runtime.packing import PackedBlock, pack_layer
+from slicegpt.runtime.packing import PackedBlock, check_one_device, pack_layer
 
 
 @torch.no_grad()
@@ -37,6 +37,7 @@ def fuse_layers(model: SlicedForCausalLM, release: bool = False) -> SlicedForCau
         raise SliceGPTError(
             f"fuse_layers: model must be a SlicedForCausalLM, got {type(model).__name__}; see to_canonical"
         )
+    check_one_device("fuse_layers", model)
     for layer in model.model.layers:
         blocks = pack_layer(model.config, layer)
         layer.forward = _FusedForward(layer.self_attn, blocks)
@@ -60,7 +61,9 @@ class _Columns(nn.Module):
         self.first, self.last = first, last
 
     def forward(self, rows: Tensor) -> Tensor:
-        return rows[..., self.first : self.last]
+        columns = rows[..., self.first : self.last]
+        # A GPU's attention loads 16 bytes at a time.
+        return columns.contiguous() if rows.is_cuda and rows.shape[-1] % 8 else columns
 
 
 def _attention_of_rows(module: SlicedAttention) -> SlicedAttention:

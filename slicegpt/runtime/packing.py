@@ -21,6 +21,7 @@ ACTIVATION_NAMES = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "silu": "silu",
     "swish": "silu",
@@ -154,6 +155,13 @@ def position_limit(config: SlicedConfig) -> tuple[int, str | None]:
     return config.max_position_embeddings, None
 
 
+def check_one_device(what: str, model: nn.Module) -> None:
+    """Refuse a model that is spread over devices, or in part offloaded: its layers' hooks would not be called."""
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise SliceGPTError(f"{what}: the model must be on one device, got {', '.join(devices)}")
+
+
 @torch.no_grad()
 def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bool = False) -> PackedNetwork:
     """Lay the weights out anew, on the model's device; embedding and head are shared with the model.
@@ -164,8 +172,10 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
         release: take each layer's weights out of `model` once they are packed, so that they are never held twice.
             The model cannot be used afterwards.
 
-    Errors: `SliceGPTError` for an activation or a rotary variant that the fused operators do not have.
+    Errors: `SliceGPTError` for an activation or a rotary variant that the fused operators do not have, and for a model
+    that is not on one device.
     """
+    check_one_device("runtime", model)
     config, trunk = model.config, model.model
     embedding = trunk.embed_tokens.weight.detach()
     rotary = None

@@ -6,6 +6,7 @@ residual stream changes its width on the way; this file tells it.
 """
 
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.transformers import TransformersForCausalLM
@@ -30,11 +31,24 @@ class SlicedForVLLM(TransformersForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config, group = self.text_config, self.pp_group
+        self._fix_longrope(vllm_config.model_config.max_model_len)
         first_layer, _ = get_pp_indices(config.num_hidden_layers, group.rank_in_group, group.world_size)
         width = config.boundary_widths[entry_boundary(config, first_layer)]
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], width
         )
+
+    def _fix_longrope(self, length: int) -> None:
+        """LongRoPE's frequencies by the longest sequence that is served: a batch mixes sequences of all lengths."""
+        rope = self.text_config.rope_parameters or {}
+        if rope.get("rope_type") != "longrope":
+            return
+        rotary = self.model.rotary_emb
+        frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](
+            self.text_config, rotary.inv_freq.device, seq_len=length
+        )
+        rotary.inv_freq.copy_(frequencies)
+        rotary.rope_type = "default"  # which no forward pass changes
 
     def pipeline_parallel(self) -> None:
         """Besides what the plan lists: projections and learned positions belong to the first and last stage only."""

@@ -7,7 +7,7 @@ from tiny_models import CASES, left_padding, relative_error, tiny_model, token_i
 
 from slicegpt import ops
 from slicegpt.errors import SliceGPTError
-from slicegpt.runtime import fuse_layers, to_canonical, unfuse_layers
+from slicegpt.runtime import Runtime, fuse_layers, to_canonical, unfuse_layers
 
 
 @torch.no_grad()
@@ -77,3 +77,11 @@ def test_errors():
     model.config.hidden_act = "tanh"
     with pytest.raises(SliceGPTError, match="activation 'tanh' is not supported"):
         fuse_layers(model)
+
+
+@pytest.mark.parametrize("use", [fuse_layers, Runtime])
+def test_a_model_in_several_places_is_refused(use):
+    plain = network("llama", "compact", torch.float32)
+    plain.model.layers[1].to("meta")  # what an offloaded layer looks like
+    with pytest.raises(SliceGPTError, match="the model must be on one device, got cpu, meta"):
+        use(plain)
