@@ -33,9 +33,9 @@ def splits_for(capacity: int, programs: int, multiprocessors: int) -> int:
     return 1 << max(0, wanted.bit_length() - 1)
 
 
-def block_tokens(width: int, dot: bool) -> int:
+def block_tokens(width: int, itemsize: int, dot: bool) -> int:
     """Tokens that a program reads at a time: as many as its registers hold beside the sums."""
-    return (8192 if dot else 4096) // max(128, width)
+    return (8192 if dot else 8192 // itemsize) // max(128, width)
 
 
 def decode_attention_(
@@ -69,7 +69,7 @@ def decode_attention_(
         rows.stride(0), *keys.stride()[:3], valid.stride(0), norm_eps, head_dim**-0.5 * 1.4426950408889634,
         GROUP=group, KEY_HEADS=key_heads, HEAD_DIM=head_dim, ROTARY=0 if cos is None else cos.shape[-1],
         WINDOW=window, SPLITS=splits, DOT=dot, BLOCK_G=triton.next_power_of_2(max(16, group)) if dot else 1,
-        BLOCK_N=block_tokens(width, dot), WIDTH=width,
+        BLOCK_N=block_tokens(width, rows.itemsize, dot), WIDTH=width,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     if splits > 1:

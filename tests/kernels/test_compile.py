@@ -45,6 +45,8 @@ COMBINE = {
     "rows": "fp16", "sums": "fp32", "peaks": "fp32", "HEADS": 32, "HEAD_DIM": 128, "SPLITS": 8, "WIDTH": 128,
 }  # fmt: skip
 FLOATS = ("norm_eps", "score_scale")
+# A launch rounds them up to whole blocks: they are never 1.
+ROUNDED = ("padded", "length", "tokens_a_split")
 
 
 def build(
@@ -53,15 +55,15 @@ def build(
     """Compile for sm_<capability>; return the disassembly and the resource report.
 
     arguments: element type of a pointer, or the value of a constexpr; every other parameter is an integer,
-    aligned to 16 if it is a size or a token stride (the common case: rows of a multiple of 16 items). `ones`: all of
-    them are 1, which a launch makes constants, Python's numbers, whatever the kernel does with them.
+    aligned to 16 if it is a size or a token stride (the common case: rows of a multiple of 16 items). `ones`: those
+    that can be are 1, which a launch makes constants, Python's numbers, whatever the kernel does with them.
     """
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = arguments.get(name, "i32")
         if value is None or (name.isupper() and name not in ("A", "B", "C", "X")):
             signature[name], constexprs[name] = "constexpr", value
-        elif name.endswith("stride_column") or (ones and name not in arguments and name not in FLOATS):
+        elif name.endswith("stride_column") or (ones and name not in (*arguments, *FLOATS, *ROUNDED)):
             signature[name], constexprs[name] = "constexpr", 1
         elif name in FLOATS:
             signature[name] = "fp32"
@@ -152,7 +154,7 @@ def test_decode_attention(shape, dtype, capability):
     tile = {
         "DOT": dot,
         "BLOCK_G": 16 if dot else 1,
-        "BLOCK_N": decode_attention.block_tokens(shape["WIDTH"], dot),
+        "BLOCK_N": decode_attention.block_tokens(shape["WIDTH"], 4 if dtype == "fp32" else 2, dot),
     }
     sass, resources = build(decode_attention._attend, capability, shape | types | tile, num_stages=2)
     assert_no_spills(sass, resources)
