@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import LONG_ROPE, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from slicegpt.calibration import CalibrationBatch, load_documents, sample_batches
@@ -177,12 +177,30 @@ SMALL = {
     "qwen3-tied": {"changes": SHAPES | {"head_dim": 32}},
     "mistral-window": {"changes": SHAPES | {"head_dim": 32}},
 }
+# Families whose factors are folded, and LongRoPE.
+FOLDED = {
+    "gemma": {"changes": SHAPES | {"head_dim": 32}},
+    "granite-tied": {"changes": SHAPES},
+    "gpt-neox": {"changes": SHAPES},
+    "cohere": {"changes": SHAPES},
+    # Prompts beyond the original length: the long factors, which vLLM takes for sequences of all lengths.
+    "phi3-long": {
+        "changes": SHAPES
+        | {
+            "rope_parameters": LONG_ROPE
+            | {
+                "short_factor": [1.0] * 16,
+                "long_factor": [2.0 + 0.1 * pair for pair in range(16)],
+                "original_max_position_embeddings": 16,
+            },
+            "original_max_position_embeddings": 16,
+        }
+    },
+}
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("small")
-    for name, settings in SMALL.items():
+def sliced_folders(root: Path, cases: dict[str, dict]) -> dict[str, Path]:
+    for name, settings in cases.items():
         model = tiny_model(settings.get("case", name), torch.float32, **settings["changes"])
         fields, head = canonical_fields(model), settings.get("slice_head", False)
         ids = torch.randint(3, 96, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -191,12 +209,25 @@ def small(tmp_path_factory) -> dict[str, Path]:
             model, config, [CalibrationBatch(ids, torch.ones_like(ids))], SlicingOptions()
         )
         sliced.save_pretrained(root / name)
-    return {name: root / name for name in SMALL}
+    return {name: root / name for name in cases}
+
+
+def check_tokens(folders: dict[str, Path], ranks: str, work: Path) -> None:
+    prompts = torch.randint(3, 96, (8, 20), generator=torch.Generator().manual_seed(1)).tolist()
+    results, _ = vllm_tokens([*folders.values()], prompts, PARALLEL[ranks], work)
+    for name, folder in folders.items():
+        assert results[str(folder)] == generated_tokens(folder, prompts), name
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> dict[str, Path]:
+    return sliced_folders(tmp_path_factory.mktemp("small"), SMALL)
 
 
 @pytest.mark.parametrize("ranks", ["tensor parallel", "pipeline parallel"])
 def test_every_family_on_two_ranks(small, ranks, tmp_path):
-    prompts = torch.randint(3, 96, (8, 20), generator=torch.Generator().manual_seed(1)).tolist()
-    results, _ = vllm_tokens([*small.values()], prompts, PARALLEL[ranks], tmp_path)
-    for name, folder in small.items():
-        assert results[str(folder)] == generated_tokens(folder, prompts), name
+    check_tokens(small, ranks, tmp_path)
+
+
+def test_families_whose_factors_are_folded(tmp_path):
+    check_tokens(sliced_folders(tmp_path, FOLDED), "one rank", tmp_path)
