@@ -78,6 +78,7 @@ step tests_triton 240 "$python" -m pytest -q -m gpu $workers tests/kernels tests
 step tune 270 bash -c 'tune --models llama-2-7b --seconds 240'
 step bench_rotation 270 $rotation --seconds 240 --json "$out/bench_rotation.json"
 step bench_gram 220 "$python" -m slicegpt.bench.bench_gram --json "$out/bench_gram.json"
+step bench_attention 60 "$python" -m slicegpt.bench.bench_attention --json "$out/bench_attention.json"
 step memcheck 90 bash -c 'sanitize memcheck tests/csrc/test_gram.py -m gpu -k "cuda and (127-63 or strides or weights or arrive)"'
 step memcheck_wgmma 60 bash -c 'sanitize memcheck tests/csrc/test_residue_wgmma.py -m gpu -k "cuda and (any_values or (forwards and (191-130 or 1300-300)))"'
 step racecheck 90 bash -c 'sanitize racecheck tests/csrc/test_gram.py -m gpu -k "cuda and 70-130"'
