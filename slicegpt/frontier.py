@@ -18,9 +18,8 @@ from slicegpt.calibration import Calibration, calibration_hash, encode_text
 from slicegpt.errors import SliceGPTError
 from slicegpt.evaluate import perplexity
 from slicegpt.families import canonical_fields
-from slicegpt.memory import fits_on
 from slicegpt.modeling import SlicedConfig
-from slicegpt.offload import layer_by_layer
+from slicegpt.offload import layer_by_layer, moved
 from slicegpt.progress import Progress
 from slicegpt.record import versions
 from slicegpt.schedule import Shape, constant_widths, plan, plan_for_parameters
@@ -225,11 +224,8 @@ class Frontier:
 
     def measure_on_device(self, model: PreTrainedModel) -> dict[str, float]:
         """`measure`, on the slicing's device where the model fits there, and back."""
-        origin, device = model.device, torch.device(self.options.device)
-        try:
-            return self.measure(model.to(device) if fits_on(model, device) else model)
-        finally:
-            model.to(origin)
+        with moved(model, torch.device(self.options.device)):
+            return self.measure(model)
 
     def record(
         self, method: str, widths: str, options: dict, sizes: dict, seconds: float, nll: dict[str, float]

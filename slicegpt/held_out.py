@@ -16,6 +16,7 @@ from slicegpt.calibration import Calibration
 from slicegpt.errors import SliceGPTError
 from slicegpt.evaluate import window_losses
 from slicegpt.memory import fits_on
+from slicegpt.offload import moved
 from slicegpt.progress import Progress
 
 logger = logging.getLogger("slicegpt")
@@ -51,18 +52,13 @@ def held_out_check(
         return None
     losses = []
     for model in (dense, sliced):
-        origin = model.device
-        model.to(device)
         try:
-            losses.append(torch.tensor(window_losses(model, pairs, 1, progress), dtype=torch.float64))
-        except (
-            SliceGPTError,
-            torch.OutOfMemoryError,
-        ) as error:  # the sliced model is worth more than this figure
+            with moved(model, device):
+                losses.append(torch.tensor(window_losses(model, pairs, 1, progress), dtype=torch.float64))
+        except (SliceGPTError, torch.OutOfMemoryError) as error:
+            # The sliced model is worth more than this figure.
             logger.warning("held-out windows were not compared: %s", str(error).splitlines()[0])
             return None
-        finally:
-            model.to(origin)
     above = (losses[1] - losses[0]).view(2, windows).sum(dim=1) / tokens
     seen, held_out = above.tolist()
     excess = round(held_out / seen, 3) if min(seen, held_out) > SMALLEST_LOSS else None

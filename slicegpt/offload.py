@@ -25,6 +25,18 @@ class Visitor(nn.Module):
 
 
 @contextmanager
+def moved(model: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Meanwhile a model is on `device` where it fits there, else (and for None) where it was."""
+    origin = next(model.parameters()).device
+    try:
+        if device is not None and fits_on(model, device):
+            model.to(device)
+        yield
+    finally:
+        model.to(origin)
+
+
+@contextmanager
 def layer_by_layer(model: SlicedForCausalLM, device: torch.device) -> Iterator[None]:
     """Meanwhile a model of the CPU runs on `device`: all of it at once where it fits, else layer by layer."""
     layers, parts = model.model.layers, [model]

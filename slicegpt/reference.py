@@ -205,24 +205,44 @@ def decode_attention_(
     norm_eps: float,
 ) -> None:
     """Attention of one token a row on a cache; the contract is `slicegpt.ops.decode_attention_`."""
-    batch, key_heads, capacity, head_dim = keys.shape
-    first_key, first_query = key_heads * head_dim, 2 * key_heads * head_dim
-    end = first_query + heads * head_dim
-    states = rows[:, first_key:end].view(batch, key_heads + heads, head_dim)
-    if norm is not None:
-        states = F.rms_norm(states, (head_dim,), None, norm_eps) * norm
-    if cos is not None:
-        states = rotate(states, cos, sin)
+    _, key_heads, capacity, head_dim = keys.shape
+    new_values, states = attention_states(rows, key_heads, heads, head_dim, norm, norm_eps, cos, sin)
     keys.index_copy_(2, slot, states[:, :key_heads, None])
-    values.index_copy_(2, slot, rows[:, :first_key].view(batch, key_heads, 1, head_dim))
+    values.index_copy_(2, slot, new_values[:, :, None])
     place = torch.arange(capacity, device=rows.device)
     seen = (place <= slot) & valid
     if window is not None:
         seen &= place > slot - window
-    # The query heads that share a key head are so many queries of it.
-    queries = states[:, key_heads:].reshape(batch, key_heads, -1, head_dim)
-    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen[:, None, None])
-    rows[:, first_query:end] = attended.reshape(batch, -1)
+    attended = one_query_attention(states[:, key_heads:], keys, values, seen[:, None, None])
+    rows[:, 2 * key_heads * head_dim :][:, : heads * head_dim] = attended
+
+
+def attention_states(
+    rows: Tensor,
+    key_heads: int,
+    heads: int,
+    head_dim: int,
+    norm: Tensor | None,
+    norm_eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Of rows [tokens, v | k | q | anything]: v, and k and q normed and rotated, each [tokens, heads, head_dim]."""
+    first_key, end = key_heads * head_dim, (2 * key_heads + heads) * head_dim
+    values = rows[:, :first_key].view(-1, key_heads, head_dim)
+    states = rows[:, first_key:end].view(-1, key_heads + heads, head_dim)
+    if norm is not None:
+        states = F.rms_norm(states, (head_dim,), None, norm_eps) * norm
+    return values, states if cos is None else rotate(states, cos, sin)
+
+
+def one_query_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one token a row: queries [batch, heads, head_dim] to [batch, heads * head_dim].
+
+    The query heads that share a key head are so many queries of it.
+    """
+    grouped = queries.reshape(len(queries), keys.shape[1], -1, keys.shape[3])
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(len(queries), -1)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

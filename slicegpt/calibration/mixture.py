@@ -14,7 +14,7 @@ from slicegpt.calibration.generation import generate_samples, ordinary_tokens
 from slicegpt.calibration.sampling import CalibrationBatch, check_positive, collate, draw_samples
 from slicegpt.calibration.sources import load_documents
 from slicegpt.errors import SliceGPTError
-from slicegpt.memory import fits_on
+from slicegpt.offload import moved
 from slicegpt.progress import Progress
 
 SELF = "self"  # text sampled from the dense model
@@ -189,14 +189,10 @@ def sample_sources(
         if source.name == SELF:
             if model is None:
                 raise SliceGPTError("sample_sources: the source 'self' needs the dense model, got None")
-            origin = model.device
-            model.to(device if device is not None and fits_on(model, device) else origin)
-            try:
+            with moved(model, device):
                 samples = list(
                     generate_samples(model, tokenizer, share + spare, seqlen, seed, progress=progress)
                 )
-            finally:
-                model.to(origin)
         elif source.name == RANDOM_TOKENS:
             samples = _random_tokens(tokenizer, share, seqlen, seed)
         else:

@@ -6,23 +6,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from .base import DenseLayer, Family, LayerNames
+from .llama import llama_facts
 from .rewriting import take_rows
 
 
 def gpt_neox_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that a GPT-NeoX config determines."""
-    return {
-        "dense_hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "hidden_act": config.hidden_act,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": dict(config.rope_parameters),
-        "rms_norm_eps": config.layer_norm_eps,
-        "attention_dropout": config.attention_dropout,
-        "parallel_blocks": config.use_parallel_residual,
-    }
+    return llama_facts(config, config.layer_norm_eps) | {"parallel_blocks": config.use_parallel_residual}
 
 
 def split_heads(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:

@@ -31,7 +31,7 @@ def llama_facts(config: PreTrainedConfig, eps: float | None = None) -> dict:
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "head_dim": head_dim_of(config),
         "hidden_act": config.hidden_act,
         "max_position_embeddings": config.max_position_embeddings,

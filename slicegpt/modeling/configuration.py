@@ -144,6 +144,12 @@ class SlicedConfig(PreTrainedConfig):
         """A tied head of a sliced last boundary is reached through a projection of that width to D."""
         return self.tie_word_embeddings and self.boundary_widths[-1] != self.dense_hidden_size
 
+    @property
+    def longrope_length(self) -> int | None:
+        """Tokens past which all positions of a sequence take LongRoPE's other frequencies; None without it."""
+        rope = self.rope_parameters or {}
+        return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+
     def boundary_eps(self, boundary: int) -> float:
         """Epsilon of the stock RMSNorm over `d` columns that stands for the norm over the D original ones.
 

@@ -257,11 +257,9 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         """LongRoPE turns the keys of a sequence that outgrows its original length by other frequencies, all of them:
         they are computed anew."""
-        rope, cache = self.config.rope_parameters or {}, kwargs.get(CACHE)
-        if cache is not None and rope.get("rope_type") == "longrope":
-            original = rope["original_max_position_embeddings"]
-            if cache.get_seq_length() <= original < input_ids.shape[1]:
-                kwargs |= {CACHE: None, "next_sequence_length": None}
+        original, cache = self.config.longrope_length, kwargs.get(CACHE)
+        if None not in (original, cache) and cache.get_seq_length() <= original < input_ids.shape[1]:
+            kwargs |= {CACHE: None, "next_sequence_length": None}
         return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
 
     @can_return_tuple

@@ -14,7 +14,7 @@ import torch
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import cpu_decode
 from slicegpt.ops.cpu_decode import rows_text
-from slicegpt.ops.registration import logger, triton_is_available
+from slicegpt.ops.registration import device_name, logger, triton_is_available
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -47,7 +47,7 @@ def choose(op: str, backend: str, capability: tuple[int, int] | None, dtype: tor
     name = _choose(op, backend, capability, dtype, limit if rows <= limit else limit + 1)
     if name is None:
         raise SliceGPTError(
-            f"{op}: backend {backend!r} does not take {dtype}, {rows} rows on {_device(capability)}"
+            f"{op}: backend {backend!r} does not take {dtype}, {rows} rows on {device_name(capability)}"
         )
     return name
 
@@ -66,13 +66,9 @@ def _choose(
         if _implements(name, op, capability, dtype, rows):
             limit = _few_rows(capability, dtype)
             size = rows_text(limit) if rows <= limit else f"more than {limit} rows"
-            logger.info("%s: %s, %s on %s: %s", op, dtype, size, _device(capability), name)
+            logger.info("%s: %s, %s on %s: %s", op, dtype, size, device_name(capability), name)
             return name
     return None
-
-
-def _device(capability: tuple[int, int] | None) -> str:
-    return "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
 
 
 def _candidates(backend: str, capability: tuple[int, int] | None, rows: int) -> tuple[str, ...]:

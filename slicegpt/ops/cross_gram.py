@@ -11,6 +11,7 @@ from slicegpt.ops import cpu_gram
 from slicegpt.ops.registration import (
     bad,
     device_capability,
+    device_name,
     logger,
     overlap,
     register,
@@ -55,7 +56,7 @@ def is_supported(
 @lru_cache
 def choose(backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, precision: str) -> str:
     """The backend that will run; cached, so that each class of calls is logged once."""
-    device = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+    device = device_name(capability)
     for candidate in _candidates(backend, capability):
         if _implements(candidate, capability, dtype, precision):
             logger.info("cross_gram_: %s on %s: %s, %s", dtype, device, candidate, precision)

@@ -9,6 +9,7 @@ from slicegpt import reference
 from slicegpt.ops.registration import (
     bad,
     device_capability,
+    device_name,
     logger,
     register,
     requested_backend,
@@ -76,7 +77,7 @@ def choose(backend: str, capability: tuple[int, int] | None, dtype: torch.dtype,
     """What will run, "triton" or "reference"; cached, so that each class of calls is logged once."""
     kernel = backend != "reference" and is_supported(capability, dtype, head_dim, "triton")
     name = "triton" if kernel else "reference"
-    device = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+    device = device_name(capability)
     logger.info("%s: %s, heads of %d on %s: %s", OP, dtype, head_dim, device, name)
     return name
 

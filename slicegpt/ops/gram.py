@@ -12,6 +12,7 @@ from slicegpt.ops.devices import FP64_TENSOR_CORES, Rates, rates_of
 from slicegpt.ops.registration import (
     bad,
     device_capability,
+    device_name,
     logger,
     overlap,
     register,
@@ -139,7 +140,7 @@ def choose(
         precisions = ["fp64"]
         if capability and choose_precision(capability, dtype, columns, float_weight) == "exact":
             precisions = ["exact", "fp64"]
-    device = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+    device = device_name(capability)
     for name in precisions:
         for candidate in _candidates(backend, capability):
             if _implements(candidate, capability, dtype, name):

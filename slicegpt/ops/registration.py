@@ -43,6 +43,11 @@ def device_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def device_name(capability: tuple[int, int] | None) -> str:
+    """What messages call a device of this compute capability (None: a CPU)."""
+    return "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+
+
 @lru_cache
 def triton_is_available() -> bool:
     try:

@@ -8,12 +8,11 @@ the device only (`StaticStep`): its attention is one operator, which asks there.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import decode_attention_
-from slicegpt.reference import rotate
+from slicegpt.reference import attention_states, one_query_attention
 from slicegpt.runtime.attention import causal_mask, prompt_attention
 from slicegpt.runtime.packing import Attention
 
@@ -60,33 +59,7 @@ class Step:
 
     def attend(self, attention: Attention, rows: Tensor) -> Tensor:
         """[batch * tokens, v | k | q | z] to [batch * tokens, attended | z]; overwrites q in `rows`."""
-        count, heads, key_heads, size = len(rows), attention.heads, attention.key_heads, attention.head_dim
-        first_key, first_query, end = key_heads * size, 2 * key_heads * size, (2 * key_heads + heads) * size
-        values = rows[:, :first_key].view(count, key_heads, size)
-        states = rows[:, first_key:end].view(count, key_heads + heads, size)
-        if attention.norm is not None:
-            states = F.rms_norm(states, (size,), None, attention.norm_eps) * attention.norm
-        if self.angles is not None:
-            states = rotate(states, *self.angles)
-        elif states.is_cuda and attention.norm is None:
-            states = (
-                states.contiguous()
-            )  # a GEMM's rows of any length: attention's kernels load 16 bytes at a time
-        attended = self._attend(attention, states[:, key_heads:], states[:, :key_heads], values)
-        rows[:, first_query:end] = attended
-        return rows[:, first_query:]
-
-    def _attend(self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Write keys and values, return [batch * tokens, heads * head_dim]."""
         raise NotImplementedError
-
-    def _one_query(
-        self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Attention of one token a row; the query heads that share a key head are so many queries of it."""
-        queries = queries.view(len(queries), attention.key_heads, -1, attention.head_dim)
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        return attended.reshape(len(queries), -1)
 
 
 class GrowingStep(Step):
@@ -113,6 +86,21 @@ class GrowingStep(Step):
         if tokens == 1:  # views of all layers at once: a token's cost on a CPU is the number of calls
             self._new = (cache.keys[:, :, :, start].unbind(), cache.values[:, :, :, start].unbind())
 
+    def attend(self, attention: Attention, rows: Tensor) -> Tensor:
+        heads, key_heads, size = attention.heads, attention.key_heads, attention.head_dim
+        cos, sin = (None, None) if self.angles is None else self.angles
+        values, states = attention_states(
+            rows, key_heads, heads, size, attention.norm, attention.norm_eps, cos, sin
+        )
+        if states.is_cuda and cos is None and attention.norm is None:
+            # Still a GEMM's rows, of any length: attention's kernels load 16 bytes at a time.
+            states = states.contiguous()
+        attended = rows[:, 2 * key_heads * size :]
+        attended[:, : heads * size] = self._attend(
+            attention, states[:, key_heads:], states[:, :key_heads], values
+        )
+        return attended
+
     def _seen(self, window: int | None) -> tuple:
         """What one token sees: keys and values of every layer, and the mask."""
         if window not in self._views:
@@ -127,12 +115,13 @@ class GrowingStep(Step):
         return self._views[window]
 
     def _attend(self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Write keys and values, return [batch * tokens, heads * head_dim]."""
         layer = attention.layer
         if self.tokens == 1:
             self._new[0][layer].copy_(keys)
             self._new[1][layer].copy_(values)
             seen_keys, seen_values, mask = self._seen(attention.window)
-            return self._one_query(attention, queries, seen_keys[layer], seen_values[layer], mask)
+            return one_query_attention(queries, seen_keys[layer], seen_values[layer], mask)
         cached_keys, cached_values = self.cache.keys[layer], self.cache.values[layer]
         queries, keys, values = (
             states.unflatten(0, (-1, self.tokens)).transpose(1, 2) for states in (queries, keys, values)

@@ -148,10 +148,8 @@ def position_limit(config: SlicedConfig) -> tuple[int, str | None]:
     """
     if config.position_embedding == "learned":
         return config.max_position_embeddings, "the model's learned positions"
-    rope = config.rope_parameters
-    if rope["rope_type"] == "longrope":
-        limit = rope["original_max_position_embeddings"]
-        return limit, "the length at which the model's LongRoPE changes its frequencies"
+    if config.longrope_length is not None:
+        return config.longrope_length, "the length at which the model's LongRoPE changes its frequencies"
     return config.max_position_embeddings, None
 
 

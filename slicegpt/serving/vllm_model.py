@@ -40,8 +40,7 @@ class SlicedForVLLM(TransformersForCausalLM):
 
     def _fix_longrope(self, length: int) -> None:
         """LongRoPE's frequencies by the longest sequence that is served: a batch mixes sequences of all lengths."""
-        rope = self.text_config.rope_parameters or {}
-        if rope.get("rope_type") != "longrope":
+        if self.text_config.longrope_length is None:
             return
         rotary = self.model.rotary_emb
         frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](

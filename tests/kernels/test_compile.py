@@ -34,7 +34,7 @@ SPAN = {"X": "fp16", "weight": "fp64", "exponents": "i32", "BLOCK_T": 128, "BLOC
 FINISH = {"C": "fp64", "partials": "fp64", "BLOCK": 32}
 # Of Llama-2-7B, and with a group, a norm and partial rotary positions.
 ATTEND = {
-    "rows": "fp16", "keys": "fp16", "values": "fp16", "valid": "u8", "slot": "i64", "cos": "fp16", "sin": "fp16",
+    "rows": "fp16", "keys": "fp16", "values": "fp16", "valid": "i1", "slot": "i64", "cos": "fp16", "sin": "fp16",
     "norm": None, "sums": None, "peaks": None, "GROUP": 1, "KEY_HEADS": 32, "HEAD_DIM": 128, "ROTARY": 128,
     "WINDOW": None, "SPLITS": 1, "DOT": False, "BLOCK_G": 1, "BLOCK_N": 32, "WIDTH": 128,
 }  # fmt: skip
