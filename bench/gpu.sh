@@ -59,7 +59,7 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} SLICEGPT_CUDA=1
 # The winners go beside the kernels, so that the steps after this one run with them, and to OUTDIR.
 tune() {
     local status=0
-    "$python" -m slicegpt.bench.tune_rotation "$@" || status=$?
+    "$python" -m slicegpt.bench.kernels.tune_rotation "$@" || status=$?
     cp kernels/tuned_sm*.json "$out" || status=$?
     return $status
 }
@@ -68,7 +68,7 @@ export out
 
 # Most of the tests' time is Triton compiling: in parallel where pytest-xdist is installed.
 workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 4")
-rotation="$python -m slicegpt.bench.bench_rotation"
+rotation="$python -m slicegpt.bench.kernels.bench_rotation"
 bench="$python -m slicegpt bench"
 seven="--shape llama-2-7b --slice 0,0.25"
 step build 180 "$python" setup.py build_ext --inplace
@@ -77,8 +77,8 @@ step tests 240 "$python" -m pytest -q -m gpu $workers tests --ignore=tests/kerne
 step tests_triton 240 "$python" -m pytest -q -m gpu $workers tests/kernels tests/ops
 step tune 270 bash -c 'tune --models llama-2-7b --seconds 240'
 step bench_rotation 270 $rotation --seconds 240 --json "$out/bench_rotation.json"
-step bench_gram 220 "$python" -m slicegpt.bench.bench_gram --json "$out/bench_gram.json"
-step bench_attention 60 "$python" -m slicegpt.bench.bench_attention --json "$out/bench_attention.json"
+step bench_gram 220 "$python" -m slicegpt.bench.kernels.bench_gram --json "$out/bench_gram.json"
+step bench_attention 60 "$python" -m slicegpt.bench.kernels.bench_attention --json "$out/bench_attention.json"
 step memcheck 90 bash -c 'sanitize memcheck tests/csrc/test_gram.py -m gpu -k "cuda and (127-63 or strides or weights or arrive)"'
 step memcheck_wgmma 60 bash -c 'sanitize memcheck tests/csrc/test_residue_wgmma.py -m gpu -k "cuda and (any_values or (forwards and (191-130 or 1300-300)))"'
 step racecheck 90 bash -c 'sanitize racecheck tests/csrc/test_gram.py -m gpu -k "cuda and 70-130"'

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slicegpt.hardware.devices import FP64_TENSOR_CORES
 from slicegpt.kernels.gram_fp64 import GramConfig, device_of, is_supported, load_tokens
-from slicegpt.ops.devices import FP64_TENSOR_CORES
 
 __all__ = ["cross_gram", "cross_gram_config", "is_supported"]
 

@@ -1,7 +1,7 @@
 """Launch configurations of the fused GEMMs: pure functions of device, dtype and sizes.
 
 A measurement on a device of the same compute capability decides where one is near: `tuned_sm<capability>.json`, which
-`bench/tune_rotation.py` writes. Elsewhere a rough model of the launch picks among the same candidates; such a
+`bench/kernels/tune_rotation.py` writes. Elsewhere a rough model of the launch picks among the same candidates; such a
 choice is reasoned, not tuned.
 """
 

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from slicegpt import reference
 from slicegpt.kernels.gemm_config import DeviceClass
+from slicegpt.ops import reference
 
 SUMSQ_COLUMNS = tl.constexpr(reference.SUMSQ_COLUMNS)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slicegpt.ops.devices import FP64_TENSOR_CORES
+from slicegpt.hardware.devices import FP64_TENSOR_CORES
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from slicegpt.kernels.gemm_tiles import (
     takes_tma,
     tile_position,
 )
-from slicegpt.reference import norm_linear_output
+from slicegpt.ops.reference import norm_linear_output
 
 __all__ = ["is_supported", "norm_linear"]
 

@@ -21,7 +21,7 @@ from slicegpt.kernels.gemm_tiles import (
     takes_tma,
     tile_position,
 )
-from slicegpt.reference import rotate_add_outputs
+from slicegpt.ops.reference import rotate_add_outputs
 
 __all__ = ["is_supported", "rotate_add"]
 

@@ -8,17 +8,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration import Source, load_documents, sample_sources
-from slicegpt.checkpoint import save_sliced
+from slicegpt.checkpoint.loading import load_dense
+from slicegpt.checkpoint.record import calibration_record, slicing_record
+from slicegpt.checkpoint.saving import save_sliced
+from slicegpt.conversion.plan import Shape, plan_for_parameters
 from slicegpt.errors import SliceGPTError
-from slicegpt.evaluate import perplexity
+from slicegpt.evaluation.perplexity import perplexity
+from slicegpt.evaluation.plots import plot_spectra
 from slicegpt.families import canonical_fields
-from slicegpt.loading import load_dense
 from slicegpt.modeling import CACHE
-from slicegpt.plots import plot_spectra
+from slicegpt.modeling.sizes import describe_neurons, format_bytes
 from slicegpt.progress import Progress
-from slicegpt.record import calibration_record, slicing_record
-from slicegpt.schedule import Shape, plan_for_parameters
-from slicegpt.sizes import describe_neurons, format_bytes
 from slicegpt.slicing import SlicingOptions, slice_model
 from slicegpt.table import format_table, write_json
 

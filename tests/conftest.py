@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from slicegpt.calibration import load_documents
-from slicegpt.loading import load_dense
+from slicegpt.checkpoint.loading import load_dense
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

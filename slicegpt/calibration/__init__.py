@@ -1,9 +1,9 @@
 """Text in, token batches out: where documents come from and how calibration samples are drawn from them."""
 
+from slicegpt.calibration.batches import CalibrationBatch, calibration_hash, sample_batches
 from slicegpt.calibration.coverage import calibration_warnings, coverage
+from slicegpt.calibration.documents import load_documents
 from slicegpt.calibration.mixture import Calibration, Source, load_sources, parse_sources, sample_sources
-from slicegpt.calibration.sampling import CalibrationBatch, calibration_hash, sample_batches
-from slicegpt.calibration.sources import load_documents
 from slicegpt.calibration.tokens import encode_text
 
 __all__ = [

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import torch
 
-from slicegpt.calibration.sampling import CalibrationBatch
+from slicegpt.calibration.batches import CalibrationBatch
 
 TOKENS_PER_COLUMN = 16
 UNSEEN_MASS = 0.1

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slicegpt.calibration.generation import generate_samples, ordinary_tokens
-from slicegpt.calibration.sampling import CalibrationBatch, check_positive, collate, draw_samples
-from slicegpt.calibration.sources import load_documents
+from slicegpt.calibration.batches import CalibrationBatch, check_positive, collate, draw_samples
+from slicegpt.calibration.documents import load_documents
+from slicegpt.calibration.self_sampling import generate_samples, ordinary_tokens
 from slicegpt.errors import SliceGPTError
-from slicegpt.offload import moved
+from slicegpt.hardware.offload import moved
 from slicegpt.progress import Progress
 
 SELF = "self"  # text sampled from the dense model

@@ -77,8 +77,8 @@ def add_results(parser: argparse.ArgumentParser) -> None:
 
 
 def networks_of(options: argparse.Namespace) -> list:
-    from slicegpt.bench.networks import choose_networks
-    from slicegpt.schedule import Shape
+    from slicegpt.bench.models.networks import choose_networks
+    from slicegpt.conversion.plan import Shape
 
     shape = Shape(options.shortcut, round_to=options.round_to)
     device, dtypes = resolve_device(options.device), [resolve_dtype(name) for name in options.dtype]
@@ -87,11 +87,11 @@ def networks_of(options: argparse.Namespace) -> list:
 
 def record_of(options: argparse.Namespace, device):
     """The record of a run, once every file it shall write has been found writable."""
-    from slicegpt.bench.results import Record, check_writable
+    from slicegpt.bench.harness.record import Record, check_writable
 
     check_writable("--plot", options.plot)
     if options.plot:
-        from slicegpt.bench.charts import check_plot
+        from slicegpt.bench.harness.charts import check_plot
 
         check_plot("--plot", options.plot)
     return Record(options.benchmark, settings_of(options), device, options.json, options.csv)
@@ -104,7 +104,7 @@ def measuring(record, options: argparse.Namespace) -> Iterator[None]:
     Whatever ends the run before, Ctrl-C or an error, what was measured until then is printed and written, marked
     incomplete.
     """
-    from slicegpt.bench.display import print_skipped
+    from slicegpt.bench.harness.display import print_skipped
     from slicegpt.errors import SliceGPTError
 
     try:
@@ -126,11 +126,11 @@ def measuring(record, options: argparse.Namespace) -> Iterator[None]:
 
 
 def show(record, options: argparse.Namespace) -> None:
-    from slicegpt.bench.display import print_summary
+    from slicegpt.bench.harness.display import print_summary
 
     print_summary(record.content)
     if options.plot:
-        from slicegpt.bench.charts import plot_results
+        from slicegpt.bench.harness.charts import plot_results
 
         plot_results(record.content, options.plot)
 
@@ -166,9 +166,9 @@ def add_token(benchmarks) -> None:
 
 
 def run_token(options: argparse.Namespace) -> None:
-    from slicegpt.bench.devices import current_device
-    from slicegpt.bench.engines import chosen_engines, pair
-    from slicegpt.bench.token_time import TokenOptions, check_positions, measure_token_times
+    from slicegpt.bench.commands.token_time import TokenOptions, check_positions, measure_token_times
+    from slicegpt.bench.models.devices import current_device
+    from slicegpt.bench.models.engines import chosen_engines, pair
     from slicegpt.progress import Progress
 
     networks = networks_of(options)
@@ -224,9 +224,9 @@ def add_throughput(benchmarks) -> None:
 
 
 def run_throughput(options: argparse.Namespace) -> None:
-    from slicegpt.bench.engines import chosen_engines, pair
-    from slicegpt.bench.throughput import ThroughputOptions, measure_throughput
-    from slicegpt.memory import free_memory
+    from slicegpt.bench.commands.throughput import ThroughputOptions, measure_throughput
+    from slicegpt.bench.models.engines import chosen_engines, pair
+    from slicegpt.hardware.memory import free_memory
     from slicegpt.progress import Progress
 
     networks = networks_of(options)
@@ -272,8 +272,8 @@ def add_layers(benchmarks) -> None:
 
 
 def run_layers(options: argparse.Namespace) -> None:
-    from slicegpt.bench.layers import LayersOptions, measure_layers
-    from slicegpt.bench.results import check_writable
+    from slicegpt.bench.commands.layers import LayersOptions, measure_layers
+    from slicegpt.bench.harness.record import check_writable
     from slicegpt.progress import Progress
 
     networks = networks_of(options)
@@ -313,9 +313,9 @@ def add_slicing(benchmarks) -> None:
 
 
 def run_slicing(options: argparse.Namespace) -> None:
-    from slicegpt.bench.slicing_time import SlicingTimeOptions, measure_slicing
+    from slicegpt.bench.commands.slicing_time import SlicingTimeOptions, measure_slicing
+    from slicegpt.conversion.plan import Shape
     from slicegpt.progress import Progress
-    from slicegpt.schedule import Shape
 
     device = resolve_device(options.device)
     shape = Shape(options.shortcut, round_to=options.round_to)
@@ -353,8 +353,8 @@ def add_report(benchmarks) -> None:
 def run_report(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from slicegpt.bench.report import read_results, render
-    from slicegpt.bench.results import check_writable
+    from slicegpt.bench.harness.record import check_writable
+    from slicegpt.bench.harness.report import read_results, render
 
     results = read_results(options.folder)
     if options.against:
@@ -370,8 +370,8 @@ def print_agreement(first: list, second: list, options: argparse.Namespace) -> N
     import statistics
     from pathlib import Path
 
-    from slicegpt.bench.display import print_rows
-    from slicegpt.bench.repeatability import compare_runs
+    from slicegpt.bench.harness.display import print_rows
+    from slicegpt.bench.harness.repeatability import compare_runs
 
     rows = compare_runs(first, second, (Path(options.folder), Path(options.against)))
     print_rows("agreement", rows)

@@ -33,8 +33,8 @@ def describe() -> dict:
     """Versions, devices, kernels and extras of this installation."""
     import torch
 
+    from slicegpt.checkpoint.record import versions
     from slicegpt.ops import cpu_decode, cuda
-    from slicegpt.record import versions
 
     packages = {}
     for name in ("triton", "safetensors", "tokenizers", "numpy"):
@@ -67,7 +67,7 @@ def describe() -> dict:
 
 
 def run(options: argparse.Namespace) -> None:
-    from slicegpt.sizes import format_bytes
+    from slicegpt.modeling.sizes import format_bytes
     from slicegpt.table import format_table, write_json
 
     facts = describe()

@@ -54,11 +54,11 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from slicegpt.calibration import load_documents
-    from slicegpt.evaluate import perplexity
-    from slicegpt.loading import load_dense
+    from slicegpt.checkpoint.loading import load_dense
+    from slicegpt.evaluation.perplexity import perplexity
+    from slicegpt.evaluation.zero_shot import ZeroShotTasks
     from slicegpt.progress import Progress
     from slicegpt.table import write_json
-    from slicegpt.zero_shot import ZeroShotTasks
 
     check(options)
     device, dtype, progress = resolve_device(options.device), resolve_dtype(options.dtype), Progress()

@@ -88,7 +88,7 @@ def read_sizes(text: str) -> list[float]:
 def read_methods(option: str, text: str) -> list[str]:
     """The names of a list of methods."""
     from slicegpt.errors import SliceGPTError
-    from slicegpt.frontier import METHODS
+    from slicegpt.evaluation.frontier import METHODS
 
     known = [*METHODS, SPARSEGPT]
     methods = [part for part in text.split(",") if part]
@@ -109,14 +109,14 @@ def run(options: argparse.Namespace) -> None:
 
     from slicegpt.calibration import load_documents, load_sources, sample_sources
     from slicegpt.calibration.mixture import split_names
+    from slicegpt.checkpoint.loading import load_dense
     from slicegpt.errors import SliceGPTError
+    from slicegpt.evaluation.frontier import METHODS, Frontier, cut_text, plan_point, run_frontier, table_rows
+    from slicegpt.evaluation.plots import plot_frontier
+    from slicegpt.evaluation.sparsegpt import check_interpreter, sparsegpt_2_4
     from slicegpt.families import canonical_fields
-    from slicegpt.frontier import METHODS, Frontier, cut_text, plan_point, run_frontier, table_rows
-    from slicegpt.loading import load_dense
-    from slicegpt.plots import plot_frontier
     from slicegpt.progress import Progress
     from slicegpt.slicing import SlicingOptions
-    from slicegpt.sparsegpt import check_interpreter, sparsegpt_2_4
     from slicegpt.table import format_table
 
     sizes, methods = read_sizes(options.sizes), read_methods("--method", options.method)

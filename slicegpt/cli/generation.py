@@ -50,8 +50,8 @@ def encode(tokenizer, prompt: str, chat: bool):
 def run(options: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
+    from slicegpt.checkpoint.loading import load_dense
     from slicegpt.errors import SliceGPTError
-    from slicegpt.loading import load_dense
     from slicegpt.table import write_json
 
     if options.sample and not options.temperature > 0:

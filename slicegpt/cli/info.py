@@ -22,13 +22,13 @@ def describe(name: str) -> dict:
     """Sizes, widths and ranks of a sliced folder, or of a dense model as one with nothing removed."""
     from transformers import AutoConfig
 
-    from slicegpt.checkpoint import read_record, stored_size
+    from slicegpt.checkpoint.loading import check_folder, load_dense
+    from slicegpt.checkpoint.record import slicing_fraction
+    from slicegpt.checkpoint.saving import read_record, stored_size
+    from slicegpt.conversion.plan import constant_widths, plan
     from slicegpt.families import canonical_fields
-    from slicegpt.loading import check_folder, load_dense
     from slicegpt.modeling import SlicedConfig
-    from slicegpt.record import slicing_fraction
-    from slicegpt.schedule import constant_widths, plan
-    from slicegpt.sizes import boundary_report
+    from slicegpt.modeling.sizes import boundary_report
 
     config, record = None, None
     if Path(name).is_dir():
@@ -66,8 +66,8 @@ def describe(name: str) -> dict:
 
 
 def run(options: argparse.Namespace) -> None:
-    from slicegpt.model_card import summarise
-    from slicegpt.sizes import describe_neurons, format_bytes
+    from slicegpt.checkpoint.model_card import summarise
+    from slicegpt.modeling.sizes import describe_neurons, format_bytes
     from slicegpt.table import format_table, write_json
 
     facts = describe(options.model)

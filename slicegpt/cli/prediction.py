@@ -57,9 +57,9 @@ def run_predict(options: argparse.Namespace) -> None:
         return
     import torch
 
-    from slicegpt.bench import predict
-    from slicegpt.bench.devices import device_named, measured_cpu
-    from slicegpt.bench.display import print_summary
+    from slicegpt.bench.commands import predict
+    from slicegpt.bench.harness.display import print_summary
+    from slicegpt.bench.models.devices import device_named, measured_cpu
     from slicegpt.errors import SliceGPTError
 
     on_cpu = options.device == "cpu"
@@ -100,9 +100,9 @@ def run_predict(options: argparse.Namespace) -> None:
 
 
 def run_published(options: argparse.Namespace) -> None:
-    from slicegpt.bench import reproduce
-    from slicegpt.bench.published import TOKEN_TIMES
-    from slicegpt.bench.results import write_csv
+    from slicegpt.bench.commands import reproduce
+    from slicegpt.bench.commands.published import TOKEN_TIMES
+    from slicegpt.bench.harness.record import write_csv
     from slicegpt.table import format_table
 
     devices = dict.fromkeys([row.device for row in TOKEN_TIMES] + [reproduce.THROUGHPUT_DEVICE])
@@ -129,7 +129,7 @@ def paper_record(name: str, options: argparse.Namespace, device: str | None):
     """A record whose device is the predicted one, and not the machine that did the sums; None is this CPU."""
     import torch
 
-    from slicegpt.bench.results import Record
+    from slicegpt.bench.harness.record import Record
 
     record = Record(name, settings_of(options), torch.device("cpu"), options.json, options.csv)
     if device is not None:

@@ -17,6 +17,6 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from slicegpt.hub import push_folder
+    from slicegpt.checkpoint.hub import push_folder
 
     print(push_folder(options.folder, options.repo_id, options.private, revision=options.revision))

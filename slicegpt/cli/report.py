@@ -3,8 +3,8 @@
 
 def print_sizes(record: dict) -> None:
     """Dense and sliced sizes of a `slicing.json`, side by side."""
-    from slicegpt.model_card import summarise
-    from slicegpt.sizes import describe_neurons, format_bytes
+    from slicegpt.checkpoint.model_card import summarise
+    from slicegpt.modeling.sizes import describe_neurons, format_bytes
     from slicegpt.table import format_table
 
     size, boundaries = record["size"], record["boundaries"]

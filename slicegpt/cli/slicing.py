@@ -145,8 +145,8 @@ def read_widths(file: str) -> list[int]:
 
 def plan_from(options: argparse.Namespace, fields: dict, dtype, shape):
     """The sliced model's configuration from the size that was asked for."""
+    from slicegpt.conversion.plan import constant_widths, plan, plan_for_parameters, width_for_slice
     from slicegpt.errors import SliceGPTError
-    from slicegpt.schedule import constant_widths, plan, plan_for_parameters, width_for_slice
 
     if options.widths is not None:
         return plan(fields, read_widths(options.widths), shape)
@@ -173,15 +173,15 @@ def tell(warnings: list[str]) -> None:
 def run(options: argparse.Namespace) -> None:
     # What can be checked without the model is checked before it is loaded.
     from slicegpt.calibration import calibration_warnings, coverage, load_sources, sample_sources
-    from slicegpt.checkpoint import check_output, check_space, save_sliced
+    from slicegpt.checkpoint.loading import load_dense
+    from slicegpt.checkpoint.record import calibration_record, size_record, slicing_record
+    from slicegpt.checkpoint.saving import check_output, check_space, save_sliced
+    from slicegpt.conversion.plan import Shape, width_for_slice
     from slicegpt.errors import SliceGPTError
     from slicegpt.families import canonical_fields
-    from slicegpt.held_out import held_out_check, held_out_warning
-    from slicegpt.loading import load_dense
     from slicegpt.progress import Progress
-    from slicegpt.record import calibration_record, size_record, slicing_record
-    from slicegpt.schedule import Shape, width_for_slice
     from slicegpt.slicing import SlicingOptions, slice_model
+    from slicegpt.slicing.held_out import held_out_check, held_out_warning
     from slicegpt.table import write_json
 
     from .report import print_sizes

@@ -6,8 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+from slicegpt.checkpoint.loading import read_safetensors_header
 from slicegpt.errors import SliceGPTError
-from slicegpt.loading import read_safetensors_header
 from slicegpt.table import write_json
 
 _SETTINGS = "settings.json"

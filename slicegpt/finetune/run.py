@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from slicegpt.checkpoint import check_output, read_record, save_sliced
+from slicegpt.checkpoint.loading import load_dense
+from slicegpt.checkpoint.saving import check_output, read_record, save_sliced
 from slicegpt.errors import SliceGPTError
 from slicegpt.finetune import checkpoints
 from slicegpt.finetune.adapters import AdapterOptions, attach, merge
@@ -27,9 +28,8 @@ from slicegpt.finetune.data import TrainingText, training_text
 from slicegpt.finetune.options import TrainingOptions
 from slicegpt.finetune.saving import FinetuneResult, run_record, save_adapters
 from slicegpt.finetune.trainer import ELAPSED, Clock, NonFinite, RecoveryTrainer
-from slicegpt.loading import load_dense
+from slicegpt.hardware.devices import has_fast_bfloat16
 from slicegpt.modeling import SlicedConfig
-from slicegpt.ops.devices import has_fast_bfloat16
 from slicegpt.progress import Progress
 
 

@@ -46,7 +46,7 @@ class FinalNorm(WeightlessRMSNorm):
 
 
 class CompactShortcut(nn.Module):
-    """`h -> [h - (h F) Fᵀ, 0]`, the exact shortcut between two aligned boundaries (see `slicegpt.rotation`).
+    """`h -> [h - (h F) Fᵀ, 0]`, the exact shortcut between two aligned boundaries (see `slicegpt.slicing.rotation`).
 
     `factor` holds `Fᵀ`, of shape [rank, width]. It is a parameter and no linear layer: it acts twice, once
     transposed, so a low-rank adapter on a linear layer would not mean what it says.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from slicegpt.errors import SliceGPTError
-from slicegpt.reference import GATED, norm_linear_output, rotate_add_outputs
+from slicegpt.ops.reference import GATED, norm_linear_output, rotate_add_outputs
 
 # The orders are csrc/cpu/decode.h's `Dtype` and `Activation`.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slicegpt.ops import cpu_decode, library_gemm
-from slicegpt.reference import GATED, norm_linear_output, sumsq_output
+from slicegpt.ops.reference import GATED, norm_linear_output, sumsq_output
 
 DTYPES = (torch.bfloat16, torch.float32)
 

@@ -5,9 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from slicegpt import reference
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import cpu_gram
+from slicegpt.ops import cpu_gram, reference
 from slicegpt.ops.registration import (
     bad,
     device_capability,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import cuda
-from slicegpt.reference import norm_linear_output, rotate_add_outputs
+from slicegpt.ops.reference import norm_linear_output, rotate_add_outputs
 
 MAX_TOKENS = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

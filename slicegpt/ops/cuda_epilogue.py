@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slicegpt.ops import cuda
 from slicegpt.ops.cuda_decode import DTYPES, norm_linear_arguments, rotate_add_arguments
-from slicegpt.reference import norm_linear_output, rotate_add_outputs
+from slicegpt.ops.reference import norm_linear_output, rotate_add_outputs
 
 
 def is_supported(capability: tuple[int, int], dtype: torch.dtype, tokens: int = 1) -> bool:

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from slicegpt import reference
+from slicegpt.ops import reference
 from slicegpt.ops.registration import (
     bad,
     device_capability,

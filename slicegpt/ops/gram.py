@@ -5,10 +5,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from slicegpt import reference
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import cpu_gram, cuda
-from slicegpt.ops.devices import FP64_TENSOR_CORES, Rates, rates_of
+from slicegpt.hardware.devices import FP64_TENSOR_CORES, Rates, rates_of
+from slicegpt.ops import cpu_gram, cuda, reference
 from slicegpt.ops.registration import (
     bad,
     device_capability,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicegpt.reference import ACTIVATIONS, GATED, sumsq_dtype
+from slicegpt.ops.reference import ACTIVATIONS, GATED, sumsq_dtype
 
 _HALF = (torch.float16, torch.bfloat16)
 

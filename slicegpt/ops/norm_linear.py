@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from slicegpt import reference
-from slicegpt.ops import choice, library_gemm
+from slicegpt.ops import choice, library_gemm, reference
+from slicegpt.ops.reference import ACTIVATIONS, GATED
 from slicegpt.ops.registration import bad, device_capability, register, requested_backend
-from slicegpt.reference import ACTIVATIONS, GATED
 
 OP = "norm_linear"
 

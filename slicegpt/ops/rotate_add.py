@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from slicegpt import reference
-from slicegpt.ops import choice, library_gemm
+from slicegpt.ops import choice, library_gemm, reference
 from slicegpt.ops.registration import bad, device_capability, register, requested_backend
 
 OP = "rotate_add"

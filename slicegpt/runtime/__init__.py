@@ -1,6 +1,6 @@
 """The fast form of the network: weights packed for the fused operators, a static cache, generation without waiting."""
 
-from slicegpt.runtime.canonical import to_canonical
+from slicegpt.conversion.canonical import to_canonical
 from slicegpt.runtime.engine import Runtime
 from slicegpt.runtime.fused_layers import fuse_layers, unfuse_layers
 from slicegpt.runtime.packing import PackedNetwork, pack

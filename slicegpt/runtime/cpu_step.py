@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slicegpt.ops import cpu_decode
-from slicegpt.reference import norm_linear_columns
+from slicegpt.ops.reference import norm_linear_columns
 from slicegpt.runtime.cache import KVCache
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slicegpt.runtime.cache import GrowingStep, KVCache, StaticStep, Step
 from slicegpt.runtime.cpu_step import CpuStep
-from slicegpt.runtime.network import Network
+from slicegpt.runtime.executor import Network
 from slicegpt.runtime.sampling import Sampling
 
 # Steps launched before the host reads the oldest token: enough to hide a launch, few enough to be thrown away when

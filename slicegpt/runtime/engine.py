@@ -7,11 +7,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import BaseStreamer
 
+from slicegpt.conversion.canonical import to_canonical
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.devices import kernels_for_new_shapes
 from slicegpt.ops import cpu_decode
-from slicegpt.ops.devices import kernels_for_new_shapes
 from slicegpt.runtime.cache import GrowingStep, KVCache
-from slicegpt.runtime.canonical import to_canonical
 from slicegpt.runtime.cpu_step import CpuStep
 from slicegpt.runtime.decoding import (
     Decoder,
@@ -21,7 +21,7 @@ from slicegpt.runtime.decoding import (
     StaticDecoder,
     tokens_on_host,
 )
-from slicegpt.runtime.network import Network
+from slicegpt.runtime.executor import Network
 from slicegpt.runtime.packing import pack, position_limit
 from slicegpt.runtime.sampling import Sampling
 

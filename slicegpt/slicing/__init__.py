@@ -2,6 +2,5 @@
 
 from .driver import slice_model
 from .options import SlicingOptions, SlicingReport
-from .slicer import build_model
 
-__all__ = ["SlicingOptions", "SlicingReport", "build_model", "slice_model"]
+__all__ = ["SlicingOptions", "SlicingReport", "slice_model"]

@@ -2,7 +2,7 @@
 
 With the same number everywhere, the neurons of one layer cost twenty times what those of another do (docs/quality.md).
 So the dense model's own activations tell, of every layer, by how much the refit's objective rises as its neurons go
-(`slicegpt.neurons.deletions`; a layer's errors count alike, whatever its depth), and they go where a parameter is
+(`neurons.deletions`; a layer's errors count alike, whatever its depth), and they go where a parameter is
 cheapest, until as many parameters are gone as with the planned number everywhere.
 """
 
@@ -14,15 +14,15 @@ from itertools import pairwise
 
 import torch
 
-from slicegpt.blocks import blocks_of, dense_block, dense_writers, neuron_rows
-from slicegpt.calibration.sampling import CalibrationBatch
+from slicegpt.calibration.batches import CalibrationBatch
 from slicegpt.families import Checkpoint
 from slicegpt.modeling import SlicedConfig
-from slicegpt.neurons import deletions
-from slicegpt.passes import Passes, check_finite
 from slicegpt.progress import Progress
-from slicegpt.refit import Moments, normal_equations, prior_of, teacher_dtype
+from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, neuron_rows
+from slicegpt.slicing.neurons import deletions
 from slicegpt.slicing.options import SlicingOptions
+from slicegpt.slicing.propagation import Passes, check_finite
+from slicegpt.slicing.refit import Moments, normal_equations, prior_of, teacher_dtype
 
 # The share of the calibration batches that the costs are taken from. They only decide between layers, where they
 # differ by factors.

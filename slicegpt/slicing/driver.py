@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from slicegpt.calibration.sampling import CalibrationBatch
+from slicegpt.calibration.batches import CalibrationBatch
 from slicegpt.families import checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
@@ -28,7 +28,7 @@ def slice_model(
 
     Args:
         model: of a supported family (`slicegpt.families.FAMILIES`), on the CPU; it is not changed.
-        config: planned by `slicegpt.schedule.plan`. The neurons it leaves are shared out among the layers, see
+        config: planned by `slicegpt.conversion.plan.plan`. The neurons it leaves are shared out among the layers, see
             `options.allocate`.
         batches: calibration tokens; needed wherever a boundary is sliced or takes its basis from PCA.
         options: see `SlicingOptions`.

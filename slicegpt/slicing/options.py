@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from slicegpt.covariance import SIGNALS
+from slicegpt.conversion.plan import ORIENTATIONS
 from slicegpt.errors import SliceGPTError
-from slicegpt.rotation import ORIENTATIONS
+from slicegpt.slicing.covariance import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SlicingOptions:
         seed: of the random orientation.
         vocabulary_prior: the embedding's basis is chosen from the calibration tokens and, this much beside them,
             from the whole vocabulary, so that tokens which the text never shows keep their embeddings.
-        refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.refit`.
+        refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.slicing.refit`.
         ridge: its λ; None: of `slicegpt.slicing.ridge.CANDIDATES` the one that loses least on held-out windows.
         allocate: where a config deletes the same number of neurons everywhere, each layer gives up as many as its
             costs call for (`slicegpt.slicing.allocation`); False keeps that number.

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 
 import torch
 
-from slicegpt.evaluate import window_losses
+from slicegpt.hardware.offload import layer_by_layer
 from slicegpt.modeling import SlicedForCausalLM
-from slicegpt.offload import layer_by_layer
+from slicegpt.modeling.losses import window_losses
 from slicegpt.progress import Progress
 
 logger = logging.getLogger("slicegpt")

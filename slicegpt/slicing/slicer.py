@@ -11,7 +11,23 @@ from collections.abc import Sequence
 
 import torch
 
-from slicegpt.blocks import (
+from slicegpt.calibration.batches import CalibrationBatch
+from slicegpt.conversion.canonical import build_model
+from slicegpt.conversion.folding import (
+    TABLE_ROWS,
+    centre,
+    fold_head,
+    named,
+    reader_state,
+    rotate_table,
+    rotate_writer,
+)
+from slicegpt.errors import SliceGPTError
+from slicegpt.families import Checkpoint, DenseLayer, Linear
+from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.progress import Progress
+from slicegpt.slicing.allocation import deletes_neurons
+from slicegpt.slicing.blocks import (
     MODULE_NAMES,
     WRITER_NAMES,
     Block,
@@ -21,29 +37,13 @@ from slicegpt.blocks import (
     dense_writers,
     neuron_rows,
 )
-from slicegpt.calibration.sampling import CalibrationBatch
-from slicegpt.covariance import Covariance
-from slicegpt.eigensolver import leading_eigenvectors
-from slicegpt.errors import SliceGPTError
-from slicegpt.families import Checkpoint, DenseLayer, Linear
-from slicegpt.folding import (
-    TABLE_ROWS,
-    centre,
-    fold_head,
-    named,
-    reader_state,
-    rotate_table,
-    rotate_writer,
-)
-from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
-from slicegpt.modeling.layers import SlicedRotaryEmbedding
-from slicegpt.neurons import choose_neurons
-from slicegpt.passes import Passes, check_finite
-from slicegpt.progress import Progress
-from slicegpt.refit import Moments, Writer, fit, normal_equations, prior_of, teacher_dtype
-from slicegpt.rotation import align, random_orthogonal
-from slicegpt.slicing.allocation import deletes_neurons
+from slicegpt.slicing.covariance import Covariance
+from slicegpt.slicing.eigensolver import leading_eigenvectors
+from slicegpt.slicing.neurons import choose_neurons
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
+from slicegpt.slicing.propagation import Passes, check_finite
+from slicegpt.slicing.refit import Moments, Writer, fit, normal_equations, prior_of, teacher_dtype
+from slicegpt.slicing.rotation import align, random_orthogonal
 
 
 def fitted_batches(count: int, share: float) -> int:
@@ -317,16 +317,3 @@ class Slicer:
                 basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
             self.slice_head(basis)
         return build_model(self.config, self.state | self.fits[self.carried])
-
-
-def build_model(config: SlicedConfig, state: dict[str, torch.Tensor]) -> SlicedForCausalLM:
-    """A model holding the tensors of `state` themselves (no copy, no initialisation), in eval mode."""
-    with torch.device("meta"):
-        model = SlicedForCausalLM(config)
-    if config.tie_word_embeddings:
-        state = state | {"lm_head.weight": state["model.embed_tokens.weight"]}
-    model.load_state_dict(state, assign=True)
-    if model.model.rotary_emb is not None:
-        model.model.rotary_emb = SlicedRotaryEmbedding(config)
-    model.tie_weights()
-    return model.eval()

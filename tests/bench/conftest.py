@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
-from slicegpt.bench.networks import Network, sized_network
+from slicegpt.bench.models.networks import Network, sized_network
+from slicegpt.conversion.plan import Shape
 from slicegpt.families import canonical_fields
-from slicegpt.schedule import Shape
 
 CPU = torch.device("cpu")
 

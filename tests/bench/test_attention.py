@@ -4,7 +4,7 @@ import json
 import os
 import sys
 
-from slicegpt.bench import bench_attention
+from slicegpt.bench.kernels import bench_attention
 
 
 def test_rows(monkeypatch, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slicegpt.bench.batch_search import Exhausted, Search, finer, search
+from slicegpt.bench.commands.batch_search import Exhausted, Search, finer, search
 
 
 class Machine:

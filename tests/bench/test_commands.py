@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 
-from slicegpt.bench import engines as engines_module
-from slicegpt.bench.engines import chosen_engines, pair
-from slicegpt.bench.networks import choose_networks
+from slicegpt.bench.models import engines as engines_module
+from slicegpt.bench.models.engines import chosen_engines, pair
+from slicegpt.bench.models.networks import choose_networks
 from slicegpt.cli import main
+from slicegpt.conversion.plan import Shape
 from slicegpt.errors import SliceGPTError
-from slicegpt.schedule import Shape
 
 CPU = torch.device("cpu")
 
@@ -112,8 +112,8 @@ def test_other_benchmarks_keep_what_they_measured(
     arguments, interrupted, calls, kept, tiny_folder, tmp_path, monkeypatch, capsys
 ):
     """Ctrl-C at a certain call, in the middle of each."""
-    target, file = f"slicegpt.bench.{interrupted}", tmp_path / "out.json"
-    monkeypatch.setattr("slicegpt.bench.layers.SAVE_SECONDS", 0.0)
+    target, file = f"slicegpt.bench.commands.{interrupted}", tmp_path / "out.json"
+    monkeypatch.setattr("slicegpt.bench.commands.layers.SAVE_SECONDS", 0.0)
     count = 0
 
     def counted(*given, **named):
@@ -168,7 +168,7 @@ def test_engines_of_throughput_depend_on_the_device(device, asked, engines, tiny
         raise SliceGPTError("enough")
 
     monkeypatch.setattr("slicegpt.cli.benchmark.networks_of", lambda options: [network])
-    monkeypatch.setattr("slicegpt.bench.engines.chosen_engines", choose)
+    monkeypatch.setattr("slicegpt.bench.models.engines.chosen_engines", choose)
     assert main(["bench", "throughput", "--shape", "llama-1b", *asked]) == 2
     assert seen == [engines]
 

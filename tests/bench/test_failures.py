@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from slicegpt.bench import engines as engines_module
-from slicegpt.bench.decoders import CachedModel
-from slicegpt.bench.display import LEAK_BYTES, notes, skipped_line
-from slicegpt.bench.engines import Case, Engine, chosen_engines
-from slicegpt.bench.results import Record
-from slicegpt.bench.throughput import ThroughputOptions, measure_throughput
-from slicegpt.bench.token_time import TokenOptions, measure_token_times
+from slicegpt.bench.commands.throughput import ThroughputOptions, measure_throughput
+from slicegpt.bench.commands.token_time import TokenOptions, measure_token_times
+from slicegpt.bench.harness.display import LEAK_BYTES, notes, skipped_line
+from slicegpt.bench.harness.record import Record
+from slicegpt.bench.models import engines as engines_module
+from slicegpt.bench.models.decoders import CachedModel
+from slicegpt.bench.models.engines import Case, Engine, chosen_engines
 from slicegpt.cli import main
 
 CPU = torch.device("cpu")

@@ -9,19 +9,19 @@ import numpy
 import pytest
 import torch
 
-from slicegpt.bench import engines as engines_module
-from slicegpt.bench.comparison import compare, token_ratios
-from slicegpt.bench.decoders import CachedModel, GeneratingModel, bytes_read
-from slicegpt.bench.engines import Case, Engine, by_memory, chosen_engines, pair
-from slicegpt.bench.memory import is_out_of_memory
-from slicegpt.bench.models import sliced_config
-from slicegpt.bench.predict import load_of
-from slicegpt.bench.results import Record, without_folders
-from slicegpt.bench.throughput import ThroughputOptions, measure_throughput
-from slicegpt.bench.timing import quantiles
-from slicegpt.bench.token_time import Run, TokenOptions, measure_token_times
+from slicegpt.bench.commands.predict import load_of
+from slicegpt.bench.commands.throughput import ThroughputOptions, measure_throughput
+from slicegpt.bench.commands.token_time import Run, TokenOptions, measure_token_times
+from slicegpt.bench.harness.comparison import compare, token_ratios
+from slicegpt.bench.harness.memory import is_out_of_memory
+from slicegpt.bench.harness.record import Record, without_folders
+from slicegpt.bench.harness.timing import quantiles
+from slicegpt.bench.models import engines as engines_module
+from slicegpt.bench.models.architectures import sliced_config
+from slicegpt.bench.models.decoders import CachedModel, GeneratingModel, bytes_read
+from slicegpt.bench.models.engines import Case, Engine, by_memory, chosen_engines, pair
 from slicegpt.cli import main
-from slicegpt.sizes import skeleton
+from slicegpt.modeling.sizes import skeleton
 
 CPU = torch.device("cpu")
 ALL = ["hf", "hf-eager", "hf-static", "hf-generate", "hf-generate-static", "plain", "fused"]
@@ -293,7 +293,9 @@ def test_folder_speaks_the_same_in_hugging_faces_class_and_ours(tiny_folder, tmp
 @pytest.mark.parametrize("cold", [False, True])
 def test_cold_caches_are_emptied_before_every_timed_step(tiny_networks, monkeypatch, cold):
     flushed = []
-    monkeypatch.setattr("slicegpt.bench.token_time.CacheFlush", lambda device: lambda: flushed.append(device))
+    monkeypatch.setattr(
+        "slicegpt.bench.commands.token_time.CacheFlush", lambda device: lambda: flushed.append(device)
+    )
     cases, _ = pair(tiny_networks((0.0,)), chosen_engines(["hf-generate", "fused"]))
     rows, _ = token_rows(cases, cold=cold)
     assert len(flushed) == (sum(row["tokens"] for row in rows) if cold else 0)

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from slicegpt.bench import layer_ops
-from slicegpt.bench.display import notes
-from slicegpt.bench.layer_ops import one_layer, prune_2_4, reason_against_2_4
-from slicegpt.bench.layers import LayersOptions, check, measure_layers, variants_of, write_trace
-from slicegpt.bench.results import Record
+from slicegpt.bench.commands import layer_ops
+from slicegpt.bench.commands.layer_ops import one_layer, prune_2_4, reason_against_2_4
+from slicegpt.bench.commands.layers import LayersOptions, check, measure_layers, variants_of, write_trace
+from slicegpt.bench.harness.display import notes
+from slicegpt.bench.harness.record import Record
 from slicegpt.errors import SliceGPTError
-from slicegpt.sizes import decoder_parameters
+from slicegpt.modeling.sizes import decoder_parameters
 
 CPU = torch.device("cpu")
 OPTIONS = LayersOptions(batch=2, seqlen=12, repeats=2)

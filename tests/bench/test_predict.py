@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from slicegpt.bench import predict, published, reproduce
-from slicegpt.bench.devices import DEVICES, Device, device_named, measured_cpu
-from slicegpt.bench.models import MODELS, fields_of, random_model, sliced_config
+from slicegpt.bench.commands import predict, published, reproduce
+from slicegpt.bench.models.architectures import MODELS, fields_of, random_model, sliced_config
+from slicegpt.bench.models.devices import DEVICES, Device, device_named, measured_cpu
 from slicegpt.cli import main
 from slicegpt.errors import SliceGPTError
 
@@ -233,7 +233,7 @@ def test_published_tables_are_printed_and_written(tmp_path, capsys):
 
 
 def test_predictions_are_on_the_page_of_results(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("slicegpt.bench.devices.measured_cpu", lambda **options: CPU)
+    monkeypatch.setattr("slicegpt.bench.models.devices.measured_cpu", lambda **options: CPU)
     for name, arguments in {
         "paper": ["--device", "h200"],
         "here": ["--device", "cpu", "--shape", "smollm2-135m", "--dtype", "bfloat16"],

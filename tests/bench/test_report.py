@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from slicegpt.bench.charts import INK, plot_results
+from slicegpt.bench.harness.charts import INK, plot_results
 from slicegpt.cli import main
 from slicegpt.errors import SliceGPTError
 

@@ -2,8 +2,8 @@
 
 import itertools
 
-from slicegpt.bench.bench_rotation import QUICK_MODELS, QUICK_SIZES, ROWS, cases, name_of
-from slicegpt.bench.shapes import MODELS, SIZES, launches
+from slicegpt.bench.kernels.bench_rotation import QUICK_MODELS, QUICK_SIZES, ROWS, cases, name_of
+from slicegpt.bench.models.shapes import MODELS, SIZES, launches
 
 
 def models_and_sizes(chosen) -> set:

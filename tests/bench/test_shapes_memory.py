@@ -5,10 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
-from slicegpt.bench import models
-from slicegpt.bench.networks import choose_networks
-from slicegpt.schedule import Shape
-from slicegpt.sizes import skeleton
+from slicegpt.bench.models import architectures as models
+from slicegpt.bench.models.networks import choose_networks
+from slicegpt.conversion.plan import Shape
+from slicegpt.modeling.sizes import skeleton
 
 CPU = torch.device("cpu")
 NAME = "llama-of-this-test"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from slicegpt import ops, reference
-from slicegpt.ops import cuda, cuda_decode, cuda_epilogue
+from slicegpt import ops
+from slicegpt.ops import cuda, cuda_decode, cuda_epilogue, reference
 
 pytestmark = pytest.mark.gpu
 

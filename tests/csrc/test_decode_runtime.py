@@ -4,12 +4,12 @@ from threading import get_ident
 
 import pytest
 import torch
-from test_slicing import sliced
-from tiny_models import tiny_model, token_ids
+from support.sliced_models import sliced
+from support.tiny_models import tiny_model, token_ids
 
 from slicegpt.ops import cuda_decode
 from slicegpt.runtime import Runtime
-from slicegpt.runtime.network import Network
+from slicegpt.runtime.executor import Network
 
 NEW = 5
 

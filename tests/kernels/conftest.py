@@ -15,7 +15,7 @@ def interpreter():
     pytest.importorskip("triton")
     root = Path(__file__).parents[2]
     worker = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("interpreter_worker.py")],
+        [sys.executable, root / "tests" / "support" / "interpreter_worker.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},

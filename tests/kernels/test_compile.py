@@ -3,7 +3,7 @@
 import pytest
 
 triton = pytest.importorskip("triton")
-from cubins import assert_no_spills, disassemble  # noqa: E402
+from support.cubins import assert_no_spills, disassemble  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from attention_inputs import Shape, arguments, assert_attended
+from support.attention_inputs import Shape, arguments, assert_attended
 
 from slicegpt.kernels.decode_attention import splits_for
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from cubins import assert_no_spills, disassemble, registers  # noqa: E402
+from support.cubins import assert_no_spills, disassemble, registers  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 

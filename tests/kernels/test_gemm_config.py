@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from slicegpt.bench.shapes import NormLinearShape, all_launches
+from slicegpt.bench.models.shapes import NormLinearShape, all_launches
 from slicegpt.kernels import gemm_config
 from slicegpt.kernels.gemm_config import (
     OPS,

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from gemm_bounds import assert_within, norm_linear_bound, normal
+from support.gemm_bounds import assert_within, norm_linear_bound, normal
 
-from slicegpt import reference
 from slicegpt.kernels import norm_linear as kernel
 from slicegpt.kernels.gemm_config import GemmConfig, candidates
 from slicegpt.kernels.gemm_tiles import device_class, takes_tma
+from slicegpt.ops import reference
 
 SMALL = GemmConfig(32, 64, 32, num_warps=4, num_stages=3, group_m=2, tma=True)
 ACTIVATIONS = (*reference.ACTIVATIONS, *reference.GATED)

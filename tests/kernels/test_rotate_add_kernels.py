@@ -6,7 +6,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from gemm_bounds import assert_sums, assert_within, norm_linear_bound, normal, rotate_add_bound, sum_error
+from support.gemm_bounds import (
+    assert_sums,
+    assert_within,
+    norm_linear_bound,
+    normal,
+    rotate_add_bound,
+    sum_error,
+)
 
 from slicegpt.kernels import rotate_add as kernel
 from slicegpt.kernels.gemm_config import GemmConfig, candidates

@@ -7,15 +7,15 @@ from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
-from gemm_bounds import assert_sums, assert_within, norm_linear_bound, rotate_add_bound
-from tiny_models import relative_error, tiny_model
+from support.gemm_bounds import assert_sums, assert_within, norm_linear_bound, rotate_add_bound
+from support.tiny_models import relative_error, tiny_model
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import choice, cpu_decode, norm_linear, rotate_add
 from slicegpt.runtime import Runtime
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.cpu_step import CpuStep
-from slicegpt.runtime.network import Network
+from slicegpt.runtime.executor import Network
 
 pytestmark = pytest.mark.skipif(cpu_decode.why_not() is not None, reason=str(cpu_decode.why_not()))
 

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from gemm_bounds import HALF_ULP, assert_sums, assert_within, norm_linear_bound, normal, rotate_add_bound
+from support.gemm_bounds import (
+    HALF_ULP,
+    assert_sums,
+    assert_within,
+    norm_linear_bound,
+    normal,
+    rotate_add_bound,
+)
 
 from slicegpt.ops import choice, cpu_decode, cpu_epilogue, norm_linear, rotate_add
-from slicegpt.reference import GATED
+from slicegpt.ops.reference import GATED
 
 pytestmark = pytest.mark.skipif(cpu_decode.why_not() is not None, reason=str(cpu_decode.why_not()))
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slicegpt import reference
-from slicegpt.ops import cpu_decode, cpu_gram, cross_gram_, gram_
+from slicegpt.ops import cpu_decode, cpu_gram, cross_gram_, gram_, reference
 from slicegpt.ops import cross_gram as cross_gram_module
 from slicegpt.ops import gram as gram_module
 

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from slicegpt import reference
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import cross_gram as cross_gram_module
-from slicegpt.ops import cross_gram_, gram_
+from slicegpt.ops import cross_gram_, gram_, reference
 from slicegpt.ops.cross_gram import choose, is_supported
 
 EPS = 2.0**-53

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_inputs import Shape, arguments, assert_attended
+from support.attention_inputs import Shape, arguments, assert_attended
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import decode_attention_

@@ -8,11 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slicegpt import reference
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.devices import RATES
 from slicegpt.ops import gram as gram_module
-from slicegpt.ops import gram_
-from slicegpt.ops.devices import RATES
+from slicegpt.ops import gram_, reference
 from slicegpt.ops.gram import choose, choose_precision, is_supported
 
 EPS = 2.0**-53

@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 
-from slicegpt import reference
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import choice, cpu_decode, norm_linear
+from slicegpt.ops import choice, cpu_decode, norm_linear, reference
 from slicegpt.ops.norm_linear import is_supported
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

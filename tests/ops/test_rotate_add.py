@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slicegpt import reference
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import choice, norm_linear, rotate_add
+from slicegpt.ops import choice, norm_linear, reference, rotate_add
 from slicegpt.ops.rotate_add import is_supported, reads_factor
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

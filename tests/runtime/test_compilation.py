@@ -8,15 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sliced_models import network
-from test_slicing import sliced
-from tiny_models import relative_error, tiny_model, token_ids
+from support.sliced_models import network, sliced
+from support.tiny_models import relative_error, tiny_model, token_ids
 from transformers import StaticCache
 
 from slicegpt.modeling import CACHE, CompactShortcut
 from slicegpt.runtime import fuse_layers, pack
 from slicegpt.runtime.cache import GrowingStep, KVCache, StaticStep
-from slicegpt.runtime.network import Network
+from slicegpt.runtime.executor import Network
 
 BATCH, PROMPT, CAPACITY = 2, 8, 16
 IDS = token_ids(BATCH, PROMPT + 1)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from sliced_models import FORMS, LENGTHS, network
-from tiny_models import CASES, left_padding, relative_error, tiny_model, token_ids
+from support.sliced_models import FORMS, LENGTHS, network
+from support.tiny_models import CASES, left_padding, relative_error, tiny_model, token_ids
 
 from slicegpt import ops
 from slicegpt.errors import SliceGPTError

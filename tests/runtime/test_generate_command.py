@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
 from slicegpt.cli import main
 from slicegpt.runtime import Runtime

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from sliced_models import FORMS, LENGTHS, network
-from tiny_models import CASES, in_float64, left_padding, relative_error, tiny_model, token_ids
+from support.sliced_models import FORMS, LENGTHS, network
+from support.tiny_models import CASES, in_float64, left_padding, relative_error, tiny_model, token_ids
 
-from slicegpt.bench.models import random_model
+from slicegpt.bench.models.architectures import random_model
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig
 from slicegpt.runtime import Runtime, Sampling, attention, packing, to_canonical
-from slicegpt.runtime.network import Network
+from slicegpt.runtime.executor import Network
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from sliced_models import LENGTHS, network
-from tiny_models import left_padding, tiny_model, token_ids
+from support.sliced_models import LENGTHS, network
+from support.tiny_models import left_padding, tiny_model, token_ids
 from transformers import TextStreamer
 from transformers.generation import BaseStreamer
 

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slicegpt.calibration import load_documents, sample_batches
+from slicegpt.conversion.plan import constant_widths, plan
 from slicegpt.families import canonical_fields
-from slicegpt.schedule import constant_widths, plan
 from slicegpt.slicing import slice_model
 
 pytestmark = [

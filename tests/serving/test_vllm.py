@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import LONG_ROPE, tiny_model
+from support.tiny_models import LONG_ROPE, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from slicegpt.calibration import CalibrationBatch, load_documents, sample_batches
+from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.families import canonical_fields
-from slicegpt.schedule import Shape, constant_widths, plan
 from slicegpt.slicing import SlicingOptions, slice_model
 
 pytestmark = [
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-WORKER = Path(__file__).with_name("vllm_worker.py")
+WORKER = Path(__file__).parents[1] / "support" / "vllm_worker.py"
 NEW_TOKENS = 32
 PARALLEL = {"one rank": (1, 1), "tensor parallel": (2, 1), "pipeline parallel": (1, 2)}
 PROMPTS = [

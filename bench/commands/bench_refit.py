@@ -1,0 +1,74 @@
+"""What the output refit costs: slicing without it and with it, in one run.
+
+    python -m slicegpt.bench.commands.bench_refit --nsamples 128 --seqlen 512 --json refit.json
+
+Both start from the same samples. "teacher" is the dense model's stream that is carried along, "refit" the second
+moments and the solutions, "ridge" the choice among these on held-out windows.
+"""
+
+import argparse
+import time
+
+import torch
+
+from slicegpt.bench.harness.record import write_results
+from slicegpt.bench.harness.timing import synchronise
+from slicegpt.calibration import load_sources, sample_sources
+from slicegpt.checkpoint.loading import load_dense
+from slicegpt.conversion.plan import Shape, constant_widths, plan, width_for_slice
+from slicegpt.families import canonical_fields
+from slicegpt.progress import Progress
+from slicegpt.slicing import SlicingOptions, slice_model
+from slicegpt.table import format_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--calibration", default="python-reference")
+    parser.add_argument("--slice", type=float, default=0.25)
+    parser.add_argument("--round-to", type=int, default=8)
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+
+    device, progress = torch.device(options.device), Progress()
+    model, tokenizer = load_dense(options.model)
+    drawn = sample_sources(
+        load_sources(options.calibration),
+        tokenizer,
+        options.nsamples,
+        options.seqlen,
+        model=model,
+        device=device,
+    )
+    fields = canonical_fields(model)
+    width = width_for_slice(fields["dense_hidden_size"], options.slice, options.round_to)
+    config = plan(fields, constant_widths(fields, width), Shape(round_to=options.round_to))
+    rows = []
+    for refit in (False, True):
+        settings = SlicingOptions(model.dtype, device, refit=refit)
+        begin = time.perf_counter()
+        _, report = slice_model(model, config, drawn.batches, settings, progress, drawn.held_out)
+        synchronise(device)
+        seconds = time.perf_counter() - begin
+        rows.append({"slicing": "with refit" if refit else "without", **report.seconds, "in all": seconds})
+    stages = list(dict.fromkeys(name for row in rows[::-1] for name in row))
+    print(format_table(rows, stages))
+    ratio = rows[1]["in all"] / rows[0]["in all"]
+    print(f"{ratio:.2f} times the slicing time without the refit; {report.tokens} tokens, width {width}")
+    figures = {
+        "settings": {name: value for name, value in vars(options).items() if name != "json"}
+        | {"width": width, "tokens": report.tokens},
+        "rows": rows,
+        "ratio": ratio,
+    }
+    write_results(options.json, "refit", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""One transformer layer as `slicegpt.runtime` runs it: packed weights, `norm_linear`, attention, `rotate_add`."""
+
+import torch
+from torch import Tensor
+
+from slicegpt.bench.commands.layer_ops import LayerRun, Operation, State, layer_inputs, module_run, one_layer
+from slicegpt.bench.models.architectures import random_model
+from slicegpt.errors import SliceGPTError
+from slicegpt.modeling import SlicedConfig
+from slicegpt.modeling.sizes import skeleton
+from slicegpt.ops.reference import block_sums_of_squares, sumsq_dtype
+from slicegpt.runtime import pack
+from slicegpt.runtime.cache import GrowingStep, KVCache
+from slicegpt.runtime.executor import Network
+from slicegpt.runtime.packing import PackedBlock, Projection
+
+
+@torch.no_grad()
+def fused(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtype, device) -> LayerRun:
+    """A layer with the same random weights as `layer_ops.unfused` gives it, packed.
+
+    Errors: `SliceGPTError` for what the runtime does not support.
+    """
+    model = random_model(one_layer(config), dtype, device)
+    network = Network(pack(model, seqlen))
+    inputs = layer_inputs(model, batch, seqlen)
+    positions = torch.arange(seqlen, device=device).expand(batch, seqlen)
+    cache = KVCache.allocate(model.config, batch, seqlen, dtype, device)
+    step = GrowingStep(cache, seqlen, network.angles(positions), 0, padded=False)
+    operations = [
+        operation for block in network.packed.blocks for operation in block_operations(network, block, step)
+    ]
+    rows = inputs.stream.flatten(0, 1)
+    state = {"stream": rows, "sums": block_sums_of_squares(rows.to(sumsq_dtype(dtype)))}
+
+    def whole() -> Tensor:
+        stream, sums = state["stream"], state["sums"]
+        for block in network.packed.blocks:
+            stream, sums = network._block(block, stream, sums, step)
+        return stream
+
+    return LayerRun(variant, operations, whole, state, module_run(model.model.layers[0], inputs))
+
+
+def reason_against(config: SlicedConfig) -> str | None:
+    """Why the runtime does not take a network; None where it does."""
+    try:
+        pack(skeleton(one_layer(config)), 1)  # on the meta device: only what it says counts
+    except SliceGPTError as error:
+        return str(error)
+    return None
+
+
+def block_operations(network: Network, block: PackedBlock, step: GrowingStep) -> list[Operation]:
+    """The operations of one block; they leave the new stream in "stream" and in "output"."""
+
+    def read(projection: Projection, index: int) -> Operation:
+        def run(state: State) -> None:
+            state[f"piece {index}"] = network._project(
+                projection, state["stream"], state["sums"], block.width, block.eps
+            )
+
+        name = "norm + q + k + v" if projection.attention else "norm + up + activation"
+        if projection.activation.endswith("_gated"):
+            name = "norm + gate + up + activation"
+        return Operation(name, run)
+
+    def attend(projection: Projection, index: int) -> Operation:
+        def run(state: State) -> None:
+            state[f"piece {index}"] = step.attend(projection.attention, state[f"piece {index}"])
+
+        return Operation("attention", run)
+
+    def write(state: State) -> None:
+        pieces = [state[f"piece {index}"] for index in range(len(block.inputs))]
+        a = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        state["stream"], state["sums"] = network._rotate(block, a, state["stream"])
+        state["output"] = state["stream"]
+
+    operations, writers = [], []
+    for index, projection in enumerate(block.inputs):
+        operations.append(read(projection, index))
+        if projection.attention:
+            operations.append(attend(projection, index))
+        writers.append("out" if projection.attention else "down")
+    return [*operations, Operation(" + ".join([*writers, "shortcut"]), write)]

@@ -1,0 +1,296 @@
+"""One transformer layer as a list of named operations, unfused, fused, and with 2:4 sparse weights.
+
+An operation reads and writes named tensors of a state; run in order they are the layer. So each can be timed where it
+stands, with the inputs and the cache that it finds there, and the sum can be held against the layer run as a whole.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from slicegpt.bench.models.architectures import random_dense, random_model
+from slicegpt.modeling import SlicedConfig
+from slicegpt.modeling.layers import apply_rotary, eager_attention
+from slicegpt.modeling.network import SlicedDecoderLayer, SlicedParallelDecoderLayer
+
+State = dict[str, Tensor]
+Layer = SlicedDecoderLayer | SlicedParallelDecoderLayer
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of a layer; `run` reads and writes the state."""
+
+    name: str
+    run: Callable[[State], None]
+
+
+@dataclass
+class LayerRun:
+    """A layer that can be run in pieces or as a whole.
+
+    Attributes:
+        variant: for tables.
+        operations: in order; they read "stream" [batch, tokens, d] and end by writing "output".
+        whole: the same layer in one call; returns its output.
+        state: the tensors before the first operation.
+        reference: another way to the same output, where `whole` is only the operations in order.
+        library: whose 2:4 sparse products it runs, "cuSPARSELt" or "CUTLASS"; None where dense.
+    """
+
+    variant: str
+    operations: list[Operation]
+    whole: Callable[[], Tensor]
+    state: State
+    reference: Callable[[], Tensor] | None = None
+    library: str | None = None
+
+
+def one_layer(config: SlicedConfig) -> SlicedConfig:
+    """The same shape with one layer, the widths and shortcuts of the first, and the smallest head."""
+    blocks = 1 if config.parallel_blocks else 2
+    return SlicedConfig(
+        **{
+            **config.to_dict(),
+            "num_hidden_layers": 1,
+            "layer_types": config.layer_types[:1],
+            "boundary_widths": config.boundary_widths[: blocks + 1],
+            "shortcuts": config.shortcuts[:blocks],
+            "vocab_size": 8,
+            "tie_word_embeddings": False,
+            "embed_projection": False,
+            "final_norm_weight": False,
+            "final_norm_bias": False,
+            "lm_head_bias": False,
+            "pad_token_id": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """A random stream [batch, tokens, d], the layer's attention mask, and rotary cosines and sines."""
+
+    stream: Tensor
+    mask: Tensor | None
+    rotary: tuple[Tensor, Tensor] | None
+
+
+def layer_inputs(model: nn.Module, batch: int, seqlen: int) -> LayerInputs:
+    """Inputs of the first layer of a model."""
+    config, weight = model.config, next(model.parameters())
+    generator = torch.Generator(weight.device).manual_seed(0)
+    shape = (batch, seqlen, config.boundary_widths[0])
+    stream = torch.randn(shape, dtype=weight.dtype, device=weight.device, generator=generator)
+    positions = torch.arange(seqlen, device=weight.device).expand(batch, seqlen)
+    masks, rotary = model.model.block_inputs(stream, positions, None)
+    return LayerInputs(stream, masks[config.layer_types[0]], rotary)
+
+
+def attend(module: nn.Module, inputs: LayerInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention as the module calls it; all [batch, tokens, columns]."""
+    heads = (*query.shape[:2], -1, module.head_dim)
+    query = module.q_norm(query.view(heads)).transpose(1, 2)
+    key = module.k_norm(key.view(heads)).transpose(1, 2)
+    value = value.view(heads).transpose(1, 2)
+    if inputs.rotary is not None:
+        query, key = apply_rotary(query, *inputs.rotary), apply_rotary(key, *inputs.rotary)
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    output, _ = interface(
+        module,
+        query,
+        key,
+        value,
+        inputs.mask,
+        dropout=0.0,
+        scaling=module.scaling,
+        sliding_window=module.sliding_window,
+    )
+    return output.reshape(*output.shape[:2], -1)
+
+
+class Unfused:
+    """The module's own operations, one by one.
+
+    What the module lets go of leaves the state as well: memory that is still warm is used again, here and there.
+    """
+
+    def __init__(self, layer: Layer, inputs: LayerInputs):
+        self.layer, self.inputs = layer, inputs
+        self.attention, self.mlp = layer.self_attn, layer.mlp
+
+    def operations(self) -> list[Operation]:
+        if isinstance(self.layer, SlicedParallelDecoderLayer):
+            return [
+                self.norm("norm", self.layer.input_norm),
+                *self.attention_operations(),
+                *self.mlp_operations(),
+                Operation("shortcut", self.parallel_shortcut),
+            ]
+        return [
+            self.norm("attention norm", self.layer.input_norm),
+            *self.attention_operations(),
+            self.shortcut("attention shortcut", self.layer.attention_shortcut, "out", "stream"),
+            self.norm("MLP norm", self.layer.mlp_norm),
+            *self.mlp_operations(),
+            self.shortcut("MLP shortcut", self.layer.mlp_shortcut, "down", "output"),
+        ]
+
+    @staticmethod
+    def norm(name: str, norm: nn.Module) -> Operation:
+        def run(state: State) -> None:
+            state["normed"] = norm(state["stream"])
+
+        return Operation(name, run)
+
+    @staticmethod
+    def linear(name: str, linear: nn.Module, source: str) -> Operation:
+        def run(state: State) -> None:
+            state[name] = linear(state[source] if source == "normed" else state.pop(source))
+
+        return Operation(name, run)
+
+    @staticmethod
+    def shortcut(name: str, shortcut: nn.Module, block: str, target: str) -> Operation:
+        def run(state: State) -> None:
+            del state["normed"]
+            state[target] = shortcut(state["stream"]) + state.pop(block)
+
+        return Operation(name, run)
+
+    def parallel_shortcut(self, state: State) -> None:
+        del state["normed"]
+        state["output"] = self.layer.shortcut(state["stream"]) + state.pop("out") + state.pop("down")
+
+    def attention_operations(self) -> list[Operation]:
+        a = self.attention
+        return [
+            self.linear("q", a.q_proj, "normed"),
+            self.linear("k", a.k_proj, "normed"),
+            self.linear("v", a.v_proj, "normed"),
+            Operation("attention", self.attend),
+            self.linear("out", a.o_proj, "attended"),
+        ]
+
+    def attend(self, state: State) -> None:
+        query, key, value = (state.pop(name) for name in "qkv")
+        state["attended"] = attend(self.attention, self.inputs, query, key, value)
+
+    def mlp_operations(self) -> list[Operation]:
+        m, gated = self.mlp, self.mlp.gate_proj is not None
+
+        def activate(state: State) -> None:
+            up = state.pop("up")
+            state["activated"] = m.act_fn(state.pop("gate")) * up if gated else m.act_fn(up)
+
+        return [
+            *([self.linear("gate", m.gate_proj, "normed")] if gated else []),
+            self.linear("up", m.up_proj, "normed"),
+            Operation("activation", activate),
+            self.linear("down", m.down_proj, "activated"),
+        ]
+
+
+def unfused(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtype, device) -> LayerRun:
+    """A layer of the plain model with random weights."""
+    model = random_model(one_layer(config), dtype, device)
+    return _of_module(variant, model, batch, seqlen)
+
+
+def _of_module(variant: str, model: nn.Module, batch: int, seqlen: int) -> LayerRun:
+    inputs = layer_inputs(model, batch, seqlen)
+    layer = model.model.layers[0]
+    operations = Unfused(layer, inputs).operations()
+    return LayerRun(variant, operations, module_run(layer, inputs), {"stream": inputs.stream})
+
+
+def module_run(layer: Layer, inputs: LayerInputs) -> Callable[[], Tensor]:
+    """The layer as the module runs it."""
+    return lambda: layer(inputs.stream, attention_mask=inputs.mask, position_embeddings=inputs.rotary)
+
+
+def reason_against_2_4(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why 2:4 sparse products cannot be had here; None where they can."""
+    if device.type != "cuda":
+        return "2:4 sparse products need an NVIDIA GPU of compute capability 8.0 or later; this is a CPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "2:4 sparse products need compute capability 8.0 or later"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return (
+            f"2:4 sparse products need float16 or bfloat16 weights, not {str(dtype).removeprefix('torch.')}"
+        )
+    return None
+
+
+@torch.no_grad()
+def sparse_2_4(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtype, device) -> LayerRun:
+    """The dense layer with the two smaller of every four weights of a row deleted, on sparse tensor cores.
+
+    Products come from `torch.sparse.to_sparse_semi_structured`, which takes cuSPARSELt, and CUTLASS where
+    `SparseSemiStructuredTensor._FORCE_CUTLASS` is set; the run says which it was. Without cuSPARSELt it is a
+    RuntimeError.
+    """
+    model = random_model(one_layer(config), dtype, device)
+    libraries = set()
+    for module in model.model.layers[0].modules():
+        if isinstance(module, nn.Linear):
+            pruned = prune_2_4(module.weight)
+            sparse = torch.sparse.to_sparse_semi_structured(pruned)
+            module.weight = nn.Parameter(sparse, requires_grad=False)
+            libraries.add(sparse_library(type(sparse)))
+    run = _of_module(variant, model, batch, seqlen)
+    run.library = ", ".join(sorted(libraries))
+    return run
+
+
+def sparse_library(kind: type[Tensor]) -> str:
+    """Whose products a class of 2:4 sparse tensors runs; its name where PyTorch has a new one."""
+    known = {
+        torch.sparse.SparseSemiStructuredTensorCUSPARSELT: "cuSPARSELt",
+        torch.sparse.SparseSemiStructuredTensorCUTLASS: "CUTLASS",
+    }
+    return known.get(kind, kind.__name__)
+
+
+def prune_2_4(weight: Tensor) -> Tensor:
+    """Zero the two smallest magnitudes of every four neighbours in a row."""
+    groups = weight.unflatten(1, (-1, 4))
+    smallest = groups.abs().topk(2, dim=2, largest=False).indices
+    return groups.scatter(2, smallest, 0).flatten(1)
+
+
+def huggingface_whole(config, batch: int, seqlen: int, dtype, device) -> Callable[[Callable], None]:
+    """Hugging Face's own layer: a function that runs it once and calls `mark()` before and after the layer.
+
+    Args:
+        config: of the dense model, in Hugging Face's own class.
+    """
+    config = copy.deepcopy(config)
+    config.num_hidden_layers, config.vocab_size = 1, 8
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    model = random_dense(config, dtype, device).base_model
+    layers = next(
+        m for n, m in model.named_modules() if n.endswith("layers") and isinstance(m, nn.ModuleList)
+    )
+    ids = torch.zeros(batch, seqlen, dtype=torch.long, device=device)
+
+    def run(mark: Callable[[], None]) -> None:
+        handles = [
+            layers[0].register_forward_pre_hook(lambda *_: mark()),
+            layers[0].register_forward_hook(lambda *_: mark()),
+        ]
+        try:
+            model(input_ids=ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return run

@@ -1,0 +1,250 @@
+"""What a device can do on paper: time per token, throughput and the largest batch, from bytes, operations and memory.
+
+A decoding step of `batch` sequences with `context` tokens in the cache reads every weight once and the cache as often
+as the runtime makes it, and multiplies every weight with every sequence:
+
+    weights    = max(weight bytes / bandwidth, 2 * weights * batch / peak)
+    attention  = cache bytes * passes / bandwidth + 4 * batch * context * heads * head_dim * layers / peak
+    step       = (weights + attention) / efficiency
+
+Several GPUs hold consecutive layers and work one after the other, as the published runs did: memory adds up, speed
+does not. What lies between the kernels (launches, Python, copies between GPUs) is in the one efficiency of a device.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from slicegpt.bench.commands.published import (
+    THROUGHPUT_DEVICE,
+    THROUGHPUTS,
+    TOKEN_TIMES,
+    Throughput,
+    TokenTime,
+)
+from slicegpt.bench.models.architectures import sliced_config
+from slicegpt.bench.models.devices import Device, device_named
+from slicegpt.errors import SliceGPTError
+from slicegpt.modeling import SlicedConfig
+from slicegpt.modeling.sizes import decoder_parameters, stored_parameters
+
+HALF = 2  # bytes of a float16 or bfloat16 number
+
+# What the CUDA context, the allocator's fragments and cuBLAS workspaces take on every GPU, and Python on a CPU.
+RESERVED_BYTES = 1 << 30
+
+# Memory-bound steps of a good runtime: full stacks reach 55 to 80 % of the bandwidth. Used where a device has no
+# published figure to calibrate against; the answer says so.
+ASSUMED_EFFICIENCY = 0.7
+
+RUNTIMES = ("fused", "eager")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a model costs.
+
+    Attributes:
+        stored_bytes: of all weights, as kept in memory.
+        read_weights: elements that one step reads: layers and head, not the embedding rows.
+        cache_bytes: keys and values of one token, all layers.
+        cache_passes: how often a step moves the cache's bytes through memory.
+        attention_operations: of one step for each token in the cache.
+        activation_bytes: of one sequence in a step: logits in float32, and the widest layer.
+        itemsize: bytes of a number of the weights and the cache.
+    """
+
+    stored_bytes: int
+    read_weights: int
+    cache_bytes: int
+    cache_passes: float
+    attention_operations: int
+    activation_bytes: int
+    itemsize: int = HALF
+
+
+def load_of(config: SlicedConfig, runtime: str = "fused", itemsize: int = HALF) -> Load:
+    """The costs of a model under a runtime, with `itemsize` bytes a number.
+
+    "fused" reads the cache in place. "eager" is transformers' dynamic cache with unfused attention, what the published
+    figures were measured with: each step copies the cache to append to it (read and written), copies it once more
+    for each query head of a group where heads are grouped, and attention reads that.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    passes = 1.0
+    if runtime == "eager":
+        groups = heads // kv_heads
+        passes = 2 + (1 + 2 * groups if groups > 1 else 1)
+    layers, width = config.num_hidden_layers, config.head_dim
+    return Load(
+        stored_bytes=stored_parameters(config) * itemsize,
+        read_weights=decoder_parameters(config) + config.vocab_size * config.hidden_size,
+        cache_bytes=2 * layers * kv_heads * width * itemsize,
+        cache_passes=passes,
+        attention_operations=4 * layers * heads * width,
+        activation_bytes=4 * config.vocab_size + 2 * itemsize * config.intermediate_size,
+        itemsize=itemsize,
+    )
+
+
+def step_seconds(load: Load, device: Device, batch: int, context: float) -> float:
+    """Seconds of one decoding step at the device's peaks (efficiency 1)."""
+    return weight_seconds(load, device, batch) + cache_seconds(load, device, batch * context)
+
+
+def peak_of(load: Load, device: Device) -> float:
+    """Operations a second in the load's precision."""
+    return 1e12 * (device.half if load.itemsize == HALF else device.fp32)
+
+
+def weight_seconds(load: Load, device: Device, batch: int) -> float:
+    """Of a step: reading every weight once and multiplying it with every sequence, the longer of both."""
+    read = load.read_weights * load.itemsize / (device.bandwidth * 1e9)
+    return max(read, 2 * load.read_weights * batch / peak_of(load, device))
+
+
+def cache_seconds(load: Load, device: Device, cached: float) -> float:
+    """Of a step: attention over so many tokens in the cache, of all sequences together."""
+    moved = load.cache_bytes * load.cache_passes * cached / (device.bandwidth * 1e9)
+    return moved + load.attention_operations * cached / peak_of(load, device)
+
+
+def usable_bytes(device: Device, gpus: int) -> float:
+    return gpus * (device.memory * 2**30 - RESERVED_BYTES)
+
+
+def fewest_gpus(load: Load, device: Device, length: int = 128) -> int:
+    """How many GPUs hold the weights and one sequence."""
+    needed = load.stored_bytes + load.cache_bytes * length + load.activation_bytes
+    return math.ceil(needed / usable_bytes(device, 1))
+
+
+def largest_batch(load: Load, device: Device, gpus: int, length: int) -> int:
+    """The largest power of two of sequences of `length` tokens that fits; 0 where the weights do not."""
+    free = usable_bytes(device, gpus) - load.stored_bytes
+    # The appended copy of the cache lives beside the old one for a layer at a time, which is small; the copies for
+    # grouped heads too.
+    fits = int(free // (load.cache_bytes * length + load.activation_bytes))
+    return 2 ** (fits.bit_length() - 1) if fits > 0 else 0
+
+
+def calibrate(pairs: Iterable[tuple[float, float]]) -> float:
+    """The one efficiency that makes predicted seconds closest to measured ones: their geometric mean ratio.
+
+    Args:
+        pairs: (seconds at the device's peaks, seconds measured).
+    """
+    logs = [math.log(ideal / measured) for ideal, measured in pairs]
+    return math.exp(sum(logs) / len(logs))
+
+
+@lru_cache
+def published_load(model: str, fraction: float) -> Load:
+    """The costs of the published form: dense shortcuts, widths of eights, eager."""
+    return load_of(sliced_config(model, fraction, "dense", 8), "eager")
+
+
+def published_batch(row: TokenTime | Throughput) -> int:
+    return row.batch if isinstance(row, Throughput) else 1
+
+
+def published_step(row: TokenTime | Throughput) -> float:
+    """Seconds at the peaks of a published row's step; of its 128 tokens half are in the cache on average."""
+    device = row.device if isinstance(row, TokenTime) else THROUGHPUT_DEVICE
+    return step_seconds(
+        published_load(row.model, row.slice), device_named(device), published_batch(row), context=64
+    )
+
+
+def published_rows() -> dict[str, list[tuple[TokenTime | Throughput, float]]]:
+    """By device: the published rows that were measured on it, each with its step's seconds."""
+    rows: dict[str, list] = {}
+    for row in TOKEN_TIMES:
+        rows.setdefault(row.device, []).append((row, row.milliseconds / 1000))
+    for row in THROUGHPUTS:
+        rows.setdefault(THROUGHPUT_DEVICE, []).append((row, row.batch / row.tokens_per_second))
+    return rows
+
+
+@lru_cache
+def calibrated_efficiencies() -> dict[str, float]:
+    """One efficiency a device, from the published figures measured on it."""
+    return {
+        name: calibrate((published_step(row), measured) for row, measured in rows)
+        for name, rows in published_rows().items()
+    }
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """A share of a device's peaks, and where it is from."""
+
+    value: float
+    origin: str
+
+
+def efficiency_of(device: Device, runtime: str, given: float | None = None) -> Efficiency:
+    """The one that is given; else what the published figures give, which ran eagerly; else an assumption."""
+    if given is not None:
+        return Efficiency(given, "as given")
+    if runtime == "eager" and device.name in calibrated_efficiencies():
+        batches = sorted({published_batch(row) for row, _ in published_rows()[device.name]})
+        span = f"{batches[0]}" if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
+        figures = f"{len(published_rows()[device.name])} published figures of this device"
+        origin = f"fitted to {figures}, float16, batch {span}, Hugging Face's eager runtime"
+        return Efficiency(calibrated_efficiencies()[device.name], origin)
+    return Efficiency(ASSUMED_EFFICIENCY, "assumed, not measured")
+
+
+def predict(
+    name: str,
+    fraction: float,
+    device: Device,
+    gpus: int | None = None,
+    *,
+    shortcut: str = "compact",
+    runtime: str = "fused",
+    batch: int = 1,
+    length: int = 128,
+    efficiency: float | None = None,
+    itemsize: int = HALF,
+) -> dict:
+    """Time per token and throughput of a named model at a slicing fraction, as one row of a table.
+
+    Args:
+        gpus: how many hold the model; None takes the fewest that do. A CPU is one device.
+        batch, length: sequences, and tokens of each at the end; the cache holds half of `length` on average.
+        efficiency: of the peaks; None takes that of `efficiency_of`.
+        itemsize: bytes of a number of the weights and the cache.
+
+    Raises:
+        SliceGPTError: the model is unknown, or several GPUs are asked for on a CPU.
+    """
+    on_cpu = device.capability is None
+    if on_cpu and (gpus or 1) > 1:
+        raise SliceGPTError(f"--gpus: must be 1 (or not given) where --device is cpu, got {gpus}")
+    config = sliced_config(name, fraction, shortcut)
+    load = load_of(config, runtime, itemsize)
+    gpus = gpus or (1 if on_cpu else fewest_gpus(load, device, length))
+    factor = 1 / efficiency_of(device, runtime, efficiency).value
+    most = largest_batch(load, device, gpus, length)
+    row = {
+        "model": name,
+        "slice": fraction,
+        "width": config.boundary_widths[0],
+        "GB": load.stored_bytes / 1e9,
+        "GPUs": None if on_cpu else gpus,
+        "fits": most >= batch,
+        "ms per token": None,
+        "GPU-ms per token": None,
+        "largest batch": most,
+        "tokens/s": None,
+    }
+    if most >= batch:
+        milliseconds = 1000 * step_seconds(load, device, batch, length / 2) * factor
+        row["ms per token"] = milliseconds
+        row["GPU-ms per token"] = None if on_cpu else milliseconds * gpus
+    if most:
+        row["tokens/s"] = most / (step_seconds(load, device, most, length / 2) * factor)
+    return row

@@ -1,0 +1,182 @@
+"""`slicegpt bench slicing`: what slicing costs, stage by stage, against one dense forward pass over the same tokens.
+
+The dense pass is Hugging Face's own model, decoder layers only (no head), without a cache, at the batch size that is
+fastest for it among those tried. It is run before and after, because a machine's speed drifts.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from slicegpt.bench.harness.memory import bytes_in_use, give_back, peak_bytes, start_peak
+from slicegpt.bench.harness.record import Record
+from slicegpt.bench.harness.timing import synchronise
+from slicegpt.bench.models.architectures import MODELS, random_dense
+from slicegpt.calibration import CalibrationBatch, load_documents, sample_batches
+from slicegpt.checkpoint.loading import load_dense
+from slicegpt.conversion.plan import Shape, constant_widths, plan, width_for_slice
+from slicegpt.errors import SliceGPTError
+from slicegpt.families import canonical_fields
+from slicegpt.progress import Progress
+from slicegpt.slicing import SlicingOptions, slice_model
+
+# Samples of the trials that choose the dense pass's batch size.
+TRIAL_SAMPLES = 8
+TRIAL_BATCHES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class SlicingTimeOptions:
+    """What is sliced, by how much, and on which tokens; see `slicegpt slice`."""
+
+    model: str | None = None
+    shape_name: str | None = None
+    fraction: float = 0.25
+    calibration: str = "python-reference"
+    nsamples: int = 128
+    seqlen: int = 2048
+    batch_size: int = 8
+    seed: int = 42
+    refit: bool = True
+
+
+def load(
+    options: SlicingTimeOptions, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, Callable[[int, int], list[CalibrationBatch]]]:
+    """The dense model on the CPU, and a function (samples, batch size) -> batches of calibration tokens.
+
+    A shape gets random weights and random tokens.
+    """
+    if (options.model is None) == (options.shape_name is None):
+        raise SliceGPTError("--model, --shape: one of them is needed, and not both")
+    if options.shape_name is None:
+        documents = load_documents(options.calibration, "train")
+        model, tokenizer = load_dense(options.model, dtype)
+
+        def batches(nsamples: int, size: int) -> list[CalibrationBatch]:
+            return sample_batches(documents, tokenizer, nsamples, options.seqlen, size, options.seed)
+
+        return model, batches
+    if options.shape_name not in MODELS:
+        raise SliceGPTError(f"--shape: must be one of {', '.join(MODELS)}, got {options.shape_name!r}")
+    config = MODELS[options.shape_name]
+    model = random_dense(config, dtype or torch.float32, torch.device("cpu"))
+
+    def random_batches(nsamples: int, size: int) -> list[CalibrationBatch]:
+        generator = torch.Generator().manual_seed(options.seed)
+        ids = torch.randint(config.vocab_size, (nsamples, options.seqlen), generator=generator)
+        return [CalibrationBatch(part, torch.ones_like(part)) for part in ids.split(size)]
+
+    return model, random_batches
+
+
+@torch.no_grad()
+def dense_pass(model: PreTrainedModel, batches: list[CalibrationBatch], device: torch.device) -> float:
+    """Seconds of one pass of all batches through the decoder layers; the model is on `device`."""
+    synchronise(device)
+    start = time.perf_counter()
+    for batch in batches:
+        model.base_model(input_ids=batch.input_ids.to(device), use_cache=False)
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def rows_of(seconds: dict[str, float], dense: float | None) -> list[dict]:
+    """Every stage, and what it is of a dense forward pass."""
+    return [
+        {"stage": name, "seconds": value, "of_dense_pass": value / dense if dense else None}
+        for name, value in seconds.items()
+    ]
+
+
+def measure_slicing(
+    options: SlicingTimeOptions,
+    shape: Shape,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    record: Record,
+    progress: Progress | None = None,
+) -> None:
+    """Slice once, with a dense pass before and after; `record.rows` holds a row a stage.
+
+    `record.content` also gets "tokens", "tokens_per_second", "ratio", "peak_bytes" and "added_bytes" (above what was
+    in use before slicing).
+    """
+    progress = progress or Progress(quiet=True)
+    began = time.perf_counter()
+    with progress.stage("loading", 1, "model") as advance:
+        model, batches_of = load(options, dtype)
+        advance(1)
+    loading = time.perf_counter() - began
+
+    fields = canonical_fields(model)
+    width = width_for_slice(fields["dense_hidden_size"], options.fraction, shape.round_to)
+    config = plan(fields, constant_widths(fields, width), shape)
+    batches = batches_of(options.nsamples, options.batch_size)
+
+    def dense_seconds(stage: str, size: int) -> float:
+        with progress.stage(stage, options.nsamples, "samples") as advance:
+            model.to(device)
+            seconds = dense_pass(model, batches_of(options.nsamples, size), device)
+            model.to("cpu")
+            give_back(device)
+            advance(options.nsamples)
+        return seconds
+
+    with progress.stage("choosing the dense pass's batch size", len(TRIAL_BATCHES), "sizes") as advance:
+        model.to(device)
+        dense_pass(model, batches_of(1, 1), device)  # warms up
+        trials = {}
+        for size in TRIAL_BATCHES:
+            trials[size] = dense_pass(model, batches_of(min(TRIAL_SAMPLES, options.nsamples), size), device)
+            advance(1)
+    best = min(trials, key=trials.get)
+    dense = [dense_seconds("dense pass", best)]
+    seconds = {"loading": loading, "one dense forward pass": dense[0]}
+    record.save(width=width, dense_batch_size=best, dense_seconds=dense, rows=rows_of(seconds, dense[0]))
+
+    give_back(device)
+    level = bytes_in_use(device)
+    start_peak(device)
+    began = time.perf_counter()
+    sliced, report = slice_model(
+        model,
+        config,
+        batches,
+        SlicingOptions(model.dtype, device, seed=options.seed, refit=options.refit),
+        progress,
+    )
+    synchronise(device)
+    total = time.perf_counter() - began
+    peak = peak_bytes(device)
+    logging.disable_progress_bar()  # of transformers' shards
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, progress.stage("saving", 1, "model") as advance:
+        sliced.save_pretrained(folder)
+        advance(1)
+    saving = time.perf_counter() - began
+
+    def save() -> None:
+        mean = sum(dense) / len(dense)
+        stages = {**report.seconds, "other": total - sum(report.seconds.values())}
+        seconds = {"one dense forward pass": mean, **stages, "slicing in all": total}
+        seconds |= {"loading": loading, "saving": saving}
+        record.save(
+            tokens=report.tokens,
+            dense_seconds=dense,
+            slicing_seconds=total,
+            tokens_per_second=report.tokens / total,
+            ratio=total / mean,
+            peak_bytes=peak,
+            added_bytes=max(0, peak - level),
+            rows=rows_of(seconds, mean),
+        )
+
+    save()
+    dense.append(dense_seconds("dense pass again", best))
+    save()

@@ -1,0 +1,255 @@
+"""`slicegpt bench token`: time per token while decoding, the prompt apart."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from slicegpt.bench.harness.comparison import compare, token_ratios
+from slicegpt.bench.harness.memory import bytes_in_use, give_back, peak_bytes, start_peak
+from slicegpt.bench.harness.record import Record
+from slicegpt.bench.harness.timing import CacheFlush, Stopwatch, milliseconds_of, quantiles, synchronise
+from slicegpt.bench.models.decoders import Decoder
+from slicegpt.bench.models.devices import Device
+from slicegpt.bench.models.engines import (
+    Case,
+    NotApplicable,
+    by_memory,
+    cache_bytes,
+    not_measured,
+    refusals,
+    start,
+)
+from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.memory import free_memory
+from slicegpt.progress import Progress
+
+# Share of the free memory that weights of networks which take turns may fill; the rest is for caches.
+RESIDENT_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """How to measure.
+
+    Attributes:
+        tokens: steps that are timed, in `rounds` turns.
+        prompt: tokens of the prompt.
+        batch: sequences.
+        warmup: steps before, not timed; nor is the first of every turn.
+        cold: overwrite the last cache before every step.
+    """
+
+    tokens: int = 128
+    prompt: int = 16
+    batch: int = 1
+    rounds: int = 8
+    warmup: int = 4
+    cold: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.prompt + 1 + self.warmup + self.tokens + len(self.shares())
+
+    def shares(self) -> list[int]:
+        """Steps of each round: as equal as can be."""
+        rounds = min(self.rounds, self.tokens)
+        return [self.tokens // rounds + (index < self.tokens % rounds) for index in range(rounds)]
+
+
+@dataclass
+class Run:
+    """A case that decodes: its decoder, None once it has failed, and what was seen of it."""
+
+    case: Case
+    decoder: Decoder | None
+    prompt_ms: float
+    setup_seconds: float
+    resident: int
+    extra: int
+    times: list[float] = field(default_factory=list)
+    tokens: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.weight_bytes, self.stored_bytes = self.decoder.weight_bytes, self.decoder.stored_bytes
+
+    def row(self, options: TokenOptions, device: Device | None) -> dict:
+        """The figures so far."""
+        network, engine = self.case.network, self.case.engine
+        # The cache holds prompt and warm-up, and on average half of what was decoded since.
+        context = options.prompt + 1 + options.warmup + len(self.times) / 2
+        moved = self.weight_bytes + cache_bytes(network, options.batch, context)
+        seen = quantiles(self.times)
+        gpus = int(network.device.type == "cuda")  # the harness runs on one
+        rate = moved / seen.median / 1e6
+        return {
+            **network.facts(),
+            "engine": engine.name,
+            "batch": options.batch,
+            "tokens": len(self.times),
+            "ms_median": seen.median,
+            "ms_p10": seen.p10,
+            "ms_p90": seen.p90,
+            "gpu_ms": gpus * seen.median or None,
+            "tokens_per_second": 1000 * options.batch / seen.median,
+            "prompt_ms": self.prompt_ms,
+            "read_bytes": round(moved),
+            "gigabytes_per_second": rate,
+            "bandwidth_fraction": rate / device.bandwidth if device else None,
+            "peak_bytes": self.stored_bytes + self.extra,
+            "setup_seconds": self.setup_seconds,
+        }
+
+
+def prompt_ids(case: Case, batch: int, tokens: int) -> torch.Tensor:
+    """Random tokens [batch, tokens], the same for every case of a vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = case.network.config.vocab_size
+    return torch.randint(vocabulary, (batch, tokens), generator=generator).to(case.network.device)
+
+
+def prepare(case: Case, options: TokenOptions) -> Run:
+    """Process the prompt and warm up; `NotApplicable` where the engine fails at it."""
+    network = case.network
+    ids = prompt_ids(case, options.batch, options.prompt)
+    began = time.perf_counter()
+    with refusals(case):
+        start(case, options.batch, options.length).prompt(ids)  # loads, allocates, tunes
+        give_back(network.device)
+        before = bytes_in_use(network.device)
+        start_peak(network.device)
+        decoder = start(case, options.batch, options.length)
+        prompt_ms = milliseconds_of(lambda: decoder.prompt(ids), network.device)
+        decoder.steps(options.warmup, after=lambda: None)
+        synchronise(network.device)
+    seconds = time.perf_counter() - began
+    extra = max(0, peak_bytes(network.device) - before)
+    return Run(case, decoder, prompt_ms, seconds, bytes_in_use(network.device) - before, extra)
+
+
+def decode(run: Run, steps: int, flush: Callable[[], object] | None) -> None:
+    """Time so many steps of a run. Every step is waited for, as a reader of the text waits for it."""
+    device, watch, tokens = run.case.network.device, Stopwatch(run.case.network.device), []
+    level = bytes_in_use(device)
+    start_peak(device)
+
+    def before() -> None:
+        if flush is not None:
+            flush()
+        synchronise(device)
+        watch.mark()
+
+    def after() -> None:
+        watch.mark()
+        synchronise(device)
+        tokens.append(run.decoder.tokens.clone())
+
+    run.decoder.steps(steps, after, before)
+    run.times += watch.milliseconds()[::2]  # between the beginning of a step and its end
+    run.tokens += tokens
+    run.extra = max(run.extra, run.resident + peak_bytes(device) - level)
+
+
+def decode_or_stop(run: Run, steps: int, flush: Callable[[], object] | None) -> str | None:
+    """`decode`; where it fails, the run gives its decoder up, and the reason is returned."""
+    try:
+        with refusals(run.case):
+            decode(run, steps, flush)
+    except NotApplicable as reason:
+        run.decoder = None
+        return str(reason)
+    return None
+
+
+def stopped(run: Run, reason: str, options: TokenOptions) -> dict:
+    """The row of "skipped" of a run that failed while it decoded."""
+    if not run.times:
+        return not_measured(run.case, reason)
+    return not_measured(run.case, f"{len(run.times)} of {options.tokens} tokens: {reason}", partial=True)
+
+
+def same_tokens(run: Run, runs: Sequence[Run]) -> int:
+    """How many tokens agree, from the first on, with those of the first engine that ran this network to the end.
+
+    Engines with the same weights choose the same tokens until rounding decides between two that are as likely.
+    Hugging Face's class and ours only share weights where they come from a folder.
+    """
+    network = run.case.network
+    shares = [
+        one
+        for one in runs
+        if one.case.network is network
+        and (network.folder is not None or one.case.engine.huggingface == run.case.engine.huggingface)
+    ]
+    first = max(shares, key=lambda one: len(one.tokens))
+    pairs = zip(run.tokens, first.tokens, strict=False)
+    return next(
+        (index for index, (a, b) in enumerate(pairs) if not torch.equal(a.cpu(), b.cpu())), len(run.tokens)
+    )
+
+
+def check_positions(cases: Sequence[Case], length: int, options: str) -> None:
+    for case in cases:
+        most = case.network.config.max_position_embeddings
+        if length > most:
+            raise SliceGPTError(
+                f"{options}: {length} tokens are beyond the {most} positions of {case.network.label}"
+            )
+
+
+def measure_token_times(
+    cases: Sequence[Case],
+    options: TokenOptions,
+    device: Device | None,
+    record: Record,
+    progress: Progress | None = None,
+) -> None:
+    """Decode with every case in turns; `record` holds a row a case after every round.
+
+    Cases whose weights do not fit into memory together are measured group by group. A case that fails keeps what it
+    did in the rounds before, is reported among `record.content["skipped"]`, and leaves the others running.
+
+    Args:
+        device: whose bandwidth the fractions are of; None leaves them out.
+    """
+    check_positions(cases, options.length, "--prompt, --tokens")
+    progress = progress or Progress(quiet=True)
+    torch_device = cases[0].network.device
+    flush = CacheFlush(torch_device) if options.cold else None
+    finished: list[dict] = []
+    skipped = record.content.setdefault("skipped", [])
+    groups = by_memory(cases, RESIDENT_SHARE * free_memory(torch_device))
+    for group in groups:
+        runs: list[Run] = []
+        with progress.stage("prompts and warm-up", len(group), "cases") as advance:
+            for case in group:
+                failed = False
+                try:
+                    runs.append(prepare(case, options))
+                except NotApplicable as reason:
+                    skipped.append(not_measured(case, reason))
+                    failed = True
+                if failed:  # once the error is gone, which holds on to it
+                    give_back(torch_device)
+                advance(1)
+        with progress.stage("decoding", options.tokens * len(runs), "steps") as advance:
+            for share in options.shares():
+                for run in runs:
+                    if run.decoder is not None:
+                        reason = decode_or_stop(run, share, flush)
+                        if reason is not None:
+                            skipped.append(stopped(run, reason, options))
+                            give_back(torch_device)
+                    advance(share)
+                runs = [run for run in runs if run.decoder is not None or run.times]
+                rows = finished + [run.row(options, device) for run in runs]
+                for row, run in zip(rows[len(finished) :], runs, strict=True):
+                    row["same_tokens"] = same_tokens(run, runs)
+                baseline = compare(rows, "ms_median", smaller_is_better=True)
+                record.save(rows=rows, baseline=baseline, ratios=token_ratios(rows))
+        finished = list(record.rows)
+        runs.clear()
+        for network in {id(case.network): case.network for case in group}.values():
+            network.release()
+    record.save(taken_in_turns=len(groups) == 1)

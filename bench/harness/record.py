@@ -1,0 +1,170 @@
+"""Where a figure was measured (machine, versions, commit, date, command), and writing it beside its figures."""
+
+import csv
+import datetime
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from slicegpt.checkpoint.record import versions
+from slicegpt.errors import SliceGPTError
+from slicegpt.table import write_json
+
+
+def cpu_name() -> str:
+    """The processor's own name, where Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def commit() -> str:
+    """The checkout's commit, "-dirty" where tracked files differ from it, "unknown" outside one."""
+    done = _run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).resolve().parent
+    )
+    return done or "unknown"
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver; None without one."""
+    found = _run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return found.splitlines()[0] if found else None
+
+
+# A folder from the root on, or from a home.
+_FOLDERS = re.compile(r"(?<![\w./])(?:~\w*)?/(?:[^/\s,:'\"]+/)+")
+
+
+def without_folders(value):
+    """Text, or a list or mapping of it, with absolute paths cut to their last part: results are for other machines."""
+    if isinstance(value, str):
+        return _FOLDERS.sub("", value)
+    if isinstance(value, list | tuple):
+        return [without_folders(part) for part in value]
+    if isinstance(value, Mapping):
+        return {name: without_folders(part) for name, part in value.items()}
+    return value
+
+
+def _run(command: list[str], **options) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, **options)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def environment(device: torch.device | None = None) -> dict:
+    """Device, versions, commit, date and command of this process.
+
+    Args:
+        device: what was measured on; None takes the GPU where there is one.
+    """
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    extra = {"cuda": torch.version.cuda}
+    with suppress(ImportError):
+        import triton
+
+        extra["triton"] = triton.__version__
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "driver": driver() if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        # Above the number of threads measured with, others were at work.
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "versions": versions() | extra,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": without_folders(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+    }
+
+
+def write_results(file: str | None, name: str, figures: dict) -> None:
+    """Write `figures` under `name` with the environment they were measured in; nothing where `file` is None."""
+    if file:
+        write_json(file, {"benchmark": name, "environment": environment(), **figures})
+
+
+def check_writable(option: str, file: str | Path | None) -> None:
+    """An error before anything is measured where a result could not be written."""
+    if file is None:
+        return
+    parent = Path(file).absolute().parent
+    if Path(file).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SliceGPTError(f"{option}: cannot write {file}: expected a file in a folder that exists")
+
+
+def write_csv(file: str | Path, rows: Sequence[Mapping], where: Mapping) -> None:
+    """Rows as CSV, every one with the device, driver, versions, commit, date and command, so that files can be joined.
+
+    Where a row names its own device, that one is written.
+    """
+    marks = {name: where[name] for name in ("device", "driver", "commit", "date", "command")}
+    known = ("slicegpt", "python", "torch", "transformers", "triton", "cuda")
+    marks |= {name: where["versions"].get(name) for name in known}
+    columns = list(dict.fromkeys([*(name for row in rows for name in row), *marks]))
+    temporary = Path(file).with_name(f".{Path(file).name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows({**marks, **row} for row in rows)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise SliceGPTError(f"--csv: cannot write {file}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Record:
+    """The results of one run. Its files always hold what was measured so far, marked `"complete": false` until the end.
+
+    Attributes:
+        content: what the JSON file holds.
+    """
+
+    def __init__(
+        self,
+        benchmark: str,
+        settings: Mapping,
+        device: torch.device,
+        json_file: str | None = None,
+        csv_file: str | None = None,
+    ):
+        check_writable("--json", json_file)
+        check_writable("--csv", csv_file)
+        self.json_file, self.csv_file = json_file, csv_file
+        self.content: dict = {
+            "benchmark": benchmark,
+            "complete": False,
+            "environment": environment(device),
+            "settings": without_folders(settings),
+            "rows": [],
+        }
+
+    @property
+    def rows(self) -> list[dict]:
+        return self.content["rows"]
+
+    def save(self, **figures) -> None:
+        """Take these figures over what was known, and write."""
+        self.content |= figures
+        if self.json_file:
+            write_json(self.json_file, self.content)
+        if self.csv_file and self.rows:
+            write_csv(self.csv_file, self.rows, self.content["environment"])
+
+    def finish(self) -> None:
+        self.save(complete=True)

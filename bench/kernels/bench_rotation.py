@@ -1,0 +1,309 @@
+"""`norm_linear` and `rotate_add` at real shapes against unfused torch, torch.compile, plain GEMMs and the roofline.
+
+    python -m slicegpt.bench.kernels.bench_rotation --json results.json
+    python -m slicegpt.bench.kernels.bench_rotation --models llama-2-7b --slices 0 0.25 --rows 1 8192
+    pytest bench/kernels/bench_rotation.py --benchmark-only
+    SLICEGPT_BENCH_MODELS=all pytest bench/kernels/bench_rotation.py --benchmark-only -k "T8192 and fused"
+
+"cold" calls take turns over copies of the inputs that together exceed the last cache four times, so that weights come
+from memory, as they do in a model; "warm" repeats one copy. On a GPU every method is captured into a CUDA graph: host
+time is not part of the figures. "bound" is the roofline over the cold time; a CPU's peaks are measured when it starts.
+Each result is first compared with float64.
+
+pytest takes all models and sizes on a GPU, until SLICEGPT_BENCH_SECONDS (1800) are over, and a quick subset on a CPU;
+SLICEGPT_BENCH_MODELS names models instead, at all sizes: with spaces between them, or all.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pytest
+import torch
+
+from slicegpt.bench.harness.record import Record
+from slicegpt.bench.harness.timing import last_level_cache
+from slicegpt.bench.kernels.rotation import (
+    Inputs,
+    Run,
+    bound_seconds,
+    is_correct,
+    least_bytes,
+    make_inputs,
+    methods,
+    operations,
+    relative_errors,
+)
+from slicegpt.bench.models.devices import Device, current_device
+from slicegpt.bench.models.shapes import MODELS, SIZES, Launch, NormLinearShape, launches
+from slicegpt.table import format_table
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+ROWS = (1, 4, 16, 512, 8192) if ON_GPU else (1, 16, 128)
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+QUICK_MODELS = ("llama-2-7b",) if ON_GPU else ("smollm2-135m",)
+QUICK_SIZES = ((0.0, "identity"), (0.25, "compact"), (0.25, "dense"))
+MAX_COPIES = 64 if ON_GPU else 4
+ROUND_SECONDS = 0.01
+COLUMNS = [
+    "model",
+    "slice",
+    "shortcut",
+    "part",
+    "T",
+    "dtype",
+    "method",
+    "cold us",
+    "warm us",
+    "of unfused",
+    "of plain",
+]
+COLUMNS += ["TFLOP/s", "GB/s", "bound", "error"]
+
+
+# --- timing -------------------------------------------------------------------------------------------------
+
+
+def copies_for(launch: Launch, rows: int, dtype: torch.dtype) -> int:
+    """So many sets of inputs that four times the last cache passes before one is read again."""
+    bytes_a_call = least_bytes(launch, rows, dtype.itemsize)
+    return max(2, min(MAX_COPIES, -(-4 * last_level_cache(DEVICE) // bytes_a_call)))
+
+
+def sequence(runs: list[Run]) -> Run:
+    """One call that does all of `runs`: a CUDA graph's replay on a GPU."""
+    for run in runs:
+        run()  # compiles, and allocates what the libraries keep
+
+    def all_of_them():
+        for run in runs:
+            run()
+
+    if not ON_GPU:
+        return all_of_them
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        all_of_them()
+    return graph.replay
+
+
+def seconds_once(run: Run) -> float:
+    if not ON_GPU:
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def medians(runs: dict[str, Run], rounds: int) -> dict[str, float]:
+    """Median seconds; the methods take turns, so that a change of clocks or of other load meets all of them.
+
+    A turn lasts at least `ROUND_SECONDS`, so that the resolution of the clock does not matter.
+    """
+    repeats = {}
+    for name, run in runs.items():
+        run()
+        repeats[name] = max(1, min(50, int(ROUND_SECONDS / max(seconds_once(run), 1e-7))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name] += [seconds_once(run) for _ in range(repeats[name])]
+    return {name: statistics.median(of_one) for name, of_one in times.items()}
+
+
+def cold_and_warm(
+    launch: Launch, rows: int, dtype: torch.dtype, compiled: bool, rounds: int
+) -> dict[str, tuple[float, float]]:
+    """Seconds of one call of each method."""
+    copies = copies_for(launch, rows, dtype)
+    sets = [
+        methods(launch, make_inputs(launch, rows, dtype, DEVICE, seed), compiled) for seed in range(copies)
+    ]
+    cold = {name: sequence([one[name] for one in sets]) for name in sets[0]}
+    warm = {name: sequence([sets[0][name]] * copies) for name in sets[0]}
+    cold_times, warm_times = medians(cold, rounds), medians(warm, rounds)
+    return {name: (cold_times[name] / copies, warm_times[name] / copies) for name in cold}
+
+
+# --- rows of the table --------------------------------------------------------------------------------------
+
+
+def measure(
+    model: str, size: tuple[float, str], launch: Launch, rows: int, dtype: torch.dtype,
+    device: Device | None, options,
+) -> Iterator[dict]:  # fmt: skip
+    times = cold_and_warm(launch, rows, dtype, options.compile, options.rounds)
+    inputs = make_inputs(launch, rows, dtype, DEVICE, seed=1000)
+    comparable = [name for name in times if not name.startswith("plain") and "compile" not in name]
+    errors = relative_errors(launch, inputs, comparable)
+    bound = bound_seconds(launch, rows, dtype, device) if device else None
+    for name, (cold, warm) in times.items():
+        # A kernel of ours is compared with our own plain product: what its epilogue and second source cost.
+        plain = times.get("plain GEMM, Triton" if name == "fused, Triton" else "plain GEMM, library")
+        yield {
+            "model": model,
+            "slice": f"{100 * size[0]:.0f} %",
+            "shortcut": size[1],
+            "part": launch.part,
+            "op": "norm_linear" if isinstance(launch, NormLinearShape) else "rotate_add",
+            "T": rows,
+            "columns": launch.columns,
+            "inner": launch.inner if isinstance(launch, NormLinearShape) else launch.total_inner,
+            "dtype": str(dtype).removeprefix("torch."),
+            "method": name,
+            "cold us": 1e6 * cold,
+            "warm us": 1e6 * warm,
+            "of unfused": cold / times["unfused torch"][0],
+            "of plain": cold / plain[0],
+            "TFLOP/s": operations(launch, rows) / cold / 1e12,
+            "GB/s": least_bytes(launch, rows, dtype.itemsize) / cold / 1e9,
+            "bound": f"{100 * bound / cold:.0f} %" if bound else None,
+            "error": errors.get(name),
+            "correct": is_correct(name, errors, dtype) if name in errors else None,
+        }
+
+
+def chosen(options) -> Iterator[tuple[str, tuple[float, str], Launch, int, torch.dtype]]:
+    sizes = [
+        size for size in SIZES if size[0] in options.slices and size[1] in (*options.shortcuts, "identity")
+    ]
+    for model in options.models:
+        for size in sizes:
+            for launch in launches(model, *size):
+                for rows in options.rows:
+                    yield from ((model, size, launch, rows, getattr(torch, name)) for name in options.dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
+    parser.add_argument("--models", nargs="+", default=list(QUICK_MODELS), help="of bench/models; or: all")
+    parser.add_argument("--slices", nargs="+", type=float, default=[0.0, 0.25])
+    parser.add_argument("--shortcuts", nargs="+", choices=["compact", "dense"], default=["compact", "dense"])
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="tokens a call")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=["float16", "bfloat16", "float32"],
+        default=[str(DTYPE).removeprefix("torch.")],
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no further shape after so long"
+    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=ON_GPU)
+    options = parser.parse_args()
+    options.models = MODELS if options.models == ["all"] else options.models
+
+    device = current_device()
+    print(
+        f"{device.name}: {device}\n"
+        if device
+        else f"{torch.cuda.get_device_name()}: no peaks known, no bounds"
+    )
+    settings = {name: value for name, value in vars(options).items() if value != float("inf")}
+    record = Record("rotation", settings, DEVICE, options.json)
+    record.content["peaks"] = None if device is None else vars(device)
+    began, rows, skipped = time.monotonic(), record.rows, 0
+    with torch.inference_mode():
+        for case in chosen(options):
+            if time.monotonic() - began > options.seconds:
+                skipped += 1
+                continue
+            rows += measure(*case, device, options)
+            record.save()  # an interrupted run keeps what it has, marked incomplete
+            torch._dynamo.reset()  # each shape is compiled on its own: no limit of recompilations is met
+    print(format_table(rows, COLUMNS))
+    if skipped:
+        print(f"{skipped} shapes were not measured: --seconds {options.seconds:.0f} were over")
+    wrong = [row for row in rows if row["correct"] is False]
+    for row in wrong:
+        print(
+            f"WRONG: {row['model']} {row['part']}, T = {row['T']}, {row['method']}: error {row['error']:.3g}"
+        )
+    record.save(complete=True, not_measured=skipped)
+    sys.exit(1 if wrong else 0)
+
+
+# --- pytest-benchmark ---------------------------------------------------------------------------------------
+
+BEGAN = time.monotonic()
+SECONDS = float(os.environ.get("SLICEGPT_BENCH_SECONDS", "1800"))
+METHODS = ["fused", "unfused torch", "unfused, addmm", "unfused, torch.compile", "plain GEMM, library"]
+METHODS += ["fused, Triton", "plain GEMM, Triton"] if ON_GPU else []
+
+
+def cases(names: str, on_gpu: bool) -> list[tuple[str, tuple[float, str], Launch, int]]:
+    """What pytest measures. names: of models with spaces between them, or all; empty for the device's default."""
+    models = names.split() or ["all" if on_gpu else "quick"]
+    chosen_models = {"all": MODELS, "quick": QUICK_MODELS}.get(models[0], models)
+    sizes = QUICK_SIZES if models == ["quick"] else SIZES
+    return [
+        (model, size, launch, rows)
+        for model in chosen_models
+        for size in sizes
+        for launch in launches(model, *size)
+        for rows in ROWS
+    ]
+
+
+def name_of(case) -> str:
+    model, size, launch, rows = case
+    return f"{model}-{100 * size[0]:.0f}-{size[1]}-{launch.part.replace(' ', '_')}-T{rows}"
+
+
+@lru_cache
+def peaks() -> Device | None:
+    """Measured once on a CPU."""
+    return current_device()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", cases(os.environ.get("SLICEGPT_BENCH_MODELS", ""), ON_GPU), ids=name_of)
+@torch.inference_mode()
+def test_rotation(benchmark, case, method):
+    _, _, launch, rows = case
+    if time.monotonic() - BEGAN > SECONDS:
+        pytest.skip(f"not measured: SLICEGPT_BENCH_SECONDS={SECONDS:.0f} are over")
+    compiled = method == "unfused, torch.compile"
+    if method == "unfused, addmm" and isinstance(launch, NormLinearShape):
+        pytest.skip("not for this operator")
+    if compiled and not ON_GPU and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    device = peaks()
+    inputs: Inputs = make_inputs(launch, rows, DTYPE, DEVICE)
+    runs = methods(launch, inputs, compiled)
+    if method not in runs:
+        pytest.skip("not on this device")
+    run = runs[method]
+
+    def call():
+        run()
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(call, rounds=10, warmup_rounds=2)
+    benchmark.extra_info["TFLOP/s"] = operations(launch, rows) / benchmark.stats.stats.median / 1e12
+    if device:
+        bound = bound_seconds(launch, rows, DTYPE, device)
+        benchmark.extra_info["fraction of bound"] = bound / benchmark.stats.stats.median
+    if compiled:
+        torch._dynamo.reset()  # each shape is compiled on its own: no limit of recompilations is met
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Launches of the fused GEMMs at real shapes: inputs, the ways to compute them, what they must move and multiply."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slicegpt import ops
+from slicegpt.bench.models.devices import Device
+from slicegpt.bench.models.shapes import Launch, NormLinearShape, RotateAddShape
+from slicegpt.ops import reference
+from slicegpt.ops.registration import triton_is_available
+
+EPS = 1e-5
+Run = Callable[[], object]
+
+
+@dataclass
+class Inputs:
+    """Tensors of one launch; `x` and `w` are of the plain product of the same sizes, for comparison."""
+
+    tensors: dict[str, Tensor | None]
+    x: Tensor
+    w: Tensor
+
+
+def make_inputs(launch: Launch, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+    """Normal values; weights with variance 1 / inner, so that outputs have the size of inputs."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+
+    if isinstance(launch, NormLinearShape):
+        h = random(rows, launch.inner)
+        weight = random(launch.columns, launch.inner, scale=launch.inner**-0.5)
+        bias = random(launch.n_scaled) if launch.bias else None
+        sumsq = reference.block_sums_of_squares(h.to(reference.sumsq_dtype(dtype)))
+        return Inputs({"h": h, "weight": weight, "bias": bias, "sumsq": sumsq}, h, weight)
+    scale = launch.total_inner**-0.5
+    weight = random(launch.columns, launch.inner, scale=scale)
+    shortcut = random(launch.columns, launch.width, scale=scale) if launch.dense else None
+    a, h = random(rows, launch.inner), random(rows, launch.width)
+    bias = random(launch.columns) if launch.bias else None
+    tensors = {"a": a, "weight": weight, "h": h, "shortcut": shortcut, "bias": bias}
+    if not launch.dense:
+        return Inputs(tensors, a, weight)
+    return Inputs(tensors, torch.cat((a, h), dim=1), torch.cat((weight, shortcut), dim=1))
+
+
+# --- the ways to compute it ---------------------------------------------------------------------------------
+
+
+def unfused_norm_linear(launch: NormLinearShape) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Stock RMSNorm, one GEMM for the block's inputs, the activation, and one GEMM for z."""
+    n_scaled, activation, inner = launch.n_scaled, launch.activation, launch.inner
+
+    def run(h, weight, bias, sumsq):
+        normed = F.rms_norm(h, (inner,), eps=EPS)
+        y = reference.activate(F.linear(normed, weight[:n_scaled], bias), activation)
+        return y, F.linear(h, weight[n_scaled:]) if launch.z_columns else None
+
+    return run
+
+
+def unfused_rotate_add(a, weight, h, shortcut, bias):
+    """Two GEMMs and an addition, as the published code does it; with a compact shortcut one GEMM and an addition."""
+    return F.linear(a, weight, bias) + (h if shortcut is None else F.linear(h, shortcut))
+
+
+def accumulating_rotate_add(a, weight, h, shortcut, bias):
+    """cuBLAS adds onto the first product: what careful torch code can do."""
+    base = h if shortcut is None else F.linear(h, shortcut)
+    if bias is not None:
+        base = base + bias
+    return torch.addmm(base, a, weight.mT)
+
+
+def fused(launch: Launch, inputs: Inputs, config=None, triton: bool = False) -> Run:
+    """Our operator; `triton`: that kernel even where the operator would take another (with `config`, or its own)."""
+    if isinstance(launch, NormLinearShape):
+        settings = (launch.n_scaled, launch.activation, float(launch.inner), EPS)
+        function = ops.norm_linear
+        if triton:
+            from slicegpt.kernels.norm_linear import norm_linear as function
+    else:
+        settings = ()
+        function = ops.rotate_add
+        if triton:
+            from slicegpt.kernels.rotate_add import rotate_add as function
+    arguments = (*inputs.tensors.values(), *settings, *((config,) if triton else ()))
+    return lambda: function(*arguments)
+
+
+def plain_product(inputs: Inputs, triton: bool) -> Run:
+    """The GEMM alone, of the same rows, columns and total inner columns, by our kernel or by the library's."""
+    x, w = inputs.x, inputs.w
+    if not triton:
+        return lambda: F.linear(x, w)
+    from slicegpt.kernels.norm_linear import norm_linear
+
+    return lambda: norm_linear(x, w, None, None, 0, "none", 1.0, EPS)
+
+
+def methods(launch: Launch, inputs: Inputs, compiled: bool) -> dict[str, Run]:
+    """Name -> a call; `compiled` adds torch.compile of the unfused form."""
+    norm = isinstance(launch, NormLinearShape)
+    unfused = unfused_norm_linear(launch) if norm else unfused_rotate_add
+    tensors = inputs.tensors
+    runs = {"fused": fused(launch, inputs), "unfused torch": lambda: unfused(**tensors)}
+    if not norm:
+        runs["unfused, addmm"] = lambda: accumulating_rotate_add(**tensors)
+    if compiled:
+        optimised = torch.compile(unfused, dynamic=False)
+        runs["unfused, torch.compile"] = lambda: optimised(**tensors)
+    runs["plain GEMM, library"] = plain_product(inputs, triton=False)
+    if inputs.x.is_cuda and triton_is_available():
+        from slicegpt.kernels.norm_linear import is_supported
+
+        if is_supported(torch.cuda.get_device_capability(inputs.x.device), inputs.x.dtype):
+            runs["fused, Triton"] = fused(launch, inputs, triton=True)
+            runs["plain GEMM, Triton"] = plain_product(inputs, triton=True)
+    return runs
+
+
+# --- correctness --------------------------------------------------------------------------------------------
+
+
+def relative_errors(launch: Launch, inputs: Inputs, names: list[str], rows: int = 64) -> dict[str, float]:
+    """Of the named methods against float64 on the first and last rows: |result - exact| / |exact|."""
+    runs = methods(launch, inputs, compiled=False)
+    ends = torch.cat(
+        (torch.arange(min(rows, len(inputs.x))), torch.arange(max(0, len(inputs.x) - rows), len(inputs.x)))
+    )
+    ends = ends.unique().to(inputs.x.device)
+    per_row = ("h", "a", "sumsq")
+    exact = {
+        name: None if t is None else (t[ends] if name in per_row else t).double()
+        for name, t in inputs.tensors.items()
+    }
+    if isinstance(launch, NormLinearShape):
+        settings = (launch.n_scaled, launch.activation, float(launch.inner), EPS)
+        expected = reference.norm_linear(*exact.values(), *settings)
+    else:
+        expected = reference.rotate_add(*exact.values())[0]
+    errors = {}
+    for name in names:
+        result = runs[name]()
+        if isinstance(launch, NormLinearShape):
+            result = (
+                result
+                if isinstance(result, Tensor)
+                else torch.cat([t for t in result if t is not None], dim=1)
+            )
+        elif not isinstance(result, Tensor):
+            result = result[0]
+        errors[name] = ((result[ends].double() - expected).norm() / expected.norm()).item()
+    return errors
+
+
+def is_correct(name: str, errors: dict[str, float], dtype: torch.dtype) -> bool:
+    """At most twice the unfused form's error, or two units in the last place; NaN never."""
+    return errors[name] <= max(2 * errors["unfused torch"], 2 * torch.finfo(dtype).eps)
+
+
+# --- the roofline -------------------------------------------------------------------------------------------
+
+
+def least_bytes(launch: Launch, rows: int, itemsize: int) -> int:
+    """Each input read once and each output written once; sums of squares are float32, one for 32 columns."""
+    if isinstance(launch, NormLinearShape):
+        elements = launch.columns * launch.inner + rows * (launch.inner + launch.output_columns)
+        elements += launch.n_scaled if launch.bias else 0
+        return elements * itemsize + 4 * rows * -(-launch.inner // 32)
+    elements = launch.columns * launch.total_inner + rows * (launch.inner + launch.width + launch.columns)
+    elements += launch.columns if launch.bias else 0
+    return elements * itemsize + 4 * rows * -(-launch.columns // 32)
+
+
+def operations(launch: Launch, rows: int) -> int:
+    """Multiplications and additions of the products."""
+    inner = launch.total_inner if isinstance(launch, RotateAddShape) else launch.inner
+    return 2 * rows * launch.columns * inner
+
+
+def bound_seconds(launch: Launch, rows: int, dtype: torch.dtype, device: Device) -> float:
+    """The roofline: no kernel can be faster. float32 counts at the float32 rate."""
+    rate = device.fp32 if dtype == torch.float32 else device.half
+    moved = least_bytes(launch, rows, dtype.itemsize) / (device.bandwidth * 1e9)
+    return max(moved, operations(launch, rows) / (rate * 1e12))

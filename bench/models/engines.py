@@ -1,0 +1,201 @@
+"""Engines: the ways in which a network's next tokens are computed, by name, and which network runs under which."""
+
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from slicegpt.bench.harness.memory import is_out_of_memory
+from slicegpt.bench.harness.record import without_folders
+from slicegpt.bench.models.decoders import CachedModel, Decoder, FusedRuntime, GeneratingModel
+from slicegpt.bench.models.networks import Network
+from slicegpt.errors import SliceGPTError, first_line
+
+
+class NotApplicable(Exception):
+    """An engine cannot run a network here; the message is the reason, for the table."""
+
+
+class OutOfMemory(NotApplicable):
+    """It needs more memory than there is."""
+
+
+def cache_bytes(network: Network, batch: int, context: float) -> float:
+    """Bytes of the keys and values of `context` tokens in every layer."""
+    config = network.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return batch * context * per_token * network.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A way to decode.
+
+    Attributes:
+        name: as on the command line and in tables.
+        start: (network, batch, most tokens of a sequence) -> its decoder.
+        huggingface: runs Hugging Face's own class, which the dense model alone has.
+        compiled_on: devices where it goes through torch.compile, which takes a while and a compiler.
+    """
+
+    name: str
+    start: Callable[[Network, int, int], Decoder]
+    huggingface: bool = False
+    compiled_on: tuple[str, ...] = ()
+
+    def compiles(self, network: Network) -> bool:
+        return network.device.type in self.compiled_on
+
+    def reason_against(self, network: Network) -> str | None:
+        """Why this engine does not take this network here, None where it does."""
+        if self.huggingface and not network.is_dense:
+            return "Hugging Face's own class is dense"
+        if self.compiles(network) and network.device.type == "cpu" and not shutil.which("g++"):
+            return "torch.compile needs a C++ compiler on a CPU"
+        return None
+
+
+def huggingface(
+    decoder: type[CachedModel] = CachedModel, **settings
+) -> Callable[[Network, int, int], Decoder]:
+    def start(network: Network, batch: int, length: int) -> Decoder:
+        return decoder(network.huggingface(), batch, length, **settings)
+
+    return start
+
+
+def plain(**settings) -> Callable[[Network, int, int], Decoder]:
+    def start(network: Network, batch: int, length: int) -> Decoder:
+        return CachedModel(network.canonical(), batch, length, **settings)
+
+    return start
+
+
+def fused(network: Network, batch: int, length: int) -> Decoder:
+    try:
+        return FusedRuntime(network.runtime(), batch, length)
+    except SliceGPTError as error:
+        raise NotApplicable(first_line(error)) from error
+
+
+ANYWHERE = ("cpu", "cuda")
+
+# Hugging Face's class: its forward pass in a loop of our own ("hf"), and `generate()`, which on a GPU compiles the
+# forward pass where the cache is static. "plain" is this package's network, as `from_pretrained` loads it.
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("hf", huggingface(), huggingface=True),
+        Engine("hf-eager", huggingface(attention="eager"), huggingface=True),
+        Engine("hf-static", huggingface(cache="static"), huggingface=True),
+        Engine(
+            "hf-compile", huggingface(cache="static", compiled=True), huggingface=True, compiled_on=ANYWHERE
+        ),
+        Engine("hf-generate", huggingface(GeneratingModel), huggingface=True),
+        Engine(
+            "hf-generate-static",
+            huggingface(GeneratingModel, cache="static"),
+            huggingface=True,
+            compiled_on=("cuda",),
+        ),
+        Engine("plain", plain()),
+        Engine("plain-compile", plain(cache="static", compiled=True), compiled_on=ANYWHERE),
+        Engine("fused", fused),
+    )
+}
+
+
+def chosen_engines(names: Sequence[str]) -> list[Engine]:
+    """The engines of these names, in this order."""
+    for name in names:
+        if name not in ENGINES:
+            raise SliceGPTError(f"--engines: must be among {', '.join(ENGINES)}, got {name!r}")
+    return [ENGINES[name] for name in dict.fromkeys(names)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network under one engine."""
+
+    network: Network
+    engine: Engine
+
+    @property
+    def name(self) -> str:
+        return f"{self.network.label}, {self.engine.name}"
+
+
+def pair(networks: Sequence[Network], engines: Sequence[Engine]) -> tuple[list[Case], list[dict]]:
+    """All cases that can be, and a row `{network, engine, skipped}` with the reason for those that cannot."""
+    cases, skipped = [], []
+    for network in networks:
+        network.keeps_plain = any(engine.name.startswith("plain") for engine in engines)
+        network.keeps_huggingface = any(engine.huggingface for engine in engines)
+        for engine in engines:
+            reason = engine.reason_against(network)
+            if reason is None:
+                cases.append(Case(network, engine))
+            elif not (engine.huggingface and not network.is_dense):  # that goes without saying
+                skipped.append(not_measured(Case(network, engine), reason))
+    if not cases:
+        raise SliceGPTError(
+            f"--engines: none of {', '.join(engine.name for engine in engines)} runs any of these networks here"
+        )
+    return cases, skipped
+
+
+def start(case: Case, batch: int, length: int) -> Decoder:
+    """The case's decoder; `NotApplicable` where the engine turns the network down."""
+    try:
+        return case.engine.start(case.network, batch, length)
+    except NotImplementedError as error:
+        raise NotApplicable(first_line(error)) from error
+
+
+@contextmanager
+def refusals(case: Case) -> Iterator[None]:
+    """What a case fails with, which has many types, becomes `NotApplicable`, so that the other cases go on.
+
+    Errors of ours that concern the user's input pass.
+    """
+    try:
+        yield
+    except (NotApplicable, SliceGPTError):
+        raise
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they hold tensors
+        if is_out_of_memory(error):
+            raise OutOfMemory("out of memory") from None
+        raise NotApplicable(without_folders(f"{type(error).__name__}: {first_line(error)}")) from error
+
+
+def not_measured(case: Case, reason: object, partial: bool = False) -> dict:
+    """A row of "skipped" in a record.
+
+    Args:
+        partial: it has a row of figures as well, of what it did before.
+    """
+    row = {"network": case.network.label, "engine": case.engine.name, "skipped": str(reason)}
+    return row | {"partial": True} if partial else row
+
+
+def by_memory(cases: Sequence[Case], available: float) -> list[list[Case]]:
+    """Groups of cases whose weights fit into memory together, in order; a network's own cases stay together.
+
+    Cases of one group take turns, so fewer groups are better. Weights count once for each form that is run: Hugging
+    Face's, the plain and the fused.
+    """
+    groups: list[list[Case]] = []
+    used = 0.0
+    for network in dict.fromkeys(id(case.network) for case in cases):
+        own = [case for case in cases if id(case.network) == network]
+        forms = {case.engine.name.split("-")[0] for case in own}
+        needed = own[0].network.bytes * len(forms)
+        if groups and used + needed <= available:
+            groups[-1] += own
+            used += needed
+        else:
+            groups.append(own)
+            used = needed
+    return groups

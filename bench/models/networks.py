@@ -1,0 +1,225 @@
+"""What is measured: a dense model and its sliced sizes, from folders, by slicing on the fly, or by shape alone.
+
+Speed depends on shapes and not on what the weights say. So a checkpoint "sliced on the fly" gets random weights at its
+sliced size, without calibration, and a shape needs no checkpoint at all. Folders keep their own weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from slicegpt.bench.harness.memory import give_back
+from slicegpt.bench.models.architectures import MODELS, fields_of, random_dense, random_model
+from slicegpt.checkpoint.loading import check_folder, load_dense
+from slicegpt.checkpoint.record import slicing_fraction
+from slicegpt.conversion.plan import Shape, constant_widths, plan, width_for_slice
+from slicegpt.errors import SliceGPTError
+from slicegpt.families import canonical_fields
+from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling.sizes import stored_parameters
+from slicegpt.runtime import Runtime, to_canonical
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass
+class Network:
+    """One size of one model; its weights are made when they are first asked for, and kept until `release`.
+
+    Attributes:
+        label: "dense", "sliced 25 %", or a folder's name.
+        source: folder or shape.
+        config: canonical; a dense network has identity shortcuts.
+        folder: holds the weights of this very size; None where they are random.
+        huggingface_config: of the dense model in Hugging Face's own class; None where sliced.
+        keeps_plain, keeps_huggingface: these forms are run, and not only the way to another one.
+    """
+
+    label: str
+    source: str
+    config: SlicedConfig
+    dtype: torch.dtype
+    device: torch.device
+    folder: str | None = None
+    huggingface_config: PreTrainedConfig | None = None
+    keeps_plain: bool = True
+    keeps_huggingface: bool = True
+    _models: dict[str, PreTrainedModel | Runtime] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.huggingface_config is not None
+
+    @property
+    def slice(self) -> float:
+        """`1 - d / D`, the mean over the boundaries."""
+        return slicing_fraction(self.config)
+
+    @property
+    def parameters(self) -> int:
+        """Stored elements of the smaller of the forms that this network is run in."""
+        return self.config.source_parameters if self.is_dense else stored_parameters(self.config)
+
+    @property
+    def bytes(self) -> int:
+        return self.parameters * self.dtype.itemsize
+
+    def canonical(self) -> SlicedForCausalLM:
+        """The network of this package. A dense folder's has the folder's weights with their norms folded."""
+        if "canonical" not in self._models:
+            if self.folder is None:
+                model = random_model(self.config, self.dtype, self.device)
+            elif self.is_dense:
+                model = to_canonical(self.huggingface())
+                if not self.keeps_huggingface:
+                    del self._models["huggingface"]
+            else:
+                model, _ = load_dense(self.folder, self.dtype, self.device)
+            self._models["canonical"] = model
+        return self._models["canonical"]
+
+    def runtime(self) -> Runtime:
+        """The fused form; unless `keeps_plain`, the plain one gives its layers' weights up for it."""
+        if "runtime" not in self._models:
+            self._models["runtime"] = Runtime(self.canonical(), release=not self.keeps_plain)
+            if not self.keeps_plain:
+                del self._models["canonical"]
+        return self._models["runtime"]
+
+    def huggingface(self) -> PreTrainedModel:
+        """The dense model in Hugging Face's own class."""
+        if "huggingface" not in self._models:
+            if self.folder is not None:
+                model, _ = load_dense(self.folder, self.dtype, self.device)
+            else:
+                model = random_dense(self.huggingface_config, self.dtype, self.device)
+            self._models["huggingface"] = model
+        return self._models["huggingface"]
+
+    def release(self) -> None:
+        """Forget the weights and return their memory."""
+        self._models.clear()
+        give_back(self.device)
+
+    def facts(self) -> dict:
+        """What a row of results says of the network."""
+        return {
+            "network": self.label,
+            "slice": round(self.slice, 4),
+            "width": self.config.boundary_widths[0],
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "dense_parameters": self.config.source_parameters,
+            "dtype": dtype_name(self.dtype),
+        }
+
+
+def networks_of_shape(
+    name: str,
+    fractions: Sequence[float],
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: Shape | None = None,
+) -> list[Network]:
+    """A named shape at every fraction, 0 being the dense model, with random weights."""
+    fields = fields_of(name)
+    return [
+        sized_network(name, fields, fraction, dtype, device, MODELS[name], None, shape)
+        for fraction in fractions
+    ]
+
+
+def networks_of_model(
+    name: str,
+    fractions: Sequence[float],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    shape: Shape | None = None,
+) -> list[Network]:
+    """A sliced folder as it is; a dense model (anything `load_dense` takes) at every fraction, 0 being itself."""
+    model = None
+    if Path(name).is_dir():
+        check_folder(Path(name))
+        config = AutoConfig.from_pretrained(name)
+        if isinstance(config, SlicedConfig):
+            label = Path(name).resolve().name
+            return [Network(label, name, config, dtype or config.dtype or torch.float32, device, folder=name)]
+        with torch.device("meta"):
+            fields = canonical_fields(AutoModelForCausalLM.from_config(config))
+    else:
+        model, _ = load_dense(name, dtype, device)
+        config, fields = model.config, canonical_fields(model)
+    dtype = dtype or config.dtype or torch.float32
+    networks = [
+        sized_network(name, fields, fraction, dtype, device, config, name, shape) for fraction in fractions
+    ]
+    for network in networks:
+        if network.is_dense and model is not None:
+            network._models["huggingface"] = model  # a download or a GGUF file is not read twice
+    return networks
+
+
+def sized_network(
+    source: str,
+    fields: dict,
+    fraction: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    dense_config: PreTrainedConfig,
+    folder: str | None,
+    shape: Shape | None = None,
+) -> Network:
+    """A dense model's network at a fraction of its columns deleted; `fields` are its canonical ones."""
+    shape = shape or Shape()
+    width = width_for_slice(fields["dense_hidden_size"], fraction, shape.round_to)
+    config = plan(fields, constant_widths(fields, width), shape)
+    if fraction == 0:
+        return Network("dense", source, config, dtype, device, folder, dense_config)
+    return Network(f"sliced {100 * fraction:g} %", source, config, dtype, device)
+
+
+def choose_networks(
+    models: Sequence[str],
+    shape_name: str | None,
+    fractions: Sequence[float],
+    dtypes: Sequence[torch.dtype | None],
+    device: torch.device,
+    shape: Shape | None = None,
+) -> list[Network]:
+    """The networks of one run, from the options `--model`, `--shape`, `--slice` and `--dtype`; labels are unique.
+
+    Args:
+        dtypes: of the weights; None is the stored one, of a shape float32 on a CPU and float16 on a GPU.
+
+    Raises:
+        SliceGPTError: neither a model nor a shape is given, or both, or a shape's or folder's name is unknown.
+    """
+    if bool(models) == bool(shape_name):
+        raise SliceGPTError("--model, --shape: one of them is needed, and not both")
+    if shape_name:
+        default = torch.float32 if device.type == "cpu" else torch.float16
+        networks = [
+            network
+            for dtype in dtypes
+            for network in networks_of_shape(shape_name, fractions, dtype or default, device, shape)
+        ]
+    else:
+        networks = [
+            network
+            for dtype in dtypes
+            for name in models
+            for network in networks_of_model(name, fractions, dtype, device, shape)
+        ]
+    if len(dtypes) > 1:
+        for network in networks:
+            network.label += f", {dtype_name(network.dtype)}"
+    labels = [network.label for network in networks]
+    for network in networks:
+        if labels.count(network.label) > 1:
+            network.label = f"{Path(network.source).name} {network.label}"
+    return networks

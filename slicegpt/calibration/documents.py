@@ -1,0 +1,247 @@
+"""Documents from files, from published datasets, and from Python's own language reference."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from slicegpt.errors import SliceGPTError, first_line
+
+Split = Literal["train", "test"]
+
+
+def load_documents(spec: str, split: Split = "train", text_column: str | None = None) -> list[str]:
+    """Load the documents that `spec` names.
+
+    Args:
+        spec: a built-in name (`python-reference`; from the Hugging Face hub `wikitext2`, `ptb`, `c4`,
+            `alpaca`), or a path: a `.jsonl` or `.parquet` file (a document a row), a folder (a document a
+            `.txt` file, by name), or any other file, taken as UTF-8 text and one document.
+        split: which part of a built-in text. Files are taken whole. Documents without text are dropped for
+            "train", where they would be samples of nothing, and kept for "test": the published perplexities
+            of WikiText-2 join its many empty lines too.
+        text_column: the column of a `.jsonl` or `.parquet` file that holds the text, "text" by default.
+
+    Raises:
+        SliceGPTError: one line naming the file, and the line or column at fault.
+    """
+    if split not in ("train", "test"):
+        raise SliceGPTError(f"load_documents: split must be 'train' or 'test', got {split!r}")
+    if not spec:
+        raise SliceGPTError("load_documents: the name of the text is empty")
+    reads_columns = Path(spec).suffix in (".jsonl", ".parquet")
+    if text_column is not None and not reads_columns:
+        raise SliceGPTError(
+            f"load_documents: {spec} has no columns: text_column={text_column!r} does not apply"
+        )
+    column = text_column or "text"
+    if spec == "python-reference":
+        documents = _python_reference(split)
+    elif spec in HUB_DATASETS:
+        documents = _read_hub(spec, split)
+    elif Path(spec).is_dir():
+        documents = _read_folder(Path(spec))
+    elif Path(spec).exists():
+        documents = _read_file(Path(spec), column)
+    else:
+        names = ", ".join(["python-reference", *HUB_DATASETS])
+        raise SliceGPTError(
+            f"load_documents: {spec} is no file or folder, and none of the built-in texts ({names})"
+        )
+    with_text = [document for document in documents if document.strip()]
+    if not with_text:
+        raise SliceGPTError(f"load_documents: {spec} holds no text")
+    return with_text if split == "train" else documents
+
+
+def _read_file(file: Path, column: str) -> list[str]:
+    if file.suffix == ".jsonl":
+        return _read_jsonl(file, column)
+    if file.suffix == ".parquet":
+        return _read_parquet(file, column)
+    if file.suffix == ".json":
+        raise SliceGPTError(f"load_documents: {file}: expected .jsonl, one JSON object a line, got .json")
+    return [_read_text(file)]
+
+
+def _read_text(file: Path) -> str:
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise SliceGPTError(f"load_documents: cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start:,} is {error.object[error.start]:#04x}"
+        raise SliceGPTError(f"load_documents: {file} is not UTF-8 text ({byte})") from error
+    if "\0" in text:
+        raise SliceGPTError(f"load_documents: {file} is not text (a zero byte at {text.index(chr(0)):,})")
+    return text.replace("\r\n", "\n")
+
+
+def _read_folder(folder: Path) -> list[str]:
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise SliceGPTError(f"load_documents: the folder {folder} has no .txt files")
+    return [_read_text(file) for file in files]
+
+
+def _read_jsonl(file: Path, column: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(_read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise SliceGPTError(f"load_documents: {file} line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise SliceGPTError(
+                f"load_documents: {file} line {number} must be a JSON object, got {type(row).__name__}"
+            )
+        if column not in row:
+            raise _missing_column(f"{file} line {number}", column, row)
+        if not isinstance(row[column], str):
+            raise SliceGPTError(
+                f"load_documents: {file} line {number}: column {column!r} must be text,"
+                f" got {type(row[column]).__name__}"
+            )
+        documents.append(row[column])
+    return documents
+
+
+def _read_parquet(file: Path, column: str) -> list[str]:
+    _need("pyarrow", "parquet", f"reading {file}")
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        schema = parquet.read_schema(file)
+        if column not in schema.names:
+            raise _missing_column(file, column, schema.names)
+        kind = schema.field(column).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise SliceGPTError(f"load_documents: {file}: column {column!r} must be text, got {kind}")
+        documents = parquet.read_table(file, columns=[column])[column].to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SliceGPTError(f"load_documents: cannot read {file}: {first_line(error)}") from error
+    if None in documents:
+        raise SliceGPTError(
+            f"load_documents: {file}: column {column!r} has no text in row {documents.index(None)}"
+        )
+    return documents
+
+
+def _python_reference(split: Split) -> list[str]:
+    """Return topics of Python's language reference (PSF licence), which every CPython carries.
+
+    A third of the topics, chosen by a hash of their names, is the test split. Topics that share a paragraph
+    with another one (a fifth of the text is there twice) are all for training, so that no test paragraph is
+    trained on.
+    """
+    from pydoc_data.topics import topics
+
+    paragraphs = {
+        name: {" ".join(part.split()) for part in text.split("\n\n") if len(part) > 80}
+        for name, text in topics.items()
+    }
+    uses = collections.Counter(part for parts in paragraphs.values() for part in parts)
+
+    def held_out(name: str) -> bool:
+        drawn = hashlib.sha256(name.encode()).digest()[0] % 3 == 0
+        return drawn and all(uses[part] == 1 for part in paragraphs[name])
+
+    return [topics[name] for name in sorted(topics) if held_out(name) == (split == "test")]
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A published dataset as SliceGPT's experiments use it (arXiv 2401.15024, section 4).
+
+    Attributes:
+        path, name, revision, data_files: what `datasets.load_dataset` is given.
+        column: the column that holds the text.
+        splits: the dataset's own names of our splits.
+        draw: documents drawn at random per split, where the published code does not take all.
+    """
+
+    path: str
+    column: str
+    splits: dict[Split, str]
+    name: str | None = None
+    revision: str | None = None
+    data_files: dict[str, str] | None = None
+    draw: dict[Split, int] | None = None
+
+
+HUB_DATASETS = {
+    "wikitext2": HubDataset(
+        "Salesforce/wikitext", "text", {"train": "train", "test": "test"}, name="wikitext-2-raw-v1"
+    ),
+    # The repository holds a script, which `datasets` no longer runs; the hub keeps its output as Parquet.
+    "ptb": HubDataset(
+        "ptb-text-only/ptb_text_only",
+        "sentence",
+        {"train": "train", "test": "test"},
+        name="penn_treebank",
+        revision="refs/convert/parquet",
+    ),
+    "c4": HubDataset(
+        "allenai/c4",
+        "text",
+        {"train": "train", "test": "validation"},
+        data_files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        draw={"train": 5000, "test": 500},
+    ),
+    "alpaca": HubDataset("tatsu-lab/alpaca", "text", {"train": "train", "test": "train"}),
+}
+
+
+def _read_hub(spec: str, split: Split) -> list[str]:
+    _need("datasets", "hub", f"the dataset {spec}")
+    import datasets
+
+    source = HUB_DATASETS[spec]
+    try:
+        rows = datasets.load_dataset(
+            source.path,
+            name=source.name,
+            revision=source.revision,
+            data_files=source.data_files,
+            split=source.splits[split],
+        )
+    except Exception as error:  # the network stack raises whatever its HTTP library raises
+        raise SliceGPTError(
+            f"load_documents: the Hugging Face hub did not give {spec} ({source.path}): {first_line(error)};"
+            " a local .txt, .jsonl or .parquet file works offline"
+        ) from error
+    if spec == "alpaca":
+        rows = _alpaca_split(rows, split)
+    if source.draw and source.draw[split] < len(rows):
+        rows = rows.shuffle(seed=42).select(range(source.draw[split]))
+    if source.column not in rows.column_names:
+        raise _missing_column(spec, source.column, rows.column_names)
+    return list(rows[source.column])
+
+
+def _alpaca_split(rows: Any, split: Split) -> Any:
+    """Split Alpaca, which comes in one piece: 80 % to train, half of the rest to test, half unused."""
+    parts = rows.train_test_split(test_size=0.2, seed=42)
+    if split == "train":
+        return parts["train"]
+    return parts["test"].train_test_split(test_size=0.5, seed=42)["train"]
+
+
+def _need(package: str, extra: str, purpose: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise SliceGPTError(f"load_documents: {purpose} needs {package}: pip install 'slicegpt[{extra}]'")
+
+
+def _missing_column(where: object, column: str, existing: Any) -> SliceGPTError:
+    return SliceGPTError(f"load_documents: {where} has no column {column!r}; it has: {', '.join(existing)}")

@@ -1,0 +1,57 @@
+"""Publishing a sliced folder on the Hugging Face hub, with the model card that its `slicing.json` makes."""
+
+from pathlib import Path
+
+from slicegpt.checkpoint.loading import check_folder
+from slicegpt.checkpoint.model_card import model_card
+from slicegpt.checkpoint.saving import read_record
+from slicegpt.checkpoint.self_contained import is_self_contained
+from slicegpt.errors import SliceGPTError
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Upload what `slicegpt slice` wrote, in one commit.
+
+    Args:
+        folder: the sliced model.
+        repo_id: `USER/NAME` on the hub (or at `HF_ENDPOINT`); it is made where it does not exist. The model card
+            names it in its example.
+        private: make a new repository private.
+        token: of the account; None takes the one that `hf auth login` stored, or `HF_TOKEN`.
+        revision: the branch; None is the main one.
+
+    Returns:
+        The commit's address.
+
+    Errors:
+        `SliceGPTError` for a folder without weights or record, and whatever the hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SliceGPTError(f"push: {folder} is no folder")
+    check_folder(folder)
+    record = read_record(folder)
+    if record is None:
+        raise SliceGPTError(f"push: {folder} has no slicing.json: it was not written by slicegpt slice")
+    card = model_card(record, repo_id, is_self_contained(folder)).encode()
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != "README.md")
+    operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file)) for file in files]
+    operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card))
+    hub = HfApi(token=token)
+    try:
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        commit = hub.create_commit(
+            repo_id, operations, commit_message="Upload sliced model", revision=revision
+        )
+    except Exception as error:  # the hub's own errors, and those of the network below it
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SliceGPTError(f"push: the hub did not take {repo_id!r}: {reason[:300]}") from error
+    return commit.commit_url

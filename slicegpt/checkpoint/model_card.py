@@ -1,0 +1,103 @@
+"""The model card of a sliced folder, made from its `slicing.json`."""
+
+import math
+
+from slicegpt.modeling.sizes import describe_neurons, format_bytes
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- slicegpt
+- compression
+{custom_code}---
+
+# {name}
+
+{source}, compressed with [SliceGPT](https://arxiv.org/abs/2401.15024): columns and rows of every weight matrix
+deleted along the principal components of the residual stream{with_neurons}. All weights are dense.
+
+| | dense | sliced |
+|---|---|---|
+| parameters | {dense_parameters:,} | {parameters:,} |
+| bytes ({dtype}) | {dense_bytes} | {bytes} |
+| columns of the residual stream | {dense_width} | {widths} |
+| neurons of an MLP | {dense_neurons} | {neurons} |
+
+Removed: {removed:.1%} of all parameters, shortcuts and head counted. Slicing (1 - d / D): {slicing:.1%}.
+Shortcuts: {shortcuts}.
+Calibration: {tokens:,} tokens of {calibration}, seed {seed}.
+{finetuning}
+```python
+{imports}
+model = AutoModelForCausalLM.from_pretrained({arguments})
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
+```
+
+The licence of the original model applies. Evaluate the sliced model on your own task before you rely on it.
+"""
+
+_WITH_PACKAGE = """import slicegpt  # registers the architecture with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+"""
+_WITHOUT_PACKAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer  # the network is in this repository
+"""
+
+
+def summarise(values: list) -> str:
+    """Distinct values in the order they appear, with how often: "448 (60), 576 (1)"."""
+    counts: dict = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return ", ".join(f"{value} ({count})" for value, count in counts.items())
+
+
+def _describe_finetuning(run: dict | None) -> str:
+    """One sentence on the `finetuning` of a record; nothing where there was none."""
+    if run is None:
+        return ""
+    result, adapters = run["result"], run["adapters"]
+    before, after = (math.exp(min(result[key], 700)) for key in ("loss_before", "loss_after"))
+    return (
+        f"Fine-tuned after slicing: low-rank adapters (r = {adapters['rank']}), merged, trained on"
+        f" {result['tokens']:,} tokens of {run['data']['source']}; perplexity of its held-out part {before:.4g} before,"
+        f" {after:.4g} after.\n"
+    )
+
+
+def model_card(record: dict, name: str, self_contained: bool = False) -> str:
+    """Markdown with a metadata header, as the Hugging Face hub shows it.
+
+    Args:
+        record: `slicing.json`.
+        name: of the folder or the hub repository, as `from_pretrained` takes it.
+        self_contained: the modelling code is beside the weights, and is loaded with `trust_remote_code`.
+    """
+    size, calibration = record["size"], record["calibration"]
+    widths = [boundary["width"] for boundary in record["boundaries"]]
+    return _CARD.format(
+        name=name,
+        custom_code="- custom_code\n" if self_contained else "",
+        imports=_WITHOUT_PACKAGE if self_contained else _WITH_PACKAGE,
+        arguments=f'"{name}", trust_remote_code=True' if self_contained else f'"{name}"',
+        source=record["source"],
+        dtype=record["dtype"],
+        dense_parameters=size["dense_parameters"],
+        parameters=size["parameters"],
+        dense_bytes=format_bytes(size["dense_bytes"]),
+        bytes=format_bytes(size["bytes"]),
+        with_neurons=", and MLP neurons" if record["neurons"] != record["dense_neurons"] else "",
+        dense_width=record["dense_width"],
+        neurons=describe_neurons(record["neurons"]),
+        dense_neurons=record["dense_neurons"],
+        widths=summarise(widths),
+        removed=size["removed"],
+        slicing=record["slicing"],
+        shortcuts=summarise([boundary["shortcut"] for boundary in record["boundaries"][:-1]]),
+        tokens=calibration["tokens"],
+        calibration=calibration["source"],
+        seed=calibration["seed"],
+        finetuning=_describe_finetuning(record.get("finetuning")),
+    )

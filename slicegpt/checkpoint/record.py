@@ -1,0 +1,91 @@
+"""What `slicing.json` says of a sliced model: sizes, spectra, calibration, versions, times."""
+
+import datetime
+import math
+import platform
+from collections.abc import Sequence
+
+import torch
+import transformers
+
+import slicegpt
+from slicegpt.calibration import CalibrationBatch, calibration_hash
+from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling.sizes import boundary_report, decoder_parameters, stored_parameters
+from slicegpt.slicing import SlicingOptions, SlicingReport
+
+
+def size_record(config: SlicedConfig, dtype: torch.dtype) -> dict:
+    """Stored elements and bytes against the dense model's, in the same dtype."""
+    parameters, dense = stored_parameters(config), config.source_parameters
+    return {
+        "parameters": parameters,
+        "bytes": parameters * dtype.itemsize,
+        "dense_parameters": dense,
+        "dense_bytes": dense * dtype.itemsize,
+        "decoder_parameters": decoder_parameters(config),
+        "removed": 1 - parameters / dense,
+    }
+
+
+def slicing_fraction(config: SlicedConfig) -> float:
+    """`1 - d / D`, the mean over the boundaries before a block: "slicing" as the paper counts it."""
+    widths = config.boundary_widths[:-1]
+    return 1 - math.fsum(widths) / len(widths) / config.dense_hidden_size
+
+
+def versions() -> dict[str, str]:
+    return {
+        "slicegpt": slicegpt.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def calibration_record(
+    source: str, nsamples: int, seqlen: int, seed: int, batches: Sequence[CalibrationBatch], **more
+) -> dict:
+    """Where the calibration tokens came from, and their hash; `more` as it is: sources, coverage, warnings."""
+    sha256 = calibration_hash(batches)
+    return {"source": source, "nsamples": nsamples, "seqlen": seqlen, "seed": seed, "sha256": sha256, **more}
+
+
+def slicing_record(
+    model: SlicedForCausalLM, report: SlicingReport, options: SlicingOptions, source: str, calibration: dict
+) -> dict:
+    """The record of one slicing run; `calibration` is its `calibration_record`.
+
+    Eigenvalues keep six digits: they are for looking at, and full precision would be megabytes.
+    """
+    config = model.config
+    spectra = [
+        None if values is None else [float(f"{value:.6g}") for value in values]
+        for values in report.eigenvalues
+    ]
+    return {
+        "source": source,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "dense_width": config.dense_hidden_size,
+        "neurons": config.layer_neurons or config.intermediate_size,
+        "dense_neurons": config.dense_intermediate_size,
+        "slicing": slicing_fraction(config),
+        "orientation": options.orientation,
+        "signal": options.signal,
+        "vocabulary_prior": options.vocabulary_prior,
+        "refit": [
+            {
+                name: float(f"{value:.6g}") if isinstance(value, float) else value
+                for name, value in entry.items()
+            }
+            for entry in report.refit
+        ],
+        "ridge_search": report.ridge_search,
+        "size": size_record(config, options.dtype),
+        "boundaries": boundary_report(config),
+        "calibration": calibration | {"tokens": report.tokens},
+        "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
+        "eigenvalues": spectra,
+    }

@@ -1,0 +1,55 @@
+"""Folders that load without this package: the network's source beside its weights, named in `auto_map`.
+
+The source is that of the network in `slicegpt.modeling`, whose files for this reason import nothing of slicegpt but
+each other.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import slicegpt
+from slicegpt import modeling
+
+# Module of slicegpt.modeling -> its name in the folder, in the style of Hugging Face's model folders.
+MODULES = {
+    "configuration": "configuration_slicegpt",
+    "layers": "layers_slicegpt",
+    "network": "modeling_slicegpt",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_slicegpt.SlicedConfig",
+    "AutoModel": "modeling_slicegpt.SlicedModel",
+    "AutoModelForCausalLM": "modeling_slicegpt.SlicedForCausalLM",
+}
+_HEADER = (
+    "# Written by slicegpt {version} from slicegpt/modeling/{module}.py (MIT licence); change it there.\n"
+)
+_RELATIVE_IMPORT = re.compile(r"^from \.(\w+) import", re.MULTILINE)
+
+
+def portable_source(module: str) -> str:
+    """The source of a module of `slicegpt.modeling` as it stands in a folder: imports renamed, all else as it is."""
+    source = Path(modeling.__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    source = _RELATIVE_IMPORT.sub(lambda match: f"from .{MODULES[match[1]]} import", source)
+    return _HEADER.format(version=slicegpt.__version__, module=module) + source
+
+
+def write_modeling_code(folder: Path) -> None:
+    """Make a saved model self-contained: modelling code beside the weights, `auto_map` in `config.json`.
+
+    It then loads with `trust_remote_code=True` where slicegpt is not installed. Where slicegpt is imported, its own
+    classes are used, as before.
+    """
+    for module, name in MODULES.items():
+        (folder / f"{name}.py").write_text(portable_source(module), encoding="utf-8")
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(
+        json.dumps(config | {"auto_map": AUTO_MAP}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+
+
+def is_self_contained(folder: str | Path) -> bool:
+    """Whether a folder's `config.json` names modelling code of its own."""
+    return "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))

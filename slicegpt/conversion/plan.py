@@ -1,0 +1,204 @@
+"""How wide every boundary is: from a slicing fraction, a true size to reach, or a list of widths."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from slicegpt.errors import SliceGPTError
+from slicegpt.families import FAMILIES
+from slicegpt.modeling import SlicedConfig, factor_rank
+from slicegpt.modeling.sizes import stored_parameters
+
+SHORTCUT_MODES = ("compact", "dense")
+ORIENTATIONS = ("aligned", "random", "pca")
+
+# MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: about the ratio of
+# the least loss on held-out calibration text, at 90 and at 80 % of SmolLM2-135M's decoder (docs/quality.md).
+NEURONS_TO_COLUMNS = 8.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides a sliced model's shape besides its widths.
+
+    Attributes:
+        shortcut: "compact" stores a factor wherever it holds fewer numbers than the matrix; "dense" never.
+        orientation: "aligned", "random" or "pca"; compact shortcuts need aligned bases.
+        slice_head: the last boundary, which the head reads, is sliced too.
+        round_to: widths are multiples of it (64 suits tensor cores; the published code uses 8).
+        neurons: the fraction of MLP neurons to delete; None takes `NEURONS_TO_COLUMNS` times that of the columns.
+    """
+
+    shortcut: str = "compact"
+    orientation: str = "aligned"
+    slice_head: bool = False
+    round_to: int = 64
+    neurons: float | None = 0.0
+
+    def __post_init__(self):
+        if self.neurons is not None and not 0 <= self.neurons < 1:
+            raise SliceGPTError(f"--neurons: the fraction to delete must lie in [0, 1), got {self.neurons}")
+        if self.shortcut not in SHORTCUT_MODES:
+            raise SliceGPTError(
+                f"--shortcut: must be one of {', '.join(SHORTCUT_MODES)}, got {self.shortcut!r}"
+            )
+        if self.orientation not in ORIENTATIONS:
+            raise SliceGPTError(
+                f"--orientation: must be one of {', '.join(ORIENTATIONS)}, got {self.orientation!r}"
+            )
+        if self.shortcut == "compact" and self.orientation != "aligned":
+            raise SliceGPTError(
+                f"--orientation: compact shortcuts need 'aligned' bases, got {self.orientation!r}; "
+                "use --shortcut dense with it"
+            )
+        if self.round_to < 1:
+            raise SliceGPTError(f"--round-to: must be at least 1, got {self.round_to}")
+
+
+def width_for_slice(dense_width: int, fraction: float, round_to: int) -> int:
+    """Columns left at slicing `fraction` (`1 - d / D`), rounded down to a multiple of `round_to`.
+
+    Rounding down is the published rule (there to multiples of 8): at least the asked fraction goes. A fraction
+    of 0 keeps every column.
+    """
+    if not 0 <= fraction < 1:
+        raise SliceGPTError(f"--slice: the fraction must lie in [0, 1), got {fraction}")
+    if fraction == 0:
+        return dense_width
+    # Nine decimals: 0.3 * 4096 is not a float, and a last-bit error must not cost a multiple.
+    return int(round((1 - fraction) * dense_width, 9)) // round_to * round_to
+
+
+def constant_widths(fields: dict, width: int, slice_head: bool = False) -> list[int]:
+    """The same width at every boundary; the last one, which the head reads, keeps D unless `slice_head`."""
+    blocks = fields["num_hidden_layers"] * (1 if fields.get("parallel_blocks") else 2)
+    return [width] * blocks + [width if slice_head else fields["dense_hidden_size"]]
+
+
+def neurons_for(fields: dict, widths: Sequence[int], shape: Shape) -> int:
+    """MLP neurons left, rounded down to a multiple of `round_to` (but at least one of it), or all of them."""
+    dense, step = fields["intermediate_size"], shape.round_to
+    fraction = shape.neurons
+    if fraction is None:
+        columns = 1 - sum(widths[:-1]) / (len(widths) - 1) / fields["dense_hidden_size"]
+        fraction = min(NEURONS_TO_COLUMNS * columns, 1.0)
+    if fraction == 0:
+        return dense
+    return min(dense, max(step, int(round((1 - fraction) * dense, 9)) // step * step))
+
+
+def head_dim(fields: dict) -> int:
+    """Columns of one attention head."""
+    return fields.get("head_dim") or fields["dense_hidden_size"] // fields["num_attention_heads"]
+
+
+def check_widths(fields: dict, widths: Sequence[int]) -> None:
+    """One clear error for widths that cannot be: their number, their range, or less than one attention head."""
+    needed, dense_width, head = len(constant_widths(fields, 0)), fields["dense_hidden_size"], head_dim(fields)
+    if len(widths) != needed:
+        raise SliceGPTError(f"--widths: {needed} widths are needed (one a boundary), got {len(widths)}")
+    for boundary, width in enumerate(widths):
+        if isinstance(width, bool) or not isinstance(width, int) or width > dense_width:
+            raise SliceGPTError(
+                f"--widths: boundary {boundary} must be a whole number up to {dense_width}, got {width!r}"
+            )
+        if width < head:
+            raise SliceGPTError(
+                f"width: boundary {boundary} would keep {width} of {dense_width} columns, less than one attention "
+                f"head ({head}); slice less, or round to a smaller multiple"
+            )
+
+
+def choose_shortcuts(fields: dict, widths: Sequence[int], shape: Shape) -> list[str]:
+    """The kind of every shortcut.
+
+    A narrower next boundary has no compact form, and a tied head fixes the last basis, so those stay dense.
+    """
+    dense_width = fields["dense_hidden_size"]
+    if shape.orientation == "aligned" and all(width == dense_width for width in widths):
+        return ["identity"] * (len(widths) - 1)
+    kinds = []
+    for block, (width, following) in enumerate(pairwise(widths)):
+        fixed = fields["tie_word_embeddings"] and following == dense_width and block == len(widths) - 2
+        rank = factor_rank(dense_width, width, following)
+        if shape.shortcut == "dense" or width > following or fixed or rank >= following:
+            kinds.append("dense")
+        else:
+            kinds.append("identity" if rank == 0 and width == following else "compact")
+    return kinds
+
+
+def plan(
+    fields: dict, widths: Sequence[int], shape: Shape | None = None, neurons: int | None = None
+) -> SlicedConfig:
+    """The configuration of the sliced model: all of it but the numbers is known before slicing.
+
+    Args:
+        fields: `slicegpt.families.canonical_fields` of the dense model.
+        widths: one a boundary.
+        shape: shortcuts, orientation and the fraction of neurons.
+        neurons: of an MLP; None: as `shape` says.
+    """
+    shape = shape or Shape()
+    check_widths(fields, widths)
+    kinds = choose_shortcuts(fields, widths, shape)
+    # A LayerNorm family's table is centred on its way in, which one shared with the head cannot be.
+    untouched = set(kinds) == {"identity"} and not FAMILIES[fields["source_model_type"]].mean_subtraction
+    tied = fields["tie_word_embeddings"]
+    return SlicedConfig(
+        **fields
+        | {
+            "intermediate_size": neurons_for(fields, widths, shape) if neurons is None else neurons,
+            "dense_intermediate_size": fields["intermediate_size"],
+        },
+        boundary_widths=list(widths),
+        shortcuts=kinds,
+        embed_projection=tied and not untouched,
+        final_norm_weight=tied and widths[-1] == fields["dense_hidden_size"],
+    )
+
+
+def plan_for_parameters(
+    fields: dict, target: int, shape: Shape, count: Callable[[SlicedConfig], int] = stored_parameters
+) -> SlicedConfig:
+    """The widest constant width whose model stores at most `target` elements (a multiple of `round_to`, or D).
+
+    Where `shape.neurons` is None, as many neurons as then fit stay, also in multiples of `round_to`.
+
+    Args:
+        count: what is counted: `stored_parameters`, or `decoder_parameters` for the layers alone.
+    """
+    dense_width, step = fields["dense_hidden_size"], shape.round_to
+    first = -(-head_dim(fields) // step)
+    widths = [step * k for k in range(first, -(-dense_width // step))] + [dense_width]
+
+    def at(width: int, neurons: int | None = None) -> SlicedConfig:
+        return plan(fields, constant_widths(fields, width, shape.slice_head), shape, neurons)
+
+    def fits(config: SlicedConfig) -> bool:
+        return count(config) <= target
+
+    if not fits(smallest := at(widths[0])):
+        raise SliceGPTError(
+            f"size: {target} elements cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
+            f"holds an attention head, the model stores {count(smallest)}"
+        )
+    # At full width the projections and shortcuts vanish, so D may store less than the width before it; below, every
+    # column costs its rows in the linear layers, which is more than a compact shortcut ever saves by it.
+    if fits(dense := at(dense_width)):
+        return dense
+    width = widths[last_that(lambda index: fits(at(widths[index])), len(widths) - 1)]
+    if shape.neurons is not None:
+        return at(width)
+    neurons = neurons_for(fields, constant_widths(fields, width), shape)
+    choices = [*range(neurons, fields["intermediate_size"], step), fields["intermediate_size"]]
+    return at(width, choices[last_that(lambda index: fits(at(width, choices[index])), len(choices))])
+
+
+def last_that(holds: Callable[[int], bool], end: int) -> int:
+    """The largest index below `end` for which a condition holds that holds up to some index, 0 included."""
+    low, high = 0, end
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

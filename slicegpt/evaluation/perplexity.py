@@ -1,0 +1,79 @@
+"""Perplexity by the protocol of the published results (SparseGPT, SliceGPT section 4)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slicegpt.calibration.tokens import encode_text
+from slicegpt.errors import SliceGPTError
+from slicegpt.modeling.losses import window_losses
+from slicegpt.progress import Progress
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What `perplexity` measured.
+
+    Attributes:
+        perplexity: exp(nll).
+        tokens: tokens predicted, `windows * (seqlen - 1)`.
+        nll: mean negative log-likelihood of a token, in nats.
+        windows: windows evaluated.
+        seconds: wall time of the forward passes, without loading and tokenising.
+    """
+
+    perplexity: float
+    tokens: int
+    nll: float
+    windows: int
+    seconds: float
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    seqlen: int = 2048,
+    batch_size: int = 1,
+    max_windows: int | None = None,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """Measure the perplexity of any causal language model on a text.
+
+    The documents are joined with blank lines, encoded once, and cut into windows of `seqlen` tokens that do
+    not overlap; the last, shorter one is dropped. Each window predicts its tokens but the first. The losses
+    are computed from the model's logits, and summed, in float64.
+
+    Args:
+        max_windows: evaluate only the first so many windows.
+        progress: where to report; None is silent.
+
+    Raises:
+        SliceGPTError: an argument is out of range, the text is shorter than a window, or a loss is not
+            finite.
+    """
+    limits = {"seqlen": (seqlen, 2), "batch_size": (batch_size, 1), "max_windows": (max_windows, 1)}
+    for name, (value, least) in limits.items():
+        if value is not None and value < least:
+            raise SliceGPTError(f"perplexity: {name} must be at least {least}, got {value}")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and seqlen > positions:
+        raise SliceGPTError(f"perplexity: seqlen={seqlen} is beyond the model's {positions} positions")
+    ids = encode_text("\n\n".join(documents), tokenizer)
+    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:max_windows]
+    if not len(windows):
+        raise SliceGPTError(
+            f"perplexity: the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}"
+        )
+    start = time.perf_counter()
+    total = sum(window_losses(model, windows, batch_size, progress))
+    tokens = len(windows) * (seqlen - 1)
+    nll = total / tokens
+    if nll > 700:  # exp() overflows; a model that guesses evenly among a million tokens has 14
+        raise SliceGPTError(f"perplexity: the mean loss of a token is {nll:.4g} nats: the model is broken")
+    return PerplexityResult(math.exp(nll), tokens, nll, len(windows), time.perf_counter() - start)

@@ -1,0 +1,1 @@
+"""Facts about devices: their rates, their free memory, and models that are larger than it."""

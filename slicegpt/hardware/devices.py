@@ -1,0 +1,59 @@
+"""Facts about device classes that decide between implementations; `bench/models/devices.py` has more of them."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Compute capabilities with double-precision tensor cores at half of the float32 rate or more. sm_86, 89,
+# 103 and 120 compute in float64 at 1/64 of it.
+FP64_TENSOR_CORES = frozenset({(8, 0), (9, 0), (10, 0)})
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak rates of a device class: dense, on tensor cores where they exist."""
+
+    fp64_tflops: float
+    int8_tops: float
+    bandwidth_tbs: float
+
+
+RATES = {
+    (7, 5): Rates(0.51, 261, 0.672),  # Quadro RTX 6000
+    (8, 0): Rates(19.5, 624, 2.039),  # A100 80 GB SXM
+    (8, 6): Rates(0.56, 285, 0.936),  # RTX 3090
+    (8, 9): Rates(1.29, 660.6, 1.008),  # RTX 4090
+    (9, 0): Rates(66.9, 1979, 3.35),  # H100 SXM; an H200 differs in bandwidth alone
+    (10, 0): Rates(40, 4500, 8.0),  # B200
+    (12, 0): Rates(1.64, 838, 1.792),  # RTX 5090
+}
+# A device unknown here is most likely one without float64 units.
+UNKNOWN = RATES[8, 9]
+
+
+def rates_of(capability: tuple[int, int]) -> Rates:
+    return RATES.get(capability, UNKNOWN)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster there than in float32: tensor cores, AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def kernels_for_new_shapes(device: torch.device) -> AbstractContextManager:
+    """Within it, PyTorch's attention on a GPU goes without cuDNN.
+
+    PyTorch takes cuDNN first from compute capability 9.0 on. It builds a plan for every new shape, which costs tens of
+    milliseconds and more: nearly every prompt has a new one, and a growing cache with every token.
+    """
+    return sdpa_kernel(_WITHOUT_PLANS) if device.type == "cuda" else nullcontext()

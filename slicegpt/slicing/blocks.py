@@ -1,0 +1,144 @@
+"""The blocks between the boundaries, as slicing runs them: input weights final, output at full width."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from slicegpt.conversion.folding import WRITERS, fold_writer, reader_state
+from slicegpt.families import FAMILIES, DenseLayer, Linear
+from slicegpt.modeling import SlicedConfig, WeightlessRMSNorm
+from slicegpt.modeling.layers import SlicedAttention, build_mlp
+
+MODULE_NAMES = {"attention": "self_attn", "mlp": "mlp"}
+WRITER_NAMES = {"attention": "o_proj", "mlp": "down_proj"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """What lies between two boundaries: attention, MLP, or both in parallel."""
+
+    index: int
+    layer: int
+    parts: tuple[str, ...]
+    shortcut: str
+
+    @property
+    def prefix(self) -> str:
+        return f"model.layers.{self.layer}"
+
+
+def blocks_of(config: SlicedConfig) -> list[Block]:
+    """The blocks of the network in order."""
+    if config.parallel_blocks:
+        return [Block(i, i, ("attention", "mlp"), "shortcut") for i in range(config.num_hidden_layers)]
+    return [
+        Block(2 * i + k, i, (part,), f"{part}_shortcut")
+        for i in range(config.num_hidden_layers)
+        for k, part in enumerate(("attention", "mlp"))
+    ]
+
+
+class LiftedBlock(nn.Module):
+    """A block with its final input weights in the basis of its boundary, all neurons, and its output at full width.
+
+    Takes and returns the stream at full width: `x -> (x V) Vᵀ + block(norm(x V))`, in two steps, so that the
+    output weights may be fitted to the activations in between.
+
+    Args:
+        basis: V [D, d] float64; None for the identity, which makes it the dense model's block.
+        states: of each part, all but its output projection.
+        writers: of each part, in order, the output projection at full width, float64. A last one, "shortcut", with
+            V itself as its weight, writes what a dense shortcut carries.
+        dtype: of the weights and of what passes between them. A stream of a wider one stays in it.
+    """
+
+    def __init__(
+        self,
+        config: SlicedConfig,
+        block: Block,
+        basis: torch.Tensor | None,
+        states: dict[str, dict],
+        writers: dict[str, Linear],
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        dense_width = config.dense_hidden_size
+        width = dense_width if basis is None else basis.shape[1]
+        with torch.device("meta"):
+            self.parts = nn.ModuleDict()
+            if "attention" in block.parts:
+                self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width)
+            if "mlp" in block.parts:
+                self.parts["mlp"] = build_mlp(config, width, dense_width, config.dense_intermediate_size)
+        for part, state in states.items():
+            setattr(self.parts[part], WRITER_NAMES[part], nn.Identity())
+            self.parts[part].load_state_dict(state, assign=True)
+        self.norm = WeightlessRMSNorm(width, config.rms_norm_eps * dense_width / width)
+        self.basis = None if basis is None else basis.to(dtype)
+        self.dtype = dtype
+        self.set_writers(writers)
+        self.eval()
+
+    def set_writers(self, writers: dict[str, Linear]) -> None:
+        """Take the output weights [D, K], side by side, and the sum of their biases."""
+        self.weight = torch.cat([writer.weight for writer in writers.values()], dim=1).to(self.dtype)
+        biases = [writer.bias for writer in writers.values() if writer.bias is not None]
+        self.bias = sum(biases).to(self.dtype) if biases else None
+        self.groups = [writer.weight.shape[1] for writer in writers.values()]
+        self.writes_shortcut = "shortcut" in writers
+
+    def activations(self, stream: torch.Tensor, **kwargs) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What the shortcut carries, lifted [..., D], and the inputs of the writers [..., K]."""
+        hidden_states = stream if self.basis is None else stream @ self.basis
+        normed = self.norm(hidden_states).to(self.dtype)
+        inputs = []
+        if "attention" in self.parts:
+            inputs.append(self.parts["attention"](normed, **kwargs)[0])
+        if "mlp" in self.parts:
+            inputs.append(self.parts["mlp"](normed))
+        if self.writes_shortcut:
+            return None, torch.cat([*inputs, hidden_states], dim=-1)
+        carried = stream if self.basis is None else hidden_states @ self.basis.mT
+        return carried, inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=-1)
+
+    def write(self, carried: torch.Tensor | None, activations: torch.Tensor) -> torch.Tensor:
+        """The block's output at full width."""
+        written = functional.linear(activations, self.weight, self.bias)
+        return written if carried is None else carried + written
+
+    def forward(self, stream: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.write(*self.activations(stream, **kwargs))
+
+
+def dense_writers(
+    config: SlicedConfig, block: Block, layer: DenseLayer, device: torch.device
+) -> dict[str, Linear]:
+    """Of each part of a block, its output projection [D, K], float64, with the mean subtraction folded in."""
+    centred = FAMILIES[config.source_model_type].mean_subtraction
+    return {part: fold_writer(getattr(layer, WRITERS[part][1]), centred, device) for part in block.parts}
+
+
+def neuron_rows(writers: dict[str, Linear]) -> slice:
+    """The columns of the writers side by side, those of the refit's activations, that the MLP's neurons are."""
+    start = 0
+    for part, writer in writers.items():
+        if part == "mlp":
+            return slice(start, start + writer.weight.shape[1])
+        start += writer.weight.shape[1]
+    raise KeyError("mlp")
+
+
+def dense_block(
+    config: SlicedConfig,
+    block: Block,
+    layer: DenseLayer,
+    writers: dict[str, Linear],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LiftedBlock:
+    """The dense model's block, at full width, with the `writers` of its parts."""
+    identity = torch.eye(config.dense_hidden_size, dtype=torch.float64, device=device)
+    states = {part: reader_state(part, layer, identity, dtype) for part in block.parts}
+    return LiftedBlock(config, block, None, states, writers, dtype)

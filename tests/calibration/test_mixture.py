@@ -1,0 +1,346 @@
+"""Calibration from several sources: parsing, shares, generated samples, and whether the text was enough."""
+
+import copy
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from support.tiny_models import tiny_model
+
+from slicegpt.calibration import (
+    CalibrationBatch,
+    calibration_hash,
+    calibration_warnings,
+    coverage,
+    load_documents,
+    load_sources,
+    parse_sources,
+    sample_batches,
+    sample_sources,
+)
+from slicegpt.calibration.mixture import share_out
+from slicegpt.calibration.self_sampling import (
+    SamplingSettings,
+    chat_start,
+    continue_tokens,
+    generate_samples,
+    ordinary_tokens,
+)
+from slicegpt.conversion.plan import Shape, constant_widths, plan
+from slicegpt.errors import SliceGPTError
+from slicegpt.families import canonical_fields
+from slicegpt.slicing import slice_model
+from slicegpt.slicing.held_out import held_out_check, held_out_warning
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, documents):
+    """Two texts, one with a name that is hard to write in a list."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("\n\n".join(documents[:8]), encoding="utf-8")
+    (folder / "b,c:2.txt").write_text("\n\n".join(documents[8:]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tiny_tokenizer):
+    """A random model whose vocabulary is the tokenizer's and some padding, as checkpoints have it."""
+    return tiny_model("llama", torch.float32, vocab_size=len(tiny_tokenizer) + 24)
+
+
+# --- parsing ---
+
+
+def test_names_and_weights(files):
+    a, b = files / "a.txt", files / "b,c:2.txt"
+    assert parse_sources("wikitext2") == [("wikitext2", 1.0)]
+    assert parse_sources("wikitext2:2,self:0.5") == [("wikitext2", 2.0), ("self", 0.5)]
+    assert parse_sources(f"{a}:3") == [(str(a), 3.0)]
+    # An existing file's name is taken as it is; in a list its comma and colon are escaped.
+    assert parse_sources(str(b)) == [(str(b), 1.0)]
+    escaped = str(b).replace(",", r"\,").replace(":", r"\:")
+    assert parse_sources(f"{a},{escaped}:2") == [(str(a), 1.0), (str(b), 2.0)]
+    assert parse_sources(rf"{a},{str(b).replace(',', chr(92) + ',')}") == [(str(a), 1.0), (str(b), 1.0)]
+    assert parse_sources(r"C:\texts\a.txt") == [(r"C:\texts\a.txt", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("a:x", "the weight of a must be a number, got 'x'"),
+        ("a:0", "the weight of a must be above 0, got 0"),
+        ("a:inf", "above 0"),
+        ("a:nan", "above 0"),
+        ("a,,b", "a source without a name"),
+        (":2", "a source without a name"),
+        ("a:1,a:2", "a is named twice"),
+    ],
+)
+def test_bad_specs(spec, message):
+    with pytest.raises(SliceGPTError, match=message):
+        parse_sources(spec)
+
+
+def test_text_column_needs_a_file_with_columns():
+    with pytest.raises(SliceGPTError, match=r"--text-column: self has no \.jsonl"):
+        load_sources("self", "text")
+
+
+# --- shares ---
+
+
+@pytest.mark.parametrize("weights", [[1], [2, 1], [1, 1, 1], [0.1, 7, 3], [5, 0.01]])
+@pytest.mark.parametrize("nsamples", [1, 7, 128])
+def test_shares_add_up_and_are_the_nearest(nsamples, weights):
+    shares = share_out(nsamples, weights)
+    assert sum(shares) == nsamples
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - nsamples * weight / sum(weights)) < 1
+
+
+def windows(batches):
+    return [tuple(ids.tolist()) for batch in batches for ids in batch.input_ids]
+
+
+def test_one_source_is_sample_batches(files, tiny_tokenizer):
+    a = str(files / "a.txt")
+    drawn = sample_sources(load_sources(a), tiny_tokenizer, 12, 32, 5)
+    plain = sample_batches(load_documents(a), tiny_tokenizer, 12, 32, 5)
+    assert calibration_hash(drawn.batches) == calibration_hash(plain)
+    assert [len(batch.input_ids) for batch in drawn.batches] == [5, 5, 2]
+
+
+def test_mixture(files, tiny_tokenizer, model):
+    """Weights share the samples out; each source's are its own first ones, without overlap, spread evenly."""
+    a, b = files / "a.txt", files / "b,c:2.txt"
+    spec = f"{a}:2,{b}".replace("b,c:2", r"b\,c\:2") + ",random-tokens:0.5,self:0.5"
+    drawn = sample_sources(load_sources(spec), tiny_tokenizer, 32, 24, 8, model=model)
+    assert [source["nsamples"] for source in drawn.sources] == [16, 8, 4, 4]
+    assert [source["tokens"] for source in drawn.sources] == [16 * 24, 8 * 24, 4 * 24, 4 * 24]
+    samples = windows(drawn.batches)
+    assert len(set(samples)) == 32
+    for path, count in ((a, 16), (b, 8)):
+        alone = windows(sample_batches(load_documents(str(path)), tiny_tokenizer, count, 24))
+        assert [sample for sample in samples if sample in set(alone)] == alone
+    in_a = set(windows(sample_batches(load_documents(str(a)), tiny_tokenizer, 16, 24)))
+    assert [sum(sample in in_a for sample in samples[i : i + 8]) for i in range(0, 32, 8)] == [4] * 4
+    again = sample_sources(load_sources(spec), tiny_tokenizer, 32, 24, 3, model=model)
+    assert calibration_hash(again.batches) == calibration_hash(drawn.batches)
+
+
+def test_a_mixture_that_cannot_be(files, tiny_tokenizer):
+    a = str(files / "a.txt")
+    with pytest.raises(SliceGPTError, match="random-tokens's weight leaves it none of 8 samples"):
+        sample_sources(load_sources(f"{a}:100,random-tokens:1"), tiny_tokenizer, 8, 32)
+    with pytest.raises(SliceGPTError, match=re.escape(a) + ": sample_batches: .* samples of 32 tokens need"):
+        sample_sources(load_sources(f"{a},random-tokens"), tiny_tokenizer, 10**5, 32)
+    with pytest.raises(SliceGPTError, match="'self' needs the dense model"):
+        sample_sources(load_sources("self"), tiny_tokenizer, 8, 32)
+
+
+# --- the model's own text ---
+
+
+def test_generated_samples(model, tiny_tokenizer):
+    ordinary = set(ordinary_tokens(tiny_tokenizer).tolist())
+    assert ordinary == set(range(len(tiny_tokenizer))) - {0, 1, 2}
+    ids = generate_samples(model, tiny_tokenizer, 6, 20, seed=3)
+    assert ids.shape == (6, 20)
+    assert set(ids.flatten().tolist()) <= ordinary
+    assert len(set(ids[:, 0].tolist())) > 1
+    assert len({tuple(row) for row in ids.tolist()}) == 6
+    assert torch.equal(ids, generate_samples(model, tiny_tokenizer, 6, 20, seed=3))
+    assert not torch.equal(ids, generate_samples(model, tiny_tokenizer, 6, 20, seed=4))
+
+
+def test_a_document_keeps_its_start_where_no_position_is_left_for_it(model, tiny_tokenizer):
+    ids = generate_samples(model, tiny_tokenizer, 4, model.config.max_position_embeddings, seed=3)
+    assert ids.shape == (4, model.config.max_position_embeddings)
+    assert (ids[::2, 0] == tiny_tokenizer.bos_token_id).all()
+    assert not (ids[1::2, 0] == tiny_tokenizer.bos_token_id).any()  # random starts have nothing before them
+
+
+def test_what_samples_begin_with(model, tiny_tokenizer):
+    """Documents, conversations and uniformly drawn tokens in turn; special tokens in conversations alone."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+    opening = tokenizer("<bos>user: ", add_special_tokens=False).input_ids
+    assert chat_start(tokenizer) == opening
+    ids = generate_samples(model, tokenizer, 12, 200, seed=3, settings=SamplingSettings(batch_size=5))
+    documents, conversations, others = ids[::3], ids[1::3], ids[2::3]
+    assert all(row[: len(opening)] == opening for row in conversations.tolist())
+    ordinary = set(ordinary_tokens(tokenizer).tolist())
+    # 200 tokens are more than the model has positions, so that documents keep their start.
+    assert set(documents[:, 1:].flatten().tolist()) | set(others.flatten().tolist()) <= ordinary
+    # A turn ends with a special token, so conversations may draw them: 780 draws of about 1 in 540 tokens each.
+    assert not set(conversations[:, len(opening) :].flatten().tolist()) <= ordinary
+
+
+def test_random_starts_are_drawn_uniformly(model, tiny_tokenizer):
+    """First tokens of 2000 samples: the chi-square statistic over 20 bins of the ordinary tokens."""
+    ordinary, count = ordinary_tokens(tiny_tokenizer), 2000
+    first = generate_samples(model, tiny_tokenizer, 2 * count, 2, seed=5)[1::2, 0].contiguous()
+    bins = torch.searchsorted(ordinary, first) * 20 // len(ordinary)
+    sizes = torch.bincount(torch.arange(len(ordinary)) * 20 // len(ordinary), minlength=20).double()
+    expected = sizes / len(ordinary) * count
+    statistic = ((torch.bincount(bins, minlength=20) - expected).square() / expected).sum().item()
+    # 19 degrees of freedom: mean 19, standard deviation sqrt(38); 8 of them is far beyond chance.
+    assert statistic < 19 + 8 * math.sqrt(38)
+
+
+def test_the_cache_changes_nothing(model, tiny_tokenizer):
+    """With hardly any temperature sampling is greedy decoding: what the model without a cache prefers."""
+    starts = torch.tensor([[5, 6], [7, 8], [9, 9]])
+    ids = continue_tokens(model, starts, 16, torch.Generator().manual_seed(0), SamplingSettings(1e-4))
+    with torch.no_grad():
+        logits = model(ids).logits
+    top = logits[:, 1:-1].topk(2)
+    # A tie of two logits within float32 rounding could go either way.
+    clear = top.values[..., 0] - top.values[..., 1] > 1e-2
+    assert clear.float().mean() > 0.5
+    assert torch.equal(ids[:, 2:][clear], top.indices[..., 0][clear])
+
+
+def test_starts_of_different_lengths(model):
+    """A start is kept as it is; a row is drawn from where its own ends."""
+    starts = torch.tensor([[5, 6, 7], [8, -1, -1], [9, 10, -1]])
+    greedy = SamplingSettings(1e-4)
+    ids = continue_tokens(model, starts, 8, torch.Generator().manual_seed(0), greedy)
+    assert torch.equal(torch.where(starts < 0, starts, ids[:, :3]), starts)
+    for row, start in zip(ids, starts, strict=True):
+        alone = continue_tokens(model, start[start >= 0][None], 8, torch.Generator(), greedy)
+        assert torch.equal(row, alone[0])
+
+
+def test_sampling_follows_the_probabilities(model):
+    """2000 draws of a first token against the softmax: the chi-square statistic over 20 bins."""
+    with torch.no_grad():
+        probabilities = (model(torch.tensor([[5]])).logits[0, 0].double() / 0.7).softmax(0)
+    count = 2000
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.full((count, 1), 5)
+    drawn = continue_tokens(model, starts, 2, generator, SamplingSettings(0.7))[:, 1]
+    bins = torch.arange(len(probabilities)) * 20 // len(probabilities)
+    expected = torch.zeros(20, dtype=torch.float64).index_add(0, bins, probabilities) * count
+    observed = torch.bincount(bins[drawn], minlength=20).double()
+    statistic = ((observed - expected).square() / expected).sum().item()
+    # 19 degrees of freedom: mean 19, standard deviation sqrt(38); 8 of them is far beyond chance.
+    assert statistic < 19 + 8 * math.sqrt(38)
+
+
+def test_min_p_and_banned_tokens(model):
+    with torch.no_grad():
+        probabilities = model(torch.tensor([[5]])).logits[0, 0].softmax(0)
+    floor = 0.5 * probabilities.max()
+    starts = torch.full((500, 1), 5)
+    drawn = continue_tokens(model, starts, 2, torch.Generator().manual_seed(0), SamplingSettings(min_p=0.5))
+    assert probabilities[drawn[:, 1]].min() >= floor
+    banned = torch.zeros(len(probabilities), dtype=torch.bool)
+    banned[: len(probabilities) // 2] = True
+    drawn = continue_tokens(model, starts, 2, torch.Generator().manual_seed(0), banned=banned)
+    assert drawn[:, 1].min() >= len(probabilities) // 2
+
+
+@pytest.mark.parametrize("bad", [{"temperature": 0}, {"min_p": 1}, {"batch_size": 0}])
+def test_bad_settings(bad):
+    with pytest.raises(SliceGPTError, match=f"SamplingSettings: {next(iter(bad))}"):
+        SamplingSettings(**bad)
+
+
+# --- coverage ---
+
+
+def batch(rows, lengths=None):
+    ids = torch.tensor(rows)
+    lengths = torch.tensor(lengths or [ids.shape[1]] * len(ids))
+    return CalibrationBatch(ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long())
+
+
+def test_coverage_by_hand():
+    # Samples 1 1 2 3 | 1 1 4 and one token of padding: 7 tokens; 2, 3, 4 occur once; 3 and 2 distinct in the halves.
+    figures = coverage([batch([[1, 1, 2, 3], [1, 1, 4, 9]], [4, 3])], vocab_size=10, dense_width=2)
+    assert figures == {
+        "tokens": 7,
+        "tokens_per_column": 3.5,
+        "distinct_tokens": 4,
+        "vocabulary": 0.4,
+        "unseen_mass": round(3 / 7, 4),
+        "growth": round(math.log2(4 / 2.5), 3),
+    }
+
+
+def test_warnings():
+    """Enough open text passes; too little, and text of a closed vocabulary, are each told."""
+    generator = torch.Generator().manual_seed(0)
+    # Zipf's law over a large vocabulary is open text; the same tokens over a hundred words are not.
+    zipf = (1 / torch.arange(1, 50_001).double()).pow(1.3)
+    wide = torch.multinomial(zipf, 64 * 1024, replacement=True, generator=generator).view(64, 1024)
+    narrow = torch.multinomial(zipf[:100], 64 * 1024, replacement=True, generator=generator).view(64, 1024)
+
+    def warn(ids):
+        return calibration_warnings(coverage([CalibrationBatch(ids, torch.ones_like(ids))], 50_000, 576))
+
+    assert warn(wide) == []
+    assert [line.split(":")[0] for line in warn(narrow)] == ["the calibration text is narrow"]
+    assert "tokens are 7.1 for each column" in warn(wide[:4])[0]
+    # A flatter law brings new tokens faster than 21 tokens a column can show them.
+    flat = torch.multinomial(zipf.sqrt(), 12 * 1024, replacement=True, generator=generator).view(12, 1024)
+    assert "it does not show" in warn(flat)[0]
+
+
+# --- held-out windows ---
+
+
+def test_held_out_windows_are_others_of_the_same_text(files, tiny_tokenizer):
+    a = str(files / "a.txt")
+    drawn = sample_sources(load_sources(f"{a}:3,random-tokens:1"), tiny_tokenizer, 8, 32)
+    plain = windows(sample_batches(load_documents(a), tiny_tokenizer, 9, 32))
+    assert [tuple(row) for row in drawn.held_out.tolist()] == plain[6:9]
+    assert [tuple(row) for row in drawn.seen.tolist()] == plain[:3]
+    assert not len(sample_sources(load_sources("random-tokens"), tiny_tokenizer, 8, 32).held_out)
+
+
+def test_a_model_writes_windows_to_hold_out(tiny_tokenizer, model):
+    """`self` alone has them as well; they are no samples of it."""
+    drawn = sample_sources(load_sources("self"), tiny_tokenizer, 4, 16, model=model)
+    assert drawn.held_out.shape == (4, 16)
+    assert drawn.seen.shape == (4, 16)
+    samples = windows(drawn.batches)
+    assert len(samples) == 4
+    assert not set(samples) & {tuple(row) for row in drawn.held_out.tolist()}
+
+
+def test_held_out_check(files, tiny_tokenizer, model, caplog):
+    """Against the models' own losses, and against a text that is all there is."""
+    drawn = sample_sources(load_sources(str(files / "a.txt")), tiny_tokenizer, 8, 32)
+    fields = canonical_fields(model)
+    config = plan(fields, constant_widths(fields, fields["dense_hidden_size"] // 2), Shape(round_to=8))
+    sliced, _ = slice_model(model, config, drawn.batches)
+    check = held_out_check(model, sliced, drawn, torch.device("cpu"))
+
+    @torch.no_grad()
+    def loss(network, ids):
+        return network(ids, labels=ids).loss.item()  # the mean over tokens, in float32
+
+    for name in ("seen", "held_out"):
+        ids = getattr(drawn, name)
+        assert math.isclose(check[name], loss(sliced, ids) - loss(model, ids), abs_tol=2e-5)
+    assert check["windows"] == 4
+    everything = replace(drawn, held_out=drawn.held_out[:0])
+    assert held_out_check(model, sliced, everything, torch.device("cpu")) is None
+
+    # A loss that is not finite costs the figure and not the run.
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight.fill_(torch.nan)
+    with caplog.at_level("WARNING", logger="slicegpt"):
+        assert held_out_check(broken, sliced, drawn, torch.device("cpu")) is None
+    assert "held-out windows were not compared: perplexity: the loss of window 0 is nan" in caplog.text
+
+
+def test_held_out_warning():
+    assert held_out_warning({"windows": 4, "seen": 0.2, "held_out": 0.21, "excess": 1.05}) is None
+    assert held_out_warning({"windows": 4, "seen": 0.0, "held_out": 0.0, "excess": None}) is None
+    assert "1.50 times" in held_out_warning({"windows": 4, "seen": 0.2, "held_out": 0.3, "excess": 1.5})
