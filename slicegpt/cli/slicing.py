@@ -91,7 +91,18 @@ def add_parser(commands) -> None:
     machine = parser.add_argument_group("machine")
     add_device(machine)
     machine.add_argument(
-        "--signals", choices=("auto", "device", "host"), default="auto", help="where activations stay"
+        "--activation-storage",
+        choices=("auto", "device", "host"),
+        default="auto",
+        help="where the calibration tokens' activations stay between blocks: on the device, on the host, or (default) "
+        "on the device where they take at most half of its free memory",
+    )
+    machine.add_argument(  # the option's former name
+        "--signals",
+        dest="activation_storage",
+        choices=("auto", "device", "host"),
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
     )
     machine.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
     add_json(parser)
@@ -222,7 +233,7 @@ def run(options: argparse.Namespace) -> None:
         device,
         options.orientation,
         options.signal,
-        options.signals,
+        options.activation_storage,
         options.seed,
         options.vocabulary_prior,
         refit=options.refit,

@@ -291,7 +291,11 @@ class Frontier:
             name: value if value is None or isinstance(value, str | int | float) else str(value)
             for name, value in asdict(slicing).items()
             if name
-            not in ("dtype", "device", "place")  # where and in what it runs is no choice of the method
+            not in (
+                "dtype",
+                "device",
+                "activation_storage",
+            )  # where and in what it runs is no choice of the method
         }
         found = self.find(method, widths, options)
         if found:

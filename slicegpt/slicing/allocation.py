@@ -19,16 +19,18 @@ from slicegpt.families import Checkpoint
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, neuron_rows
+from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.neurons import deletions
+from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions
-from slicegpt.slicing.propagation import Passes, check_finite
-from slicegpt.slicing.refit import Moments, normal_equations, prior_of, teacher_dtype
+from slicegpt.slicing.propagation import Propagation, check_finite
+from slicegpt.slicing.regression import prior_of
 
 # The share of the calibration batches that the costs are taken from. They only decide between layers, where they
 # differ by factors.
 SHARE = 0.25
 
-# The costs of a layer are looked at as long as this fraction of its neurons is left, or half of the planned number.
+# The costs of a layer are looked at as long as this fraction of its neurons remains, or half of the planned number.
 FEWEST = 0.25
 
 # Points of a layer's curve of costs.
@@ -40,6 +42,7 @@ def allocate_neurons(
     config: SlicedConfig,
     batches: Sequence[CalibrationBatch],
     options: SlicingOptions,
+    objective: Objective,
     ridge: float,
     progress: Progress,
 ) -> SlicedConfig:
@@ -49,10 +52,10 @@ def allocate_neurons(
 
     Args:
         batches: calibration tokens; the first ones are looked at, `SHARE` of them.
-        ridge: λ of the refit whose objective the costs are of.
+        objective, ridge: of the refit, and its λ, whose rise the costs are.
     """
     looked_at = batches[: math.ceil(SHARE * len(batches))]
-    curves = deletion_costs(checkpoint, config, looked_at, options, ridge, progress)
+    curves = deletion_costs(checkpoint, config, looked_at, options, objective, ridge, progress)
     neurons = share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
     return SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
 
@@ -81,13 +84,14 @@ def deletion_costs(
     config: SlicedConfig,
     batches: Sequence[CalibrationBatch],
     options: SlicingOptions,
+    objective: Objective,
     ridge: float,
     progress: Progress,
 ) -> list[list[tuple[int, float]]]:
-    """Of each layer `[(neurons left, rise of the refit's objective so far)]`, from all to `fewest_neurons`."""
-    dtype = teacher_dtype(options.dtype, options.device)
-    passes = Passes(config, batches, options.dtype, options.device, options.place)
-    passes.start(checkpoint, None)
+    """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`."""
+    dtype = objective.teacher_dtype(options.dtype, options.device)
+    propagation = Propagation(config, batches, options.dtype, options.device, options.activation_storage)
+    propagation.start(checkpoint, None)
     blocks, curves = blocks_of(config), []
     with progress.stage("neurons: what deleting them costs", len(blocks), "blocks") as advance:
         for block in blocks:
@@ -97,10 +101,10 @@ def deletion_costs(
             moments = None
             if "mlp" in block.parts:
                 moments = Moments(lifted.groups, config.dense_hidden_size, options.device)
-            passes.run_dense(block, lifted, moments)
+            propagation.collect_dense(block, lifted, objective, moments)
             if moments is not None:
                 check_finite(moments, block)
-                system, right = normal_equations(moments, ridge, prior_of(writers.values()))
+                system, right = objective.normal_equations(moments, ridge, prior_of(writers.values()))
                 fewest = fewest_neurons(config, options.neuron_multiple)
                 curves.append(cost_curve(system, right, neuron_rows(writers), fewest))
             advance(1)
@@ -115,10 +119,10 @@ def cost_curve(
     removable = whole - fewest
     step = max(1, -(-removable // POINTS))
     rounds = [min(step, removable - gone) for gone in range(0, removable, step)]
-    left, rise, curve = whole, 0.0, [(whole, 0.0)]
+    remaining, rise, curve = whole, 0.0, [(whole, 0.0)]
     for removed, (_, more) in zip(rounds, deletions(system, right, group, rounds), strict=True):
-        left, rise = left - removed, rise + more.item()
-        curve.append((left, rise))
+        remaining, rise = remaining - removed, rise + more.item()
+        curve.append((remaining, rise))
     return curve
 
 
@@ -156,9 +160,9 @@ def share_out_neurons(
     return neurons
 
 
-def _rise_at(curve: Sequence[tuple[int, float]], left: int) -> float:
-    """The curve at `left` neurons, linear between its points."""
-    for (more, before), (less, behind) in pairwise(curve):
-        if less <= left <= more:
-            return before + (behind - before) * (more - left) / (more - less)
-    raise ValueError(f"left must lie in [{curve[-1][0]}, {curve[0][0]}], got {left}")
+def _rise_at(curve: Sequence[tuple[int, float]], remaining: int) -> float:
+    """The curve at `remaining` neurons, linear between its points."""
+    for (more, lower), (less, higher) in pairwise(curve):
+        if less <= remaining <= more:
+            return lower + (higher - lower) * (more - remaining) / (more - less)
+    raise ValueError(f"remaining must lie in [{curve[-1][0]}, {curve[0][0]}], got {remaining}")

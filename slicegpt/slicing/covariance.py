@@ -14,7 +14,7 @@ class Covariance:
 
     Args:
         width: D, columns of the stream.
-        signal: "residual" sums over the stream as it is; "normalized" over the stream behind its RMS norm, as
+        signal: "residual" sums over the stream as it is; "normalized" over the stream after its RMS norm, as
             the paper writes it (the published code, too, takes the stream before the norm).
         eps: the norm's epsilon, for "normalized".
     """
@@ -33,6 +33,9 @@ class Covariance:
             inverse = 1 / (rows.double().square().mean(dim=-1) + self.eps)
             weight = inverse if weight is None else torch.where(weight, inverse, 0.0)
         gram_(self.matrix, rows, weight)
+
+    def is_finite(self) -> bool:
+        return bool(self.matrix.isfinite().all())
 
     def add_prior(self, blocks: Iterable[torch.Tensor], weight: float) -> None:
         """Add `weight` times the covariance of other rows, scaled to the trace of what was added so far.

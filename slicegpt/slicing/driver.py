@@ -11,8 +11,9 @@ from slicegpt.families import checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
 from slicegpt.slicing.allocation import allocate_neurons, deletes_neurons
+from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
-from slicegpt.slicing.ridge import CANDIDATES, choose_ridge
+from slicegpt.slicing.ridge import choose_ridge
 from slicegpt.slicing.slicer import Slicer
 
 
@@ -23,18 +24,20 @@ def slice_model(
     options: SlicingOptions | None = None,
     progress: Progress | None = None,
     held_out: torch.Tensor | None = None,
+    objective: Objective | None = None,
 ) -> tuple[SlicedForCausalLM, SlicingReport]:
     """Slice, or only rotate, a dense Hugging Face model.
 
     Args:
         model: of a supported family (`slicegpt.families.FAMILIES`), on the CPU; it is not changed.
-        config: planned by `slicegpt.conversion.plan.plan`. The neurons it leaves are shared out among the layers, see
+        config: planned by `slicegpt.conversion.plan.plan`. The neurons it keeps are shared out among the layers, see
             `options.allocate`.
         batches: calibration tokens; needed wherever a boundary is sliced or takes its basis from PCA.
         options: see `SlicingOptions`.
         progress: counts passes of one batch through one block.
         held_out: windows [n, s] of calibration tokens outside `batches`, by which the refit's ridge is chosen where
             `options.ridge` is None, see `slicegpt.slicing.ridge.choose_ridge`.
+        objective: what the refit minimises; None: `slicegpt.slicing.objective.Objective()`.
 
     Returns:
         The sliced model, on the CPU in `options.dtype`, and the report.
@@ -44,21 +47,27 @@ def slice_model(
         activations (the layer is named).
     """
     options, progress = options or SlicingOptions(), progress or Progress(quiet=True)
+    objective = objective or Objective()
     checkpoint = checkpoint_of(model)
     spent = {}
-    ridges = CANDIDATES if options.ridge is None else (options.ridge,)
+    ridges = objective.ridges if options.ridge is None else (options.ridge,)
     equal = config.layer_neurons is None
     if equal and deletes_neurons(config) and options.allocate and options.refit and len(batches):
         began = time.perf_counter()
-        config = allocate_neurons(checkpoint, config, batches, options, ridges[0], progress)
+        config = allocate_neurons(checkpoint, config, batches, options, objective, ridges[0], progress)
         spent["allocation"] = time.perf_counter() - began
 
-    slicer = Slicer(checkpoint, config, batches, options, ridges, progress)
+    slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress)
     sliced, report, ridge = slicer.run(), slicer.report, ridges[0]
     if slicer.refits and len(ridges) > 1:
         began = time.perf_counter()
-        ridge, report.ridge_search = choose_ridge(sliced, slicer.fits, held_out, options.device, progress)
+        ridge, report.ridge_search = choose_ridge(
+            sliced, slicer.fitted_states, objective.unjudged_ridge, held_out, options.device, progress
+        )
         spent["ridge"] = time.perf_counter() - began
-    report.refit = [{"block": block, "ridge": ridge, "left": left[ridge]} for block, left in slicer.left]
+    report.refit = [
+        {"block": block, "ridge": ridge, "remaining": remaining[ridge]}
+        for block, remaining in slicer.remaining
+    ]
     report.seconds |= spent
     return sliced, report

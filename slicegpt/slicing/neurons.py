@@ -1,6 +1,6 @@
 """Which MLP neurons to delete, where a column of the stream costs more than they do.
 
-The refit of a block's output weights (`refit`) solves `H W = B`, `H = aᵀa + λ diag(g²)`. Deleting the neurons
+The refit of a block's output weights (`objective`) solves `H W = B`, `H = aᵀa + λ diag(g²)`. Deleting the neurons
 `J` forces their rows of `W` to 0; the others make up for it as well as they can, and the objective rises by
 
     tr(W_Jᵀ (H⁻¹)_JJ⁻¹ W_J),      leaving  W - (H⁻¹)_:J (H⁻¹)_JJ⁻¹ W_J,      H⁻¹ - (H⁻¹)_:J (H⁻¹)_JJ⁻¹ (H⁻¹)_J:
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from slicegpt.slicing.refit import solve
+from slicegpt.slicing.regression import solve
 
 # Neurons are deleted in so many rounds, the cheapest at once, with exact updates in between: matrix products in place
 # of thousands of passes over H⁻¹. On correlated columns the objective rises by at most 1 % more than with one neuron
@@ -68,7 +68,7 @@ def deletions(
         rise = (written * torch.cholesky_solve(written, factor)).sum()
         weight.addmm_(shares.mT, written, alpha=-1)
         inverse.addmm_(shares.mT, rows, alpha=-1)
-        # What is gone is 0, not the rounding errors of a 0. It stays in its place: copying what is left of H⁻¹ into a
+        # What is gone is 0, not the rounding errors of a 0. It stays in its place: copying what remains of H⁻¹ into a
         # smaller matrix would take longer than all products with it.
         stays[cheapest] = False
         weight[cheapest], inverse[cheapest], inverse[:, cheapest] = 0, 0, 0

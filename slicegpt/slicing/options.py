@@ -7,6 +7,7 @@ import torch
 from slicegpt.conversion.plan import ORIENTATIONS
 from slicegpt.errors import SliceGPTError
 from slicegpt.slicing.covariance import SIGNALS
+from slicegpt.slicing.streams import STORAGES
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,13 @@ class SlicingOptions:
         device: where blocks run and eigenvectors are computed, one layer's weights at a time.
         orientation: "aligned" (needed for compact shortcuts), "random" or "pca": the basis inside each subspace.
         signal: "residual" or "normalized": what the covariance is taken of.
-        place: "auto", "device" or "host": where the stream is kept.
+        activation_storage: where the streams of the calibration tokens are kept between blocks: "device", "host", or
+            "auto": on the device where they take at most half of its free memory.
         seed: of the random orientation.
         vocabulary_prior: the embedding's basis is chosen from the calibration tokens and, this much beside them,
             from the whole vocabulary, so that tokens which the text never shows keep their embeddings.
-        refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.slicing.refit`.
-        ridge: its λ; None: of `slicegpt.slicing.ridge.CANDIDATES` the one that loses least on held-out windows.
+        refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.slicing.objective`.
+        ridge: its λ; None: of `Objective.ridges` the one that loses least on held-out windows.
         allocate: where a config deletes the same number of neurons everywhere, each layer gives up as many as its
             costs call for (`slicegpt.slicing.allocation`); False keeps that number.
         neuron_multiple: those numbers are multiples of it.
@@ -34,7 +36,7 @@ class SlicingOptions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     orientation: str = "aligned"
     signal: str = "residual"
-    place: str = "auto"
+    activation_storage: str = "auto"
     seed: int = 42
     vocabulary_prior: float = 0.0
     refit: bool = True
@@ -47,6 +49,7 @@ class SlicingOptions:
         for name, value, allowed in (
             ("--orientation", self.orientation, ORIENTATIONS),
             ("--signal", self.signal, SIGNALS),
+            ("--activation-storage", self.activation_storage, STORAGES),
         ):
             if value not in allowed:
                 raise SliceGPTError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
@@ -70,7 +73,8 @@ class SlicingReport:
         tokens: of the calibration, padding left out.
         seconds: of each stage.
         eigenvalues: [D] for each boundary; None where none were needed.
-        refit: for each refitted block its λ, and the fraction of its squared error, before the fit, that is left.
+        refit: for each refitted block `{"block", "ridge", "remaining"}`: its index, λ, and the fraction of its squared
+            error before the fit that remains (None where there was none to speak of).
         ridge_search: where λ was chosen, the held-out loss of each candidate, in nats a token.
     """
 

@@ -20,11 +20,6 @@ from slicegpt.progress import Progress
 
 logger = logging.getLogger("slicegpt")
 
-# Half decades: the loss is flat around its minimum. The tokens go on with the lightest one's fit. Where there are no
-# windows to judge by the second is stored, which loses little with a few samples and with many (docs/quality.md).
-CANDIDATES = (0.1, 0.3, 1.0)
-UNJUDGED = 0.3
-
 # Windows that are evaluated at a time: a layer that has to be copied to the device is copied for so many.
 WINDOWS = 4
 
@@ -32,6 +27,7 @@ WINDOWS = 4
 def choose_ridge(
     model: SlicedForCausalLM,
     fits: Mapping[float, Mapping[str, torch.Tensor]],
+    unjudged: float,
     held_out: torch.Tensor | None,
     device: torch.device,
     progress: Progress | None = None,
@@ -41,16 +37,17 @@ def choose_ridge(
     Args:
         model: on the CPU, where it stays.
         fits: of each λ, in ascending order, the entries of the model's state that depend on it.
+        unjudged: the λ to take where there are no windows to judge by.
         held_out: windows [n, s] of token ids that the model is not fitted to; None or none of two tokens: nothing is
-            evaluated, and λ is `UNJUDGED`.
+            evaluated.
         device: where the losses are computed, layer by layer if the model does not fit there.
 
     Returns:
         λ, and the loss of every candidate that was evaluated, in nats a token; None where nothing was.
     """
     if held_out is None or not len(held_out) or held_out.shape[1] < 2:
-        model.load_state_dict(fits[UNJUDGED], strict=False, assign=True)
-        return UNJUDGED, None
+        model.load_state_dict(fits[unjudged], strict=False, assign=True)
+        return unjudged, None
     losses: dict[float, float] = {}
     tokens, report = len(held_out) * (held_out.shape[1] - 1), progress or Progress(quiet=True)
     with report.stage("refit: λ by held-out windows", len(fits), "candidates at most") as advance:

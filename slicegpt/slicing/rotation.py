@@ -52,7 +52,7 @@ def align(
     directions = directions * torch.where(cosines < 0, -1.0, 1.0)
     factor = left * (sines / (1 + cosines.abs()).sqrt())
     # In coordinates of `basis`, so that rounding cannot lead out of its subspace; the Newton step to the nearest
-    # orthonormal columns squares what is left of the error, which would otherwise add up over the boundaries.
+    # orthonormal columns squares what remains of the error, which would otherwise add up over the boundaries.
     inside = basis.mT @ (previous - previous @ left @ left.mT) + directions @ left.mT
     inside = inside @ (
         1.5 * torch.eye(width, dtype=inside.dtype, device=inside.device) - 0.5 * inside.mT @ inside

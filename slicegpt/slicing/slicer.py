@@ -7,7 +7,7 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -35,14 +35,14 @@ from slicegpt.slicing.blocks import (
     blocks_of,
     dense_block,
     dense_writers,
-    neuron_rows,
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
-from slicegpt.slicing.neurons import choose_neurons
+from slicegpt.slicing.moments import Moments
+from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
-from slicegpt.slicing.propagation import Passes, check_finite
-from slicegpt.slicing.refit import Moments, Writer, fit, normal_equations, prior_of, teacher_dtype
+from slicegpt.slicing.propagation import Propagation, check_finite
+from slicegpt.slicing.refit import BlockFits, fit_block
 from slicegpt.slicing.rotation import align, random_orthogonal
 
 
@@ -55,14 +55,14 @@ class Slicer:
     """One run of slicing; holds what the steps share.
 
     Args:
-        ridges: λ of the refit. The tokens go on through the network with the fit at the first; with the same bases and
-            neurons every other one has entries of its own in `fits`.
+        objective: of the refit.
+        ridges: its λ. The tokens go on through the network with the fit at the first; with the same bases and neurons
+            every other one has entries of its own in `fitted_states`.
 
     Attributes:
         carried: the first of `ridges`.
-        fits: of each λ the entries of the model's state that depend on it.
-        left: of each refitted block its index, and for each λ the fraction of its squared error, before the fit, that
-            is left.
+        fitted_states: of each λ the entries of the model's state that depend on it.
+        remaining: of each refitted block its index, and `BlockFits.remaining`.
     """
 
     def __init__(
@@ -71,30 +71,34 @@ class Slicer:
         config: SlicedConfig,
         batches: Sequence[CalibrationBatch],
         options: SlicingOptions,
+        objective: Objective,
         ridges: Sequence[float],
         progress: Progress,
     ):
         self.checkpoint = checkpoint
         self.config = config
         self.options = options
+        self.objective = objective
         self.progress = progress
         self.mean_subtraction = checkpoint.family.mean_subtraction
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
         self.state: dict[str, torch.Tensor] = {}
-        self.left: list[tuple[int, dict[float, float | None]]] = []
+        self.remaining: list[tuple[int, dict[float, float | None]]] = []
         self.prunes = deletes_neurons(config)
         if self.prunes and not options.refit:
             raise SliceGPTError("--neurons: which of them to delete is decided by the refit, got --no-refit")
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
         self.carried = ridges[0]
-        self.fits: dict[float, dict[str, torch.Tensor]]
-        self.fits = {ridge: {} for ridge in (ridges if self.refits else (self.carried,))}
+        self.fitted_states: dict[float, dict[str, torch.Tensor]]
+        self.fitted_states = {ridge: {} for ridge in (ridges if self.refits else (self.carried,))}
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
-        self.passes = Passes(config, batches, options.dtype, options.device, options.place, fitted)
-        self.stage = self.passes.stage
-        self.report.tokens = self.passes.tokens
+        self.propagation = Propagation(
+            config, batches, options.dtype, options.device, options.activation_storage, fitted
+        )
+        self.stage = self.propagation.stage
+        self.report.tokens = self.propagation.tokens
         self.report.seconds = self.stage.seconds
 
     def store(
@@ -122,9 +126,9 @@ class Slicer:
         return sliced or (self.options.orientation == "pca" and not self.is_fixed(boundary))
 
     def needs_pass(self, block: Block) -> bool:
-        """The calibration tokens pass a block that is refitted, or has a boundary behind that needs its covariance."""
-        behind = range(block.index + 1, self.config.num_blocks + 1)
-        return self.refits or any(self.needs_covariance(boundary) for boundary in behind)
+        """The calibration tokens pass a block that is refitted, or that a boundary which needs a covariance follows."""
+        following = range(block.index + 1, self.config.num_blocks + 1)
+        return self.refits or any(self.needs_covariance(boundary) for boundary in following)
 
     def choose_basis(
         self,
@@ -133,7 +137,7 @@ class Slicer:
         block: Block | None,
         previous: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The basis [D, d] of the boundary behind `block`, and the factor of a compact shortcut that leads there."""
+        """The basis [D, d] of the boundary after `block`, and the factor of a compact shortcut that leads there."""
         dense_width, width = self.config.dense_hidden_size, self.config.boundary_widths[boundary]
         device, orientation = self.options.device, self.options.orientation
         eigenvalues, vectors = None, torch.eye(dense_width, dtype=torch.float64, device=device)
@@ -157,47 +161,9 @@ class Slicer:
         if not self.needs_covariance(boundary):
             return None
         config, options = self.config, self.options
-        if not len(self.passes.signals):
+        if not len(self.propagation.streams):
             raise SliceGPTError(f"batches: boundary {boundary} needs calibration tokens, got none")
         return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
-
-    # --- refit -------------------------------------------------------------------------------------------------
-
-    def refitted(
-        self, block: Block, writers: dict[str, Linear], moments: Moments
-    ) -> tuple[dict[float, dict[str, Linear]], torch.Tensor | None]:
-        """For each λ the output weights [D, K] fitted to the dense model's stream, and the bias where there is one.
-
-        And the MLP neurons that stay, where some go: the columns of the others are 0.
-        """
-        check_finite(moments, block)
-        prior, kept = prior_of(writers.values()), None
-        count = self.config.neurons[block.layer]
-        if count < self.config.dense_intermediate_size and "mlp" in writers:
-            group = neuron_rows(writers)
-            kept = choose_neurons(*normal_equations(moments, self.carried, prior), group, count)
-        before, fitted, left = prior.loss(moments), {}, {}
-        for ridge in self.fits:
-            writer = fit(moments, ridge, prior, kept)
-            fitted[ridge] = self.separate(writer, writers, moments)
-            # A block that nothing was taken from has rounding errors before the fit, and no fraction of them.
-            left[ridge] = writer.left / before if before > 1e-9 * moments.energy.item() else None
-        self.left.append((block.index, left))
-        if kept is None:
-            return fitted, None
-        return fitted, kept[(kept >= group.start) & (kept < group.stop)] - group.start
-
-    def separate(self, fitted: Writer, writers: dict[str, Linear], moments: Moments) -> dict[str, Linear]:
-        """What was fitted side by side, as one layer for each of `writers`."""
-        weights = fitted.weight.mT.split(moments.groups, dim=1)
-        layers = {
-            part: Linear(weight, None if writer.bias is None else torch.zeros_like(writer.bias))
-            for (part, writer), weight in zip(writers.items(), weights, strict=True)
-        }
-        if fitted.bias is not None:  # parallel parts: their sum is what counts, and the first takes it
-            first = next(part for part, writer in writers.items() if writer.bias is not None)
-            layers[first] = Linear(layers[first].weight, fitted.bias)
-        return layers
 
     # --- steps -------------------------------------------------------------------------------------------------
 
@@ -206,7 +172,7 @@ class Slicer:
         device, dtype = self.options.device, self.options.dtype
         covariance = self.new_covariance(0)
         with self.stage("signals"):
-            self.passes.start(self.checkpoint, covariance)
+            self.propagation.start(self.checkpoint, covariance)
         if covariance is not None and self.options.vocabulary_prior:
             with self.stage("covariance"):
                 pieces = self.checkpoint.embedding.split(TABLE_ROWS)
@@ -230,52 +196,80 @@ class Slicer:
         return basis
 
     def slice_block(self, block: Block, layer: DenseLayer, basis: torch.Tensor) -> torch.Tensor:
-        """One block: input weights, a pass over the calibration tokens, output weights; returns the next basis."""
-        dtype, device, boundary = self.options.dtype, self.options.device, block.index + 1
-        kind = self.config.shortcuts[block.index]
+        """One block, whose stream stands in `basis`; returns the next boundary's basis.
+
+        Its input weights are final. Its output weights are refitted in three steps: the moments of the calibration
+        tokens before it writes, the fits to them at every λ, and the tokens' way past the block with the fit at the
+        first λ. The stream that comes out chooses the next basis, which the output weights are then brought onto.
+        """
+        config, dtype, device = self.config, self.options.dtype, self.options.device
+        covariance = self.new_covariance(block.index + 1)
         with self.stage("rotation"):
             readers = {part: reader_state(part, layer, basis, dtype) for part in block.parts}
-            writers = dense_writers(self.config, block, layer, device)
-        covariance, neurons = self.new_covariance(boundary), None
-        fits = dict.fromkeys(self.fits, writers)
+            dense = dense_writers(config, block, layer, device)
+            shortcut = {"shortcut": Linear(basis)} if config.shortcuts[block.index] == "dense" else {}
+            # A dense shortcut is a matrix of its own: where there is a refit, it is fitted like the others.
+            writers = dense | shortcut if self.refits else dense
+            lifted = None
+            if self.needs_pass(block):
+                lifted = LiftedBlock(config, block, basis, readers, writers, dtype)
+
+        fits, kept = BlockFits(dict.fromkeys(self.fitted_states, dense | shortcut)), None
         if self.refits:
             with self.stage("rotation"):
-                teacher = dense_block(
-                    self.config, block, layer, writers, teacher_dtype(dtype, device), device
-                )
-                if kind == "dense":  # a matrix of its own, so it is fitted like the others
-                    writers["shortcut"] = Linear(basis)
-                lifted = LiftedBlock(self.config, block, basis, readers, writers, dtype)
+                teacher_dtype = self.objective.teacher_dtype(dtype, device)
+                teacher = dense_block(config, block, layer, dense, teacher_dtype, device)
+            moments, kept = self.propagation.collect(block, lifted, teacher, self.objective)
+            fits = self.fit(block, writers, moments)
+            lifted.set_writers(fits.writers[self.carried])
+            del moments, teacher  # [K, K + D] in float64, and a block's weights
+        if lifted is not None:
+            self.propagation.write(block, lifted, covariance, kept)
 
-            def refit(moments: Moments) -> dict[str, Linear]:
-                nonlocal fits, neurons
-                fits, neurons = self.refitted(block, writers, moments)
-                return fits[self.carried]
-
-            self.passes.run_refitted(block, lifted, teacher, refit, covariance)
-        elif self.needs_pass(block):
-            with self.stage("rotation"):
-                lifted = LiftedBlock(self.config, block, basis, readers, writers, dtype)
-            self.passes.run(block, lifted, covariance)
-        next_basis, factor = self.choose_basis(boundary, covariance, block, basis)
-
+        next_basis, factor = self.choose_basis(block.index + 1, covariance, block, basis)
         with self.stage("rotation"):
-            for part, state in readers.items():
-                if part == "mlp" and neurons is not None:
-                    state = {name: rows[neurons] for name, rows in state.items()}
-                self.store(state, f"{block.prefix}.{MODULE_NAMES[part]}.")
-            if kind == "compact":
-                self.store({f"{block.prefix}.{block.shortcut}.factor": factor.mT.to(dtype).contiguous()})
-            for ridge, fitted in fits.items():
-                if kind == "dense" and "shortcut" not in fitted:
-                    fitted = fitted | {"shortcut": Linear(basis)}
-                self.store(self.writer_state(block, fitted, neurons, next_basis), state=self.fits[ridge])
+            self.store_block(block, readers, factor, fits, next_basis)
         return next_basis
 
+    def fit(self, block: Block, writers: Mapping[str, Linear], moments: Moments) -> BlockFits:
+        """The output weights at every λ, and which of the MLP's neurons stay where some are deleted."""
+        neurons = self.config.neurons[block.layer] if "mlp" in block.parts else None
+        if neurons == self.config.dense_intermediate_size:
+            neurons = None
+        with self.stage("refit"):
+            check_finite(moments, block)
+            fits = fit_block(self.objective, moments, writers, list(self.fitted_states), neurons)
+        self.remaining.append((block.index, fits.remaining))
+        return fits
+
+    def store_block(
+        self,
+        block: Block,
+        readers: Mapping[str, dict[str, torch.Tensor]],
+        factor: torch.Tensor | None,
+        fits: BlockFits,
+        basis: torch.Tensor,
+    ) -> None:
+        """A block's state: its input weights, the factor of a compact shortcut, and the output weights on `basis`."""
+        for part, state in readers.items():
+            if part == "mlp" and fits.neurons is not None:
+                state = {name: rows[fits.neurons] for name, rows in state.items()}
+            self.store(state, f"{block.prefix}.{MODULE_NAMES[part]}.")
+        if self.config.shortcuts[block.index] == "compact":
+            shortcut = factor.mT.to(self.options.dtype).contiguous()
+            self.store({f"{block.prefix}.{block.shortcut}.factor": shortcut})
+        for ridge, writers in fits.writers.items():
+            state = self.writer_state(block, writers, fits.neurons, basis)
+            self.store(state, state=self.fitted_states[ridge])
+
     def writer_state(
-        self, block: Block, writers: dict[str, Linear], neurons: torch.Tensor | None, basis: torch.Tensor
+        self,
+        block: Block,
+        writers: Mapping[str, Linear],
+        neurons: torch.Tensor | None,
+        basis: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """State of the layers that write the stream onto the basis behind a block."""
+        """State of the layers that write the stream, brought onto the basis after a block."""
         state: dict[str, torch.Tensor] = {}
         for part, full in writers.items():
             writer, name = rotate_writer(full, basis), f"{block.prefix}.{block.shortcut}"
@@ -310,10 +304,11 @@ class Slicer:
     def run(self) -> SlicedForCausalLM:
         """Slice everything and return the model on the CPU."""
         blocks = blocks_of(self.config)
-        steps = sum(map(self.needs_pass, blocks)) * (len(self.passes.signals) + self.passes.fitted)
-        with self.progress.stage("slicing", steps, "steps") as self.passes.advance:
+        passes = len(self.propagation.streams) + self.propagation.fitted
+        steps = sum(map(self.needs_pass, blocks)) * passes
+        with self.progress.stage("slicing", steps, "steps") as self.propagation.advance:
             basis = self.slice_embedding()
             for block in blocks:
                 basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
             self.slice_head(basis)
-        return build_model(self.config, self.state | self.fits[self.carried])
+        return build_model(self.config, self.state | self.fitted_states[self.carried])

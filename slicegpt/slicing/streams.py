@@ -1,4 +1,4 @@
-"""The calibration tokens' residual stream, kept between blocks on the device where it fits, else on the host."""
+"""The calibration tokens' residual stream between blocks, kept on the device where it fits, else on the host."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from slicegpt.calibration.batches import CalibrationBatch
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.memory import free_memory
 
-PLACES = ("auto", "device", "host")
+STORAGES = ("auto", "device", "host")
 
 
 @dataclass(frozen=True)
@@ -20,33 +20,42 @@ class TokenBatch:
     attention_mask: torch.Tensor | None
 
 
-def choose_place(place: str, stream_bytes: int, device: torch.device) -> torch.device:
-    """Where the streams are kept. "auto": on the device where they take at most half of the free memory."""
-    if place not in PLACES:
-        raise SliceGPTError(f"--signals: must be one of {', '.join(PLACES)}, got {place!r}")
-    if device.type != "cuda" or place == "device":
+def choose_storage(activation_storage: str, stream_bytes: int, device: torch.device) -> torch.device:
+    """Where streams of `stream_bytes` are kept while blocks run on `device`.
+
+    Args:
+        activation_storage: "device", "host", or "auto": on the device where they take at most half of its free memory.
+
+    Raises:
+        SliceGPTError: `activation_storage` is none of these.
+    """
+    if activation_storage not in STORAGES:
+        raise SliceGPTError(
+            f"--activation-storage: must be one of {', '.join(STORAGES)}, got {activation_storage!r}"
+        )
+    if device.type != "cuda" or activation_storage == "device":
         return device
-    if place == "host":
+    if activation_storage == "host":
         return torch.device("cpu")
     return device if stream_bytes <= free_memory(device) // 2 else torch.device("cpu")
 
 
-class Signals:
-    """One tensor [batch, tokens, width] a calibration batch, read and replaced one at a time.
+class Streams:
+    """One tensor [batch, tokens, D] for each calibration batch, read and replaced one at a time.
 
     Args:
         batches: the calibration tokens.
         device: where blocks run.
-        place: where the stream is kept, see `choose_place`.
+        storage: where the tensors are kept, see `choose_storage`.
     """
 
     def __init__(
         self,
         batches: Sequence[CalibrationBatch],
         device: torch.device,
-        place: torch.device,
+        storage: torch.device,
     ):
-        self.device, self.place = device, place
+        self.device, self.storage = device, storage
         self.batches = [
             TokenBatch(
                 batch.input_ids.to(device),
@@ -54,20 +63,20 @@ class Signals:
             )
             for batch in batches
         ]
-        self.streams: list[torch.Tensor | None] = [None] * len(self.batches)
+        self.tensors: list[torch.Tensor | None] = [None] * len(self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __setitem__(self, index: int, stream: torch.Tensor) -> None:
-        if self.place == self.device:
-            self.streams[index] = stream
+        if self.storage == self.device:
+            self.tensors[index] = stream
             return
-        if self.streams[index] is None:  # pinned, so that copies overlap with the computation
-            self.streams[index] = torch.empty(stream.shape, dtype=stream.dtype, pin_memory=True)
-        self.streams[index].copy_(stream, non_blocking=True)
+        if self.tensors[index] is None:  # pinned, so that copies overlap with the computation
+            self.tensors[index] = torch.empty(stream.shape, dtype=stream.dtype, pin_memory=True)
+        self.tensors[index].copy_(stream, non_blocking=True)
 
     def __iter__(self) -> Iterator[tuple[int, TokenBatch, torch.Tensor]]:
         """Index, tokens and stream of every batch, the stream on the device."""
         for index, batch in enumerate(self.batches):
-            yield index, batch, self.streams[index].to(self.device, non_blocking=True)
+            yield index, batch, self.tensors[index].to(self.device, non_blocking=True)

@@ -1,0 +1,86 @@
+"""Second moments of the calibration tokens: all that the output refit needs to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from slicegpt.hardware.devices import has_fast_bfloat16
+from slicegpt.ops import cross_gram_, gram_
+
+# Every call of `gram_` goes through a whole [K, K] in float64, which on a CPU costs as much as the products of some
+# hundred tokens: calibration batches of one sample are joined to this many tokens.
+TOKENS_PER_CALL = 4096
+
+
+class Moments:
+    """Second moments of activations [n, K] and of what their block has to write [n, D], all in float64.
+
+    Attributes:
+        gram: [K, K]; cross: [K, D]; energy: the sum of squares of what is to be written.
+        inputs, outputs: sums [K] and [D], for an intercept; tokens: their number, or the sum of their weights.
+        groups: columns of each kind of activations, K in all; their scales differ.
+    """
+
+    def __init__(self, groups: Sequence[int], outputs: int, device: torch.device):
+        self.groups, inputs = tuple(groups), sum(groups)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.gram, self.cross, self.energy = zeros(inputs, inputs), zeros(inputs, outputs), zeros()
+        self.inputs, self.outputs, self.tokens = zeros(inputs), zeros(outputs), zeros()
+
+    def add(
+        self, activations: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> None:
+        """Add tokens: `activations` [n, K] and `target` [n, D] of one dtype, `weight` [n] or None for ones."""
+        # "fast" errs by some 1e-6 of the mean diagonal, a thousandth of the smallest ridge; so do float32 sums of one
+        # batch.
+        exact = activations.dtype == torch.float64
+        precision, dtype = ("fp64", torch.float64) if exact else ("fast", torch.float32)
+        if weight is None:
+            weight = torch.ones(len(target), dtype=dtype, device=target.device)
+        if activations.dtype == torch.float32 and has_fast_bfloat16(activations.device):
+            # As the dense blocks in `Objective.teacher_dtype`: roundings of single numbers, by 2^-9 of them at most,
+            # average out over all tokens.
+            root = weight.to(dtype).sqrt()[:, None]
+            inputs, outputs = ((states * root).bfloat16() for states in (activations, target))
+            gram_(self.gram, inputs, None, precision)
+            cross_gram_(self.cross, inputs, outputs, None, precision)
+        else:
+            gram_(self.gram, activations, weight, precision)
+            cross_gram_(self.cross, activations, target, weight, precision)
+        self.energy += (
+            weight.double() @ torch.linalg.vector_norm(target, dim=1, dtype=dtype).double().square()
+        )
+        self.inputs += weight.to(dtype) @ activations.to(dtype)
+        self.outputs += weight.to(dtype) @ target.to(dtype)
+        self.tokens += weight.sum(dtype=torch.float64)
+
+    def is_finite(self) -> bool:
+        return all(bool(sums.isfinite().all()) for sums in (self.gram, self.cross, self.energy))
+
+
+class JoinedBatches:
+    """Adds tokens to `moments` in calls of at least TOKENS_PER_CALL; `finish` adds the rest."""
+
+    def __init__(self, moments: Moments):
+        self.moments = moments
+        self.waiting: list[tuple[torch.Tensor, ...]] = []
+
+    def add(self, activations: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> None:
+        """As `Moments.add`; the tensors must not change until they have been added."""
+        self.waiting.append((activations, target, weight))
+        if sum(len(batch[0]) for batch in self.waiting) >= TOKENS_PER_CALL:
+            self.finish()
+
+    def finish(self) -> Moments:
+        """Add what is waiting, and return the moments of all."""
+        if len(self.waiting) == 1:
+            self.moments.add(*self.waiting[0])
+        elif self.waiting:
+            self.moments.add(*map(torch.cat, zip(*self.waiting, strict=True)))
+        self.waiting.clear()
+        return self.moments

@@ -1,0 +1,155 @@
+"""The calibration objective: what a block's output weights are fitted to, and by what they are judged.
+
+Slicing changes what reaches a block: its activations `a` [n, K], and what its shortcut carries, `u` [n, D]. With
+`x` the dense model's stream after the block, the block has to write `t = x - u`. Its output weights `W` give way to the
+`W'` that minimises
+
+    Σ w ‖t - a W'‖² + λ ‖g (W' - W)‖²,      (aᵀ w a + λ diag(g²)) W' = aᵀ w t + λ diag(g²) W,
+
+a ridge regression over the full width, before the basis of the next boundary is chosen. All of its choices are methods
+of `Objective`: the target `t`, the weights `w` of the tokens, the penalty `λ g²` and what it draws towards, the
+candidates of λ, and the dtype of the dense model's blocks. What follows from them is elsewhere: the sums over the
+tokens (`slicegpt.slicing.moments`), the solution (`slicegpt.slicing.regression`), which MLP neurons are deleted
+(`slicegpt.slicing.neurons`), and how many of each layer (`slicegpt.slicing.allocation`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.devices import has_fast_bfloat16
+from slicegpt.slicing.moments import Moments
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What a block writes: `a weight + bias`.
+
+    Attributes:
+        weight: W [K, D] float64; bias: [D] float64, or None.
+        loss: of the tokens that it was fitted to, `Objective.loss`; None where it was not fitted.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the output refit minimises; another one is a subclass, or an edit of this file.
+
+    Attributes:
+        ridges: candidates of λ, ascending. The calibration tokens go on with the fit at the first, whatever is stored
+            (docs/quality.md). Half decades: the loss is flat around its minimum.
+        unjudged_ridge: the candidate that is stored where there are no windows to judge by; 0.3 loses little with a few
+            samples and with many (docs/quality.md).
+    """
+
+    ridges: tuple[float, ...] = (0.1, 0.3, 1.0)
+    unjudged_ridge: float = 0.3
+
+    def __post_init__(self):
+        if not self.ridges or min(self.ridges) <= 0 or list(self.ridges) != sorted(set(self.ridges)):
+            raise SliceGPTError(f"Objective: ridges must be above 0 and ascending, got {self.ridges}")
+        if self.unjudged_ridge not in self.ridges:
+            raise SliceGPTError(
+                f"Objective: unjudged_ridge must be one of {self.ridges}, got {self.unjudged_ridge}"
+            )
+
+    # --- tokens ------------------------------------------------------------------------------------------------
+
+    def teacher_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """In what the dense model's blocks run for a stream of `dtype`: bfloat16 for float32, where it is faster.
+
+        Their roundings, a few thousandths of what a block writes, are noise in the target of a regression over all
+        tokens: the fit averages it out, and what remains is far below what slicing loses (docs/quality.md). The stream
+        between the blocks stays in `dtype`.
+        """
+        return torch.bfloat16 if dtype == torch.float32 and has_fast_bfloat16(device) else dtype
+
+    def target(self, dense: torch.Tensor, carried: torch.Tensor | None) -> torch.Tensor:
+        """t [..., D]: what the block has to write.
+
+        Args:
+            dense: x, the dense model's stream after the block.
+            carried: u, what the block's shortcut carries; None: the shortcut is fitted as well, so nothing is given.
+        """
+        return dense if carried is None else dense - carried
+
+    def token_weights(self, before: torch.Tensor, after: torch.Tensor, eps: float) -> torch.Tensor:
+        """w: how much a token's squared error counts, the inverse root of `|x|² + D eps`, [...].
+
+        `x` is the dense stream before the block or after it [..., D], whichever is longer. The next block reads the
+        stream divided by that root, the blocks after it the error as it is: between relative and absolute errors,
+        halfway was best (docs/quality.md). An error is also in proportion to what came in: where a block takes the huge
+        activations of an attention sink (the first token of a sequence) back to the others' size, what is wrong with
+        that one token would outweigh all others.
+
+        Args:
+            eps: the model's own, of its norms.
+
+        Returns:
+            float32, or float64 for streams of float64.
+        """
+        dtype = torch.float64 if after.dtype == torch.float64 else torch.float32
+        squares = [torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square() for x in (before, after)]
+        return (torch.maximum(*squares) + after.shape[-1] * eps).rsqrt()
+
+    # --- the regression ----------------------------------------------------------------------------------------
+
+    def penalty(self, moments: Moments, ridge: float, intercept: bool) -> torch.Tensor:
+        """`λ g²` [K]. g² is the mean diagonal of aᵀ w a, apart for each kind of activations where several are fitted
+        at once (attention's, the MLP's, the stream before a dense shortcut); of deviations from the means where an
+        `intercept` is fitted along."""
+        diagonal = moments.gram.diagonal()
+        if intercept:
+            diagonal = diagonal - moments.inputs.square() / moments.tokens
+        scales = torch.cat([part.mean().expand(len(part)) for part in diagonal.split(moments.groups)])
+        return ridge * scales
+
+    def normal_equations(
+        self, moments: Moments, ridge: float, prior: Writer
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`H` [K, K] and `B` [K, D] of the fit at one λ, `H W' = B`; a bias is eliminated, without a penalty.
+
+        Args:
+            prior: `W`, what the penalty draws towards, and the bias where one is fitted.
+        """
+        intercept = prior.bias is not None
+        penalty = self.penalty(moments, ridge, intercept)
+        system, right = moments.gram.clone(), moments.cross + penalty[:, None] * prior.weight
+        if intercept:
+            mean = moments.inputs / moments.tokens
+            system.addr_(mean, moments.inputs, alpha=-1)
+            right.addr_(mean, moments.outputs, alpha=-1)
+        system.diagonal().add_(penalty)
+        return system, right
+
+    def loss(self, moments: Moments, writer: Writer) -> float:
+        """`Σ w ‖t - a W - bias‖²` over the tokens of `moments`, without the penalty: a quadratic form in them."""
+        weight, bias = writer.weight, writer.bias
+        loss = moments.energy + (weight * (moments.gram @ weight - 2 * moments.cross)).sum()
+        if bias is not None:
+            loss += bias @ (moments.tokens * bias - 2 * moments.outputs + 2 * (moments.inputs @ weight))
+        return loss.item()
+
+    def loss_of_solution(
+        self, moments: Moments, ridge: float, prior: Writer, weight: torch.Tensor, right: torch.Tensor
+    ) -> float:
+        """`loss` of a solution of `normal_equations`, rows of which may be 0, without another product with [K, K].
+
+        In the rows that are not 0, `aᵀ w a W' = B - λ diag(g²) W'`.
+
+        Args:
+            weight: W' [K, D]; its bias is the best one.
+            right: B [K, D].
+        """
+        intercept, energy = prior.bias is not None, moments.energy
+        if intercept:
+            energy = energy - moments.outputs @ moments.outputs / moments.tokens
+        penalty = self.penalty(moments, ridge, intercept)[:, None]
+        return (energy - (weight * (right - penalty * (2 * prior.weight - weight))).sum()).item()
