@@ -30,10 +30,6 @@ class CalibrationBatch:
         """Number of tokens that are not padding."""
         return int(self.attention_mask.sum())
 
-    def to(self, device: torch.device | str) -> CalibrationBatch:
-        """Return the batch on `device`."""
-        return CalibrationBatch(self.input_ids.to(device), self.attention_mask.to(device))
-
 
 def sample_batches(
     documents: Sequence[str],
@@ -71,7 +67,7 @@ def draw_samples(
     """Draw calibration samples, int64 [s] each, as `sample_batches` does.
 
     Args:
-        spare: windows to draw behind them, as many of these as the text has (none of whole documents).
+        spare: windows to draw after them, as many of these as the text has (none of whole documents).
     """
     check_positive(nsamples=nsamples, seqlen=seqlen)
     generator = torch.Generator().manual_seed(seed)

@@ -21,8 +21,11 @@ SELF = "self"  # text sampled from the dense model
 RANDOM_TOKENS = "random-tokens"  # tokens drawn uniformly from the vocabulary
 GENERATED = (SELF, RANDOM_TOKENS)
 
-# Windows drawn beside the samples: they tell whether these were enough, and the refit's λ is chosen by them.
+# Windows drawn after the samples: the refit's λ is chosen by so many.
 HELD_OUT = 4
+# And so many others, where the text has them, tell whether the samples were enough; fewer than two tell nothing.
+UNSEEN = 4
+FEWEST_UNSEEN = 2
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,24 @@ class Calibration:
     Attributes:
         batches: all samples.
         sources: `[{name, weight, nsamples, tokens}]`.
-        held_out: a few windows [n, seqlen] of the same text that are not among the samples; maybe none.
-        seen: as many windows of the same sources that are.
+        held_out: a few windows [n, seqlen] of the same sources that are not among the samples; maybe none. The refit's
+            λ is chosen by them.
+        unseen: windows [m, seqlen] that are neither samples nor among `held_out`, to judge the sliced model by. Only of
+            sources that are texts: the model would have to write a second time, which takes as long as the first.
+            Where the texts have too few, windows of `held_out` (`unseen_are_held_out`); maybe none.
+        seen: as many windows [m, seqlen] of the same sources that are samples.
     """
 
     batches: list[CalibrationBatch]
     sources: list[dict]
     held_out: torch.Tensor
+    unseen: torch.Tensor
     seen: torch.Tensor
+
+    @property
+    def unseen_are_held_out(self) -> bool:
+        """Whether a window of `unseen` is one of `held_out`, for want of others."""
+        return bool((self.unseen[:, None] == self.held_out[None]).all(dim=-1).any())
 
 
 def parse_sources(spec: str) -> list[tuple[str, float]]:
@@ -176,11 +189,13 @@ def sample_sources(
         SliceGPTError: a weight is too small for a single sample, a text is too short, the model is missing.
     """
     check_positive(nsamples=nsamples, seqlen=seqlen, batch_size=batch_size)
-    shares = share_out(nsamples, [source.weight for source in sources])
-    spares = share_out(HELD_OUT, [source.weight for source in sources])
+    weights = [source.weight for source in sources]
+    shares, spares = share_out(nsamples, weights), share_out(HELD_OUT, weights)
+    texts = [source.weight * (source.documents is not None) for source in sources]
+    others = share_out(UNSEEN, texts) if any(texts) else [0] * len(sources)
     drawn: list[list[torch.Tensor]] = []
-    held_out, seen = [], []
-    for source, share, spare in zip(sources, shares, spares, strict=True):
+    held_out, judges, substitutes = [], [], []
+    for source, share, spare, other in zip(sources, shares, spares, others, strict=True):
         if not share:
             raise SliceGPTError(
                 f"--calibration: {source.name}'s weight leaves it none of {nsamples} samples; "
@@ -197,12 +212,19 @@ def sample_sources(
             samples = _random_tokens(tokenizer, share, seqlen, seed)
         else:
             try:
-                samples = draw_samples(source.documents, tokenizer, share, seqlen, seed, varied_seqlen, spare)
+                samples = draw_samples(
+                    source.documents, tokenizer, share, seqlen, seed, varied_seqlen, spare + other
+                )
             except SliceGPTError as error:
                 raise SliceGPTError(f"{source.name}: {error}" if len(sources) > 1 else str(error)) from error
-        drawn.append(samples[:share])
-        held_out += samples[share:]
-        seen += samples[: min(share, len(samples) - share)]
+        seen, spared = samples[:share], samples[share : share + spare]
+        drawn.append(seen)
+        held_out += spared
+        # Pairs of one source, seen and unseen: what makes one source harder than another is in both.
+        judges += zip(seen, samples[share + spare :], strict=False)
+        substitutes += zip(seen, spared, strict=False)
+    if len(judges) < min(FEWEST_UNSEEN, len(substitutes)):
+        judges = substitutes
     # Interleaved: any stretch of the samples holds every source in its proportion.
     places = [((j + 0.5) / share, i, j) for i, share in enumerate(shares) for j in range(share)]
     samples = [drawn[i][j] for _, i, j in sorted(places)]
@@ -218,8 +240,9 @@ def sample_sources(
         for source, part in zip(sources, drawn, strict=True)
     ]
     none = torch.empty(0, seqlen, dtype=torch.int64)
-    pairs = [torch.stack(windows) if windows else none for windows in (held_out, seen)]
-    return Calibration(collate(samples, tokenizer, batch_size), record, *pairs)
+    seen, unseen = zip(*judges, strict=True) if judges else ((), ())
+    windows = [torch.stack(parts) if parts else none for parts in map(list, (held_out, unseen, seen))]
+    return Calibration(collate(samples, tokenizer, batch_size), record, *windows)
 
 
 def _random_tokens(

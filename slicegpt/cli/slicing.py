@@ -259,7 +259,7 @@ def run(options: argparse.Namespace) -> None:
     warnings = calibration_warnings(figures)
     tell(warnings)
     sliced, report = slice_model(model, config, drawn.batches, settings, progress, drawn.held_out)
-    check = held_out_check(model, sliced, drawn, device, progress)
+    check = held_out_check(model, sliced, drawn, device, progress, report.ridge_search is not None)
     if check is not None and (warning := held_out_warning(check)):
         warnings.append(warning)
         tell([warning])

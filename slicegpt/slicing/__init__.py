@@ -1,6 +1,29 @@
-"""Slices a dense model boundary by boundary: the only room that knows the order."""
+"""Slices a dense model boundary by boundary: the only room that knows the order.
+
+The files, in the order in which a run goes through them:
+
+    options      how to slice, and what slicing saw
+    driver       `slice_model`: allocation, one run of slicing, the choice of λ
+    allocation   how many MLP neurons each layer keeps, by what deleting them costs in the dense model
+    slicer       one run: embedding, block after block, head; a block is collected, fitted, written (`slice_block`)
+      streams        the calibration tokens' residual stream between blocks, on the device or on the host
+      blocks         what lies between two boundaries, with its output at full width
+      propagation    the streams on their way past a block, in the sliced and in the dense model
+      moments        the fitted tokens' second moments                    1. collect
+      objective      what the output weights minimise over them           2. fit
+      regression         the solution at one λ
+      neurons            which MLP neurons to delete
+      refit              a block's fits at every λ
+      covariance     of the stream that the block has written             3. write
+      eigensolver    its leading eigenvectors, the next basis
+      rotation       the orientation of that basis, and compact shortcuts
+      timing         seconds of each stage
+    ridge        λ: the candidate whose sliced model loses least on held-out windows
+    held_out     afterwards: was the calibration text enough?
+"""
 
 from .driver import slice_model
+from .objective import Objective
 from .options import SlicingOptions, SlicingReport
 
-__all__ = ["SlicingOptions", "SlicingReport", "slice_model"]
+__all__ = ["Objective", "SlicingOptions", "SlicingReport", "slice_model"]

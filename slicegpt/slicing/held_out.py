@@ -2,12 +2,13 @@
 
 Slicing fits the samples: on them it loses less than on other windows of the same text, and the less text there was,
 the wider the gap. Both losses are taken above the dense model's on the same windows, which removes most of what makes
-one window harder than another.
+one window harder than another. The windows that chose the refit's λ are no judges, where the text has others.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from transformers import PreTrainedModel
@@ -21,10 +22,13 @@ from slicegpt.progress import Progress
 
 logger = logging.getLogger("slicegpt")
 
-# Held-out windows that cost a third more than seen ones: four windows of 512 tokens differ by a tenth by chance.
+# Unseen windows that cost a third more than seen ones; in other words, a quarter of what the model loses there is due
+# to too little text.
 EXCESS = 1.33
-# Below this a loss is too small to be compared: rounding and chance are of its size.
+# In nats a token: below this neither a loss nor a gap matters, 1 % of perplexity.
 SMALLEST_LOSS = 0.01
+# A gap must be so many standard deviations of what chance makes of it.
+DEVIATIONS = 2.0
 
 
 def held_out_check(
@@ -33,20 +37,25 @@ def held_out_check(
     calibration: Calibration,
     device: torch.device,
     progress: Progress | None = None,
+    ridge_chosen: bool = True,
 ) -> dict | None:
-    """Losses above the dense model's, in nats a token, on `calibration.seen` and `calibration.held_out`.
+    """Losses above the dense model's, in nats a token, on `calibration.seen` and `calibration.unseen`.
 
     Both models are brought to `device` one after the other, and back.
 
+    Args:
+        ridge_chosen: whether the refit's λ was chosen by `calibration.held_out` (`SlicingReport.ridge_search`).
+
     Returns:
-        `windows` of each kind, `seen`, `held_out` and `excess`, their ratio (None where they are too small to be
-        compared); None in place of all of it where no windows were left over, a model does not fit on the device, or a
-        loss is not finite (which is logged).
+        `windows` and `tokens` of each kind, the losses `seen` and `held_out`, their `difference`, their ratio `excess`
+        (None where they are too small to be divided), and `chose_ridge`: whether these windows chose λ as well, so that
+        `held_out` flatters. None in place of all of it where the text has no other windows, a model does not fit on the
+        device, or a loss is not finite (which is logged).
     """
-    windows = min(len(calibration.seen), len(calibration.held_out))
+    windows = len(calibration.unseen)
     if not windows:
         return None
-    pairs = torch.cat((calibration.seen[:windows], calibration.held_out[:windows]))
+    pairs = torch.cat((calibration.seen, calibration.unseen))
     tokens = windows * (pairs.shape[1] - 1)
     if not tokens or not all(fits_on(model, device) for model in (dense, sliced)):
         return None
@@ -61,16 +70,53 @@ def held_out_check(
             return None
     above = (losses[1] - losses[0]).view(2, windows).sum(dim=1) / tokens
     seen, held_out = above.tolist()
-    excess = round(held_out / seen, 3) if min(seen, held_out) > SMALLEST_LOSS else None
-    return {"windows": windows, "seen": round(seen, 5), "held_out": round(held_out, 5), "excess": excess}
+    return {
+        "windows": windows,
+        "tokens": tokens,
+        "seen": round(seen, 5),
+        "held_out": round(held_out, 5),
+        "difference": round(held_out - seen, 5),
+        "excess": round(held_out / seen, 3) if min(seen, held_out) > SMALLEST_LOSS else None,
+        "chose_ridge": ridge_chosen and calibration.unseen_are_held_out,
+    }
+
+
+def follows_samples(seen: float, held_out: float, tokens: int) -> bool:
+    """Whether a model has fitted its samples themselves and not the text that they are of.
+
+    The gap between the two losses has to be a quarter of the loss on unseen windows: `held_out - seen` above
+    `(1 - 1 / EXCESS) held_out`. Where both losses are above 0, that is a ratio above `EXCESS`; where a fit to few
+    samples has pushed the loss on them below 0, the ratio says nothing, and the gap still does.
+
+    And it has to be more than chance. A token's loss above the dense model's is the log of a ratio of probabilities;
+    where these are close its variance is twice its mean `L` (to second order, the mean being the Kullback-Leibler
+    divergence). The difference of two means over `tokens` tokens thus has a standard deviation of `2 √(L / tokens)`.
+
+    Args:
+        seen, held_out: losses above the dense model's, in nats a token, on windows that are samples and on others.
+        tokens: of each kind.
+    """
+    loss = max(held_out, 0.0)
+    chance = DEVIATIONS * 2 * math.sqrt(max(loss, SMALLEST_LOSS) / tokens)
+    return held_out - seen > max((1 - 1 / EXCESS) * loss, chance, SMALLEST_LOSS)
 
 
 def held_out_warning(check: dict) -> str | None:
     """One sentence where the held-out windows cost much more than those that were seen."""
-    if check["excess"] is None or check["excess"] <= EXCESS:
+    if not follows_samples(check["seen"], check["held_out"], check["tokens"]):
         return None
+    if check["excess"] is None:
+        compared = f"and {check['seen']:.3f} on those it saw, {check['difference']:.3f} less"
+    else:
+        compared = (
+            f"{check['excess']:.2f} times what it loses on those it saw (above {EXCESS} more text would help)"
+        )
+    flattered = (
+        "; λ was chosen by the same windows, so that others are likely to cost more"
+        if check["chose_ridge"]
+        else ""
+    )
     return (
         f"the calibration text is small: on windows of it that were held out the model loses {check['held_out']:.3f} "
-        f"nats a token, {check['excess']:.2f} times what it loses on those it saw (above {EXCESS} more text would "
-        "help); raise --nsamples or --seqlen"
+        f"nats a token, {compared}{flattered}; raise --nsamples or --seqlen"
     )

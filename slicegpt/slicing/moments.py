@@ -64,16 +64,16 @@ class Moments:
 
 
 class JoinedBatches:
-    """Adds tokens to `moments` in calls of at least TOKENS_PER_CALL; `finish` adds the rest."""
+    """Adds tokens to `moments`, at least `tokens_per_call` at once; `finish` adds the rest."""
 
-    def __init__(self, moments: Moments):
-        self.moments = moments
+    def __init__(self, moments: Moments, tokens_per_call: int = TOKENS_PER_CALL):
+        self.moments, self.tokens_per_call = moments, tokens_per_call
         self.waiting: list[tuple[torch.Tensor, ...]] = []
 
     def add(self, activations: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> None:
         """As `Moments.add`; the tensors must not change until they have been added."""
         self.waiting.append((activations, target, weight))
-        if sum(len(batch[0]) for batch in self.waiting) >= TOKENS_PER_CALL:
+        if sum(len(batch[0]) for batch in self.waiting) >= self.tokens_per_call:
             self.finish()
 
     def finish(self) -> Moments:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from support.neuron_choice import objective
+from support.objectives import Unweighted
 from support.sliced_models import batches
 from support.tiny_models import relative_error, tiny_model, token_ids
 
@@ -16,7 +17,7 @@ from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import describe_neurons, stored_parameters
 from slicegpt.progress import Progress
 from slicegpt.runtime import Runtime
-from slicegpt.slicing import SlicingOptions, slice_model
+from slicegpt.slicing import Objective, SlicingOptions, slice_model
 from slicegpt.slicing.allocation import (
     deletion_costs,
     fewest_neurons,
@@ -37,12 +38,15 @@ def options(**changed) -> SlicingOptions:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["llama", "opt"])
-def test_costs_are_those_of_the_regressions(case):
+@pytest.mark.parametrize(
+    ("case", "judge"), [("llama", Objective()), ("opt", Objective()), ("llama", Unweighted())]
+)
+def test_costs_are_those_of_the_regressions(case, judge):
     """The first layer's curve: at every point what the ridge regression of the dense block's output loses with the
-    neurons that are left, from Hugging Face's own activations. OPT's has biases, whose intercept is fitted along."""
+    remaining neurons, from Hugging Face's own activations. OPT's has biases, whose intercept is fitted along."""
     model, config, calibration = tiny_model(case), planned(case), batches(8)
-    curve = deletion_costs(checkpoint_of(model), config, calibration, options(), 0.1, Progress(quiet=True))[0]
+    silent = Progress(quiet=True)
+    curve = deletion_costs(checkpoint_of(model), config, calibration, options(), judge, 0.1, silent)[0]
     assert curve[0] == (80, 0.0)
     assert curve[-1][0] == fewest_neurons(config, 4) == 20
 
@@ -61,13 +65,15 @@ def test_costs_are_those_of_the_regressions(case):
     activations, written = (
         torch.cat(parts).reshape(-1, parts[0].shape[-1]) for parts in zip(*seen, strict=True)
     )
-    behind = torch.cat(streams).reshape(len(written), -1)
+    after = torch.cat(streams).reshape(len(written), -1)
     if case == "opt":  # the canonical stream has no mean
-        written, behind = (x - x.mean(dim=1, keepdim=True) for x in (written, behind))
-    before = behind - written
+        written, after = (x - x.mean(dim=1, keepdim=True) for x in (written, after))
+    before = after - written
     eps = model.config.rms_norm_eps if case == "llama" else 1e-5
-    squares = torch.maximum(before.square().sum(dim=1), behind.square().sum(dim=1))
+    squares = torch.maximum(before.square().sum(dim=1), after.square().sum(dim=1))
     weights = (squares + 48 * eps).rsqrt()
+    if isinstance(judge, Unweighted):
+        weights = torch.ones_like(weights)
     if case == "opt":
         activations = activations - (weights @ activations) / weights.sum()
         written = written - (weights @ written) / weights.sum()
@@ -79,10 +85,10 @@ def test_costs_are_those_of_the_regressions(case):
     right = activations.mT @ (weights[:, None] * written) + penalty * dense
     system.diagonal().add_(penalty)
     whole, kept = objective(system, right, range(80)), list(range(80))
-    for left, rise in curve[1:]:
-        # Of those that are left, the neurons that cost least one by one go together.
+    for remaining, rise in curve[1:]:
+        # Of those that remain, the neurons that cost least one by one go together.
         costs = {row: objective(system, right, [other for other in kept if other != row]) for row in kept}
-        kept = sorted(sorted(kept, key=costs.get)[len(kept) - left :])
+        kept = sorted(sorted(kept, key=costs.get)[len(kept) - remaining :])
         # Both solve systems whose condition is some 1e4 in float64.
         assert rise == pytest.approx(objective(system, right, kept) - whole, rel=1e-8)
 
@@ -100,12 +106,12 @@ def test_shares_are_the_best_of_all(case, seed):
     budget = config.intermediate_size * sum(parameters)
 
     def rise(neurons) -> float:
-        return sum(dict(curve)[left] for curve, left in zip(curves, neurons, strict=True))
+        return sum(dict(curve)[count] for curve, count in zip(curves, neurons, strict=True))
 
     def stored(neurons) -> int:
-        return sum(left * each for left, each in zip(neurons, parameters, strict=True))
+        return sum(count * each for count, each in zip(neurons, parameters, strict=True))
 
-    assert all(left % 4 == 0 and left >= fewest_neurons(config, 4) for left in chosen)
+    assert all(count % 4 == 0 and count >= fewest_neurons(config, 4) for count in chosen)
     assert stored(chosen) <= budget
     best = min(
         rise(neurons) for neurons in product(range(20, 81, 4), repeat=3) if stored(neurons) <= stored(chosen)
@@ -190,5 +196,11 @@ def test_an_overflow_is_named():
     message = r"activations: NaN or infinity in the stream after layer 1 \(mlp\)"
     with pytest.raises(SliceGPTError, match=message):
         deletion_costs(
-            checkpoint_of(model), planned("llama"), batches(8), options(), 0.1, Progress(quiet=True)
+            checkpoint_of(model),
+            planned("llama"),
+            batches(8),
+            options(),
+            Objective(),
+            0.1,
+            Progress(quiet=True),
         )

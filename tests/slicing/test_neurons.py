@@ -13,7 +13,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.modeling.sizes import decoder_parameters, stored_parameters
 from slicegpt.runtime import Runtime
-from slicegpt.slicing import SlicingOptions, driver, neurons, ridge, slice_model
+from slicegpt.slicing import Objective, SlicingOptions, neurons, slice_model
 from slicegpt.slicing.neurons import choose_neurons
 
 CASES = ["llama", "llama-tied", "llama-biased", "mistral-window", "qwen3-tied", "opt", "phi"]
@@ -31,7 +31,7 @@ def problem(inputs: int = 10, outputs: int = 5, seed: int = 0) -> tuple[torch.Te
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("group", [slice(0, 10), slice(3, 9)], ids=["all", "some"])
 def test_one_a_round_is_the_greedy_choice(seed, group, monkeypatch):
-    """Every deletion is the one that raises the objective least, found by solving all that are left anew."""
+    """Every deletion is the one that raises the objective least, found by solving all that remain anew."""
     monkeypatch.setattr(neurons, "ROUNDS", 10**6)
     system, right = problem(seed=seed)
     kept = list(range(10))
@@ -86,19 +86,19 @@ def test_rounds_lose_little():
 # --- the driver -------------------------------------------------------------------------------------------------
 
 
-def sliced(model, width: int, shape: Shape, calibration=None, **options):
+def sliced(model, width: int, shape: Shape, calibration=None, objective=None, **options):
     fields = canonical_fields(model)
     config = plan(fields, constant_widths(fields, width), shape)
     calibration = calibration or batches(8)
     options = SlicingOptions(**{"dtype": torch.float64, "fitted": 1.0} | options)
-    return slice_model(model, config, calibration, options)
+    return slice_model(model, config, calibration, options, objective=objective)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("shortcut", ["compact", "dense"])
 def test_every_family(case, shortcut, tmp_path):
-    """Fewer rows and columns are stored, the folder reloads, and the runtime packs what is left."""
+    """Fewer rows and columns are stored, the folder reloads, and the runtime packs what remains."""
     model, ids = tiny_model(case), token_ids()
     network, report = sliced(model, 40, Shape(shortcut, round_to=4, neurons=0.2))
     assert network.config.intermediate_size == 64
@@ -115,14 +115,13 @@ def test_every_family(case, shortcut, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("stored", [0.1, 3.0])
-def test_the_neurons_left_are_fitted_to_the_dense_stream(stored, monkeypatch):
+def test_the_remaining_neurons_are_fitted_to_the_dense_stream(stored):
     """At full width, the first MLP: its neurons are some of the dense ones, and its output weights the ridge
     regression of the dense block's output on these, from Hugging Face's own activations. At the λ that is stored,
     while the tokens went on, and the neurons were chosen, at 0.1."""
-    monkeypatch.setattr(driver, "CANDIDATES", (0.1, stored))
-    monkeypatch.setattr(ridge, "UNJUDGED", stored)
+    candidates = Objective(ridges=tuple(sorted({0.1, stored})), unjudged_ridge=stored)
     model, calibration = tiny_model("llama"), batches(8)
-    network, report = sliced(model, 48, Shape(round_to=4, neurons=0.25), calibration)
+    network, report = sliced(model, 48, Shape(round_to=4, neurons=0.25), calibration, candidates)
     assert {entry["ridge"] for entry in report.refit} == {stored}
     mlp, shorter = model.model.layers[0].mlp, network.model.layers[0].mlp
     folded = mlp.up_proj.weight * model.model.layers[0].post_attention_layernorm.weight
@@ -140,10 +139,10 @@ def test_the_neurons_left_are_fitted_to_the_dense_stream(stored, monkeypatch):
         model(batch.input_ids)
     for handle in handles:
         handle.remove()
-    activations, behind = torch.cat(seen).flatten(0, 1), torch.cat(streams).flatten(0, 1)
-    # Tokens count by the inverse of the stream's norm before the block or behind it, the larger one.
-    before = behind - mlp.down_proj(activations)
-    squares = torch.maximum(*(stream.square().sum(dim=1, keepdim=True) for stream in (before, behind)))
+    activations, after = torch.cat(seen).flatten(0, 1), torch.cat(streams).flatten(0, 1)
+    # Tokens count by the inverse of the stream's norm before the block or after it, the larger one.
+    before = after - mlp.down_proj(activations)
+    squares = torch.maximum(*(stream.square().sum(dim=1, keepdim=True) for stream in (before, after)))
     activations = activations * (squares + 48 * model.config.rms_norm_eps) ** -0.25
     penalty = stored * activations.square().sum(dim=0).mean()
     weight = mlp.down_proj.weight.mT
@@ -177,7 +176,7 @@ def test_deleting_neurons_needs_the_refit():
 
 
 @pytest.mark.parametrize(
-    ("width", "neurons", "left"),
+    ("width", "neurons", "remaining"),
     [
         (48, 0.0, 80),
         (36, 0.0, 80),
@@ -189,10 +188,10 @@ def test_deleting_neurons_needs_the_refit():
         (24, None, 4),  # never nothing
     ],
 )
-def test_neurons_left(width, neurons, left):
+def test_remaining_neurons(width, neurons, remaining):
     fields = canonical_fields(tiny_model("llama"))
     config = plan(fields, constant_widths(fields, width), Shape(round_to=4, neurons=neurons))
-    assert (config.intermediate_size, config.dense_intermediate_size) == (left, 80)
+    assert (config.intermediate_size, config.dense_intermediate_size) == (remaining, 80)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
@@ -209,10 +208,10 @@ def test_a_size_is_reached_by_both(case, count):
     whole = count(plan(fields, constant_widths(fields, 48)))
     for fraction in (0.7, 0.8, 0.9, 0.97):
         config = plan_for_parameters(fields, int(fraction * whole), Shape(round_to=4, neurons=None), count)
-        width, left = config.boundary_widths[0], config.intermediate_size
+        width, remaining = config.boundary_widths[0], config.intermediate_size
         assert count(config) <= fraction * whole
-        if left < 80:
-            more = plan(fields, config.boundary_widths, Shape(round_to=4), neurons=min(80, left + 4))
+        if remaining < 80:
+            more = plan(fields, config.boundary_widths, Shape(round_to=4), neurons=min(80, remaining + 4))
             assert count(more) > fraction * whole
         wider = plan(fields, constant_widths(fields, width + 4), Shape(round_to=4, neurons=None))
         assert count(wider) > fraction * whole

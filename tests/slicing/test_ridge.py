@@ -13,13 +13,13 @@ from slicegpt.families import canonical_fields, checkpoint_of
 from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.modeling.losses import window_losses
 from slicegpt.progress import Progress
-from slicegpt.slicing import SlicingOptions, slice_model
-from slicegpt.slicing.ridge import CANDIDATES
+from slicegpt.slicing import Objective, SlicingOptions, slice_model
 from slicegpt.slicing.slicer import Slicer
 
 OPTIONS = SlicingOptions(dtype=torch.float64, ridge=0.1)
 CHOSEN = replace(OPTIONS, ridge=None)
 HELD_OUT = token_ids(3, 20, seed=99)
+CANDIDATES = Objective().ridges
 
 
 def batches(count: int = 4) -> list[CalibrationBatch]:
@@ -35,7 +35,7 @@ def planned(model, width=36, shape=None):
 def sliced_apart(model, config, ridges=CANDIDATES) -> tuple[Slicer, SlicedForCausalLM]:
     """The run of slicing itself, without a choice."""
     checkpoint, options = checkpoint_of(model), replace(OPTIONS, ridge=None)
-    slicer = Slicer(checkpoint, config, batches(), options, ridges, Progress(quiet=True))
+    slicer = Slicer(checkpoint, config, batches(), options, Objective(), ridges, Progress(quiet=True))
     return slicer, slicer.run()
 
 
@@ -51,14 +51,14 @@ def test_the_candidate_that_loses_least_is_stored(name, shortcut):
     losses = {}
     for ridge in CANDIDATES:
         alone = copy.deepcopy(carried)
-        alone.load_state_dict(carried.state_dict() | slicer.fits[ridge])
+        alone.load_state_dict(carried.state_dict() | slicer.fitted_states[ridge])
         losses[ridge] = sum(window_losses(alone, HELD_OUT)) / (3 * 19)
         if losses[ridge] > min(losses.values()):
             break
     best = min(losses, key=losses.get)
     assert report.ridge_search == pytest.approx(losses, rel=1e-12)  # one window or all of them at a time
     assert {entry["ridge"] for entry in report.refit} == {best}
-    expected = carried.state_dict() | slicer.fits[best]
+    expected = carried.state_dict() | slicer.fitted_states[best]
     assert all(torch.equal(tensor, expected[key]) for key, tensor in stored.state_dict().items())
     fixed, _ = slice_model(model, config, batches(), OPTIONS)
     assert all(torch.equal(tensor, carried.state_dict()[key]) for key, tensor in fixed.state_dict().items())
@@ -70,7 +70,7 @@ def test_what_depends_on_the_ridge(name):
     """The output weights of every block, dense shortcuts among them: nothing else, and all of it differs."""
     model = tiny_model(name)
     slicer, carried = sliced_apart(model, planned(model, shape=Shape("dense", round_to=4)))
-    first, *others = (slicer.fits[ridge] for ridge in CANDIDATES)
+    first, *others = (slicer.fitted_states[ridge] for ridge in CANDIDATES)
     shortcuts = {key for key in carried.state_dict() if "shortcut" in key}
     assert shortcuts
     written = {key for key in carried.state_dict() if "o_proj" in key or "down_proj" in key}
@@ -91,7 +91,7 @@ def test_nothing_to_judge_by(held_out):
     stored, report = slice_model(model, planned(model), batches(), CHOSEN, held_out=held_out)
     assert report.ridge_search is None
     assert {entry["ridge"] for entry in report.refit} == {0.3}
-    fits = sliced_apart(model, planned(model))[0].fits[0.3]
+    fits = sliced_apart(model, planned(model))[0].fitted_states[0.3]
     assert all(torch.equal(stored.state_dict()[key], tensor) for key, tensor in fits.items())
 
 
@@ -106,7 +106,7 @@ def test_without_a_refit_nothing_is_chosen():
 
 @torch.no_grad()
 def test_a_part_of_the_batches_is_fitted_to():
-    """The covariances are of all batches, the fit is to the first ones: others behind them do not move it."""
+    """The covariances are of all batches, the fit is to the first ones: others after them do not move it."""
     model = tiny_model("llama")
     config, half = planned(model), replace(OPTIONS, fitted=0.5)
     sliced, report = slice_model(model, config, batches(), half)
@@ -116,7 +116,7 @@ def test_a_part_of_the_batches_is_fitted_to():
     assert torch.equal(sliced.state_dict()[first], whole.state_dict()[first])
     writer = "model.layers.0.self_attn.o_proj.weight"
     assert not torch.equal(sliced.state_dict()[writer], whole.state_dict()[writer])
-    # The fraction of the error that is left behind the first block's fit is that of a run with half of the tokens,
+    # The fraction of the error that remains after the first block's fit is that of a run with half of the tokens,
     # as far as the basis before it is the same: at full rank of the embeddings both span everything.
     swapped, _ = slice_model(model, config, batches()[:2] + batches()[:1:-1], half)
     gap = (swapped.state_dict()[writer].abs() - sliced.state_dict()[writer].abs()).abs().max()
