@@ -3,7 +3,6 @@
 import copy
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from support.tiny_models import tiny_model
 
 from slicegpt.calibration import (
     CalibrationBatch,
+    Source,
     calibration_hash,
     calibration_warnings,
     coverage,
@@ -28,11 +28,7 @@ from slicegpt.calibration.self_sampling import (
     generate_samples,
     ordinary_tokens,
 )
-from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.errors import SliceGPTError
-from slicegpt.families import canonical_fields
-from slicegpt.slicing import slice_model
-from slicegpt.slicing.held_out import held_out_check, held_out_warning
 
 
 @pytest.fixture(scope="module")
@@ -293,54 +289,73 @@ def test_warnings():
 # --- held-out windows ---
 
 
+def rows(windows: torch.Tensor) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in windows.tolist()]
+
+
 def test_held_out_windows_are_others_of_the_same_text(files, tiny_tokenizer):
+    """In the order in which the text's windows are drawn: samples, those that choose λ, those that judge."""
     a = str(files / "a.txt")
     drawn = sample_sources(load_sources(f"{a}:3,random-tokens:1"), tiny_tokenizer, 8, 32)
-    plain = windows(sample_batches(load_documents(a), tiny_tokenizer, 9, 32))
-    assert [tuple(row) for row in drawn.held_out.tolist()] == plain[6:9]
-    assert [tuple(row) for row in drawn.seen.tolist()] == plain[:3]
-    assert not len(sample_sources(load_sources("random-tokens"), tiny_tokenizer, 8, 32).held_out)
+    plain = windows(sample_batches(load_documents(a), tiny_tokenizer, 13, 32))
+    assert rows(drawn.held_out) == plain[6:9]
+    assert rows(drawn.unseen) == plain[9:13]
+    assert rows(drawn.seen) == plain[:4]
+    assert not drawn.unseen_are_held_out
+    generated = sample_sources(load_sources("random-tokens"), tiny_tokenizer, 8, 32)
+    assert not len(generated.held_out)
+    assert not len(generated.unseen)
+    assert not generated.unseen_are_held_out
+
+
+@pytest.mark.parametrize(
+    ("spare", "held_out", "unseen"),
+    [(0, 0, None), (1, 1, None), (4, 4, None), (5, 4, None), (6, 4, 2), (7, 4, 3), (8, 4, 4), (9, 4, 4)],
+)
+def test_windows_that_choose_come_before_those_that_judge(documents, tiny_tokenizer, spare, held_out, unseen):
+    """A text that ends `spare` windows after its samples. None: too few of its own, so that both are the same."""
+    ids = tiny_tokenizer("\n\n".join(documents)).input_ids[: (8 + spare) * 32]
+    text = tiny_tokenizer.decode(ids[1:])  # less the BOS that encoding puts before it
+    assert tiny_tokenizer(text).input_ids == ids
+    drawn = sample_sources([Source("text", documents=[text])], tiny_tokenizer, 8, 32)
+    order = windows(sample_batches([text], tiny_tokenizer, 8 + spare, 32))
+    assert rows(drawn.held_out) == order[8 : 8 + held_out]
+    assert rows(drawn.seen) == order[: held_out if unseen is None else unseen]
+    if unseen is None:
+        assert rows(drawn.unseen) == rows(drawn.held_out)
+    else:
+        assert rows(drawn.unseen) == order[8 + held_out : 8 + held_out + unseen]
+    assert drawn.unseen_are_held_out == (unseen is None and held_out > 0)
 
 
 def test_a_model_writes_windows_to_hold_out(tiny_tokenizer, model):
-    """`self` alone has them as well; they are no samples of it."""
+    """`self` alone has them as well; they are no samples of it. It does not write others to judge by."""
     drawn = sample_sources(load_sources("self"), tiny_tokenizer, 4, 16, model=model)
     assert drawn.held_out.shape == (4, 16)
     assert drawn.seen.shape == (4, 16)
+    assert torch.equal(drawn.unseen, drawn.held_out)
+    assert drawn.unseen_are_held_out
     samples = windows(drawn.batches)
     assert len(samples) == 4
-    assert not set(samples) & {tuple(row) for row in drawn.held_out.tolist()}
+    assert not set(samples) & set(rows(drawn.held_out))
 
 
-def test_held_out_check(files, tiny_tokenizer, model, caplog):
-    """Against the models' own losses, and against a text that is all there is."""
-    drawn = sample_sources(load_sources(str(files / "a.txt")), tiny_tokenizer, 8, 32)
-    fields = canonical_fields(model)
-    config = plan(fields, constant_widths(fields, fields["dense_hidden_size"] // 2), Shape(round_to=8))
-    sliced, _ = slice_model(model, config, drawn.batches)
-    check = held_out_check(model, sliced, drawn, torch.device("cpu"))
-
-    @torch.no_grad()
-    def loss(network, ids):
-        return network(ids, labels=ids).loss.item()  # the mean over tokens, in float32
-
-    for name in ("seen", "held_out"):
-        ids = getattr(drawn, name)
-        assert math.isclose(check[name], loss(sliced, ids) - loss(model, ids), abs_tol=2e-5)
-    assert check["windows"] == 4
-    everything = replace(drawn, held_out=drawn.held_out[:0])
-    assert held_out_check(model, sliced, everything, torch.device("cpu")) is None
-
-    # A loss that is not finite costs the figure and not the run.
-    broken = copy.deepcopy(model)
-    with torch.no_grad():
-        broken.get_input_embeddings().weight.fill_(torch.nan)
-    with caplog.at_level("WARNING", logger="slicegpt"):
-        assert held_out_check(broken, sliced, drawn, torch.device("cpu")) is None
-    assert "held-out windows were not compared: perplexity: the loss of window 0 is nan" in caplog.text
+def test_windows_that_judge_are_paired_by_source(files, tiny_tokenizer, model):
+    """Of texts alone, as many seen as unseen ones from each; the text that the model writes does not change."""
+    a, b = str(files / "a.txt"), str(files / "b,c:2.txt").replace(",", r"\,").replace(":", r"\:")
+    drawn = sample_sources(load_sources(f"{a}:1,{b}:1,self:2"), tiny_tokenizer, 8, 16, model=model)
+    texts = (load_documents(str(files / name)) for name in ("a.txt", "b,c:2.txt"))
+    first, second = (windows(sample_batches(text, tiny_tokenizer, 5, 16)) for text in texts)
+    assert rows(drawn.held_out)[:2] == [first[2], second[2]]
+    assert rows(drawn.unseen) == [*first[3:5], *second[3:5]]
+    assert rows(drawn.seen) == [*first[:2], *second[:2]]
+    written = generate_samples(model, tiny_tokenizer, 6, 16)
+    assert rows(drawn.held_out)[2:] == rows(written[4:])
 
 
-def test_held_out_warning():
-    assert held_out_warning({"windows": 4, "seen": 0.2, "held_out": 0.21, "excess": 1.05}) is None
-    assert held_out_warning({"windows": 4, "seen": 0.0, "held_out": 0.0, "excess": None}) is None
-    assert "1.50 times" in held_out_warning({"windows": 4, "seen": 0.2, "held_out": 0.3, "excess": 1.5})
+def test_few_samples_are_paired_as_well(files, tiny_tokenizer):
+    """Fewer samples than windows that judge: as many of these as there are samples."""
+    drawn = sample_sources(load_sources(str(files / "a.txt")), tiny_tokenizer, 1, 32)
+    assert drawn.held_out.shape == (4, 32)
+    assert drawn.unseen.shape == drawn.seen.shape == (1, 32)
+    assert not drawn.unseen_are_held_out
