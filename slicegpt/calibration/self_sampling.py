@@ -41,7 +41,7 @@ class SamplingSettings:
             raise SliceGPTError(f"SamplingSettings: batch_size must be at least 1, got {self.batch_size}")
 
 
-class _GrowingLayer(DynamicLayer):
+class _PreallocatedLayer(DynamicLayer):
     """Keys and values in buffers of their final length: transformers' own layer copies all of them every token."""
 
     def __init__(self, length: int):
@@ -71,7 +71,9 @@ class _GrowingLayer(DynamicLayer):
 def _cache(model: PreTrainedModel, length: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     # Sliding layers keep their own, which drops what has left the window.
-    cache.layers = [_GrowingLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        _PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache
 
 
@@ -172,7 +174,7 @@ def generate_samples(
     known = [openings.get(kind, [token]) for kind, token in zip(kinds, drawn, strict=True)]
     width = max(map(len, known))
     starts = torch.tensor([start + [-1] * (width - len(start)) for start in known])
-    # Where the model has no position left for it, a document keeps its start.
+    # Where the model has no position for it, a document keeps its start.
     cut = len(document) if seqlen + len(document) <= model.config.max_position_embeddings else 0
     banned = special * torch.tensor([kind != "conversation" for kind in kinds])[:, None]
     report = progress or Progress(quiet=True)

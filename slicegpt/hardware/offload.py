@@ -11,7 +11,7 @@ from slicegpt.hardware.memory import fits_on
 from slicegpt.modeling import SlicedForCausalLM
 
 
-class Visitor(nn.Module):
+class OffloadedLayer(nn.Module):
     """A layer that stays where it is, and whose weights are copied to `device` for as long as it runs."""
 
     def __init__(self, layer: nn.Module, device: torch.device):
@@ -42,7 +42,7 @@ def layer_by_layer(model: SlicedForCausalLM, device: torch.device) -> Iterator[N
     layers, parts = model.model.layers, [model]
     if not fits_on(model, device):
         parts = [*(part for part in model.model.children() if part is not layers), model.lm_head]
-        model.model.layers = nn.ModuleList(Visitor(layer, device) for layer in layers)
+        model.model.layers = nn.ModuleList(OffloadedLayer(layer, device) for layer in layers)
     try:
         for part in parts:
             part.to(device)

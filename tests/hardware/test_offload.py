@@ -9,7 +9,7 @@ from support.tiny_models import tiny_model, token_ids
 from slicegpt.conversion.plan import constant_widths, plan
 from slicegpt.families import canonical_fields
 from slicegpt.hardware import offload
-from slicegpt.hardware.offload import Visitor, layer_by_layer
+from slicegpt.hardware.offload import OffloadedLayer, layer_by_layer
 from slicegpt.slicing import SlicingOptions, slice_model
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def test_the_same_logits(model, fits, monkeypatch):
     expected, layers = model(token_ids()).logits, model.model.layers
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     with layer_by_layer(model, CPU):
-        assert isinstance(model.model.layers[0], Visitor) != fits
+        assert isinstance(model.model.layers[0], OffloadedLayer) != fits
         assert torch.equal(model(token_ids()).logits, expected)
     assert model.model.layers is layers
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
@@ -49,7 +49,7 @@ def test_a_layer_runs_where_it_is_told_and_stays_where_it_is():
     """The device of no data: what comes out has a shape there, and the weights are untouched."""
     meta, layer = torch.device("meta"), torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5))
     weight = layer[0].weight.clone()
-    out = Visitor(layer.eval(), meta)(torch.empty(2, 3, device=meta))
+    out = OffloadedLayer(layer.eval(), meta)(torch.empty(2, 3, device=meta))
     assert (out.device.type, out.shape) == ("meta", (2, 5))
     assert {tensor.device.type for tensor in layer.state_dict().values()} == {"cpu"}
     assert torch.equal(layer[0].weight, weight)
