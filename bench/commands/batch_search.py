@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
-class Exhausted(Exception):
+class BatchTooLarge(Exception):
     """A batch cannot be run; the message is the reason, such as "out of memory at batch 64"."""
 
 
 @dataclass
-class Search:
+class BatchSearch:
     """What a search found.
 
     Attributes:
@@ -28,12 +28,12 @@ class Search:
         return max(self.rates, key=self.rates.get)
 
 
-def search(
+def search_batches(
     measure: Callable[[int], float],
     tolerance: float = 0.02,
     most: int = 1 << 20,
-    found: Search | None = None,
-) -> Search:
+    found: BatchSearch | None = None,
+) -> BatchSearch:
     """Double the batch from 1 on until memory is exhausted or throughput drops (the published protocol), then refine.
 
     Two doublings in a row that change the best throughput by less than `tolerance` end it as well: beyond such a
@@ -41,7 +41,7 @@ def search(
     next doubling drops too or does not fit: a batch that a machine happens to be slow at is no end.
 
     Args:
-        measure: batch -> tokens/s; raises `Exhausted` where memory does not suffice.
+        measure: batch -> tokens/s; raises `BatchTooLarge` where memory does not suffice.
         tolerance: relative changes below it are noise.
         most: largest batch to try.
         found: filled as the search goes, for a caller that wants to keep it when interrupted.
@@ -49,7 +49,7 @@ def search(
     Returns:
         `found`; without any rates where not even batch 1 could be run.
     """
-    found = found if found is not None else Search()
+    found = found if found is not None else BatchSearch()
     batch, flat, ceiling, drop = 1, 0, most + 1, ""
     while True:
         if batch > most:
@@ -60,7 +60,7 @@ def search(
             if rate < before * (1 - tolerance):
                 before = min(before, measure(found.best))
                 rate = max(rate, measure(batch))
-        except Exhausted as reason:
+        except BatchTooLarge as reason:
             found.stop, found.reason, ceiling = "memory", str(reason), batch
             break
         found.rates[batch] = rate
@@ -84,7 +84,7 @@ def search(
     return found
 
 
-def refine(measure: Callable[[int], float], found: Search, ceiling: int) -> None:
+def refine(measure: Callable[[int], float], found: BatchSearch, ceiling: int) -> None:
     """Measure between half and twice the best batch, in quarters of it, below `ceiling`, which did not fit."""
     best = found.best
     for batch in finer(best):
@@ -92,7 +92,7 @@ def refine(measure: Callable[[int], float], found: Search, ceiling: int) -> None
             continue
         try:
             found.rates[batch] = measure(batch)
-        except Exhausted as reason:
+        except BatchTooLarge as reason:
             found.stop, found.reason = "memory", str(reason)
             return  # what is larger does not fit either
 

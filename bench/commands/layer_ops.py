@@ -115,7 +115,7 @@ def attend(module: nn.Module, inputs: LayerInputs, query: Tensor, key: Tensor, v
     return output.reshape(*output.shape[:2], -1)
 
 
-class Unfused:
+class UnfusedLayer:
     """The module's own operations, one by one.
 
     What the module lets go of leaves the state as well: memory that is still warm is used again, here and there.
@@ -206,7 +206,7 @@ def unfused(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtype, 
 def _of_module(variant: str, model: nn.Module, batch: int, seqlen: int) -> LayerRun:
     inputs = layer_inputs(model, batch, seqlen)
     layer = model.model.layers[0]
-    operations = Unfused(layer, inputs).operations()
+    operations = UnfusedLayer(layer, inputs).operations()
     return LayerRun(variant, operations, module_run(layer, inputs), {"stream": inputs.stream})
 
 

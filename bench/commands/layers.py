@@ -16,10 +16,10 @@ import torch
 from slicegpt.bench.commands import layer_fused, layer_ops
 from slicegpt.bench.commands.layer_ops import LayerRun
 from slicegpt.bench.harness.comparison import compare
-from slicegpt.bench.harness.memory import give_back
+from slicegpt.bench.harness.memory import release_unused_memory
 from slicegpt.bench.harness.record import Record
-from slicegpt.bench.harness.timing import CacheFlush, Stopwatch, last_level_cache
-from slicegpt.bench.models.networks import Network
+from slicegpt.bench.harness.timing import CacheFlush, DeviceTimer, last_level_cache
+from slicegpt.bench.models.networks import MeasuredNetwork
 from slicegpt.errors import SliceGPTError, first_line
 from slicegpt.progress import Progress
 
@@ -58,7 +58,7 @@ def spin(device: torch.device) -> None:
 @torch.no_grad()
 def time_operations(run: LayerRun, device: torch.device) -> list[float]:
     """Milliseconds of every operation, in order."""
-    state, watch = dict(run.state), Stopwatch(device)
+    state, watch = dict(run.state), DeviceTimer(device)
     spin(device)
     watch.mark()
     for operation in run.operations:
@@ -69,7 +69,7 @@ def time_operations(run: LayerRun, device: torch.device) -> list[float]:
 
 @torch.no_grad()
 def time_whole(run: Callable[[], object], device: torch.device) -> float:
-    watch = Stopwatch(device)
+    watch = DeviceTimer(device)
     spin(device)
     watch.mark()
     run()
@@ -80,7 +80,7 @@ def time_whole(run: Callable[[], object], device: torch.device) -> float:
 @torch.no_grad()
 def time_marked(run: Callable[[Callable], object], device: torch.device) -> float:
     """Of a run that marks its own beginning and end."""
-    watch = Stopwatch(device)
+    watch = DeviceTimer(device)
     spin(device)
     run(watch.mark)
     return watch.milliseconds()[0]
@@ -102,23 +102,25 @@ def check(run: LayerRun) -> None:
 
 
 @dataclass
-class Variant:
+class LayerVariant:
     """A layer in one form; `make` builds it with its weights."""
 
     name: str
     engine: str
-    network: Network
+    network: MeasuredNetwork
     make: Callable[[], LayerRun]
 
 
-def variants_of(networks: Sequence[Network], options: LayersOptions) -> tuple[list[Variant], list[dict]]:
+def variants_of(
+    networks: Sequence[MeasuredNetwork], options: LayersOptions
+) -> tuple[list[LayerVariant], list[dict]]:
     """Every network's layer unfused and fused, the dense one with 2:4 weights too; and why some cannot be had."""
     variants, skipped = [], []
     for network in networks:
         shape = (network.config, options.batch, options.seqlen, network.dtype, network.device)
         names = {engine: f"{network.label}, {engine}" for engine in ("unfused", "fused", "2:4")}
         variants.append(
-            Variant(
+            LayerVariant(
                 names["unfused"],
                 "unfused",
                 network,
@@ -132,7 +134,7 @@ def variants_of(networks: Sequence[Network], options: LayersOptions) -> tuple[li
         for engine, reason in reasons.items():
             if reason is None:
                 variants.append(
-                    Variant(
+                    LayerVariant(
                         names[engine],
                         engine,
                         network,
@@ -149,7 +151,7 @@ def fastest_quarter(runs: Sequence, key: Callable | None = None) -> list:
     return sorted(runs, key=key)[: max(1, len(runs) // 4)]
 
 
-def row_of(variant: Variant, run: LayerRun, operations: list[list[float]], wholes: list[float]) -> dict:
+def row_of(variant: LayerVariant, run: LayerRun, operations: list[list[float]], wholes: list[float]) -> dict:
     """The operations in order, their sum, and the whole layer: means over the fastest quarter of the runs."""
     names = [operation.name for operation in run.operations]
     columns = zip(*fastest_quarter(operations, key=sum), strict=True)
@@ -175,7 +177,7 @@ def row_of(variant: Variant, run: LayerRun, operations: list[list[float]], whole
     }
 
 
-def whole_row(network: Network, times: list[float]) -> dict:
+def whole_row(network: MeasuredNetwork, times: list[float]) -> dict:
     """Hugging Face's own layer, of which only the whole is known."""
     return {
         "variant": f"{network.label}, Hugging Face",
@@ -191,7 +193,7 @@ def whole_row(network: Network, times: list[float]) -> dict:
 
 
 def measure_layers(
-    networks: Sequence[Network],
+    networks: Sequence[MeasuredNetwork],
     options: LayersOptions,
     record: Record,
     progress: Progress | None = None,
@@ -269,10 +271,10 @@ def measure_layers(
     if trace:
         with progress.stage(f"trace: {trace}", 1, "file"):
             write_trace(runs, device, trace)
-    give_back(device)
+    release_unused_memory(device)
 
 
-def cache_note(network: Network, options: LayersOptions) -> str | None:
+def cache_note(network: MeasuredNetwork, options: LayersOptions) -> str | None:
     """A warning where warm caches make a layer look faster than it is inside a model."""
     cache = last_level_cache(network.device)
     layer = network.bytes // max(1, network.config.num_hidden_layers)

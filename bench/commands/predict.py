@@ -24,7 +24,7 @@ from slicegpt.bench.commands.published import (
     TokenTime,
 )
 from slicegpt.bench.models.architectures import sliced_config
-from slicegpt.bench.models.devices import Device, device_named
+from slicegpt.bench.models.devices import DevicePeaks, device_named
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import decoder_parameters, stored_parameters
@@ -38,11 +38,9 @@ RESERVED_BYTES = 1 << 30
 # published figure to calibrate against; the answer says so.
 ASSUMED_EFFICIENCY = 0.7
 
-RUNTIMES = ("fused", "eager")
-
 
 @dataclass(frozen=True)
-class Load:
+class DecodingCost:
     """What a model costs.
 
     Attributes:
@@ -64,7 +62,7 @@ class Load:
     itemsize: int = HALF
 
 
-def load_of(config: SlicedConfig, runtime: str = "fused", itemsize: int = HALF) -> Load:
+def cost_of(config: SlicedConfig, runtime: str = "fused", itemsize: int = HALF) -> DecodingCost:
     """The costs of a model under a runtime, with `itemsize` bytes a number.
 
     "fused" reads the cache in place. "eager" is transformers' dynamic cache with unfused attention, what the published
@@ -77,7 +75,7 @@ def load_of(config: SlicedConfig, runtime: str = "fused", itemsize: int = HALF) 
         groups = heads // kv_heads
         passes = 2 + (1 + 2 * groups if groups > 1 else 1)
     layers, width = config.num_hidden_layers, config.head_dim
-    return Load(
+    return DecodingCost(
         stored_bytes=stored_parameters(config) * itemsize,
         read_weights=decoder_parameters(config) + config.vocab_size * config.hidden_size,
         cache_bytes=2 * layers * kv_heads * width * itemsize,
@@ -88,44 +86,44 @@ def load_of(config: SlicedConfig, runtime: str = "fused", itemsize: int = HALF) 
     )
 
 
-def step_seconds(load: Load, device: Device, batch: int, context: float) -> float:
+def step_seconds(cost: DecodingCost, device: DevicePeaks, batch: int, context: float) -> float:
     """Seconds of one decoding step at the device's peaks (efficiency 1)."""
-    return weight_seconds(load, device, batch) + cache_seconds(load, device, batch * context)
+    return weight_seconds(cost, device, batch) + cache_seconds(cost, device, batch * context)
 
 
-def peak_of(load: Load, device: Device) -> float:
+def peak_of(cost: DecodingCost, device: DevicePeaks) -> float:
     """Operations a second in the load's precision."""
-    return 1e12 * (device.half if load.itemsize == HALF else device.fp32)
+    return 1e12 * (device.half if cost.itemsize == HALF else device.fp32)
 
 
-def weight_seconds(load: Load, device: Device, batch: int) -> float:
+def weight_seconds(cost: DecodingCost, device: DevicePeaks, batch: int) -> float:
     """Of a step: reading every weight once and multiplying it with every sequence, the longer of both."""
-    read = load.read_weights * load.itemsize / (device.bandwidth * 1e9)
-    return max(read, 2 * load.read_weights * batch / peak_of(load, device))
+    read = cost.read_weights * cost.itemsize / (device.bandwidth * 1e9)
+    return max(read, 2 * cost.read_weights * batch / peak_of(cost, device))
 
 
-def cache_seconds(load: Load, device: Device, cached: float) -> float:
+def cache_seconds(cost: DecodingCost, device: DevicePeaks, cached: float) -> float:
     """Of a step: attention over so many tokens in the cache, of all sequences together."""
-    moved = load.cache_bytes * load.cache_passes * cached / (device.bandwidth * 1e9)
-    return moved + load.attention_operations * cached / peak_of(load, device)
+    moved = cost.cache_bytes * cost.cache_passes * cached / (device.bandwidth * 1e9)
+    return moved + cost.attention_operations * cached / peak_of(cost, device)
 
 
-def usable_bytes(device: Device, gpus: int) -> float:
+def usable_bytes(device: DevicePeaks, gpus: int) -> float:
     return gpus * (device.memory * 2**30 - RESERVED_BYTES)
 
 
-def fewest_gpus(load: Load, device: Device, length: int = 128) -> int:
+def fewest_gpus(cost: DecodingCost, device: DevicePeaks, length: int = 128) -> int:
     """How many GPUs hold the weights and one sequence."""
-    needed = load.stored_bytes + load.cache_bytes * length + load.activation_bytes
+    needed = cost.stored_bytes + cost.cache_bytes * length + cost.activation_bytes
     return math.ceil(needed / usable_bytes(device, 1))
 
 
-def largest_batch(load: Load, device: Device, gpus: int, length: int) -> int:
+def largest_batch(cost: DecodingCost, device: DevicePeaks, gpus: int, length: int) -> int:
     """The largest power of two of sequences of `length` tokens that fits; 0 where the weights do not."""
-    free = usable_bytes(device, gpus) - load.stored_bytes
+    free = usable_bytes(device, gpus) - cost.stored_bytes
     # The appended copy of the cache lives beside the old one for a layer at a time, which is small; the copies for
     # grouped heads too.
-    fits = int(free // (load.cache_bytes * length + load.activation_bytes))
+    fits = int(free // (cost.cache_bytes * length + cost.activation_bytes))
     return 2 ** (fits.bit_length() - 1) if fits > 0 else 0
 
 
@@ -140,9 +138,9 @@ def calibrate(pairs: Iterable[tuple[float, float]]) -> float:
 
 
 @lru_cache
-def published_load(model: str, fraction: float) -> Load:
+def published_cost(model: str, fraction: float) -> DecodingCost:
     """The costs of the published form: dense shortcuts, widths of eights, eager."""
-    return load_of(sliced_config(model, fraction, "dense", 8), "eager")
+    return cost_of(sliced_config(model, fraction, "dense", 8), "eager")
 
 
 def published_batch(row: TokenTime | Throughput) -> int:
@@ -153,7 +151,7 @@ def published_step(row: TokenTime | Throughput) -> float:
     """Seconds at the peaks of a published row's step; of its 128 tokens half are in the cache on average."""
     device = row.device if isinstance(row, TokenTime) else THROUGHPUT_DEVICE
     return step_seconds(
-        published_load(row.model, row.slice), device_named(device), published_batch(row), context=64
+        published_cost(row.model, row.slice), device_named(device), published_batch(row), context=64
     )
 
 
@@ -184,7 +182,7 @@ class Efficiency:
     origin: str
 
 
-def efficiency_of(device: Device, runtime: str, given: float | None = None) -> Efficiency:
+def efficiency_of(device: DevicePeaks, runtime: str, given: float | None = None) -> Efficiency:
     """The one that is given; else what the published figures give, which ran eagerly; else an assumption."""
     if given is not None:
         return Efficiency(given, "as given")
@@ -200,7 +198,7 @@ def efficiency_of(device: Device, runtime: str, given: float | None = None) -> E
 def predict(
     name: str,
     fraction: float,
-    device: Device,
+    device: DevicePeaks,
     gpus: int | None = None,
     *,
     shortcut: str = "compact",
@@ -225,15 +223,15 @@ def predict(
     if on_cpu and (gpus or 1) > 1:
         raise SliceGPTError(f"--gpus: must be 1 (or not given) where --device is cpu, got {gpus}")
     config = sliced_config(name, fraction, shortcut)
-    load = load_of(config, runtime, itemsize)
-    gpus = gpus or (1 if on_cpu else fewest_gpus(load, device, length))
+    cost = cost_of(config, runtime, itemsize)
+    gpus = gpus or (1 if on_cpu else fewest_gpus(cost, device, length))
     factor = 1 / efficiency_of(device, runtime, efficiency).value
-    most = largest_batch(load, device, gpus, length)
+    most = largest_batch(cost, device, gpus, length)
     row = {
         "model": name,
         "slice": fraction,
         "width": config.boundary_widths[0],
-        "GB": load.stored_bytes / 1e9,
+        "GB": cost.stored_bytes / 1e9,
         "GPUs": None if on_cpu else gpus,
         "fits": most >= batch,
         "ms per token": None,
@@ -242,9 +240,9 @@ def predict(
         "tokens/s": None,
     }
     if most >= batch:
-        milliseconds = 1000 * step_seconds(load, device, batch, length / 2) * factor
+        milliseconds = 1000 * step_seconds(cost, device, batch, length / 2) * factor
         row["ms per token"] = milliseconds
         row["GPU-ms per token"] = None if on_cpu else milliseconds * gpus
     if most:
-        row["tokens/s"] = most / (step_seconds(load, device, most, length / 2) * factor)
+        row["tokens/s"] = most / (step_seconds(cost, device, most, length / 2) * factor)
     return row

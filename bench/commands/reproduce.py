@@ -13,7 +13,7 @@ from slicegpt.bench.commands.predict import (
     calibrated_efficiencies,
     fewest_gpus,
     largest_batch,
-    published_load,
+    published_cost,
     published_step,
 )
 from slicegpt.bench.commands.published import (
@@ -29,7 +29,7 @@ from slicegpt.bench.commands.published import (
     SlicingTime,
 )
 from slicegpt.bench.models.architectures import sliced_config
-from slicegpt.bench.models.devices import Device, device_named
+from slicegpt.bench.models.devices import DevicePeaks, device_named
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import decoder_parameters
 
@@ -63,7 +63,7 @@ def token_times() -> tuple[list[dict], list[str]]:
     rows, notes = [], []
     for row in TOKEN_TIMES:
         predicted = 1000 * published_step(row) / calibrated_efficiencies()[row.device]
-        gpus = fewest_gpus(published_load(row.model, row.slice), device_named(row.device))
+        gpus = fewest_gpus(published_cost(row.model, row.slice), device_named(row.device))
         rows.append(
             {
                 "device": row.device,
@@ -91,7 +91,7 @@ def throughputs() -> tuple[list[dict], list[str]]:
     efficiency, rows = calibrated_efficiencies()[THROUGHPUT_DEVICE], []
     dense: tuple[float, float] = (1.0, 1.0)
     for row in THROUGHPUTS:
-        load, seconds = published_load(row.model, row.slice), published_step(row)
+        cost, seconds = published_cost(row.model, row.slice), published_step(row)
         predicted = row.batch / seconds * efficiency
         if row.slice == 0:  # the dense row comes first
             dense = (row.tokens_per_second, predicted)
@@ -102,14 +102,14 @@ def throughputs() -> tuple[list[dict], list[str]]:
                 "slice": row.slice,
                 "GPUs": row.gpus,
                 "batch": row.batch,
-                "batch that fits": largest_batch(load, device, row.gpus, 128),
+                "batch that fits": largest_batch(cost, device, row.gpus, 128),
                 "tokens/s published": row.tokens_per_second,
                 "tokens/s predicted": predicted,
                 "error %": percent_off(predicted, row.tokens_per_second),
                 "speed-up published": published_ratio,
                 "speed-up predicted": ratio,
                 "speed-up error %": percent_off(ratio, published_ratio) if row.slice else None,
-                "cache %": 100 * cache_seconds(load, device, row.batch * 64) / seconds,
+                "cache %": 100 * cache_seconds(cost, device, row.batch * 64) / seconds,
                 "own efficiency": seconds * row.tokens_per_second / row.batch,
             }
         )
@@ -165,7 +165,7 @@ def layer_products(config: SlicedConfig) -> list[tuple[int, int]]:
     return [*attention, *[(width, neurons)] * gates, (neurons, width)]
 
 
-def products_seconds(row: LayerTime, device: Device) -> float:
+def products_seconds(row: LayerTime, device: DevicePeaks) -> float:
     """Seconds at the peaks of a layer's products, each bound by its operations or its bytes."""
     operations, stored = (SPARSE_OPERATIONS, SPARSE_BYTES) if row.sparse else (1, 1)
     seconds = 0.0
@@ -216,7 +216,7 @@ def layer_times() -> tuple[list[dict], list[str]]:
     return rows, notes
 
 
-def counted_minutes(row: SlicingTime, device: Device) -> float:
+def counted_minutes(row: SlicingTime, device: DevicePeaks) -> float:
     """Minutes at the peaks of what the published code computes of a slicing run, at full width.
 
     Two forward passes of every layer (one for the signal behind attention, one for the output), and the covariance of

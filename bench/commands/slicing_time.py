@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from slicegpt.bench.harness.memory import bytes_in_use, give_back, peak_bytes, start_peak
+from slicegpt.bench.harness.memory import bytes_in_use, peak_bytes, release_unused_memory, start_peak
 from slicegpt.bench.harness.record import Record
 from slicegpt.bench.harness.timing import synchronise
 from slicegpt.bench.models.architectures import MODELS, random_dense
@@ -124,7 +124,7 @@ def measure_slicing(
             model.to(device)
             seconds = dense_pass(model, batches_of(options.nsamples, size), device)
             model.to("cpu")
-            give_back(device)
+            release_unused_memory(device)
             advance(options.nsamples)
         return seconds
 
@@ -140,7 +140,7 @@ def measure_slicing(
     seconds = {"loading": loading, "one dense forward pass": dense[0]}
     record.save(width=width, dense_batch_size=best, dense_seconds=dense, rows=rows_of(seconds, dense[0]))
 
-    give_back(device)
+    release_unused_memory(device)
     level = bytes_in_use(device)
     start_peak(device)
     began = time.perf_counter()

@@ -4,21 +4,21 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slicegpt.bench.commands.batch_search import Exhausted, Search, search
+from slicegpt.bench.commands.batch_search import BatchSearch, BatchTooLarge, search_batches
 from slicegpt.bench.commands.token_time import RESIDENT_SHARE, check_positions
 from slicegpt.bench.harness.comparison import compare
-from slicegpt.bench.harness.memory import bytes_in_use, give_back, peak_bytes, start_peak
+from slicegpt.bench.harness.memory import bytes_in_use, peak_bytes, release_unused_memory, start_peak
 from slicegpt.bench.harness.record import Record
-from slicegpt.bench.harness.timing import Stopwatch
-from slicegpt.bench.models.decoders import Decoder
+from slicegpt.bench.harness.timing import DeviceTimer
+from slicegpt.bench.models.decoders import GreedyDecoder
 from slicegpt.bench.models.engines import (
-    Case,
+    BenchmarkCase,
     NotApplicable,
     OutOfMemory,
-    by_memory,
     cache_bytes,
+    errors_as_not_applicable,
+    groups_by_memory,
     not_measured,
-    refusals,
     start,
 )
 from slicegpt.hardware.memory import free_memory
@@ -65,10 +65,10 @@ class ThroughputOptions:
         return max(self.seqlen, self.context + self.timed)
 
 
-class Prober:
+class BatchProber:
     """Measures one case at any batch, within the memory limit."""
 
-    def __init__(self, case: Case, options: ThroughputOptions, record: Record):
+    def __init__(self, case: BenchmarkCase, options: ThroughputOptions, record: Record):
         self.case, self.options, self.record = case, options, record
         self.device = case.network.device
         self.per_sequence = self.least_per_sequence()
@@ -83,34 +83,34 @@ class Prober:
         return cache_bytes(network, 1, self.options.seqlen) + 4 * network.config.vocab_size
 
     def check(self, batch: int) -> None:
-        """`Exhausted` where the estimate is above the limit."""
+        """`BatchTooLarge` where the estimate is above the limit."""
         limit = self.options.max_memory
         needed = self.stored + batch * self.per_sequence
         if limit is not None and needed > limit:
-            raise Exhausted(
+            raise BatchTooLarge(
                 f"memory limit: batch {batch} would take {format_bytes(needed)} of {format_bytes(limit)}"
             )
 
     def warm_up(self) -> None:
         """Weights into memory, kernels chosen: the first measurement shall not pay for them."""
-        with refusals(self.case):
+        with errors_as_not_applicable(self.case):
             decoder = start(self.case, 1, UNTIMED)
             decoder.fill(1)
             self.steps(decoder, WARMUP)
             self.stored = decoder.stored_bytes
         del decoder
-        give_back(self.device)
+        release_unused_memory(self.device)
 
     def attempt(self, batch: int) -> tuple[float, int]:
         """`decode`, after which the memory is as before; `NotApplicable` where it fails."""
         level = bytes_in_use(self.device)
         failed = None
         try:
-            with refusals(self.case):
+            with errors_as_not_applicable(self.case):
                 measured = self.decode(batch)
         except NotApplicable as reason:
             failed = type(reason)(f"{reason} at batch {batch}")  # without what the error holds on to
-        give_back(self.device, collect=failed is not None)
+        release_unused_memory(self.device, collect=failed is not None)
         self.leaked = max(self.leaked, bytes_in_use(self.device) - level)
         if failed is not None:
             raise failed
@@ -122,12 +122,12 @@ class Prober:
         try:
             milliseconds, extra = self.attempt(batch)
         except OutOfMemory as reason:
-            raise Exhausted(str(reason)) from None
+            raise BatchTooLarge(str(reason)) from None
         # What is needed once for any batch shrinks in this as the batch grows.
         self.per_sequence = max(self.least_per_sequence(), extra / batch)
         total = self.stored + extra
         if self.options.max_memory is not None and total > self.options.max_memory:
-            raise Exhausted(
+            raise BatchTooLarge(
                 f"memory limit: batch {batch} took {format_bytes(total)} "
                 f"of {format_bytes(self.options.max_memory)}"
             )
@@ -156,19 +156,19 @@ class Prober:
         times = self.steps(decoder, options.timed)
         return statistics.median(times), max(0, peak_bytes(self.device) - before)
 
-    def steps(self, decoder: Decoder, count: int) -> list[float]:
+    def steps(self, decoder: GreedyDecoder, count: int) -> list[float]:
         """Milliseconds of every step but one before; a GPU is not waited for in between."""
-        watch = Stopwatch(self.device)
+        watch = DeviceTimer(self.device)
         decoder.steps(count, after=watch.mark, before=watch.mark)
         return watch.milliseconds()[::2]
 
 
 @dataclass
-class Found:
+class ThroughputRun:
     """A case, how it was probed, and what the search found so far."""
 
-    prober: Prober
-    search: Search
+    prober: BatchProber
+    search: BatchSearch
     again: list[float]
     failed: bool = False
 
@@ -196,7 +196,10 @@ class Found:
 
 
 def measure_throughput(
-    cases: Sequence[Case], options: ThroughputOptions, record: Record, progress: Progress | None = None
+    cases: Sequence[BenchmarkCase],
+    options: ThroughputOptions,
+    record: Record,
+    progress: Progress | None = None,
 ) -> None:
     """Search every case's best batch, then measure those again in turns; `record` is kept up to date.
 
@@ -209,9 +212,9 @@ def measure_throughput(
     progress = progress or Progress(quiet=True)
     device = cases[0].network.device
     record.content |= {"points": [], "skipped": record.content.get("skipped", [])}
-    done: list[Found] = []
+    done: list[ThroughputRun] = []
 
-    def fail(found: Found, reason: NotApplicable) -> None:
+    def fail(found: ThroughputRun, reason: NotApplicable) -> None:
         found.failed = True
         record.content["skipped"].append(not_measured(found.prober.case, reason, bool(found.search.rates)))
         if not found.search.rates:
@@ -222,11 +225,11 @@ def measure_throughput(
         baseline = compare(rows, "tokens_per_second", smaller_is_better=False)
         record.save(rows=rows, baseline=baseline, **figures)
 
-    groups = by_memory(cases, RESIDENT_SHARE * free_memory(device))
+    groups = groups_by_memory(cases, RESIDENT_SHARE * free_memory(device))
     for group in groups:
         begun = len(done)
         for case in group:
-            found = Found(Prober(case, options, record), Search(), [])
+            found = ThroughputRun(BatchProber(case, options, record), BatchSearch(), [])
 
             def measure(batch: int, found=found) -> float:
                 rate = found.prober(batch)
@@ -237,12 +240,12 @@ def measure_throughput(
             with progress.stage(f"search: {case.name}", 1, "search") as advance:
                 try:
                     found.prober.warm_up()
-                    search(measure, options.tolerance, options.max_batch, found.search)
+                    search_batches(measure, options.tolerance, options.max_batch, found.search)
                 except NotApplicable as reason:
                     found.search.stop, found.search.reason = "error", str(reason)
                     fail(found, reason)
                 if found.failed:  # once the error is gone, which holds on to memory
-                    give_back(device)
+                    release_unused_memory(device)
                 advance(1)
             save()
         with progress.stage("best batches again", options.rounds, "rounds") as advance:

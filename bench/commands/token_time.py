@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 import torch
 
 from slicegpt.bench.harness.comparison import compare, token_ratios
-from slicegpt.bench.harness.memory import bytes_in_use, give_back, peak_bytes, start_peak
+from slicegpt.bench.harness.memory import bytes_in_use, peak_bytes, release_unused_memory, start_peak
 from slicegpt.bench.harness.record import Record
-from slicegpt.bench.harness.timing import CacheFlush, Stopwatch, milliseconds_of, quantiles, synchronise
-from slicegpt.bench.models.decoders import Decoder
-from slicegpt.bench.models.devices import Device
+from slicegpt.bench.harness.timing import CacheFlush, DeviceTimer, milliseconds_of, quantiles, synchronise
+from slicegpt.bench.models.decoders import GreedyDecoder
+from slicegpt.bench.models.devices import DevicePeaks
 from slicegpt.bench.models.engines import (
-    Case,
+    BenchmarkCase,
     NotApplicable,
-    by_memory,
     cache_bytes,
+    errors_as_not_applicable,
+    groups_by_memory,
     not_measured,
-    refusals,
     start,
 )
 from slicegpt.errors import SliceGPTError
@@ -59,11 +59,11 @@ class TokenOptions:
 
 
 @dataclass
-class Run:
+class DecodingRun:
     """A case that decodes: its decoder, None once it has failed, and what was seen of it."""
 
-    case: Case
-    decoder: Decoder | None
+    case: BenchmarkCase
+    decoder: GreedyDecoder | None
     prompt_ms: float
     setup_seconds: float
     resident: int
@@ -74,7 +74,7 @@ class Run:
     def __post_init__(self):
         self.weight_bytes, self.stored_bytes = self.decoder.weight_bytes, self.decoder.stored_bytes
 
-    def row(self, options: TokenOptions, device: Device | None) -> dict:
+    def row(self, options: TokenOptions, device: DevicePeaks | None) -> dict:
         """The figures so far."""
         network, engine = self.case.network, self.case.engine
         # The cache holds prompt and warm-up, and on average half of what was decoded since.
@@ -102,21 +102,21 @@ class Run:
         }
 
 
-def prompt_ids(case: Case, batch: int, tokens: int) -> torch.Tensor:
+def prompt_ids(case: BenchmarkCase, batch: int, tokens: int) -> torch.Tensor:
     """Random tokens [batch, tokens], the same for every case of a vocabulary."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = case.network.config.vocab_size
     return torch.randint(vocabulary, (batch, tokens), generator=generator).to(case.network.device)
 
 
-def prepare(case: Case, options: TokenOptions) -> Run:
+def prepare(case: BenchmarkCase, options: TokenOptions) -> DecodingRun:
     """Process the prompt and warm up; `NotApplicable` where the engine fails at it."""
     network = case.network
     ids = prompt_ids(case, options.batch, options.prompt)
     began = time.perf_counter()
-    with refusals(case):
+    with errors_as_not_applicable(case):
         start(case, options.batch, options.length).prompt(ids)  # loads, allocates, tunes
-        give_back(network.device)
+        release_unused_memory(network.device)
         before = bytes_in_use(network.device)
         start_peak(network.device)
         decoder = start(case, options.batch, options.length)
@@ -125,12 +125,12 @@ def prepare(case: Case, options: TokenOptions) -> Run:
         synchronise(network.device)
     seconds = time.perf_counter() - began
     extra = max(0, peak_bytes(network.device) - before)
-    return Run(case, decoder, prompt_ms, seconds, bytes_in_use(network.device) - before, extra)
+    return DecodingRun(case, decoder, prompt_ms, seconds, bytes_in_use(network.device) - before, extra)
 
 
-def decode(run: Run, steps: int, flush: Callable[[], object] | None) -> None:
+def decode(run: DecodingRun, steps: int, flush: Callable[[], object] | None) -> None:
     """Time so many steps of a run. Every step is waited for, as a reader of the text waits for it."""
-    device, watch, tokens = run.case.network.device, Stopwatch(run.case.network.device), []
+    device, watch, tokens = run.case.network.device, DeviceTimer(run.case.network.device), []
     level = bytes_in_use(device)
     start_peak(device)
 
@@ -151,10 +151,10 @@ def decode(run: Run, steps: int, flush: Callable[[], object] | None) -> None:
     run.extra = max(run.extra, run.resident + peak_bytes(device) - level)
 
 
-def decode_or_stop(run: Run, steps: int, flush: Callable[[], object] | None) -> str | None:
+def decode_or_stop(run: DecodingRun, steps: int, flush: Callable[[], object] | None) -> str | None:
     """`decode`; where it fails, the run gives its decoder up, and the reason is returned."""
     try:
-        with refusals(run.case):
+        with errors_as_not_applicable(run.case):
             decode(run, steps, flush)
     except NotApplicable as reason:
         run.decoder = None
@@ -162,14 +162,14 @@ def decode_or_stop(run: Run, steps: int, flush: Callable[[], object] | None) -> 
     return None
 
 
-def stopped(run: Run, reason: str, options: TokenOptions) -> dict:
+def stopped(run: DecodingRun, reason: str, options: TokenOptions) -> dict:
     """The row of "skipped" of a run that failed while it decoded."""
     if not run.times:
         return not_measured(run.case, reason)
     return not_measured(run.case, f"{len(run.times)} of {options.tokens} tokens: {reason}", partial=True)
 
 
-def same_tokens(run: Run, runs: Sequence[Run]) -> int:
+def same_tokens(run: DecodingRun, runs: Sequence[DecodingRun]) -> int:
     """How many tokens agree, from the first on, with those of the first engine that ran this network to the end.
 
     Engines with the same weights choose the same tokens until rounding decides between two that are as likely.
@@ -189,7 +189,7 @@ def same_tokens(run: Run, runs: Sequence[Run]) -> int:
     )
 
 
-def check_positions(cases: Sequence[Case], length: int, options: str) -> None:
+def check_positions(cases: Sequence[BenchmarkCase], length: int, options: str) -> None:
     for case in cases:
         most = case.network.config.max_position_embeddings
         if length > most:
@@ -199,9 +199,9 @@ def check_positions(cases: Sequence[Case], length: int, options: str) -> None:
 
 
 def measure_token_times(
-    cases: Sequence[Case],
+    cases: Sequence[BenchmarkCase],
     options: TokenOptions,
-    device: Device | None,
+    device: DevicePeaks | None,
     record: Record,
     progress: Progress | None = None,
 ) -> None:
@@ -219,9 +219,9 @@ def measure_token_times(
     flush = CacheFlush(torch_device) if options.cold else None
     finished: list[dict] = []
     skipped = record.content.setdefault("skipped", [])
-    groups = by_memory(cases, RESIDENT_SHARE * free_memory(torch_device))
+    groups = groups_by_memory(cases, RESIDENT_SHARE * free_memory(torch_device))
     for group in groups:
-        runs: list[Run] = []
+        runs: list[DecodingRun] = []
         with progress.stage("prompts and warm-up", len(group), "cases") as advance:
             for case in group:
                 failed = False
@@ -231,7 +231,7 @@ def measure_token_times(
                     skipped.append(not_measured(case, reason))
                     failed = True
                 if failed:  # once the error is gone, which holds on to it
-                    give_back(torch_device)
+                    release_unused_memory(torch_device)
                 advance(1)
         with progress.stage("decoding", options.tokens * len(runs), "steps") as advance:
             for share in options.shares():
@@ -240,7 +240,7 @@ def measure_token_times(
                         reason = decode_or_stop(run, share, flush)
                         if reason is not None:
                             skipped.append(stopped(run, reason, options))
-                            give_back(torch_device)
+                            release_unused_memory(torch_device)
                     advance(share)
                 runs = [run for run in runs if run.decoder is not None or run.times]
                 rows = finished + [run.row(options, device) for run in runs]

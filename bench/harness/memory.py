@@ -36,7 +36,7 @@ def peak_bytes(device: torch.device) -> int:
     return _status("VmHWM")
 
 
-def give_back(device: torch.device, collect: bool = True) -> None:
+def release_unused_memory(device: torch.device, collect: bool = True) -> None:
     """Return free memory to the system, so that the next measurement finds it there.
 
     Args:

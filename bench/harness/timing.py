@@ -15,7 +15,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Stopwatch:
+class DeviceTimer:
     """Marks in time on a device: `mark()` between pieces of work, `milliseconds()` for what lies between the marks.
 
     A mark on a GPU is an event in the current stream and costs no synchronisation; only reading the times waits.
@@ -45,7 +45,7 @@ class Stopwatch:
 def milliseconds_of(run: Callable[[], object], device: torch.device) -> float:
     """One call, waited for."""
     synchronise(device)
-    watch = Stopwatch(device)
+    watch = DeviceTimer(device)
     watch.mark()
     run()
     watch.mark()

@@ -25,22 +25,22 @@ LAYERS = 8
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadShape:
     queries: int
     keys: int
     size: int
 
 
 MODELS = {
-    "llama-2-7b": Heads(32, 32, 128),
-    "llama-2-70b": Heads(64, 8, 128),
-    "phi-2": Heads(32, 32, 80),
-    "gemma-2b": Heads(8, 1, 256),
+    "llama-2-7b": HeadShape(32, 32, 128),
+    "llama-2-70b": HeadShape(64, 8, 128),
+    "phi-2": HeadShape(32, 32, 80),
+    "gemma-2b": HeadShape(8, 1, 256),
 }
 
 
 def layers(
-    heads: Heads, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    heads: HeadShape, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], None]:
     """A call of every layer, on rows and caches of its own."""
     generator = torch.Generator(device).manual_seed(0)

@@ -28,9 +28,9 @@ import torch
 
 from slicegpt.bench.harness.record import Record
 from slicegpt.bench.harness.timing import last_level_cache
-from slicegpt.bench.kernels.rotation import (
-    Inputs,
-    Run,
+from slicegpt.bench.kernels.rotation_methods import (
+    Call,
+    LaunchInputs,
     bound_seconds,
     is_correct,
     least_bytes,
@@ -39,7 +39,7 @@ from slicegpt.bench.kernels.rotation import (
     operations,
     relative_errors,
 )
-from slicegpt.bench.models.devices import Device, current_device
+from slicegpt.bench.models.devices import DevicePeaks, current_device
 from slicegpt.bench.models.shapes import MODELS, SIZES, Launch, NormLinearShape, launches
 from slicegpt.table import format_table
 
@@ -76,7 +76,7 @@ def copies_for(launch: Launch, rows: int, dtype: torch.dtype) -> int:
     return max(2, min(MAX_COPIES, -(-4 * last_level_cache(DEVICE) // bytes_a_call)))
 
 
-def sequence(runs: list[Run]) -> Run:
+def sequence(runs: list[Call]) -> Call:
     """One call that does all of `runs`: a CUDA graph's replay on a GPU."""
     for run in runs:
         run()  # compiles, and allocates what the libraries keep
@@ -94,7 +94,7 @@ def sequence(runs: list[Run]) -> Run:
     return graph.replay
 
 
-def seconds_once(run: Run) -> float:
+def seconds_once(run: Call) -> float:
     if not ON_GPU:
         begin = time.perf_counter()
         run()
@@ -107,7 +107,7 @@ def seconds_once(run: Run) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def medians(runs: dict[str, Run], rounds: int) -> dict[str, float]:
+def medians(runs: dict[str, Call], rounds: int) -> dict[str, float]:
     """Median seconds; the methods take turns, so that a change of clocks or of other load meets all of them.
 
     A turn lasts at least `ROUND_SECONDS`, so that the resolution of the clock does not matter.
@@ -142,7 +142,7 @@ def cold_and_warm(
 
 def measure(
     model: str, size: tuple[float, str], launch: Launch, rows: int, dtype: torch.dtype,
-    device: Device | None, options,
+    device: DevicePeaks | None, options,
 ) -> Iterator[dict]:  # fmt: skip
     times = cold_and_warm(launch, rows, dtype, options.compile, options.rounds)
     inputs = make_inputs(launch, rows, dtype, DEVICE, seed=1000)
@@ -267,7 +267,7 @@ def name_of(case) -> str:
 
 
 @lru_cache
-def peaks() -> Device | None:
+def peaks() -> DevicePeaks | None:
     """Measured once on a CPU."""
     return current_device()
 
@@ -285,7 +285,7 @@ def test_rotation(benchmark, case, method):
     if compiled and not ON_GPU and shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     device = peaks()
-    inputs: Inputs = make_inputs(launch, rows, DTYPE, DEVICE)
+    inputs: LaunchInputs = make_inputs(launch, rows, DTYPE, DEVICE)
     runs = methods(launch, inputs, compiled)
     if method not in runs:
         pytest.skip("not on this device")

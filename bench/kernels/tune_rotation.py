@@ -19,7 +19,7 @@ import triton
 
 from slicegpt.bench.harness.record import environment
 from slicegpt.bench.kernels.bench_rotation import copies_for, medians, sequence
-from slicegpt.bench.kernels.rotation import Inputs, fused, make_inputs
+from slicegpt.bench.kernels.rotation_methods import LaunchInputs, fused, make_inputs
 from slicegpt.bench.models.shapes import Launch, NormLinearShape, launches
 from slicegpt.kernels.gemm_config import (
     DeviceClass,
@@ -70,7 +70,7 @@ def tune(
 
 
 def _times(
-    configs: list[GemmConfig], launch: Launch, sets: list[Inputs], rounds: int
+    configs: list[GemmConfig], launch: Launch, sets: list[LaunchInputs], rounds: int
 ) -> dict[GemmConfig, float]:
     runs = {}
     for config in configs:

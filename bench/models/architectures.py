@@ -86,8 +86,14 @@ def fields_of(name: str) -> dict:
     """The canonical fields (`slicegpt.families.canonical_fields`) of a model in `MODELS`."""
     if name not in MODELS:
         raise SliceGPTError(f"--shape: must be one of {', '.join(MODELS)}, got {name!r}")
+    return fields_of_config(MODELS[name])
+
+
+def fields_of_config(config: PreTrainedConfig) -> dict:
+    """The canonical fields of a dense model of this configuration; its weights are never made."""
     with torch.device("meta"):
-        return canonical_fields(AutoModelForCausalLM.from_config(MODELS[name]))
+        model = AutoModelForCausalLM.from_config(config)
+    return canonical_fields(model)  # outside: some families compute numbers, which the meta device cannot
 
 
 def sliced_config(name: str, fraction: float, shortcut: str = "compact", round_to: int = 64) -> SlicedConfig:

@@ -18,7 +18,7 @@ from slicegpt.modeling import CACHE
 from slicegpt.runtime import Runtime, Sampling
 
 
-class Decoder(ABC):
+class GreedyDecoder(ABC):
     """One greedy generation of a batch, in progress. The tokens stay on the device.
 
     Attributes:
@@ -62,7 +62,7 @@ class Decoder(ABC):
         """Called before a series of steps, where engines that share a model have taken turns."""
 
 
-class CachedModel(Decoder):
+class ForwardDecoder(GreedyDecoder):
     """A Hugging Face model with a key-value cache: dynamic, as `generate()` takes it, or static.
 
     On a GPU prompts and growing caches go without cuDNN's attention, which would build a plan for every new length, and
@@ -129,7 +129,7 @@ class CachedModel(Decoder):
         self.tokens = output.logits[:, -1:].argmax(dim=-1)
 
 
-class Observer(BaseStreamer):
+class CallbackStreamer(BaseStreamer):
     """What `generate()` hands every new token to; `put` is called with the prompt first."""
 
     def __init__(self, put: Callable[[Tensor], object]):
@@ -143,7 +143,7 @@ class Observer(BaseStreamer):
         pass
 
 
-class GeneratingModel(CachedModel):
+class GenerateDecoder(ForwardDecoder):
     """Hugging Face's `generate()`, which is what users call: the model's time and that of the Python around it.
 
     Every series of steps is one call, which goes on with the cache that the last one left. Greedy, without penalties
@@ -191,12 +191,12 @@ class GeneratingModel(CachedModel):
                 self.ids,
                 attention_mask=torch.ones_like(self.ids),
                 max_new_tokens=count,
-                streamer=Observer(seen),
+                streamer=CallbackStreamer(seen),
                 **{CACHE: self.cache},
             )
 
 
-class FusedRuntime(Decoder):
+class RuntimeDecoder(GreedyDecoder):
     """`slicegpt.runtime.Runtime`: packed weights, fused operators, preallocated cache.
 
     A token is one CUDA graph on a GPU, one call on a CPU.

@@ -14,7 +14,7 @@ from slicegpt.errors import SliceGPTError
 
 
 @dataclass(frozen=True)
-class Device:
+class DevicePeaks:
     """fp64, fp32, half (fp16 or bf16, summed in float32): TFLOP/s; int8: TOPS; bandwidth: GB/s; memory: GiB."""
 
     name: str
@@ -48,8 +48,8 @@ SOURCES = {
 }
 
 
-def _listed(name: str, capability: tuple[int, int], *peaks: float) -> Device:
-    return Device(name, capability, *peaks, SOURCES[name])
+def _listed(name: str, capability: tuple[int, int], *peaks: float) -> DevicePeaks:
+    return DevicePeaks(name, capability, *peaks, SOURCES[name])
 
 
 DEVICES = (
@@ -86,7 +86,7 @@ ALIASES = {
 }
 
 
-def device_named(name: str) -> Device:
+def device_named(name: str) -> DevicePeaks:
     """The device of this name or alias."""
     for device in DEVICES:
         if device.name == ALIASES.get(name.lower(), name):
@@ -94,7 +94,7 @@ def device_named(name: str) -> Device:
     raise SliceGPTError(f"--device: must be one of {', '.join(ALIASES)} or cpu, got {name!r}")
 
 
-def device_of_product(product: str) -> Device | None:
+def device_of_product(product: str) -> DevicePeaks | None:
     """The device that CUDA names so, for example "NVIDIA A100-SXM4-80GB"; None if it is not listed."""
     for parts, name in _PRODUCT_NAMES:
         if all(part in product for part in parts):
@@ -102,19 +102,21 @@ def device_of_product(product: str) -> Device | None:
     return None
 
 
-def current_device(device: torch.device | None = None) -> Device | None:
+def current_device(device: torch.device | None = None) -> DevicePeaks | None:
     """The CUDA device in use (or this one), if its peaks are listed; without CUDA, this CPU with measured peaks."""
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         return device_of_product(torch.cuda.get_device_name(device))
     return measured_cpu(half=torch.bfloat16)
 
 
-def measured_cpu(size: int = 2048, copy_bytes: int = 1 << 28, half: torch.dtype = torch.float32) -> Device:
+def measured_cpu(
+    size: int = 2048, copy_bytes: int = 1 << 28, half: torch.dtype = torch.float32
+) -> DevicePeaks:
     """Best of three: square products in float64 and float32; for the bandwidth a copy (bytes read plus bytes written)
     or a matrix-vector product (bytes read), whichever moves more, as some CPUs read faster than they write.
 
     Args:
-        half: dtype whose products `Device.half` is the rate of. Without units for it a CPU can be slow at half
+        half: dtype whose products `DevicePeaks.half` is the rate of. Without units for it a CPU can be slow at half
             precision, so its products are smaller; float32 takes the float32 rate.
     """
 
@@ -134,7 +136,7 @@ def measured_cpu(size: int = 2048, copy_bytes: int = 1 << 28, half: torch.dtype 
     threads = torch.get_num_threads()
     measured = f"measured with {threads} thread{'s' if threads > 1 else ''}"
     rates = (peaks[torch.float64], peaks[torch.float32], peaks[half], 0.0)
-    return Device("this CPU", None, *rates, max(copied, read), memory, measured)
+    return DevicePeaks("this CPU", None, *rates, max(copied, read), memory, measured)
 
 
 def _best_seconds(function) -> float:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from slicegpt.bench.harness.memory import is_out_of_memory
 from slicegpt.bench.harness.record import without_folders
-from slicegpt.bench.models.decoders import CachedModel, Decoder, FusedRuntime, GeneratingModel
-from slicegpt.bench.models.networks import Network
+from slicegpt.bench.models.decoders import ForwardDecoder, GenerateDecoder, GreedyDecoder, RuntimeDecoder
+from slicegpt.bench.models.networks import MeasuredNetwork
 from slicegpt.errors import SliceGPTError, first_line
 
 
@@ -21,7 +21,7 @@ class OutOfMemory(NotApplicable):
     """It needs more memory than there is."""
 
 
-def cache_bytes(network: Network, batch: int, context: float) -> float:
+def cache_bytes(network: MeasuredNetwork, batch: int, context: float) -> float:
     """Bytes of the keys and values of `context` tokens in every layer."""
     config = network.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -40,14 +40,14 @@ class Engine:
     """
 
     name: str
-    start: Callable[[Network, int, int], Decoder]
+    start: Callable[[MeasuredNetwork, int, int], GreedyDecoder]
     huggingface: bool = False
     compiled_on: tuple[str, ...] = ()
 
-    def compiles(self, network: Network) -> bool:
+    def compiles(self, network: MeasuredNetwork) -> bool:
         return network.device.type in self.compiled_on
 
-    def reason_against(self, network: Network) -> str | None:
+    def reason_against(self, network: MeasuredNetwork) -> str | None:
         """Why this engine does not take this network here, None where it does."""
         if self.huggingface and not network.is_dense:
             return "Hugging Face's own class is dense"
@@ -57,24 +57,24 @@ class Engine:
 
 
 def huggingface(
-    decoder: type[CachedModel] = CachedModel, **settings
-) -> Callable[[Network, int, int], Decoder]:
-    def start(network: Network, batch: int, length: int) -> Decoder:
+    decoder: type[ForwardDecoder] = ForwardDecoder, **settings
+) -> Callable[[MeasuredNetwork, int, int], GreedyDecoder]:
+    def start(network: MeasuredNetwork, batch: int, length: int) -> GreedyDecoder:
         return decoder(network.huggingface(), batch, length, **settings)
 
     return start
 
 
-def plain(**settings) -> Callable[[Network, int, int], Decoder]:
-    def start(network: Network, batch: int, length: int) -> Decoder:
-        return CachedModel(network.canonical(), batch, length, **settings)
+def plain(**settings) -> Callable[[MeasuredNetwork, int, int], GreedyDecoder]:
+    def start(network: MeasuredNetwork, batch: int, length: int) -> GreedyDecoder:
+        return ForwardDecoder(network.canonical(), batch, length, **settings)
 
     return start
 
 
-def fused(network: Network, batch: int, length: int) -> Decoder:
+def fused(network: MeasuredNetwork, batch: int, length: int) -> GreedyDecoder:
     try:
-        return FusedRuntime(network.runtime(), batch, length)
+        return RuntimeDecoder(network.runtime(), batch, length)
     except SliceGPTError as error:
         raise NotApplicable(first_line(error)) from error
 
@@ -92,10 +92,10 @@ ENGINES = {
         Engine(
             "hf-compile", huggingface(cache="static", compiled=True), huggingface=True, compiled_on=ANYWHERE
         ),
-        Engine("hf-generate", huggingface(GeneratingModel), huggingface=True),
+        Engine("hf-generate", huggingface(GenerateDecoder), huggingface=True),
         Engine(
             "hf-generate-static",
-            huggingface(GeneratingModel, cache="static"),
+            huggingface(GenerateDecoder, cache="static"),
             huggingface=True,
             compiled_on=("cuda",),
         ),
@@ -115,10 +115,10 @@ def chosen_engines(names: Sequence[str]) -> list[Engine]:
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchmarkCase:
     """One network under one engine."""
 
-    network: Network
+    network: MeasuredNetwork
     engine: Engine
 
     @property
@@ -126,7 +126,9 @@ class Case:
         return f"{self.network.label}, {self.engine.name}"
 
 
-def pair(networks: Sequence[Network], engines: Sequence[Engine]) -> tuple[list[Case], list[dict]]:
+def benchmark_cases(
+    networks: Sequence[MeasuredNetwork], engines: Sequence[Engine]
+) -> tuple[list[BenchmarkCase], list[dict]]:
     """All cases that can be, and a row `{network, engine, skipped}` with the reason for those that cannot."""
     cases, skipped = [], []
     for network in networks:
@@ -135,9 +137,9 @@ def pair(networks: Sequence[Network], engines: Sequence[Engine]) -> tuple[list[C
         for engine in engines:
             reason = engine.reason_against(network)
             if reason is None:
-                cases.append(Case(network, engine))
+                cases.append(BenchmarkCase(network, engine))
             elif not (engine.huggingface and not network.is_dense):  # that goes without saying
-                skipped.append(not_measured(Case(network, engine), reason))
+                skipped.append(not_measured(BenchmarkCase(network, engine), reason))
     if not cases:
         raise SliceGPTError(
             f"--engines: none of {', '.join(engine.name for engine in engines)} runs any of these networks here"
@@ -145,7 +147,7 @@ def pair(networks: Sequence[Network], engines: Sequence[Engine]) -> tuple[list[C
     return cases, skipped
 
 
-def start(case: Case, batch: int, length: int) -> Decoder:
+def start(case: BenchmarkCase, batch: int, length: int) -> GreedyDecoder:
     """The case's decoder; `NotApplicable` where the engine turns the network down."""
     try:
         return case.engine.start(case.network, batch, length)
@@ -154,7 +156,7 @@ def start(case: Case, batch: int, length: int) -> Decoder:
 
 
 @contextmanager
-def refusals(case: Case) -> Iterator[None]:
+def errors_as_not_applicable(case: BenchmarkCase) -> Iterator[None]:
     """What a case fails with, which has many types, becomes `NotApplicable`, so that the other cases go on.
 
     Errors of ours that concern the user's input pass.
@@ -170,7 +172,7 @@ def refusals(case: Case) -> Iterator[None]:
         raise NotApplicable(without_folders(f"{type(error).__name__}: {first_line(error)}")) from error
 
 
-def not_measured(case: Case, reason: object, partial: bool = False) -> dict:
+def not_measured(case: BenchmarkCase, reason: object, partial: bool = False) -> dict:
     """A row of "skipped" in a record.
 
     Args:
@@ -180,13 +182,13 @@ def not_measured(case: Case, reason: object, partial: bool = False) -> dict:
     return row | {"partial": True} if partial else row
 
 
-def by_memory(cases: Sequence[Case], available: float) -> list[list[Case]]:
+def groups_by_memory(cases: Sequence[BenchmarkCase], available: float) -> list[list[BenchmarkCase]]:
     """Groups of cases whose weights fit into memory together, in order; a network's own cases stay together.
 
     Cases of one group take turns, so fewer groups are better. Weights count once for each form that is run: Hugging
     Face's, the plain and the fused.
     """
-    groups: list[list[Case]] = []
+    groups: list[list[BenchmarkCase]] = []
     used = 0.0
     for network in dict.fromkeys(id(case.network) for case in cases):
         own = [case for case in cases if id(case.network) == network]

@@ -9,10 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from slicegpt.bench.harness.memory import give_back
-from slicegpt.bench.models.architectures import MODELS, fields_of, random_dense, random_model
+from slicegpt.bench.harness.memory import release_unused_memory
+from slicegpt.bench.models.architectures import (
+    MODELS,
+    fields_of,
+    fields_of_config,
+    random_dense,
+    random_model,
+)
 from slicegpt.checkpoint.loading import check_folder, load_dense
 from slicegpt.checkpoint.record import slicing_fraction
 from slicegpt.conversion.plan import Shape, constant_widths, plan, width_for_slice
@@ -28,7 +34,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclass
-class Network:
+class MeasuredNetwork:
     """One size of one model; its weights are made when they are first asked for, and kept until `release`.
 
     Attributes:
@@ -104,7 +110,7 @@ class Network:
     def release(self) -> None:
         """Forget the weights and return their memory."""
         self._models.clear()
-        give_back(self.device)
+        release_unused_memory(self.device)
 
     def facts(self) -> dict:
         """What a row of results says of the network."""
@@ -125,7 +131,7 @@ def networks_of_shape(
     dtype: torch.dtype,
     device: torch.device,
     shape: Shape | None = None,
-) -> list[Network]:
+) -> list[MeasuredNetwork]:
     """A named shape at every fraction, 0 being the dense model, with random weights."""
     fields = fields_of(name)
     return [
@@ -140,7 +146,7 @@ def networks_of_model(
     dtype: torch.dtype | None,
     device: torch.device,
     shape: Shape | None = None,
-) -> list[Network]:
+) -> list[MeasuredNetwork]:
     """A sliced folder as it is; a dense model (anything `load_dense` takes) at every fraction, 0 being itself."""
     model = None
     if Path(name).is_dir():
@@ -148,9 +154,12 @@ def networks_of_model(
         config = AutoConfig.from_pretrained(name)
         if isinstance(config, SlicedConfig):
             label = Path(name).resolve().name
-            return [Network(label, name, config, dtype or config.dtype or torch.float32, device, folder=name)]
-        with torch.device("meta"):
-            fields = canonical_fields(AutoModelForCausalLM.from_config(config))
+            return [
+                MeasuredNetwork(
+                    label, name, config, dtype or config.dtype or torch.float32, device, folder=name
+                )
+            ]
+        fields = fields_of_config(config)
     else:
         model, _ = load_dense(name, dtype, device)
         config, fields = model.config, canonical_fields(model)
@@ -173,14 +182,14 @@ def sized_network(
     dense_config: PreTrainedConfig,
     folder: str | None,
     shape: Shape | None = None,
-) -> Network:
+) -> MeasuredNetwork:
     """A dense model's network at a fraction of its columns deleted; `fields` are its canonical ones."""
     shape = shape or Shape()
     width = width_for_slice(fields["dense_hidden_size"], fraction, shape.round_to)
     config = plan(fields, constant_widths(fields, width), shape)
     if fraction == 0:
-        return Network("dense", source, config, dtype, device, folder, dense_config)
-    return Network(f"sliced {100 * fraction:g} %", source, config, dtype, device)
+        return MeasuredNetwork("dense", source, config, dtype, device, folder, dense_config)
+    return MeasuredNetwork(f"sliced {100 * fraction:g} %", source, config, dtype, device)
 
 
 def choose_networks(
@@ -190,7 +199,7 @@ def choose_networks(
     dtypes: Sequence[torch.dtype | None],
     device: torch.device,
     shape: Shape | None = None,
-) -> list[Network]:
+) -> list[MeasuredNetwork]:
     """The networks of one run, from the options `--model`, `--shape`, `--slice` and `--dtype`; labels are unique.
 
     Args:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.tiny_models import tiny_model
 
-from slicegpt.bench.models.networks import Network, sized_network
+from slicegpt.bench.models.networks import MeasuredNetwork, sized_network
 from slicegpt.conversion.plan import Shape
 from slicegpt.families import canonical_fields
 
@@ -24,12 +24,12 @@ def tiny_folder(tiny_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
-def tiny_networks() -> Callable[..., list[Network]]:
+def tiny_networks() -> Callable[..., list[MeasuredNetwork]]:
     """A family's networks at some fractions, with random weights, in float32 on the CPU."""
 
     def build(
         fractions=(0.0, 0.5), family: str = "llama", shortcut: str = "compact", **changes
-    ) -> list[Network]:
+    ) -> list[MeasuredNetwork]:
         model = tiny_model(family, torch.float32, **changes)
         fields = canonical_fields(model)
         shape = Shape(shortcut, round_to=8)

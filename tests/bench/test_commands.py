@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from slicegpt.bench.models import engines as engines_module
-from slicegpt.bench.models.engines import chosen_engines, pair
+from slicegpt.bench.models.engines import benchmark_cases, chosen_engines
 from slicegpt.bench.models.networks import choose_networks
 from slicegpt.cli import main
 from slicegpt.conversion.plan import Shape
@@ -98,7 +98,7 @@ def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "interrupted", "calls", "kept"),
     [
-        (["throughput", "--engines", "fused", "--seqlen", "16"], "throughput.Prober.decode", 3, 1),
+        (["throughput", "--engines", "fused", "--seqlen", "16"], "throughput.BatchProber.decode", 3, 1),
         (["layers", "--seqlen", "8"], "layers.time_whole", 20, 5),
         (
             ["slicing", "--shape", "smollm2-135m", "--nsamples", "2", "--seqlen", "16"],
@@ -123,7 +123,7 @@ def test_other_benchmarks_keep_what_they_measured(
             raise KeyboardInterrupt
         return wrapped(*given, **named)
 
-    wrapped = pkgutil.resolve_name(target.replace(".Prober", ":Prober"))
+    wrapped = pkgutil.resolve_name(target.replace(".BatchProber", ":BatchProber"))
     monkeypatch.setattr(target, counted)
     if "--shape" not in arguments:
         arguments = [*arguments, "--model", str(tiny_folder), "--slice", "0,0.5"]
@@ -140,7 +140,7 @@ def test_other_benchmarks_keep_what_they_measured(
 def test_forms_that_no_engine_needs_are_given_up(tiny_folder):
     def forms(*engines: str) -> set[str]:
         (network,) = choose_networks([str(tiny_folder)], None, [0.0], [None], CPU, Shape(round_to=8))
-        cases, _ = pair([network], chosen_engines(list(engines)))
+        cases, _ = benchmark_cases([network], chosen_engines(list(engines)))
         for case in cases:
             engines_module.start(case, 1, 8)
         return set(network._models)

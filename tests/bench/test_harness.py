@@ -9,17 +9,23 @@ import numpy
 import pytest
 import torch
 
-from slicegpt.bench.commands.predict import load_of
+from slicegpt.bench.commands.predict import cost_of
 from slicegpt.bench.commands.throughput import ThroughputOptions, measure_throughput
-from slicegpt.bench.commands.token_time import Run, TokenOptions, measure_token_times
+from slicegpt.bench.commands.token_time import DecodingRun, TokenOptions, measure_token_times
 from slicegpt.bench.harness.comparison import compare, token_ratios
 from slicegpt.bench.harness.memory import is_out_of_memory
 from slicegpt.bench.harness.record import Record, without_folders
 from slicegpt.bench.harness.timing import quantiles
 from slicegpt.bench.models import engines as engines_module
 from slicegpt.bench.models.architectures import sliced_config
-from slicegpt.bench.models.decoders import CachedModel, GeneratingModel, bytes_read
-from slicegpt.bench.models.engines import Case, Engine, by_memory, chosen_engines, pair
+from slicegpt.bench.models.decoders import ForwardDecoder, GenerateDecoder, bytes_read
+from slicegpt.bench.models.engines import (
+    BenchmarkCase,
+    Engine,
+    benchmark_cases,
+    chosen_engines,
+    groups_by_memory,
+)
 from slicegpt.cli import main
 from slicegpt.modeling.sizes import skeleton
 
@@ -163,20 +169,20 @@ def test_bytes_read_are_those_of_the_prediction(fraction):
         for name, p in model.named_parameters()
         if name.startswith(("model.norm", "model.embed_proj"))
     )
-    assert bytes_read(model) == 2 * (load_of(config).read_weights + rest)
+    assert bytes_read(model) == 2 * (cost_of(config).read_weights + rest)
 
 
 def test_networks_share_memory_while_they_fit(tiny_networks):
     networks = tiny_networks((0.0, 0.25, 0.5))
-    cases, _ = pair(networks, chosen_engines(["hf", "plain", "fused"]))
-    assert [len(group) for group in by_memory(cases, float("inf"))] == [7]
+    cases, _ = benchmark_cases(networks, chosen_engines(["hf", "plain", "fused"]))
+    assert [len(group) for group in groups_by_memory(cases, float("inf"))] == [7]
     dense = 3 * networks[0].bytes
-    groups = by_memory(cases, dense + 2 * networks[1].bytes)
+    groups = groups_by_memory(cases, dense + 2 * networks[1].bytes)
     assert [[case.name for case in group] for group in groups] == [
         ["dense, hf", "dense, plain", "dense, fused", "sliced 25 %, plain", "sliced 25 %, fused"],
         ["sliced 50 %, plain", "sliced 50 %, fused"],
     ]
-    assert [len(group) for group in by_memory(cases, 0)] == [3, 2, 2]
+    assert [len(group) for group in groups_by_memory(cases, 0)] == [3, 2, 2]
 
 
 # --- token --------------------------------------------------------------------------------------------------
@@ -184,7 +190,7 @@ def test_networks_share_memory_while_they_fit(tiny_networks):
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi", "qwen3-tied"])
 def test_every_engine_decodes_every_family(tiny_networks, family):
-    cases, skipped = pair(tiny_networks(family=family), chosen_engines(ALL))
+    cases, skipped = benchmark_cases(tiny_networks(family=family), chosen_engines(ALL))
     rows, record = token_rows(cases, batch=2)
     names = {(row["network"], row["engine"]) for row in rows}
     assert names == {("dense", engine) for engine in ALL} | {
@@ -212,7 +218,7 @@ def test_series_of_generate_calls_are_one_generation(tiny_networks, cache):
     """In pieces and with every token watched, `generate()` says what it says in one call."""
     (network,) = tiny_networks((0.0,))
     model, ids = network.huggingface(), torch.tensor([[5, 6, 7], [8, 9, 10]])
-    decoder, calls, said = GeneratingModel(model, 2, 16, cache=cache), [], []
+    decoder, calls, said = GenerateDecoder(model, 2, 16, cache=cache), [], []
     decoder.prompt(ids)
     said.append(decoder.tokens)
 
@@ -296,7 +302,7 @@ def test_cold_caches_are_emptied_before_every_timed_step(tiny_networks, monkeypa
     monkeypatch.setattr(
         "slicegpt.bench.commands.token_time.CacheFlush", lambda device: lambda: flushed.append(device)
     )
-    cases, _ = pair(tiny_networks((0.0,)), chosen_engines(["hf-generate", "fused"]))
+    cases, _ = benchmark_cases(tiny_networks((0.0,)), chosen_engines(["hf-generate", "fused"]))
     rows, _ = token_rows(cases, cold=cold)
     assert len(flushed) == (sum(row["tokens"] for row in rows) if cold else 0)
 
@@ -304,8 +310,10 @@ def test_cold_caches_are_emptied_before_every_timed_step(tiny_networks, monkeypa
 def test_a_gpus_time_counts_devices(tiny_networks):
     """GPU-ms: milliseconds times devices, on one GPU as many as were measured; none on a CPU."""
     (network,) = tiny_networks((0.5,))
-    decoder = engines_module.start(Case(network, chosen_engines(["plain"])[0]), 1, 8)
-    run = Run(Case(network, chosen_engines(["plain"])[0]), decoder, 1.0, 1.0, 0, 0, times=[2.0, 4.0, 3.0])
+    decoder = engines_module.start(BenchmarkCase(network, chosen_engines(["plain"])[0]), 1, 8)
+    run = DecodingRun(
+        BenchmarkCase(network, chosen_engines(["plain"])[0]), decoder, 1.0, 1.0, 0, 0, times=[2.0, 4.0, 3.0]
+    )
     assert run.row(TokenOptions(), None)["gpu_ms"] is None
     network.device = torch.device("cuda")
     assert run.row(TokenOptions(), None)["gpu_ms"] == 3.0
@@ -317,7 +325,9 @@ def test_compile_that_fails_is_reported_and_the_rest_is_measured(tiny_networks, 
 
     broken = Engine("plain-compile", failing, compiled_on=("cpu",))
     networks = tiny_networks()
-    rows, record = token_rows([Case(networks[1], broken), *pair(networks, chosen_engines(["plain"]))[0]])
+    rows, record = token_rows(
+        [BenchmarkCase(networks[1], broken), *benchmark_cases(networks, chosen_engines(["plain"]))[0]]
+    )
     assert len(rows) == 2
     reason = "RuntimeError: InductorError: no kernel"
     assert record.content["skipped"] == [
@@ -327,7 +337,7 @@ def test_compile_that_fails_is_reported_and_the_rest_is_measured(tiny_networks, 
 
 def test_torch_compile_needs_a_compiler_on_a_cpu(tiny_networks, monkeypatch):
     monkeypatch.setattr(engines_module.shutil, "which", lambda name: None)
-    cases, skipped = pair(tiny_networks(), chosen_engines(["hf", "hf-compile"]))
+    cases, skipped = benchmark_cases(tiny_networks(), chosen_engines(["hf", "hf-compile"]))
     assert [case.name for case in cases] == ["dense, hf"]
     assert skipped[0]["skipped"] == "torch.compile needs a C++ compiler on a CPU"
 
@@ -335,7 +345,7 @@ def test_torch_compile_needs_a_compiler_on_a_cpu(tiny_networks, monkeypatch):
 def test_runtime_that_turns_a_network_down_is_reported(tiny_networks, monkeypatch):
     (network,) = tiny_networks((0.5,))
     network.config.hidden_act = "tanh"
-    rows, record = token_rows(pair([network], chosen_engines(["plain", "fused"]))[0])
+    rows, record = token_rows(benchmark_cases([network], chosen_engines(["plain", "fused"]))[0])
     assert [row["engine"] for row in rows] == ["plain"]
     assert "'tanh' is not supported" in record.content["skipped"][0]["skipped"]
 
@@ -345,7 +355,7 @@ def test_runtime_that_turns_a_network_down_is_reported(tiny_networks, monkeypatc
 
 def test_throughput_of_a_tiny_model(tiny_networks):
     record = Record("throughput", {}, CPU)
-    cases, _ = pair(tiny_networks(), chosen_engines(["hf", "fused"]))
+    cases, _ = benchmark_cases(tiny_networks(), chosen_engines(["hf", "fused"]))
     options = ThroughputOptions(seqlen=16, steps=3, max_batch=4, rounds=2, tolerance=0.9)
     measure_throughput(cases, options, record)
     assert [(row["network"], row["engine"]) for row in record.rows] == [
@@ -372,7 +382,7 @@ def test_throughput_of_a_tiny_model(tiny_networks):
 def test_memory_limit_stops_the_search_before_it_is_passed(tiny_networks):
     record = Record("throughput", {}, CPU)
     (network,) = tiny_networks((0.0,))
-    cases, _ = pair([network], chosen_engines(["plain"]))
+    cases, _ = benchmark_cases([network], chosen_engines(["plain"]))
     # Room for some batches' caches: the estimate alone must stop it, whatever the resident set says.
     limit = network.bytes + 40e6
     options = ThroughputOptions(seqlen=64, steps=2, max_memory=limit, rounds=1, tolerance=0.99)
@@ -391,7 +401,7 @@ def test_out_of_memory_is_reported_and_leaves_nothing_behind(tiny_networks):
     (network,) = tiny_networks((0.5,))
     held: list[weakref.ref] = []
 
-    class Hungry(CachedModel):
+    class Hungry(ForwardDecoder):
         def fill(self, context: int) -> None:
             block = torch.zeros(1 << 20)
             held.append(weakref.ref(block))
@@ -402,7 +412,7 @@ def test_out_of_memory_is_reported_and_leaves_nothing_behind(tiny_networks):
     engine = Engine("hungry", lambda network, batch, length: Hungry(network.canonical(), batch, length))
     record = Record("throughput", {}, CPU)
     options = ThroughputOptions(seqlen=8, steps=1, rounds=1, tolerance=0.99)
-    measure_throughput([Case(network, engine)], options, record)
+    measure_throughput([BenchmarkCase(network, engine)], options, record)
     (row,) = record.rows
     assert row["largest_batch"] <= 4
     assert row["stop"] in ("memory", "plateau")

@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt import ops
-from slicegpt.bench.models.devices import Device
+from slicegpt.bench.models.devices import DevicePeaks
 from slicegpt.bench.models.shapes import Launch, NormLinearShape, RotateAddShape
 from slicegpt.ops import reference
 from slicegpt.ops.registration import triton_is_available
 
 EPS = 1e-5
-Run = Callable[[], object]
+Call = Callable[[], object]
 
 
 @dataclass
-class Inputs:
+class LaunchInputs:
     """Tensors of one launch; `x` and `w` are of the plain product of the same sizes, for comparison."""
 
     tensors: dict[str, Tensor | None]
@@ -26,7 +26,9 @@ class Inputs:
     w: Tensor
 
 
-def make_inputs(launch: Launch, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+def make_inputs(
+    launch: Launch, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> LaunchInputs:
     """Normal values; weights with variance 1 / inner, so that outputs have the size of inputs."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -38,7 +40,7 @@ def make_inputs(launch: Launch, rows: int, dtype: torch.dtype, device: torch.dev
         weight = random(launch.columns, launch.inner, scale=launch.inner**-0.5)
         bias = random(launch.n_scaled) if launch.bias else None
         sumsq = reference.block_sums_of_squares(h.to(reference.sumsq_dtype(dtype)))
-        return Inputs({"h": h, "weight": weight, "bias": bias, "sumsq": sumsq}, h, weight)
+        return LaunchInputs({"h": h, "weight": weight, "bias": bias, "sumsq": sumsq}, h, weight)
     scale = launch.total_inner**-0.5
     weight = random(launch.columns, launch.inner, scale=scale)
     shortcut = random(launch.columns, launch.width, scale=scale) if launch.dense else None
@@ -46,8 +48,8 @@ def make_inputs(launch: Launch, rows: int, dtype: torch.dtype, device: torch.dev
     bias = random(launch.columns) if launch.bias else None
     tensors = {"a": a, "weight": weight, "h": h, "shortcut": shortcut, "bias": bias}
     if not launch.dense:
-        return Inputs(tensors, a, weight)
-    return Inputs(tensors, torch.cat((a, h), dim=1), torch.cat((weight, shortcut), dim=1))
+        return LaunchInputs(tensors, a, weight)
+    return LaunchInputs(tensors, torch.cat((a, h), dim=1), torch.cat((weight, shortcut), dim=1))
 
 
 # --- the ways to compute it ---------------------------------------------------------------------------------
@@ -78,7 +80,7 @@ def accumulating_rotate_add(a, weight, h, shortcut, bias):
     return torch.addmm(base, a, weight.mT)
 
 
-def fused(launch: Launch, inputs: Inputs, config=None, triton: bool = False) -> Run:
+def fused(launch: Launch, inputs: LaunchInputs, config=None, triton: bool = False) -> Call:
     """Our operator; `triton`: that kernel even where the operator would take another (with `config`, or its own)."""
     if isinstance(launch, NormLinearShape):
         settings = (launch.n_scaled, launch.activation, float(launch.inner), EPS)
@@ -94,7 +96,7 @@ def fused(launch: Launch, inputs: Inputs, config=None, triton: bool = False) -> 
     return lambda: function(*arguments)
 
 
-def plain_product(inputs: Inputs, triton: bool) -> Run:
+def plain_product(inputs: LaunchInputs, triton: bool) -> Call:
     """The GEMM alone, of the same rows, columns and total inner columns, by our kernel or by the library's."""
     x, w = inputs.x, inputs.w
     if not triton:
@@ -104,7 +106,7 @@ def plain_product(inputs: Inputs, triton: bool) -> Run:
     return lambda: norm_linear(x, w, None, None, 0, "none", 1.0, EPS)
 
 
-def methods(launch: Launch, inputs: Inputs, compiled: bool) -> dict[str, Run]:
+def methods(launch: Launch, inputs: LaunchInputs, compiled: bool) -> dict[str, Call]:
     """Name -> a call; `compiled` adds torch.compile of the unfused form."""
     norm = isinstance(launch, NormLinearShape)
     unfused = unfused_norm_linear(launch) if norm else unfused_rotate_add
@@ -128,7 +130,9 @@ def methods(launch: Launch, inputs: Inputs, compiled: bool) -> dict[str, Run]:
 # --- correctness --------------------------------------------------------------------------------------------
 
 
-def relative_errors(launch: Launch, inputs: Inputs, names: list[str], rows: int = 64) -> dict[str, float]:
+def relative_errors(
+    launch: Launch, inputs: LaunchInputs, names: list[str], rows: int = 64
+) -> dict[str, float]:
     """Of the named methods against float64 on the first and last rows: |result - exact| / |exact|."""
     runs = methods(launch, inputs, compiled=False)
     ends = torch.cat(
@@ -185,7 +189,7 @@ def operations(launch: Launch, rows: int) -> int:
     return 2 * rows * launch.columns * inner
 
 
-def bound_seconds(launch: Launch, rows: int, dtype: torch.dtype, device: Device) -> float:
+def bound_seconds(launch: Launch, rows: int, dtype: torch.dtype, device: DevicePeaks) -> float:
     """The roofline: no kernel can be faster. float32 counts at the float32 rate."""
     rate = device.fp32 if dtype == torch.float32 else device.half
     moved = least_bytes(launch, rows, dtype.itemsize) / (device.bandwidth * 1e9)
