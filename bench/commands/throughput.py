@@ -1,4 +1,4 @@
-"""`slicegpt bench throughput`: most tokens/s over all batches, at a given sequence length."""
+"""`slicegpt bench throughput`: the highest tokens/s over all batch sizes, at a given sequence length."""
 
 import statistics
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from slicegpt.modeling.sizes import format_bytes
 from slicegpt.progress import Progress
 
 WARMUP = 2
-# Steps before those that are timed: each of two series begins with one that nobody watches.
+# Steps before the timed ones: the warm-up, and the untimed first step of each of the two series.
 UNTIMED = WARMUP + 2
 
 
@@ -35,11 +35,11 @@ class ThroughputOptions:
     """How to measure.
 
     Attributes:
-        seqlen: tokens of a sequence at its end.
-        steps: that are timed, around the middle of the sequence; None takes all of it but the first few.
+        seqlen: tokens of a sequence, at its end.
+        steps: timed steps, in the middle of the sequence; None times all but the first few.
         max_batch: largest batch to try.
-        max_memory: bytes that weights and run of one network may take; None leaves it to the device.
-        tolerance: relative changes of throughput below it are noise.
+        max_memory: bytes that the weights and the run of one network may take; None: as much as the device has.
+        tolerance: relative changes of throughput below it count as noise.
         rounds: turns in which the best batches are measured again.
     """
 
@@ -66,7 +66,7 @@ class ThroughputOptions:
 
 
 class BatchProber:
-    """Measures one case at any batch, within the memory limit."""
+    """Measures one case at any batch size, within the memory limit."""
 
     def __init__(self, case: BenchmarkCase, options: ThroughputOptions, record: Record):
         self.case, self.options, self.record = case, options, record
@@ -78,12 +78,12 @@ class BatchProber:
         self.points: list[dict] = []
 
     def least_per_sequence(self) -> float:
-        """Bytes that one more sequence cannot do without: its cache and its logits, in float32 as most engines do."""
+        """Lower bound of the bytes of one more sequence: its cache, and its logits in float32, as in most engines."""
         network = self.case.network
         return cache_bytes(network, 1, self.options.seqlen) + 4 * network.config.vocab_size
 
     def check(self, batch: int) -> None:
-        """`BatchTooLarge` where the estimate is above the limit."""
+        """Raise `BatchTooLarge` where the estimated memory is above the limit."""
         limit = self.options.max_memory
         needed = self.stored + batch * self.per_sequence
         if limit is not None and needed > limit:
@@ -92,7 +92,7 @@ class BatchProber:
             )
 
     def warm_up(self) -> None:
-        """Weights into memory, kernels chosen: the first measurement shall not pay for them."""
+        """Load the weights and choose kernels, so that the first measurement does not include it."""
         with errors_as_not_applicable(self.case):
             decoder = start(self.case, 1, UNTIMED)
             decoder.fill(1)
@@ -102,14 +102,16 @@ class BatchProber:
         release_unused_memory(self.device)
 
     def attempt(self, batch: int) -> tuple[float, int]:
-        """`decode`, after which the memory is as before; `NotApplicable` where it fails."""
+        """`decode`, then release its memory; raises `NotApplicable` where it fails."""
         level = bytes_in_use(self.device)
         failed = None
         try:
             with errors_as_not_applicable(self.case):
                 measured = self.decode(batch)
         except NotApplicable as reason:
-            failed = type(reason)(f"{reason} at batch {batch}")  # without what the error holds on to
+            failed = type(reason)(
+                f"{reason} at batch {batch}"
+            )  # a new error: the old one's traceback holds tensors
         release_unused_memory(self.device, collect=failed is not None)
         self.leaked = max(self.leaked, bytes_in_use(self.device) - level)
         if failed is not None:
@@ -117,13 +119,13 @@ class BatchProber:
         return measured
 
     def __call__(self, batch: int) -> float:
-        """Tokens/s at this batch; every measurement is a point of the record."""
+        """Tokens/s at this batch; every measurement is added to the record's points."""
         self.check(batch)
         try:
             milliseconds, extra = self.attempt(batch)
         except OutOfMemory as reason:
             raise BatchTooLarge(str(reason)) from None
-        # What is needed once for any batch shrinks in this as the batch grows.
+        # Includes memory that is needed once, whatever the batch: its share shrinks as the batch grows.
         self.per_sequence = max(self.least_per_sequence(), extra / batch)
         total = self.stored + extra
         if self.options.max_memory is not None and total > self.options.max_memory:
@@ -157,7 +159,7 @@ class BatchProber:
         return statistics.median(times), max(0, peak_bytes(self.device) - before)
 
     def steps(self, decoder: GreedyDecoder, count: int) -> list[float]:
-        """Milliseconds of every step but one before; a GPU is not waited for in between."""
+        """Milliseconds of every step after an untimed one; a GPU is not synchronised between steps."""
         watch = DeviceTimer(self.device)
         decoder.steps(count, after=watch.mark, before=watch.mark)
         return watch.milliseconds()[::2]
@@ -165,7 +167,7 @@ class BatchProber:
 
 @dataclass
 class ThroughputRun:
-    """A case, how it was probed, and what the search found so far."""
+    """A case, its measurements, and the state of the search for its best batch."""
 
     prober: BatchProber
     search: BatchSearch
@@ -175,8 +177,8 @@ class ThroughputRun:
     def row(self) -> dict:
         case, search = self.prober.case, self.search
         points = self.prober.points
-        # What else a machine does only slows this down: the fastest of as many measurements of every case moves less
-        # between runs than the median of a few at one batch, itself chosen among many that are as good.
+        # Other load only slows a measurement down: the fastest of as many measurements for every case varies less
+        # between runs than the median of a few at one batch, itself chosen among many that are about as good.
         rates = [(point["tokens_per_second"], point["batch"]) for point in points]
         rates += [(rate, search.best) for rate in self.again]
         rate, best = max(rates, default=(None, None))
@@ -201,12 +203,12 @@ def measure_throughput(
     record: Record,
     progress: Progress | None = None,
 ) -> None:
-    """Search every case's best batch, then measure those again in turns; `record` is kept up to date.
+    """Search every case's best batch, then measure these again in turns; `record` is saved after every measurement.
 
-    `record.content` gets "points", one a measurement of the search, and "rows", one a case: the most tokens/s that was
-    measured and its batch, and "rounds", what the search's best batch gave when it was measured again. A case that
-    fails, other than by memory in the search, keeps what it did before, is reported among "skipped", and leaves the
-    others running.
+    `record.content` gets "points", one for each measurement of the search, and "rows", one for each case: the highest
+    tokens/s measured and its batch, and "rounds", the rates of the search's best batch when it was measured again. A
+    case that fails, other than by memory in the search, keeps its earlier results, is listed in "skipped", and the
+    other cases continue.
     """
     check_positions(cases, options.seqlen, "--seqlen")
     progress = progress or Progress(quiet=True)
@@ -244,7 +246,7 @@ def measure_throughput(
                 except NotApplicable as reason:
                     found.search.stop, found.search.reason = "error", str(reason)
                     fail(found, reason)
-                if found.failed:  # once the error is gone, which holds on to memory
+                if found.failed:  # outside the except clause, whose error holds tensors
                     release_unused_memory(device)
                 advance(1)
             save()

@@ -1,4 +1,4 @@
-"""`slicegpt bench token`: time per token while decoding, the prompt apart."""
+"""`slicegpt bench token`: the time per token of decoding, without the prompt."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.memory import free_memory
 from slicegpt.progress import Progress
 
-# Share of the free memory that weights of networks which take turns may fill; the rest is for caches.
+# Share of the free memory for the weights of networks that take turns; the rest is for caches.
 RESIDENT_SHARE = 0.7
 
 
@@ -34,11 +34,11 @@ class TokenOptions:
     """How to measure.
 
     Attributes:
-        tokens: steps that are timed, in `rounds` turns.
+        tokens: timed steps, split over `rounds` turns.
         prompt: tokens of the prompt.
-        batch: sequences.
-        warmup: steps before, not timed; nor is the first of every turn.
-        cold: overwrite the last cache before every step.
+        batch: number of sequences.
+        warmup: untimed steps before; the first step of every turn is untimed as well.
+        cold: flush the last-level cache before every step.
     """
 
     tokens: int = 128
@@ -53,14 +53,14 @@ class TokenOptions:
         return self.prompt + 1 + self.warmup + self.tokens + len(self.shares())
 
     def shares(self) -> list[int]:
-        """Steps of each round: as equal as can be."""
+        """Steps of each round, as equal as possible."""
         rounds = min(self.rounds, self.tokens)
         return [self.tokens // rounds + (index < self.tokens % rounds) for index in range(rounds)]
 
 
 @dataclass
 class DecodingRun:
-    """A case that decodes: its decoder, None once it has failed, and what was seen of it."""
+    """A case while it decodes: its decoder, None after a failure, and its measurements."""
 
     case: BenchmarkCase
     decoder: GreedyDecoder | None
@@ -74,10 +74,10 @@ class DecodingRun:
     def __post_init__(self):
         self.weight_bytes, self.stored_bytes = self.decoder.weight_bytes, self.decoder.stored_bytes
 
-    def row(self, options: TokenOptions, device: DevicePeaks | None) -> dict:
-        """The figures so far."""
+    def row(self, options: TokenOptions, peaks: DevicePeaks | None) -> dict:
+        """A result row of the measurements so far."""
         network, engine = self.case.network, self.case.engine
-        # The cache holds prompt and warm-up, and on average half of what was decoded since.
+        # The cache holds the prompt, the warm-up, and on average half of the tokens decoded since.
         context = options.prompt + 1 + options.warmup + len(self.times) / 2
         moved = self.weight_bytes + cache_bytes(network, options.batch, context)
         seen = quantiles(self.times)
@@ -96,21 +96,21 @@ class DecodingRun:
             "prompt_ms": self.prompt_ms,
             "read_bytes": round(moved),
             "gigabytes_per_second": rate,
-            "bandwidth_fraction": rate / device.bandwidth if device else None,
+            "bandwidth_fraction": rate / peaks.bandwidth if peaks else None,
             "peak_bytes": self.stored_bytes + self.extra,
             "setup_seconds": self.setup_seconds,
         }
 
 
 def prompt_ids(case: BenchmarkCase, batch: int, tokens: int) -> torch.Tensor:
-    """Random tokens [batch, tokens], the same for every case of a vocabulary."""
+    """Random tokens [batch, tokens], the same for every case with the same vocabulary size."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = case.network.config.vocab_size
     return torch.randint(vocabulary, (batch, tokens), generator=generator).to(case.network.device)
 
 
 def prepare(case: BenchmarkCase, options: TokenOptions) -> DecodingRun:
-    """Process the prompt and warm up; `NotApplicable` where the engine fails at it."""
+    """Process the prompt and warm up; raises `NotApplicable` where the engine fails."""
     network = case.network
     ids = prompt_ids(case, options.batch, options.prompt)
     began = time.perf_counter()
@@ -129,7 +129,7 @@ def prepare(case: BenchmarkCase, options: TokenOptions) -> DecodingRun:
 
 
 def decode(run: DecodingRun, steps: int, flush: Callable[[], object] | None) -> None:
-    """Time so many steps of a run. Every step is waited for, as a reader of the text waits for it."""
+    """Time `steps` steps of a run. The device is synchronised after every step, as when tokens are streamed."""
     device, watch, tokens = run.case.network.device, DeviceTimer(run.case.network.device), []
     level = bytes_in_use(device)
     start_peak(device)
@@ -146,13 +146,13 @@ def decode(run: DecodingRun, steps: int, flush: Callable[[], object] | None) -> 
         tokens.append(run.decoder.tokens.clone())
 
     run.decoder.steps(steps, after, before)
-    run.times += watch.milliseconds()[::2]  # between the beginning of a step and its end
+    run.times += watch.milliseconds()[::2]  # the time of a step, not the time between steps
     run.tokens += tokens
     run.extra = max(run.extra, run.resident + peak_bytes(device) - level)
 
 
 def decode_or_stop(run: DecodingRun, steps: int, flush: Callable[[], object] | None) -> str | None:
-    """`decode`; where it fails, the run gives its decoder up, and the reason is returned."""
+    """`decode`; on failure the decoder is dropped and the reason returned."""
     try:
         with errors_as_not_applicable(run.case):
             decode(run, steps, flush)
@@ -170,10 +170,10 @@ def stopped(run: DecodingRun, reason: str, options: TokenOptions) -> dict:
 
 
 def same_tokens(run: DecodingRun, runs: Sequence[DecodingRun]) -> int:
-    """How many tokens agree, from the first on, with those of the first engine that ran this network to the end.
+    """The length of the common prefix with the tokens of the engine that decoded most of them with the same weights.
 
-    Engines with the same weights choose the same tokens until rounding decides between two that are as likely.
-    Hugging Face's class and ours only share weights where they come from a folder.
+    Engines with the same weights choose the same tokens until rounding decides between two equally likely ones.
+    Hugging Face's class and this package's share weights only where these come from a folder.
     """
     network = run.case.network
     shares = [
@@ -201,25 +201,25 @@ def check_positions(cases: Sequence[BenchmarkCase], length: int, options: str) -
 def measure_token_times(
     cases: Sequence[BenchmarkCase],
     options: TokenOptions,
-    device: DevicePeaks | None,
+    peaks: DevicePeaks | None,
     record: Record,
     progress: Progress | None = None,
 ) -> None:
-    """Decode with every case in turns; `record` holds a row a case after every round.
+    """Decode with every case in turns; `record` holds a row for each case after every round.
 
-    Cases whose weights do not fit into memory together are measured group by group. A case that fails keeps what it
-    did in the rounds before, is reported among `record.content["skipped"]`, and leaves the others running.
+    Cases whose weights do not fit into memory together are measured group by group. A case that fails keeps its results
+    of earlier rounds, is listed in `record.content["skipped"]`, and the other cases continue.
 
     Args:
-        device: whose bandwidth the fractions are of; None leaves them out.
+        peaks: of the device, for the fraction of its bandwidth; None omits it.
     """
     check_positions(cases, options.length, "--prompt, --tokens")
     progress = progress or Progress(quiet=True)
-    torch_device = cases[0].network.device
-    flush = CacheFlush(torch_device) if options.cold else None
+    device = cases[0].network.device
+    flush = CacheFlush(device) if options.cold else None
     finished: list[dict] = []
     skipped = record.content.setdefault("skipped", [])
-    groups = groups_by_memory(cases, RESIDENT_SHARE * free_memory(torch_device))
+    groups = groups_by_memory(cases, RESIDENT_SHARE * free_memory(device))
     for group in groups:
         runs: list[DecodingRun] = []
         with progress.stage("prompts and warm-up", len(group), "cases") as advance:
@@ -230,8 +230,8 @@ def measure_token_times(
                 except NotApplicable as reason:
                     skipped.append(not_measured(case, reason))
                     failed = True
-                if failed:  # once the error is gone, which holds on to it
-                    release_unused_memory(torch_device)
+                if failed:  # outside the except clause, whose error holds tensors
+                    release_unused_memory(device)
                 advance(1)
         with progress.stage("decoding", options.tokens * len(runs), "steps") as advance:
             for share in options.shares():
@@ -240,10 +240,10 @@ def measure_token_times(
                         reason = decode_or_stop(run, share, flush)
                         if reason is not None:
                             skipped.append(stopped(run, reason, options))
-                            release_unused_memory(torch_device)
+                            release_unused_memory(device)
                     advance(share)
                 runs = [run for run in runs if run.decoder is not None or run.times]
-                rows = finished + [run.row(options, device) for run in runs]
+                rows = finished + [run.row(options, peaks) for run in runs]
                 for row, run in zip(rows[len(finished) :], runs, strict=True):
                     row["same_tokens"] = same_tokens(run, runs)
                 baseline = compare(rows, "ms_median", smaller_is_better=True)

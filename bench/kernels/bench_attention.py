@@ -1,10 +1,10 @@
-"""A decoding step's attention, `decode_attention_`, by our kernel and by PyTorch's operators.
+"""The attention of a decoding step, `decode_attention_`, by this package's kernel and by PyTorch's operators.
 
     python -m slicegpt.bench.kernels.bench_attention --json results.json
 
-One token a sequence, caches half full, as a runtime has them on the way; each layer has a cache of its own, so that
-none is read from L2 twice in a row. On a GPU all layers are one CUDA graph, as in the runtime. "GB/s" counts the keys
-and values that must be read; PyTorch's attention reads all of the capacity under a mask.
+One token for each sequence, with half-full caches; each layer has its own cache, so that none is still in L2. On a GPU
+all layers are one CUDA graph, as in the runtime. "GB/s" counts the keys and values that must be read; PyTorch's
+attention reads the whole capacity, under a mask.
 """
 
 import argparse
@@ -42,7 +42,7 @@ MODELS = {
 def layers(
     heads: HeadShape, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], None]:
-    """A call of every layer, on rows and caches of its own."""
+    """A function that runs every layer, each on its own rows and cache."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def layers(
 
 
 def replayed(run: Callable[[], None]) -> Callable[[], None]:
-    """The same as one CUDA graph."""
+    """The same calls as one CUDA graph."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -75,7 +75,7 @@ def replayed(run: Callable[[], None]) -> Callable[[], None]:
 def measure(
     name: str, batch: int, capacity: int, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> list[dict]:
-    """A row for every implementation that there is, in turns."""
+    """A row for every implementation available here, measured in turns."""
     heads, runs = MODELS[name], {}
     capability = torch.cuda.get_device_capability(device) if ON_GPU else None
     for backend in ("auto", "reference"):

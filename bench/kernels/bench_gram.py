@@ -1,9 +1,9 @@
-"""The covariance `gram_` and the eigensolver against the published way, a float32 product, and the roofline.
+"""The covariance `gram_` against the published method, plain products and the roofline; and the eigensolver.
 
     pytest bench/ --benchmark-only
     python -m slicegpt.bench.kernels.bench_gram --json results.json [--quick]
 
-The published way (SliceGPT's code) copies X to float64 and multiplies in full: `X.double().T @ X.double()`.
+The published method (SliceGPT's code) copies X to float64 and multiplies in full: `X.double().T @ X.double()`.
 TFLOP/s count 2·N·D² for every method, so that a triangular product shows its advantage. "bound" is the
 roofline time of the method's own arithmetic over the measured time.
 """
@@ -109,7 +109,7 @@ def measure(shape: GramShape, peaks: DevicePeaks | None, repeats: int) -> Iterat
 
 
 def shapes(quick: bool) -> list[GramShape]:
-    """What fits: at most a quarter of the GPU's memory for a float64 copy of X; seconds on a CPU."""
+    """The shapes to measure: a float64 copy of X takes at most a quarter of a GPU's memory; seconds on a CPU."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if ON_GPU else (torch.float32, torch.bfloat16)
     chosen = []
     for columns in COLUMNS:
@@ -131,7 +131,7 @@ def eigen_sizes(quick: bool) -> list[int]:
 
 
 def covariance(columns: int) -> Tensor:
-    """Activations-like: variances over eight decades, and one massive direction."""
+    """Like that of activations: variances over eight decades, and one massive direction."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     X = torch.randn(2 * columns, columns, dtype=torch.float64, generator=generator, device=DEVICE)
     X *= torch.logspace(2, -2, columns, dtype=torch.float64, device=DEVICE)
@@ -153,7 +153,7 @@ def measure_eigensolver(columns: int, repeats: int) -> Iterator[dict]:
 
 
 def closing_table(peaks: DevicePeaks | None, rows: list[dict]) -> list[dict]:
-    """Predictions at N = 262144, D = 4096, fp16, for each device class, beside what this run measured."""
+    """Predictions at N = 262144, D = 4096, fp16, for each device class, beside this run's measurements."""
     shape = GramShape(1 << 18, 4096, torch.float16)
     wanted = (shape.columns, shape.tokens, shape.dtype_name)
     measured = {row["method"]: row["ms"] for row in rows if (row["D"], row["N"], row["X"]) == wanted}

@@ -5,13 +5,13 @@
     pytest bench/kernels/bench_rotation.py --benchmark-only
     SLICEGPT_BENCH_MODELS=all pytest bench/kernels/bench_rotation.py --benchmark-only -k "T8192 and fused"
 
-"cold" calls take turns over copies of the inputs that together exceed the last cache four times, so that weights come
-from memory, as they do in a model; "warm" repeats one copy. On a GPU every method is captured into a CUDA graph: host
-time is not part of the figures. "bound" is the roofline over the cold time; a CPU's peaks are measured when it starts.
-Each result is first compared with float64.
+"cold" calls cycle over copies of the inputs that together are four times the last-level cache, so that weights come
+from memory, as they do in a model; "warm" calls repeat one copy. On a GPU every method is captured into a CUDA graph:
+the figures exclude host time. "bound" is the roofline over the cold time; a CPU's peaks are measured at the start.
+Results are compared with float64.
 
-pytest takes all models and sizes on a GPU, until SLICEGPT_BENCH_SECONDS (1800) are over, and a quick subset on a CPU;
-SLICEGPT_BENCH_MODELS names models instead, at all sizes: with spaces between them, or all.
+pytest measures all models and sizes on a GPU, until SLICEGPT_BENCH_SECONDS (1800) have passed, and a quick subset on a
+CPU; SLICEGPT_BENCH_MODELS names other models, separated by spaces, or all, at all sizes.
 """
 
 import argparse
@@ -71,15 +71,15 @@ COLUMNS += ["TFLOP/s", "GB/s", "bound", "error"]
 
 
 def copies_for(launch: Launch, rows: int, dtype: torch.dtype) -> int:
-    """So many sets of inputs that four times the last cache passes before one is read again."""
+    """The number of input sets such that four times the last-level cache is read before one repeats."""
     bytes_a_call = least_bytes(launch, rows, dtype.itemsize)
     return max(2, min(MAX_COPIES, -(-4 * last_level_cache(DEVICE) // bytes_a_call)))
 
 
 def sequence(runs: list[Call]) -> Call:
-    """One call that does all of `runs`: a CUDA graph's replay on a GPU."""
+    """One call that does all of `runs`: the replay of a CUDA graph on a GPU."""
     for run in runs:
-        run()  # compiles, and allocates what the libraries keep
+        run()  # compiles, and allocates workspaces
 
     def all_of_them():
         for run in runs:
@@ -108,9 +108,9 @@ def seconds_once(run: Call) -> float:
 
 
 def medians(runs: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Median seconds; the methods take turns, so that a change of clocks or of other load meets all of them.
+    """Median seconds; the methods take turns, so that a change of clocks or other load affects all of them alike.
 
-    A turn lasts at least `ROUND_SECONDS`, so that the resolution of the clock does not matter.
+    A turn repeats short calls, up to 50 times, for `ROUND_SECONDS`.
     """
     repeats = {}
     for name, run in runs.items():
@@ -150,7 +150,7 @@ def measure(
     errors = relative_errors(launch, inputs, comparable)
     bound = bound_seconds(launch, rows, dtype, device) if device else None
     for name, (cold, warm) in times.items():
-        # A kernel of ours is compared with our own plain product: what its epilogue and second source cost.
+        # A kernel of this package is compared with its own plain product: the cost of epilogue and second source.
         plain = times.get("plain GEMM, Triton" if name == "fused, Triton" else "plain GEMM, library")
         yield {
             "model": model,
@@ -226,7 +226,7 @@ def main() -> None:
                 continue
             rows += measure(*case, device, options)
             record.save()  # an interrupted run keeps what it has, marked incomplete
-            torch._dynamo.reset()  # each shape is compiled on its own: no limit of recompilations is met
+            torch._dynamo.reset()  # each shape is compiled separately: the limit of recompilations is not reached
     print(format_table(rows, COLUMNS))
     if skipped:
         print(f"{skipped} shapes were not measured: --seconds {options.seconds:.0f} were over")
@@ -248,7 +248,7 @@ METHODS += ["fused, Triton", "plain GEMM, Triton"] if ON_GPU else []
 
 
 def cases(names: str, on_gpu: bool) -> list[tuple[str, tuple[float, str], Launch, int]]:
-    """What pytest measures. names: of models with spaces between them, or all; empty for the device's default."""
+    """What pytest measures. names: of models, separated by spaces, or all; empty for the device's default."""
     models = names.split() or ["all" if on_gpu else "quick"]
     chosen_models = {"all": MODELS, "quick": QUICK_MODELS}.get(models[0], models)
     sizes = QUICK_SIZES if models == ["quick"] else SIZES
@@ -302,7 +302,7 @@ def test_rotation(benchmark, case, method):
         bound = bound_seconds(launch, rows, DTYPE, device)
         benchmark.extra_info["fraction of bound"] = bound / benchmark.stats.stats.median
     if compiled:
-        torch._dynamo.reset()  # each shape is compiled on its own: no limit of recompilations is met
+        torch._dynamo.reset()  # each shape is compiled separately: the limit of recompilations is not reached
 
 
 if __name__ == "__main__":

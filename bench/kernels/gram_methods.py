@@ -1,4 +1,4 @@
-"""The ways to compute a covariance at one shape: the published one, plain products and `gram_`; and their roofline."""
+"""Methods that compute a covariance: the published one, plain products and `gram_`; and their roofline."""
 
 import os
 from collections.abc import Callable
@@ -37,6 +37,8 @@ class GramShape:
 
 
 def published(X: Tensor) -> Callable[[], object]:
+    """A full product of a float64 copy of X."""
+
     def run():
         wide = X.double()
         return wide.T @ wide
@@ -45,7 +47,7 @@ def published(X: Tensor) -> Callable[[], object]:
 
 
 def product_in(dtype: torch.dtype) -> Callable[[Tensor], Callable[[], object]]:
-    """The full product alone, of an X that was converted before."""
+    """The full product alone, of an X that is already converted."""
 
     def prepare(X: Tensor):
         converted = X.to(dtype)
@@ -96,7 +98,7 @@ METHODS = {
 
 
 def methods_for(shape: GramShape) -> list[str]:
-    """On a CPU all precisions of `gram_` but "fast" are the same float64 arithmetic: one line of it."""
+    """The methods available here. On a CPU all precisions of `gram_` but "fast" are the same arithmetic: one line."""
     if not ON_GPU:
         return ["published", "float64 product", "float32 product", "gram_ fp64", "gram_ fast"]
     capability = torch.cuda.get_device_capability()
@@ -111,15 +113,15 @@ def methods_for(shape: GramShape) -> list[str]:
 
 
 def wgmma_runs() -> bool:
-    """Whether `gram_` would take the CUDA kernels here, with those on wgmma among them."""
+    """Whether `gram_` uses CUDA kernels here, and they include those on wgmma."""
     return requested_backend() in ("auto", "cuda") and cuda.gram_exact_has_wgmma()
 
 
 def bound_seconds(peaks: DevicePeaks, shape: GramShape, method: str) -> float | None:
-    """Roofline: what must be multiplied at the peak rate or moved at the peak bandwidth, the longer of both.
+    """Roofline: the operations at the peak rate or the bytes at the peak bandwidth, whichever takes longer.
 
-    A triangle has half of the full product's operations. The integer planes are written and read once in
-    between, which no kernel can overlap with the product that needs them: that time is added.
+    A triangle has half of the full product's operations. The integer planes are written and read once before the
+    product, which cannot overlap with it: that time is added.
     """
     full = 2 * shape.tokens * shape.columns**2
     read = shape.tokens * shape.columns * shape.dtype.itemsize

@@ -1,7 +1,7 @@
-"""Roofline peaks per device: what no kernel can exceed, from the makers' data sheets; a CPU's are measured.
+"""Roofline peaks per device, which no kernel can exceed: from the vendors' data sheets; a CPU's are measured.
 
-All rates are dense (no structured sparsity). Tensor cores count where they exist: fp64 on A100, H100, H200,
-B200.
+All rates are dense (no structured sparsity). Where a device has tensor cores for a type, the rate is theirs: float64 on
+A100, H100, H200 and B200.
 """
 
 import os
@@ -74,7 +74,7 @@ _PRODUCT_NAMES = (
 )
 
 
-# What people type.
+# Short names for the command line.
 ALIASES = {
     "b200": "B200",
     "h200": "H200",
@@ -87,7 +87,7 @@ ALIASES = {
 
 
 def device_named(name: str) -> DevicePeaks:
-    """The device of this name or alias."""
+    """The peaks of a device by name or alias."""
     for device in DEVICES:
         if device.name == ALIASES.get(name.lower(), name):
             return device
@@ -95,7 +95,7 @@ def device_named(name: str) -> DevicePeaks:
 
 
 def device_of_product(product: str) -> DevicePeaks | None:
-    """The device that CUDA names so, for example "NVIDIA A100-SXM4-80GB"; None if it is not listed."""
+    """The peaks for CUDA's name of a device, such as "NVIDIA A100-SXM4-80GB"; None if it is not listed."""
     for parts, name in _PRODUCT_NAMES:
         if all(part in product for part in parts):
             return device_named(name)
@@ -103,7 +103,7 @@ def device_of_product(product: str) -> DevicePeaks | None:
 
 
 def current_device(device: torch.device | None = None) -> DevicePeaks | None:
-    """The CUDA device in use (or this one), if its peaks are listed; without CUDA, this CPU with measured peaks."""
+    """Peaks of `device` (default: the current CUDA device), None if not listed; of a CPU, or without CUDA, measured."""
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         return device_of_product(torch.cuda.get_device_name(device))
     return measured_cpu(half=torch.bfloat16)
@@ -112,12 +112,12 @@ def current_device(device: torch.device | None = None) -> DevicePeaks | None:
 def measured_cpu(
     size: int = 2048, copy_bytes: int = 1 << 28, half: torch.dtype = torch.float32
 ) -> DevicePeaks:
-    """Best of three: square products in float64 and float32; for the bandwidth a copy (bytes read plus bytes written)
-    or a matrix-vector product (bytes read), whichever moves more, as some CPUs read faster than they write.
+    """Peaks of this CPU, best of three: square products for the rates; for the bandwidth a copy (bytes read and
+    written) or a matrix-vector product (bytes read), whichever is higher: some CPUs read faster than they write.
 
     Args:
-        half: dtype whose products `DevicePeaks.half` is the rate of. Without units for it a CPU can be slow at half
-            precision, so its products are smaller; float32 takes the float32 rate.
+        half: dtype whose rate `DevicePeaks.half` is. A CPU without instructions for it can be slow at half
+            precision, so the products are smaller; float32 takes the float32 rate.
     """
 
     def rate(dtype: torch.dtype, size: int) -> float:

@@ -1,4 +1,4 @@
-"""Engines: the ways in which a network's next tokens are computed, by name, and which network runs under which."""
+"""Engines: the implementations of decoding, by name, and the pairs of network and engine that a benchmark measures."""
 
 import shutil
 import traceback
@@ -14,15 +14,15 @@ from slicegpt.errors import SliceGPTError, first_line
 
 
 class NotApplicable(Exception):
-    """An engine cannot run a network here; the message is the reason, for the table."""
+    """An engine cannot run a network on this machine; the message is the reason, for the table."""
 
 
 class OutOfMemory(NotApplicable):
-    """It needs more memory than there is."""
+    """A network needs more memory than there is."""
 
 
 def cache_bytes(network: MeasuredNetwork, batch: int, context: float) -> float:
-    """Bytes of the keys and values of `context` tokens in every layer."""
+    """Bytes of the keys and values of `context` tokens for each of `batch` sequences, all layers."""
     config = network.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return batch * context * per_token * network.dtype.itemsize
@@ -30,13 +30,13 @@ def cache_bytes(network: MeasuredNetwork, batch: int, context: float) -> float:
 
 @dataclass(frozen=True)
 class Engine:
-    """A way to decode.
+    """An implementation of decoding.
 
     Attributes:
         name: as on the command line and in tables.
-        start: (network, batch, most tokens of a sequence) -> its decoder.
-        huggingface: runs Hugging Face's own class, which the dense model alone has.
-        compiled_on: devices where it goes through torch.compile, which takes a while and a compiler.
+        start: (network, batch, maximum length in tokens) -> decoder.
+        huggingface: runs Hugging Face's own class, which exists for the dense model only.
+        compiled_on: device types where it uses torch.compile, which takes time and, on a CPU, a compiler.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Engine:
         return network.device.type in self.compiled_on
 
     def reason_against(self, network: MeasuredNetwork) -> str | None:
-        """Why this engine does not take this network here, None where it does."""
+        """Why this engine cannot run this network on this machine; None where it can."""
         if self.huggingface and not network.is_dense:
             return "Hugging Face's own class is dense"
         if self.compiles(network) and network.device.type == "cpu" and not shutil.which("g++"):
@@ -81,8 +81,8 @@ def fused(network: MeasuredNetwork, batch: int, length: int) -> GreedyDecoder:
 
 ANYWHERE = ("cpu", "cuda")
 
-# Hugging Face's class: its forward pass in a loop of our own ("hf"), and `generate()`, which on a GPU compiles the
-# forward pass where the cache is static. "plain" is this package's network, as `from_pretrained` loads it.
+# "hf": the forward pass of Hugging Face's class in a loop of this package; "hf-generate": its `generate()`, which on a
+# GPU compiles the forward pass where the cache is static. "plain": this package's model, as `from_pretrained` loads it.
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -116,7 +116,7 @@ def chosen_engines(names: Sequence[str]) -> list[Engine]:
 
 @dataclass(frozen=True)
 class BenchmarkCase:
-    """One network under one engine."""
+    """One network with one engine."""
 
     network: MeasuredNetwork
     engine: Engine
@@ -129,7 +129,7 @@ class BenchmarkCase:
 def benchmark_cases(
     networks: Sequence[MeasuredNetwork], engines: Sequence[Engine]
 ) -> tuple[list[BenchmarkCase], list[dict]]:
-    """All cases that can be, and a row `{network, engine, skipped}` with the reason for those that cannot."""
+    """Every pair that can run, and a row `{network, engine, skipped}` with the reason for every pair that cannot."""
     cases, skipped = [], []
     for network in networks:
         network.keeps_plain = any(engine.name.startswith("plain") for engine in engines)
@@ -138,7 +138,7 @@ def benchmark_cases(
             reason = engine.reason_against(network)
             if reason is None:
                 cases.append(BenchmarkCase(network, engine))
-            elif not (engine.huggingface and not network.is_dense):  # that goes without saying
+            elif not (engine.huggingface and not network.is_dense):  # not worth a row
                 skipped.append(not_measured(BenchmarkCase(network, engine), reason))
     if not cases:
         raise SliceGPTError(
@@ -148,7 +148,7 @@ def benchmark_cases(
 
 
 def start(case: BenchmarkCase, batch: int, length: int) -> GreedyDecoder:
-    """The case's decoder; `NotApplicable` where the engine turns the network down."""
+    """The case's decoder; raises `NotApplicable` where the engine does not support the network."""
     try:
         return case.engine.start(case.network, batch, length)
     except NotImplementedError as error:
@@ -157,9 +157,9 @@ def start(case: BenchmarkCase, batch: int, length: int) -> GreedyDecoder:
 
 @contextmanager
 def errors_as_not_applicable(case: BenchmarkCase) -> Iterator[None]:
-    """What a case fails with, which has many types, becomes `NotApplicable`, so that the other cases go on.
+    """Convert any exception of a case to `NotApplicable`, so that the other cases continue.
 
-    Errors of ours that concern the user's input pass.
+    `SliceGPTError`, which concerns the user's input, passes.
     """
     try:
         yield
@@ -176,17 +176,17 @@ def not_measured(case: BenchmarkCase, reason: object, partial: bool = False) -> 
     """A row of "skipped" in a record.
 
     Args:
-        partial: it has a row of figures as well, of what it did before.
+        partial: the case also has a row of figures, measured before it failed.
     """
     row = {"network": case.network.label, "engine": case.engine.name, "skipped": str(reason)}
     return row | {"partial": True} if partial else row
 
 
 def groups_by_memory(cases: Sequence[BenchmarkCase], available: float) -> list[list[BenchmarkCase]]:
-    """Groups of cases whose weights fit into memory together, in order; a network's own cases stay together.
+    """Groups of cases whose weights fit into `available` bytes together, in order; a network's cases stay together.
 
     Cases of one group take turns, so fewer groups are better. Weights count once for each form that is run: Hugging
-    Face's, the plain and the fused.
+    Face's, the plain and the fused one.
     """
     groups: list[list[BenchmarkCase]] = []
     used = 0.0

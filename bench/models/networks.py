@@ -1,7 +1,7 @@
-"""What is measured: a dense model and its sliced sizes, from folders, by slicing on the fly, or by shape alone.
+"""The networks to measure: a dense model and its sliced sizes, from a folder, a model name, or a shape alone.
 
-Speed depends on shapes and not on what the weights say. So a checkpoint "sliced on the fly" gets random weights at its
-sliced size, without calibration, and a shape needs no checkpoint at all. Folders keep their own weights.
+Speed depends on shapes, not on the values of the weights. So the sliced sizes of a dense model get random weights,
+without calibration, and a shape needs no checkpoint at all. Folders keep their own weights.
 """
 
 from collections.abc import Sequence
@@ -35,15 +35,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass
 class MeasuredNetwork:
-    """One size of one model; its weights are made when they are first asked for, and kept until `release`.
+    """One size of one model; its weights are made on first use and kept until `release`.
 
     Attributes:
         label: "dense", "sliced 25 %", or a folder's name.
         source: folder or shape.
-        config: canonical; a dense network has identity shortcuts.
-        folder: holds the weights of this very size; None where they are random.
+        config: of the canonical form; a dense network has identity shortcuts.
+        folder: with the weights at this size; None where they are random.
         huggingface_config: of the dense model in Hugging Face's own class; None where sliced.
-        keeps_plain, keeps_huggingface: these forms are run, and not only the way to another one.
+        keeps_plain, keeps_huggingface: whether this form is measured, and not only a step towards another one.
     """
 
     label: str
@@ -63,12 +63,12 @@ class MeasuredNetwork:
 
     @property
     def slice(self) -> float:
-        """`1 - d / D`, the mean over the boundaries."""
+        """Fraction of columns deleted, `1 - d / D`, the mean over the boundaries."""
         return slicing_fraction(self.config)
 
     @property
     def parameters(self) -> int:
-        """Stored elements of the smaller of the forms that this network is run in."""
+        """Stored elements: the checkpoint's of a dense network, those of the sliced form otherwise."""
         return self.config.source_parameters if self.is_dense else stored_parameters(self.config)
 
     @property
@@ -76,7 +76,7 @@ class MeasuredNetwork:
         return self.parameters * self.dtype.itemsize
 
     def canonical(self) -> SlicedForCausalLM:
-        """The network of this package. A dense folder's has the folder's weights with their norms folded."""
+        """The plain form, `SlicedForCausalLM`; of a dense folder, its weights with the norms folded in."""
         if "canonical" not in self._models:
             if self.folder is None:
                 model = random_model(self.config, self.dtype, self.device)
@@ -90,7 +90,7 @@ class MeasuredNetwork:
         return self._models["canonical"]
 
     def runtime(self) -> Runtime:
-        """The fused form; unless `keeps_plain`, the plain one gives its layers' weights up for it."""
+        """The fused form; unless `keeps_plain`, the plain form's layers are released as they are packed."""
         if "runtime" not in self._models:
             self._models["runtime"] = Runtime(self.canonical(), release=not self.keeps_plain)
             if not self.keeps_plain:
@@ -108,12 +108,12 @@ class MeasuredNetwork:
         return self._models["huggingface"]
 
     def release(self) -> None:
-        """Forget the weights and return their memory."""
+        """Drop the weights and return their memory."""
         self._models.clear()
         release_unused_memory(self.device)
 
     def facts(self) -> dict:
-        """What a row of results says of the network."""
+        """The columns of a result row that describe the network."""
         return {
             "network": self.label,
             "slice": round(self.slice, 4),
@@ -132,7 +132,7 @@ def networks_of_shape(
     device: torch.device,
     shape: Shape | None = None,
 ) -> list[MeasuredNetwork]:
-    """A named shape at every fraction, 0 being the dense model, with random weights."""
+    """A named shape at every fraction of columns deleted (0: the dense model), with random weights."""
     fields = fields_of(name)
     return [
         sized_network(name, fields, fraction, dtype, device, MODELS[name], None, shape)
@@ -147,7 +147,7 @@ def networks_of_model(
     device: torch.device,
     shape: Shape | None = None,
 ) -> list[MeasuredNetwork]:
-    """A sliced folder as it is; a dense model (anything `load_dense` takes) at every fraction, 0 being itself."""
+    """A sliced folder as it is; a dense model (anything `load_dense` takes) at every fraction (0: the model itself)."""
     model = None
     if Path(name).is_dir():
         check_folder(Path(name))
@@ -183,7 +183,7 @@ def sized_network(
     folder: str | None,
     shape: Shape | None = None,
 ) -> MeasuredNetwork:
-    """A dense model's network at a fraction of its columns deleted; `fields` are its canonical ones."""
+    """A dense model at a fraction of its columns deleted; `fields` are its canonical fields."""
     shape = shape or Shape()
     width = width_for_slice(fields["dense_hidden_size"], fraction, shape.round_to)
     config = plan(fields, constant_widths(fields, width), shape)
@@ -203,7 +203,7 @@ def choose_networks(
     """The networks of one run, from the options `--model`, `--shape`, `--slice` and `--dtype`; labels are unique.
 
     Args:
-        dtypes: of the weights; None is the stored one, of a shape float32 on a CPU and float16 on a GPU.
+        dtypes: of the weights; None is the stored dtype; for a shape, float32 on a CPU and float16 on a GPU.
 
     Raises:
         SliceGPTError: neither a model nor a shape is given, or both, or a shape's or folder's name is unknown.
