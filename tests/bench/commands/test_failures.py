@@ -19,6 +19,8 @@ from slicegpt.cli import main
 
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("quick_peaks")
+
 
 def out_of_memory() -> Exception:
     return torch.OutOfMemoryError("CUDA out of memory")
