@@ -56,10 +56,10 @@ def product_in(dtype: torch.dtype) -> Callable[[Tensor], Callable[[], object]]:
     return prepare
 
 
-def gram(precision: str, digits: int | None = None) -> Callable[[Tensor], Callable[[], object]]:
+def gram(precision: str) -> Callable[[Tensor], Callable[[], object]]:
     def prepare(X: Tensor):
         C = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
-        return lambda: gram_(C, X, precision=precision, digits=digits)
+        return lambda: gram_(C, X, precision=precision)
 
     return prepare
 
@@ -92,7 +92,6 @@ METHODS = {
     "gram_ fp64": gram("fp64"),
     "gram_ exact": gram("exact"),
     **ON_WGMMA,
-    "gram_ exact, 3 digits": gram("exact", 3),
     "gram_ fast": gram("fast"),
 }
 
@@ -102,7 +101,7 @@ def methods_for(shape: GramShape) -> list[str]:
     if not ON_GPU:
         return ["published", "float64 product", "float32 product", "gram_ fp64", "gram_ fast"]
     capability = torch.cuda.get_device_capability()
-    exact = ("gram_ exact", *ON_WGMMA, "gram_ exact, 3 digits")
+    exact = ("gram_ exact", *ON_WGMMA)
     precisions = {"gram_ fast": "fast", **dict.fromkeys(exact, "exact")}
     return [
         name
@@ -138,8 +137,7 @@ def bound_seconds(peaks: DevicePeaks, shape: GramShape, method: str) -> float | 
         # Half precision on tensor cores; a CPU multiplies in float32.
         arithmetic = full / 2 / ((peaks.fp32 if peaks.capability is None else peaks.half) * 1e12)
     elif method.startswith("gram_ exact") and peaks.int8:
-        # 3 digits are integers of 20 bits: 7 residues, see kernels/gram_exact.py.
-        planes = 7 if method.endswith("digits") else EXPECTED_PLANES[shape.dtype]
+        planes = EXPECTED_PLANES[shape.dtype]
         arithmetic = planes * full / 2 / (peaks.int8 * 1e12)
         planes_moved = (2 * read + planes * shape.tokens * shape.columns) / (peaks.bandwidth * 1e9)
     else:

@@ -61,6 +61,13 @@ def tree(tmp_path):
     return target
 
 
+def documents():
+    """Files of docs/ and examples/, and the documents at the root."""
+    folders = [path for name in ("docs", "examples") for path in (ROOT / name).rglob("*") if path.is_file()]
+    files = [*folders, *ROOT.glob("*.md"), *ROOT.glob("mkdocs.yml")]
+    return {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
+
+
 def environment(**changes):
     """This process's environment without the variables that setup.py reads, then `changes`."""
     kept = {
@@ -100,7 +107,35 @@ def wheel(tree, env):
 
 
 def modules_of(folder):
-    return {f"slicegpt/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+    return {f"slicegpt/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
+
+
+def stand_in(file, script):
+    """An executable shell script; returns the file."""
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    return file
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """An environment with a toolkit and GPUs: `machine("9.0\n", "75 90")`; None: nvidia-smi fails, as without a driver.
+
+    nvcc knows the given architectures and compiles nothing.
+    """
+
+    def build(capabilities, known, **variables):
+        home = tmp_path / "toolkit"
+        (home / "bin").mkdir(parents=True)
+        listed = " ".join(f"compute_{number}" for number in known.split())
+        stand_in(home / "bin" / "nvcc", f"echo {listed} | tr ' ' '\\n'")
+        answer = "exit 9" if capabilities is None else f"printf '{capabilities}'"
+        query = "--query-gpu=compute_cap --format=csv,noheader"
+        stand_in(home / "nvidia-smi", f'[ "$*" = "{query}" ] || exit 2\n{answer}')
+        path = f"{home}{os.pathsep}{os.environ['PATH']}"
+        return environment(CUDA_HOME=str(home), PATH=path, SLICEGPT_CPU="0", **variables)
+
+    return build
 
 
 @needs_backend
@@ -134,15 +169,77 @@ def test_architectures_too_old():
 
 @needs_backend
 def test_default_architectures_are_those_nvcc_knows(tmp_path):
-    old = tmp_path / "nvcc"
-    old.write_text("#!/bin/sh\nprintf 'compute_75\\ncompute_80\\ncompute_86\\n'\n")
-    old.chmod(0o755)
+    old = stand_in(tmp_path / "nvcc", "printf 'compute_75\\ncompute_80\\ncompute_86\\n'")
     default = "parse_architectures(DEFAULT_ARCHITECTURES)"
     all_codes, old_codes = evaluate(
         f"[code for _, code in {default}]", f"[code for _, code in known_to({str(old)!r}, {default})]"
     )
-    assert all_codes == ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "compute_90"]
+    assert all_codes == DEFAULT_CODES
     assert old_codes == ["sm_75", "sm_80", "sm_86"]
+
+
+ALL_KNOWN = "75 80 86 87 89 90 100 103 120"
+DEFAULT_CODES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "compute_90"]
+
+
+@needs_backend
+@pytest.mark.parametrize(
+    ("capabilities", "known", "variables", "codes"),
+    [
+        ("9.0", ALL_KNOWN, {}, ["sm_90a"]),
+        ("8.6\\n8.0\\n8.6\\n", ALL_KNOWN, {}, ["sm_80", "sm_86"]),
+        # A later minor version runs the machine code of an earlier one; a later major version needs PTX.
+        ("10.3", "75 80 90 100", {}, ["sm_100"]),
+        ("12.0", "75 80 90", {}, ["compute_90"]),
+        # Too old, or no longer known to nvcc.
+        ("7.0", ALL_KNOWN, {}, []),
+        ("7.5", "80 90 100", {}, []),
+        ("7.0\\n8.9", ALL_KNOWN, {}, ["sm_89"]),
+        # No GPU, no driver, a driver that cannot say.
+        ("", ALL_KNOWN, {}, []),
+        (None, ALL_KNOWN, {}, []),
+        ("[N/A]", ALL_KNOWN, {}, []),
+        # What is asked for does not depend on the GPUs.
+        (None, ALL_KNOWN, {"SLICEGPT_CUDA": "1"}, DEFAULT_CODES),
+        ("8.9", ALL_KNOWN, {"SLICEGPT_CUDA": "1"}, DEFAULT_CODES),
+        (None, "75 80", {"SLICEGPT_CUDA": "1"}, ["sm_75", "sm_80"]),
+        (None, ALL_KNOWN, {"TORCH_CUDA_ARCH_LIST": "8.0+PTX"}, ["sm_80", "compute_80"]),
+        ("9.0", ALL_KNOWN, {"TORCH_CUDA_ARCH_LIST": "8.0", "SLICEGPT_CUDA": "1"}, ["sm_80"]),
+    ],
+)
+def test_which_gpus_are_compiled_for(machine, capabilities, known, variables, codes):
+    env = machine(capabilities, known, **variables)
+    (found,) = evaluate("[code for _, code in wanted_architectures(find_nvcc())]", env=env)
+    assert found == codes
+
+
+@needs_backend
+@pytest.mark.parametrize(
+    ("capabilities", "variables", "line"),
+    [
+        ("8.9", {}, "slicegpt: building the CUDA part for sm_89"),
+        (
+            None,
+            {},
+            "slicegpt: building without the CUDA part: no GPU is visible; set SLICEGPT_CUDA=1 "
+            "(all supported GPUs) or TORCH_CUDA_ARCH_LIST to build it",
+        ),
+        (
+            "7.0",
+            {},
+            "slicegpt: building without the CUDA part: nvcc cannot compile for the GPUs here "
+            "(compute capability 7.0); set SLICEGPT_CUDA=1 (all supported GPUs) or TORCH_CUDA_ARCH_LIST to build it",
+        ),
+        ("8.9", {"SLICEGPT_CUDA": "0"}, "slicegpt: building without the CUDA part"),
+        (None, {"TORCH_CUDA_ARCH_LIST": "8.0"}, "slicegpt: building the CUDA part for sm_80"),
+    ],
+)
+def test_one_line_says_what_is_built(machine, capabilities, variables, line):
+    env = machine(capabilities, ALL_KNOWN, **variables)
+    command = [sys.executable, "setup.py", "--name"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [text for text in done.stderr.splitlines() if "CUDA part" in text] == [line]
 
 
 @needs_backend
@@ -179,11 +276,20 @@ def test_jobs():
 
 @needs_backend
 def test_wheel_without_nvcc(tree):
+    """All modules, the kernels' tuned configurations and the type marker; no results, documents or tests."""
+    (tree / "kernels" / "tuned_sm90.json").write_text("{}")
     names, file = wheel(tree, without_nvcc(SLICEGPT_CPU="0"))
     assert not any("_C" in name or "_cpu." in name for name in names)
     assert file.name.endswith("py3-none-any.whl")
     assert modules_of("kernels") | modules_of("bench") <= names
     assert "slicegpt/ops/cuda.py" in names
+    others = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}
+    assert others == {"slicegpt/py.typed", "slicegpt/kernels/README.md", "slicegpt/kernels/tuned_sm90.json"}
+    with zipfile.ZipFile(file) as archive:
+        (metadata,) = (name for name in names if name.endswith("METADATA"))
+        text = archive.read(metadata).decode()
+    assert "Project-URL: Paper, https://arxiv.org/abs/2401.15024" in text
+    assert "Classifier: Typing :: Typed" in text
 
 
 @needs_backend
@@ -275,9 +381,7 @@ def test_wheel_with_the_cpu_part(tree):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="has no such instructions")
 def test_a_compiler_before_amx(tmp_path):
     """Its files are compiled without their flags, to kernels that are not there; nothing else changes."""
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec c++ "$@"\n')
-    compiler.chmod(0o755)
+    compiler = stand_in(tmp_path / "c++", 'case "$*" in *-mamx*) exit 1;; esac\nexec c++ "$@"')
     text, usual = evaluate(
         f"cpu_ninja_file({str(compiler)!r}, '0', Path('build'), Path('target'))",
         "cpu_ninja_file('c++', '0', Path('build'), Path('target'))",
@@ -298,9 +402,7 @@ def test_a_compiler_before_amx(tmp_path):
 @pytest.mark.parametrize("wish", ["auto", "1"])
 def test_a_compiler_that_fails(tree, tmp_path, wish):
     """auto installs without the CPU part, and says so; 1 fails."""
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
-    compiler.chmod(0o755)
+    compiler = stand_in(tmp_path / "c++", "echo no such flag >&2\nexit 1")
     env = without_nvcc(CXX=str(compiler), SLICEGPT_CPU=wish)
     if wish == "auto":
         names, _ = wheel(tree, env)
@@ -315,6 +417,10 @@ def test_a_compiler_that_fails(tree, tmp_path, wish):
 
 @needs_backend
 def test_sdist_carries_the_sources(tree):
+    """With the documents, the examples and the recorded results, for those who build or test from it."""
+    for name in documents():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
     code = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tree, env=without_nvcc(), capture_output=True, text=True)
@@ -324,18 +430,17 @@ def test_sdist_carries_the_sources(tree):
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     wanted = {str(path.relative_to(ROOT)) for path in sources}
+    wanted |= documents() | {str(path.relative_to(ROOT)) for path in (ROOT / "bench").rglob("*.json")}
     assert wanted | modules_of("kernels") | modules_of("bench") | {"setup.py", "LICENSE"} <= names
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_gpu_script_goes_on_after_a_failed_step(tmp_path):
     """bench/gpu.sh with a stand-in for Python: a failing build is reported, the other steps still run."""
-    python = tmp_path / "python"
-    python.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in *get_device_capability*) echo 8.0 ;; *setup.py*) echo no compiler; exit 1 ;; esac\n'
+    python = stand_in(
+        tmp_path / "python",
+        'case "$*" in *get_device_capability*) echo 8.0 ;; *setup.py*) echo no compiler; exit 1 ;; esac',
     )
-    python.chmod(0o755)
     command = ["bash", ROOT / "bench" / "gpu.sh", tmp_path / "out"]
     done = subprocess.run(command, env=environment(PYTHON=str(python)), capture_output=True, text=True)
     assert done.returncode == 1
