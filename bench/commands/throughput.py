@@ -19,7 +19,7 @@ from slicegpt.bench.models.engines import (
     errors_as_not_applicable,
     groups_by_memory,
     not_measured,
-    start,
+    start_decoder,
 )
 from slicegpt.hardware.memory import free_memory
 from slicegpt.modeling.sizes import format_bytes
@@ -93,8 +93,8 @@ class BatchProber:
 
     def warm_up(self) -> None:
         """Load the weights and choose kernels, so that the first measurement does not include it."""
-        with errors_as_not_applicable(self.case):
-            decoder = start(self.case, 1, UNTIMED)
+        with errors_as_not_applicable():
+            decoder = start_decoder(self.case, 1, UNTIMED)
             decoder.fill(1)
             self.steps(decoder, WARMUP)
             self.stored = decoder.stored_bytes
@@ -106,7 +106,7 @@ class BatchProber:
         level = bytes_in_use(self.device)
         failed = None
         try:
-            with errors_as_not_applicable(self.case):
+            with errors_as_not_applicable():
                 measured = self.decode(batch)
         except NotApplicable as reason:
             failed = type(reason)(
@@ -152,7 +152,7 @@ class BatchProber:
         options = self.options
         before = bytes_in_use(self.device)
         start_peak(self.device)
-        decoder = start(self.case, batch, options.length)
+        decoder = start_decoder(self.case, batch, options.length)
         decoder.fill(options.context - UNTIMED)
         self.steps(decoder, WARMUP)
         times = self.steps(decoder, options.timed)

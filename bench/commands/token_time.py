@@ -19,7 +19,7 @@ from slicegpt.bench.models.engines import (
     errors_as_not_applicable,
     groups_by_memory,
     not_measured,
-    start,
+    start_decoder,
 )
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.memory import free_memory
@@ -114,12 +114,12 @@ def prepare(case: BenchmarkCase, options: TokenOptions) -> DecodingRun:
     network = case.network
     ids = prompt_ids(case, options.batch, options.prompt)
     began = time.perf_counter()
-    with errors_as_not_applicable(case):
-        start(case, options.batch, options.length).prompt(ids)  # loads, allocates, tunes
+    with errors_as_not_applicable():
+        start_decoder(case, options.batch, options.length).prompt(ids)  # loads, allocates, tunes
         release_unused_memory(network.device)
         before = bytes_in_use(network.device)
         start_peak(network.device)
-        decoder = start(case, options.batch, options.length)
+        decoder = start_decoder(case, options.batch, options.length)
         prompt_ms = milliseconds_of(lambda: decoder.prompt(ids), network.device)
         decoder.steps(options.warmup, after=lambda: None)
         synchronise(network.device)
@@ -154,7 +154,7 @@ def decode(run: DecodingRun, steps: int, flush: Callable[[], object] | None) -> 
 def decode_or_stop(run: DecodingRun, steps: int, flush: Callable[[], object] | None) -> str | None:
     """`decode`; on failure the decoder is dropped and the reason returned."""
     try:
-        with errors_as_not_applicable(run.case):
+        with errors_as_not_applicable():
             decode(run, steps, flush)
     except NotApplicable as reason:
         run.decoder = None

@@ -147,7 +147,7 @@ def benchmark_cases(
     return cases, skipped
 
 
-def start(case: BenchmarkCase, batch: int, length: int) -> GreedyDecoder:
+def start_decoder(case: BenchmarkCase, batch: int, length: int) -> GreedyDecoder:
     """The case's decoder; raises `NotApplicable` where the engine does not support the network."""
     try:
         return case.engine.start(case.network, batch, length)
@@ -156,8 +156,8 @@ def start(case: BenchmarkCase, batch: int, length: int) -> GreedyDecoder:
 
 
 @contextmanager
-def errors_as_not_applicable(case: BenchmarkCase) -> Iterator[None]:
-    """Convert any exception of a case to `NotApplicable`, so that the other cases continue.
+def errors_as_not_applicable() -> Iterator[None]:
+    """Convert any exception to `NotApplicable`, so that the other cases continue.
 
     `SliceGPTError`, which concerns the user's input, passes.
     """

@@ -131,7 +131,7 @@ def test_cold_caches_are_emptied_before_every_timed_step(tiny_networks, monkeypa
 def test_a_gpus_time_counts_devices(tiny_networks):
     """GPU-ms: milliseconds times devices, on one GPU as many as were measured; none on a CPU."""
     (network,) = tiny_networks((0.5,))
-    decoder = engines_module.start(BenchmarkCase(network, chosen_engines(["plain"])[0]), 1, 8)
+    decoder = engines_module.start_decoder(BenchmarkCase(network, chosen_engines(["plain"])[0]), 1, 8)
     run = DecodingRun(
         BenchmarkCase(network, chosen_engines(["plain"])[0]), decoder, 1.0, 1.0, 0, 0, times=[2.0, 4.0, 3.0]
     )

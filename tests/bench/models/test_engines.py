@@ -35,7 +35,7 @@ def test_forms_that_no_engine_needs_are_given_up(tiny_folder):
         (network,) = choose_networks([str(tiny_folder)], None, [0.0], [None], CPU, Shape(round_to=8))
         cases, _ = benchmark_cases([network], chosen_engines(list(engines)))
         for case in cases:
-            engines_module.start(case, 1, 8)
+            engines_module.start_decoder(case, 1, 8)
         return set(network._models)
 
     assert forms("fused") == {"runtime"}
