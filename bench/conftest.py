@@ -1,4 +1,4 @@
-"""Benchmarks are called bench_*.py; pytest collects them in this folder as it collects test_*.py elsewhere."""
+"""Makes pytest collect bench_*.py in this folder, as it collects test_*.py elsewhere."""
 
 import pytest
 

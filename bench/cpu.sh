@@ -14,7 +14,7 @@ steps=(token token-1b throughput throughput-1b layers layers-1b slicing slicing-
 [ $# -eq 0 ] || steps=("$@")
 
 small=(--model smollm2-135m --slice 0,0.25,0.5 --round-to 8)
-# Half the memory of float32, and what CPUs with matrix units are fast at.
+# Half the memory of float32, and fast on CPUs with matrix units.
 large=(--shape llama-1b --slice 0,0.25,0.5 --dtype bfloat16)
 both=(--dtype float32,bfloat16)
 generate=hf,hf-generate,hf-generate-static,fused
@@ -25,9 +25,9 @@ for step in "${steps[@]}"; do
     case $step in
         token) "$slicegpt" bench token "${small[@]}" "${both[@]}" --tokens 96 --rounds 16 "${results[@]}" ;;
         token-1b) "$slicegpt" bench token "${large[@]}" "${both[@]}" --engines $generate --tokens 32 "${results[@]}" ;;
-        # Without a limit the caches of the last batches take minutes.
+        # Without a limit, filling the caches of the last batches takes minutes.
         throughput) "$slicegpt" bench throughput "${small[@]}" --steps 4 --rounds 5 --max-memory 8GB "${results[@]}" ;;
-        # Little memory: here it is the limit that ends the search.
+        # A low limit: here memory ends the search.
         throughput-1b) "$slicegpt" bench throughput "${large[@]}" --engines fused --steps 2 --rounds 1 --max-memory 3GB "${results[@]}" ;;
         layers) "$slicegpt" bench layers "${small[@]}" --seqlen 512 --repeats 80 "${results[@]}" ;;
         layers-1b) "$slicegpt" bench layers "${large[@]}" --seqlen 256 --repeats 80 "${results[@]}" ;;

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call: bench/gpu.sh OUTDIR [STEP...]
+# Everything that needs a GPU, in one call: bench/gpu.sh OUTDIR [STEP...]
 #
 # Builds the CUDA part for this GPU, runs the tests marked `gpu`, compute-sanitizer on small shapes, tunes the Triton
 # GEMMs, and runs the kernel benchmarks, the most important first; only the named steps where some are named. Logs,
 # tables and JSON go to OUTDIR. A step that fails does not stop the others; the summary names it, and the exit status is
-# 1. A step is one line at the end of this file: `step NAME SECONDS COMMAND...`, SECONDS its limit. The whole run stops
-# starting steps after SLICEGPT_GPU_SECONDS (default 1500), but for the page of results, which is always made. A step that
-# takes too long is interrupted and keeps what it has measured. PYTHON chooses the interpreter.
+# 1. A step is one line at the end of this file: `step NAME SECONDS COMMAND...`, SECONDS its limit. No step
+# starts after SLICEGPT_GPU_SECONDS (default 1500), except the page of results, which is always made. A step that takes too
+# long is interrupted and keeps what it has measured. PYTHON chooses the interpreter.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: bench/gpu.sh OUTDIR [STEP...]" >&2; exit 2; }
 mkdir -p "$1" || exit 2
@@ -51,12 +51,12 @@ sanitize() {
 export -f sanitize
 export python
 
-# Only this GPU's code: a minute instead of two. An editable install needs nothing from an index.
+# Compile for this GPU only: a minute instead of two.
 capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
 [ "$capability" = 9.0 ] && capability=9.0a
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} SLICEGPT_CUDA=1
 
-# The winners go beside the kernels, so that the steps after this one run with them, and to OUTDIR.
+# The tuned configurations are written beside the kernels, so that later steps use them, and copied to OUTDIR.
 tune() {
     local status=0
     "$python" -m slicegpt.bench.kernels.tune_rotation "$@" || status=$?
@@ -92,7 +92,7 @@ step throughput_7b 180 $bench throughput $seven,0.5 --engines hf,fused --steps 1
 step token_cold_7b 90 $bench token $seven --engines hf,fused --cold-l2 --tokens 64 --json "$out/token-cold-7b.json"
 step layers_13b 90 $bench layers --shape llama-2-13b --slice 0,0.25,0.5 --json "$out/layers-13b.json"
 step slicing_1b 150 $bench slicing --shape llama-1b --slice 0.25 --nsamples 16 --json "$out/slicing-1b.json"
-# The compiled baseline, apart: every batch is compiled anew.
+# The compiled baseline in a step of its own: every batch is compiled separately.
 step throughput_compiled_7b 240 $bench throughput --shape llama-2-7b --slice 0 --engines hf-compile,fused --steps 16 --rounds 1 --json "$out/throughput-compiled-7b.json"
 step pytest_benchmark 120 "$python" -m pytest bench --benchmark-only -q -k "(test_gram and D4096 and bfloat16) or (test_rotation and llama-2-7b-25-compact and T1)" --benchmark-json "$out/pytest-benchmark.json"
 step bench_rotation_70b 150 $rotation --models llama-2-70b --slices 0.25 --seconds 120 --json "$out/bench_rotation_70b.json"

@@ -1,11 +1,11 @@
-"""The quality frontier against the published method, beside the targets that were set for it.
+"""The quality frontier against the published method, and the project's targets for it.
 
     python -m slicegpt.bench.commands.bench_frontier MODEL --calibration IN.txt --data IN.txt,OUT.txt --output runs/grid
 
-Sizes are compared at what the published form stores: for every nominal size the nearest of its widths is taken, and
-every other method may store at most as much. The loss is the log-perplexity above the dense model's. Results are kept
-point by point in the output folder; the same command goes on where it was interrupted, and `--rerun ours` measures
-one method again. Methods measured into folders of their own, at the same time, are put together with
+Methods are compared at the size that the published form stores: for every nominal size its nearest width, and every
+other method may store at most as much. The loss is the log-perplexity above the dense model's. Results are saved point
+by point in the output folder; the same command resumes an interrupted run, and `--rerun ours` measures one method
+again. Methods measured at the same time into separate folders are merged with
 
     python -m slicegpt.bench.commands.bench_frontier MODEL --compare runs/published runs/ours
 """
@@ -22,7 +22,7 @@ from slicegpt.evaluation.frontier import BASES, METHODS, describe_widths, loss_r
 from slicegpt.families import canonical_fields
 from slicegpt.table import format_table
 
-# (basis, nominal size): at most this part of the published method's loss, in and out of the calibration's domain.
+# (basis, nominal size) -> largest fraction of the published method's loss, in and out of the calibration's domain.
 TARGETS = {
     ("decoder", 0.91): (0.25, 0.5),
     ("decoder", 0.80): (0.40, 0.5),
@@ -34,7 +34,7 @@ TARGETS = {
 
 
 def published_size(fields: dict, nominal: float, basis: str) -> float:
-    """The fraction that the published form stores at the width where it comes nearest to `nominal`."""
+    """The size, as a fraction, of the published form at the width where it is nearest to `nominal`."""
     method, count = METHODS["published"], BASES[basis]
     whole = (
         fields["source_parameters"]
@@ -52,7 +52,7 @@ def published_size(fields: dict, nominal: float, basis: str) -> float:
 
 
 def compare(content: dict, method: str, fields: dict, round_to: int) -> list[dict]:
-    """A row for every target and text: both methods' sizes and perplexities, the ratio of losses, the target."""
+    """A row for every target and text: sizes and perplexities of both methods, the ratio of losses, the target."""
 
     def find(name: str, size: float, basis: str) -> dict | None:
         widths = describe_widths(plan_point(METHODS[name], fields, size, basis, round_to))
@@ -101,10 +101,9 @@ def measure(options: argparse.Namespace, fields: dict) -> None:
 
 
 def merge(folders: list[str]) -> dict:
-    """The points of several frontiers; of one point measured twice, the last folder's.
+    """The points of several frontiers; of a point measured twice, the last folder's counts.
 
-    Texts, model and dtype must agree. Calibrations may differ, what a method calibrates on is its own choice; each
-    point says which it had.
+    Texts, model and dtype must agree. Calibrations may differ: each method chooses its own, and each point records it.
     """
     contents = [json.loads(Path(folder, "frontier.json").read_text(encoding="utf-8")) for folder in folders]
     own = ("calibration", "calibration_sha256")
@@ -127,7 +126,9 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--calibration")
     parser.add_argument("--data", help="the calibration's domain first")
-    parser.add_argument("--compare", nargs="+", metavar="DIR", help="measure nothing, compare what is there")
+    parser.add_argument(
+        "--compare", nargs="+", metavar="DIR", help="compare existing results, measure nothing"
+    )
     parser.add_argument(
         "--method", default="published,ours", help="methods to measure, as of slicegpt frontier"
     )

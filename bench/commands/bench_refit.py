@@ -1,9 +1,9 @@
-"""What the output refit costs: slicing without it and with it, in one run.
+"""What the output refit costs: slicing without it and with it in one run.
 
     python -m slicegpt.bench.commands.bench_refit --nsamples 128 --seqlen 512 --json refit.json
 
-Both start from the same samples. "teacher" is the dense model's stream that is carried along, "refit" the second
-moments and the solutions, "ridge" the choice among these on held-out windows.
+Both use the same samples. "teacher" is the dense model's stream, carried beside the sliced one; "refit" the second
+moments and the solutions; "ridge" the choice of λ on held-out windows.
 """
 
 import argparse

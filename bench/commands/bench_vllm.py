@@ -1,10 +1,10 @@
-"""Offline throughput of folders on vLLM, taking turns in one run.
+"""Offline throughput of model folders on vLLM, measured in turns in one run.
 
     python -m slicegpt.bench.commands.bench_vllm dense-llama dense-canonical sliced-25 --json results.json
 
-Every folder gets an engine of its own, in a process of its own, `--repeats` times, in turns; each run serves the same
-prompts of random token ids, greedily, after one warm-up. The first folder is what the others are compared with: give
-the original checkpoint, which vLLM runs with its own model code, or the dense model in our network, or both.
+Every folder gets its own engine in its own process, `--repeats` times, in turns; each run serves the same prompts of
+random token ids, greedily, after one warm-up. The first folder is the baseline: give the original checkpoint, which
+vLLM runs with its own model code, or the dense model as `SlicedForCausalLM`, or both.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from slicegpt.bench.harness.record import write_results
 from slicegpt.checkpoint.saving import stored_size
 from slicegpt.table import format_table
 
-# The child prints its figures on a line of its own; vLLM logs around it.
+# Marks the line on which the child process prints its figures, among vLLM's logs.
 MARK = "figures: "
 
 
 def serve_once(options: argparse.Namespace, folder: str) -> dict:
-    """Seconds of one offline run, and what was run; called in a process of its own."""
+    """Seconds of one offline run, the architecture and vLLM's version; called in a process of its own."""
     import vllm
     from transformers import AutoConfig
 
@@ -57,7 +57,7 @@ def serve_once(options: argparse.Namespace, folder: str) -> dict:
         return seconds
 
     run(2)
-    # Prompt and first token by themselves, then everything: the rest is decoding.
+    # Prompt and first token alone, then the whole run: the difference is decoding.
     return {
         "architecture": config.architectures[0],
         "prefill_seconds": run(1),
@@ -77,7 +77,7 @@ def child(arguments: list[str], folder: str) -> dict:
 
 
 def summary(options: argparse.Namespace, folder: str, runs: list[dict]) -> dict:
-    """Best run of a folder: tokens per second in all, and of decoding alone."""
+    """The fastest run of a folder: tokens/s in total, and of decoding alone."""
     best = min(runs, key=lambda run: run["seconds"])
     tokens = options.requests * (options.input_tokens + options.output_tokens)
     decoded = options.requests * (options.output_tokens - 1)

@@ -17,9 +17,10 @@ from slicegpt.runtime.packing import PackedBlock, Projection
 
 @torch.no_grad()
 def fused(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtype, device) -> LayerRun:
-    """A layer with the same random weights as `layer_ops.unfused` gives it, packed.
+    """The layer of `layer_ops.unfused`, with the same random weights, packed.
 
-    Errors: `SliceGPTError` for what the runtime does not support.
+    Raises:
+        SliceGPTError: the runtime does not support the network.
     """
     model = random_model(one_layer(config), dtype, device)
     network = Network(pack(model, seqlen))
@@ -43,16 +44,16 @@ def fused(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtype, de
 
 
 def reason_against(config: SlicedConfig) -> str | None:
-    """Why the runtime does not take a network; None where it does."""
+    """Why the runtime does not support a network; None where it does."""
     try:
-        pack(skeleton(one_layer(config)), 1)  # on the meta device: only what it says counts
+        pack(skeleton(one_layer(config)), 1)  # on the meta device: only the error counts
     except SliceGPTError as error:
         return str(error)
     return None
 
 
 def block_operations(network: Network, block: PackedBlock, step: GrowingStep) -> list[Operation]:
-    """The operations of one block; they leave the new stream in "stream" and in "output"."""
+    """The operations of one block; the last one writes the new stream to "stream" and "output"."""
 
     def read(projection: Projection, index: int) -> Operation:
         def run(state: State) -> None:

@@ -1,7 +1,7 @@
-"""One transformer layer as a list of named operations, unfused, fused, and with 2:4 sparse weights.
+"""One transformer layer as a list of named operations, dense or sliced, and with 2:4 sparse weights.
 
-An operation reads and writes named tensors of a state; run in order they are the layer. So each can be timed where it
-stands, with the inputs and the cache that it finds there, and the sum can be held against the layer run as a whole.
+An operation reads and writes named tensors of a state; in order, the operations compute the layer. So each can be timed
+in place, with the inputs and cache contents that it has there, and the sum compared with the time of the whole layer.
 """
 
 import copy
@@ -23,7 +23,7 @@ Layer = SlicedDecoderLayer | SlicedParallelDecoderLayer
 
 @dataclass(frozen=True)
 class Operation:
-    """One step of a layer; `run` reads and writes the state."""
+    """One operation of a layer; `run` reads and writes the state."""
 
     name: str
     run: Callable[[State], None]
@@ -31,15 +31,15 @@ class Operation:
 
 @dataclass
 class LayerRun:
-    """A layer that can be run in pieces or as a whole.
+    """A layer that can be run operation by operation or as a whole.
 
     Attributes:
-        variant: for tables.
-        operations: in order; they read "stream" [batch, tokens, d] and end by writing "output".
+        variant: its name in tables.
+        operations: in order; they read "stream" [batch, tokens, d] and write "output".
         whole: the same layer in one call; returns its output.
         state: the tensors before the first operation.
-        reference: another way to the same output, where `whole` is only the operations in order.
-        library: whose 2:4 sparse products it runs, "cuSPARSELt" or "CUTLASS"; None where dense.
+        reference: an independent computation of the output, where `whole` only runs the operations.
+        library: of its 2:4 sparse products, "cuSPARSELt" or "CUTLASS"; None where dense.
     """
 
     variant: str
@@ -51,7 +51,7 @@ class LayerRun:
 
 
 def one_layer(config: SlicedConfig) -> SlicedConfig:
-    """The same shape with one layer, the widths and shortcuts of the first, and the smallest head."""
+    """The configuration with one layer, which has the widths and shortcuts of the first, and the smallest head."""
     blocks = 1 if config.parallel_blocks else 2
     return SlicedConfig(
         **{
@@ -75,7 +75,7 @@ def one_layer(config: SlicedConfig) -> SlicedConfig:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """A random stream [batch, tokens, d], the layer's attention mask, and rotary cosines and sines."""
+    """A random residual stream [batch, tokens, d], the layer's attention mask, and rotary cosines and sines."""
 
     stream: Tensor
     mask: Tensor | None
@@ -94,7 +94,7 @@ def layer_inputs(model: nn.Module, batch: int, seqlen: int) -> LayerInputs:
 
 
 def attend(module: nn.Module, inputs: LayerInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention as the module calls it; all [batch, tokens, columns]."""
+    """Causal attention as the module calls it; query, key, value and result are [batch, tokens, columns]."""
     heads = (*query.shape[:2], -1, module.head_dim)
     query = module.q_norm(query.view(heads)).transpose(1, 2)
     key = module.k_norm(key.view(heads)).transpose(1, 2)
@@ -115,10 +115,11 @@ def attend(module: nn.Module, inputs: LayerInputs, query: Tensor, key: Tensor, v
     return output.reshape(*output.shape[:2], -1)
 
 
-class Unfused:
+class UnfusedLayer:
     """The module's own operations, one by one.
 
-    What the module lets go of leaves the state as well: memory that is still warm is used again, here and there.
+    Tensors that the module frees are removed from the state at the same point, so that the allocator reuses memory that
+    is still in the cache, as it does in the module.
     """
 
     def __init__(self, layer: Layer, inputs: LayerInputs):
@@ -206,17 +207,17 @@ def unfused(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtype, 
 def _of_module(variant: str, model: nn.Module, batch: int, seqlen: int) -> LayerRun:
     inputs = layer_inputs(model, batch, seqlen)
     layer = model.model.layers[0]
-    operations = Unfused(layer, inputs).operations()
+    operations = UnfusedLayer(layer, inputs).operations()
     return LayerRun(variant, operations, module_run(layer, inputs), {"stream": inputs.stream})
 
 
 def module_run(layer: Layer, inputs: LayerInputs) -> Callable[[], Tensor]:
-    """The layer as the module runs it."""
+    """One call of the module."""
     return lambda: layer(inputs.stream, attention_mask=inputs.mask, position_embeddings=inputs.rotary)
 
 
 def reason_against_2_4(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why 2:4 sparse products cannot be had here; None where they can."""
+    """Why 2:4 sparse products are not available here; None where they are."""
     if device.type != "cuda":
         return "2:4 sparse products need an NVIDIA GPU of compute capability 8.0 or later; this is a CPU"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -232,9 +233,11 @@ def reason_against_2_4(dtype: torch.dtype, device: torch.device) -> str | None:
 def sparse_2_4(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtype, device) -> LayerRun:
     """The dense layer with the two smaller of every four weights of a row deleted, on sparse tensor cores.
 
-    Products come from `torch.sparse.to_sparse_semi_structured`, which takes cuSPARSELt, and CUTLASS where
-    `SparseSemiStructuredTensor._FORCE_CUTLASS` is set; the run says which it was. Without cuSPARSELt it is a
-    RuntimeError.
+    Products are those of `torch.sparse.to_sparse_semi_structured`: by cuSPARSELt, or by CUTLASS where
+    `SparseSemiStructuredTensor._FORCE_CUTLASS` is set; `LayerRun.library` says which.
+
+    Raises:
+        RuntimeError: cuSPARSELt is missing, or does not support a shape.
     """
     model = random_model(one_layer(config), dtype, device)
     libraries = set()
@@ -250,7 +253,7 @@ def sparse_2_4(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtyp
 
 
 def sparse_library(kind: type[Tensor]) -> str:
-    """Whose products a class of 2:4 sparse tensors runs; its name where PyTorch has a new one."""
+    """The library of a class of 2:4 sparse tensors; the class's name where it is unknown."""
     known = {
         torch.sparse.SparseSemiStructuredTensorCUSPARSELT: "cuSPARSELt",
         torch.sparse.SparseSemiStructuredTensorCUTLASS: "CUTLASS",
@@ -259,17 +262,17 @@ def sparse_library(kind: type[Tensor]) -> str:
 
 
 def prune_2_4(weight: Tensor) -> Tensor:
-    """Zero the two smallest magnitudes of every four neighbours in a row."""
+    """Zero the two smallest magnitudes of every four consecutive weights of a row."""
     groups = weight.unflatten(1, (-1, 4))
     smallest = groups.abs().topk(2, dim=2, largest=False).indices
     return groups.scatter(2, smallest, 0).flatten(1)
 
 
 def huggingface_whole(config, batch: int, seqlen: int, dtype, device) -> Callable[[Callable], None]:
-    """Hugging Face's own layer: a function that runs it once and calls `mark()` before and after the layer.
+    """Hugging Face's own layer: a function that runs it once and calls its argument before and after the layer.
 
     Args:
-        config: of the dense model, in Hugging Face's own class.
+        config: the Hugging Face configuration of the dense model.
     """
     config = copy.deepcopy(config)
     config.num_hidden_layers, config.vocab_size = 1, 8

@@ -1,7 +1,7 @@
-"""`slicegpt bench layers`: time of every operation of one transformer layer, shortcuts included.
+"""`slicegpt bench layers`: the time of every operation of one transformer layer, shortcuts included.
 
-The published table of operation times leaves the shortcuts out; here they are operations like the others, and the sum
-is held against the time of the whole layer, measured apart.
+The published table of operation times omits the shortcuts; here they are operations like the others, and the sum is
+compared with the time of the whole layer, measured separately.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ import torch
 from slicegpt.bench.commands import layer_fused, layer_ops
 from slicegpt.bench.commands.layer_ops import LayerRun
 from slicegpt.bench.harness.comparison import compare
-from slicegpt.bench.harness.memory import give_back
+from slicegpt.bench.harness.memory import release_unused_memory
 from slicegpt.bench.harness.record import Record
-from slicegpt.bench.harness.timing import CacheFlush, Stopwatch, last_level_cache
-from slicegpt.bench.models.networks import Network
+from slicegpt.bench.harness.timing import CacheFlush, DeviceTimer, last_level_cache
+from slicegpt.bench.models.networks import MeasuredNetwork
 from slicegpt.errors import SliceGPTError, first_line
 from slicegpt.progress import Progress
 
-# The sum of the operations shall agree with the whole layer this well.
+# Largest relative difference between the sum of the operations and the whole layer that counts as agreement.
 AGREEMENT = 0.1
 
-# Cycles that a GPU spins before a layer is timed, while the CPU queues all its kernels: without gaps between
-# launches, the events tell what the kernels take. About a millisecond.
+# Cycles that a GPU spins before a layer is timed, about a millisecond, while the CPU queues all its kernels: without
+# gaps between launches the events measure the kernels alone.
 SPIN_CYCLES = 2_000_000
 
-# An interrupted run loses at most so much.
+# Results are saved this often: an interrupted run loses at most so much.
 SAVE_SECONDS = 5.0
 
 
@@ -40,8 +40,8 @@ class LayersOptions:
 
     Attributes:
         batch, seqlen: of the input.
-        repeats: runs, of which the fastest quarter counts: what other load there is only adds.
-        cold: empty the last cache before each.
+        repeats: runs, of which the fastest quarter counts: other load only adds time.
+        cold: flush the last-level cache before each.
     """
 
     batch: int = 1
@@ -58,7 +58,7 @@ def spin(device: torch.device) -> None:
 @torch.no_grad()
 def time_operations(run: LayerRun, device: torch.device) -> list[float]:
     """Milliseconds of every operation, in order."""
-    state, watch = dict(run.state), Stopwatch(device)
+    state, watch = dict(run.state), DeviceTimer(device)
     spin(device)
     watch.mark()
     for operation in run.operations:
@@ -69,7 +69,7 @@ def time_operations(run: LayerRun, device: torch.device) -> list[float]:
 
 @torch.no_grad()
 def time_whole(run: Callable[[], object], device: torch.device) -> float:
-    watch = Stopwatch(device)
+    watch = DeviceTimer(device)
     spin(device)
     watch.mark()
     run()
@@ -79,8 +79,8 @@ def time_whole(run: Callable[[], object], device: torch.device) -> float:
 
 @torch.no_grad()
 def time_marked(run: Callable[[Callable], object], device: torch.device) -> float:
-    """Of a run that marks its own beginning and end."""
-    watch = Stopwatch(device)
+    """Milliseconds of a run that marks its own beginning and end."""
+    watch = DeviceTimer(device)
     spin(device)
     run(watch.mark)
     return watch.milliseconds()[0]
@@ -88,37 +88,39 @@ def time_marked(run: Callable[[Callable], object], device: torch.device) -> floa
 
 @torch.no_grad()
 def check(run: LayerRun) -> None:
-    """The operations, run in order, are the layer."""
+    """Raise `SliceGPTError` unless the operations, in order, compute the layer."""
     state = dict(run.state)
     for operation in run.operations:
         operation.run(state)
     expected = (run.reference or run.whole)().float()
-    run.reference = None  # frees its weights where the operations have their own
+    run.reference = None  # frees its weights, where the operations have other ones
     got = state["output"].float().view(expected.shape)
     error = ((got - expected).norm() / expected.norm()).item()
-    # Other summation orders: some roundings of the dtype, of numbers that are summed to size 1.
+    # The orders of summation differ: some roundings of the dtype, of sums of size 1.
     if not error < 16 * torch.finfo(run.state["stream"].dtype).eps:
         raise SliceGPTError(f"{run.variant}: the operations differ from the layer by {error:.2g}")
 
 
 @dataclass
-class Variant:
-    """A layer in one form; `make` builds it with its weights."""
+class LayerVariant:
+    """A network's layer on one engine; `make` builds it with its weights."""
 
     name: str
     engine: str
-    network: Network
+    network: MeasuredNetwork
     make: Callable[[], LayerRun]
 
 
-def variants_of(networks: Sequence[Network], options: LayersOptions) -> tuple[list[Variant], list[dict]]:
-    """Every network's layer unfused and fused, the dense one with 2:4 weights too; and why some cannot be had."""
+def variants_of(
+    networks: Sequence[MeasuredNetwork], options: LayersOptions
+) -> tuple[list[LayerVariant], list[dict]]:
+    """Every network's layer unfused and fused, the dense one also with 2:4 weights; and rows of "skipped"."""
     variants, skipped = [], []
     for network in networks:
         shape = (network.config, options.batch, options.seqlen, network.dtype, network.device)
         names = {engine: f"{network.label}, {engine}" for engine in ("unfused", "fused", "2:4")}
         variants.append(
-            Variant(
+            LayerVariant(
                 names["unfused"],
                 "unfused",
                 network,
@@ -132,7 +134,7 @@ def variants_of(networks: Sequence[Network], options: LayersOptions) -> tuple[li
         for engine, reason in reasons.items():
             if reason is None:
                 variants.append(
-                    Variant(
+                    LayerVariant(
                         names[engine],
                         engine,
                         network,
@@ -149,8 +151,8 @@ def fastest_quarter(runs: Sequence, key: Callable | None = None) -> list:
     return sorted(runs, key=key)[: max(1, len(runs) // 4)]
 
 
-def row_of(variant: Variant, run: LayerRun, operations: list[list[float]], wholes: list[float]) -> dict:
-    """The operations in order, their sum, and the whole layer: means over the fastest quarter of the runs."""
+def row_of(variant: LayerVariant, run: LayerRun, operations: list[list[float]], wholes: list[float]) -> dict:
+    """A result row: the operations, their sum, and the whole layer; means over the fastest quarter of the runs."""
     names = [operation.name for operation in run.operations]
     columns = zip(*fastest_quarter(operations, key=sum), strict=True)
     times = dict(zip(names, map(statistics.fmean, columns), strict=True))
@@ -159,7 +161,7 @@ def row_of(variant: Variant, run: LayerRun, operations: list[list[float]], whole
     return {
         "variant": variant.name,
         **variant.network.facts(),
-        # Pruned weights are no dense baseline.
+        # Not 0: pruned weights are no dense baseline.
         "slice": None if variant.engine == "2:4" else variant.network.slice,
         "engine": variant.engine,
         "library": run.library,
@@ -168,15 +170,15 @@ def row_of(variant: Variant, run: LayerRun, operations: list[list[float]], whole
         "layer_ms": layer,
         "difference": total / layer - 1,
         "agrees": abs(total / layer - 1) <= AGREEMENT,
-        # A fused one is a part of other operations.
+        # A fused shortcut is part of other operations.
         "shortcut_ms": None
         if any("+" in name for name in times)
         else sum(time for name, time in times.items() if "shortcut" in name),
     }
 
 
-def whole_row(network: Network, times: list[float]) -> dict:
-    """Hugging Face's own layer, of which only the whole is known."""
+def whole_row(network: MeasuredNetwork, times: list[float]) -> dict:
+    """A result row of Hugging Face's own layer, timed only as a whole."""
     return {
         "variant": f"{network.label}, Hugging Face",
         **network.facts(),
@@ -191,16 +193,16 @@ def whole_row(network: Network, times: list[float]) -> dict:
 
 
 def measure_layers(
-    networks: Sequence[Network],
+    networks: Sequence[MeasuredNetwork],
     options: LayersOptions,
     record: Record,
     progress: Progress | None = None,
     trace: str | None = None,
 ) -> None:
-    """Time one layer of every network in every form, in turns; `record.rows` holds a row a form.
+    """Time one layer of every network in every variant, in turns; `record.rows` holds a row for each variant.
 
     Args:
-        trace: a file for a Chrome trace of one run of every form, with named ranges.
+        trace: a file for a Chrome trace of one run of every variant, with named ranges.
     """
     progress = progress or Progress(quiet=True)
     device = networks[0].device
@@ -214,7 +216,7 @@ def measure_layers(
                 check(run)
                 runs.append(run)
             except (RuntimeError, NotImplementedError) as error:
-                # The sparse library takes some shapes only, and each release of it others.
+                # Which shapes the sparse library supports differs between its releases.
                 if variant.engine != "2:4":
                     raise
                 variants.remove(variant)
@@ -239,7 +241,7 @@ def measure_layers(
     def round_of_all() -> None:
         for index, run in enumerate(runs):
             before = flush or (lambda run=run: time_operations(run, device))
-            before()  # empties the caches, or fills them with what this layer needs
+            before()  # flushes the cache, or warms it with this layer's weights
             operations[index].append(time_operations(run, device))
             before()
             wholes[index].append(time_whole(run.whole, device))
@@ -258,22 +260,22 @@ def measure_layers(
     with progress.stage("timing", options.repeats, "rounds") as advance:
         round_of_all()
         for times in (*operations, *wholes, *others):
-            times.clear()  # that was to warm up
+            times.clear()  # that round was a warm-up
         for turn in range(1, options.repeats + 1):
             round_of_all()
             advance(1)
-            # Not after every round: what writes a file leaves the caches full of other things.
+            # Not after every round: writing a file fills the caches with other data.
             if turn == options.repeats or time.monotonic() - saved > SAVE_SECONDS:
                 save(turn)
                 saved = time.monotonic()
     if trace:
         with progress.stage(f"trace: {trace}", 1, "file"):
             write_trace(runs, device, trace)
-    give_back(device)
+    release_unused_memory(device)
 
 
-def cache_note(network: Network, options: LayersOptions) -> str | None:
-    """A warning where warm caches make a layer look faster than it is inside a model."""
+def cache_note(network: MeasuredNetwork, options: LayersOptions) -> str | None:
+    """A warning where a layer fits into the cache and so looks faster than it is inside a model; else None."""
     cache = last_level_cache(network.device)
     layer = network.bytes // max(1, network.config.num_hidden_layers)
     if options.cold or layer > cache:
@@ -285,9 +287,9 @@ def cache_note(network: Network, options: LayersOptions) -> str | None:
 
 
 def write_trace(runs: Sequence[LayerRun], device: torch.device, file: str) -> None:
-    """One run of every form under torch.profiler, as a Chrome trace (chrome://tracing, ui.perfetto.dev).
+    """One run of every variant under torch.profiler, as a Chrome trace (chrome://tracing, ui.perfetto.dev).
 
-    Ranges are named "form / operation"; on a GPU they are NVTX ranges too, which Nsight Systems shows.
+    Ranges are named "variant / operation"; on a GPU they are NVTX ranges too, for Nsight Systems.
     """
     from torch.profiler import ProfilerActivity, profile, record_function
 

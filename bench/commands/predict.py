@@ -1,14 +1,14 @@
-"""What a device can do on paper: time per token, throughput and the largest batch, from bytes, operations and memory.
+"""Predictions for a device: time per token, throughput and largest batch, from bytes, operations and memory.
 
-A decoding step of `batch` sequences with `context` tokens in the cache reads every weight once and the cache as often
-as the runtime makes it, and multiplies every weight with every sequence:
+A decoding step of `batch` sequences with `context` tokens in the cache reads every weight once, reads the cache once or
+more, depending on the runtime, and multiplies every weight with every sequence:
 
     weights    = max(weight bytes / bandwidth, 2 * weights * batch / peak)
     attention  = cache bytes * passes / bandwidth + 4 * batch * context * heads * head_dim * layers / peak
     step       = (weights + attention) / efficiency
 
-Several GPUs hold consecutive layers and work one after the other, as the published runs did: memory adds up, speed
-does not. What lies between the kernels (launches, Python, copies between GPUs) is in the one efficiency of a device.
+Several GPUs hold consecutive layers and run one after the other, as in the published runs: memory adds up, speed does
+not. All time between kernels (launches, Python, copies between GPUs) is part of the single efficiency of a device.
 """
 
 import math
@@ -24,35 +24,33 @@ from slicegpt.bench.commands.published import (
     TokenTime,
 )
 from slicegpt.bench.models.architectures import sliced_config
-from slicegpt.bench.models.devices import Device, device_named
+from slicegpt.bench.models.devices import DevicePeaks, device_named
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import decoder_parameters, stored_parameters
 
 HALF = 2  # bytes of a float16 or bfloat16 number
 
-# What the CUDA context, the allocator's fragments and cuBLAS workspaces take on every GPU, and Python on a CPU.
+# Taken by the CUDA context, the allocator's fragmentation and cuBLAS workspaces on every GPU, by Python on a CPU.
 RESERVED_BYTES = 1 << 30
 
-# Memory-bound steps of a good runtime: full stacks reach 55 to 80 % of the bandwidth. Used where a device has no
-# published figure to calibrate against; the answer says so.
+# For memory-bound steps, good runtimes reach 55 to 80 % of the bandwidth. Used where a device has no published figure
+# to calibrate with; the result says so.
 ASSUMED_EFFICIENCY = 0.7
-
-RUNTIMES = ("fused", "eager")
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a model costs.
+class DecodingCost:
+    """What decoding with a model takes: bytes and operations.
 
     Attributes:
         stored_bytes: of all weights, as kept in memory.
-        read_weights: elements that one step reads: layers and head, not the embedding rows.
+        read_weights: elements that one step reads: layers and head, not the rows of the embedding.
         cache_bytes: keys and values of one token, all layers.
-        cache_passes: how often a step moves the cache's bytes through memory.
-        attention_operations: of one step for each token in the cache.
+        cache_passes: how many times a step moves the cache through memory.
+        attention_operations: of one step, for each token in the cache.
         activation_bytes: of one sequence in a step: logits in float32, and the widest layer.
-        itemsize: bytes of a number of the weights and the cache.
+        itemsize: bytes of a weight and of a cached value.
     """
 
     stored_bytes: int
@@ -64,12 +62,12 @@ class Load:
     itemsize: int = HALF
 
 
-def load_of(config: SlicedConfig, runtime: str = "fused", itemsize: int = HALF) -> Load:
-    """The costs of a model under a runtime, with `itemsize` bytes a number.
+def cost_of(config: SlicedConfig, runtime: str = "fused", itemsize: int = HALF) -> DecodingCost:
+    """The costs of a model in a runtime, with `itemsize` bytes for each weight and cached value.
 
-    "fused" reads the cache in place. "eager" is transformers' dynamic cache with unfused attention, what the published
-    figures were measured with: each step copies the cache to append to it (read and written), copies it once more
-    for each query head of a group where heads are grouped, and attention reads that.
+    "fused" reads the cache in place. "eager" is transformers' dynamic cache with unfused attention, as in the published
+    measurements: each step copies the cache to append to it (a read and a write), repeats it for each query head of a
+    group where heads are grouped, and attention reads the result.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     passes = 1.0
@@ -77,7 +75,7 @@ def load_of(config: SlicedConfig, runtime: str = "fused", itemsize: int = HALF) 
         groups = heads // kv_heads
         passes = 2 + (1 + 2 * groups if groups > 1 else 1)
     layers, width = config.num_hidden_layers, config.head_dim
-    return Load(
+    return DecodingCost(
         stored_bytes=stored_parameters(config) * itemsize,
         read_weights=decoder_parameters(config) + config.vocab_size * config.hidden_size,
         cache_bytes=2 * layers * kv_heads * width * itemsize,
@@ -88,49 +86,48 @@ def load_of(config: SlicedConfig, runtime: str = "fused", itemsize: int = HALF) 
     )
 
 
-def step_seconds(load: Load, device: Device, batch: int, context: float) -> float:
+def step_seconds(cost: DecodingCost, device: DevicePeaks, batch: int, context: float) -> float:
     """Seconds of one decoding step at the device's peaks (efficiency 1)."""
-    return weight_seconds(load, device, batch) + cache_seconds(load, device, batch * context)
+    return weight_seconds(cost, device, batch) + cache_seconds(cost, device, batch * context)
 
 
-def peak_of(load: Load, device: Device) -> float:
-    """Operations a second in the load's precision."""
-    return 1e12 * (device.half if load.itemsize == HALF else device.fp32)
+def peak_of(cost: DecodingCost, device: DevicePeaks) -> float:
+    """Operations per second in the model's precision."""
+    return 1e12 * (device.half if cost.itemsize == HALF else device.fp32)
 
 
-def weight_seconds(load: Load, device: Device, batch: int) -> float:
-    """Of a step: reading every weight once and multiplying it with every sequence, the longer of both."""
-    read = load.read_weights * load.itemsize / (device.bandwidth * 1e9)
-    return max(read, 2 * load.read_weights * batch / peak_of(load, device))
+def weight_seconds(cost: DecodingCost, device: DevicePeaks, batch: int) -> float:
+    """Of a step: reading every weight once or multiplying it with every sequence, whichever takes longer."""
+    read = cost.read_weights * cost.itemsize / (device.bandwidth * 1e9)
+    return max(read, 2 * cost.read_weights * batch / peak_of(cost, device))
 
 
-def cache_seconds(load: Load, device: Device, cached: float) -> float:
-    """Of a step: attention over so many tokens in the cache, of all sequences together."""
-    moved = load.cache_bytes * load.cache_passes * cached / (device.bandwidth * 1e9)
-    return moved + load.attention_operations * cached / peak_of(load, device)
+def cache_seconds(cost: DecodingCost, device: DevicePeaks, cached: float) -> float:
+    """Of a step: attention over `cached` tokens in the cache, summed over the sequences."""
+    moved = cost.cache_bytes * cost.cache_passes * cached / (device.bandwidth * 1e9)
+    return moved + cost.attention_operations * cached / peak_of(cost, device)
 
 
-def usable_bytes(device: Device, gpus: int) -> float:
+def usable_bytes(device: DevicePeaks, gpus: int) -> float:
     return gpus * (device.memory * 2**30 - RESERVED_BYTES)
 
 
-def fewest_gpus(load: Load, device: Device, length: int = 128) -> int:
-    """How many GPUs hold the weights and one sequence."""
-    needed = load.stored_bytes + load.cache_bytes * length + load.activation_bytes
+def fewest_gpus(cost: DecodingCost, device: DevicePeaks, length: int = 128) -> int:
+    """The number of GPUs whose memory holds the weights and one sequence of `length` tokens."""
+    needed = cost.stored_bytes + cost.cache_bytes * length + cost.activation_bytes
     return math.ceil(needed / usable_bytes(device, 1))
 
 
-def largest_batch(load: Load, device: Device, gpus: int, length: int) -> int:
-    """The largest power of two of sequences of `length` tokens that fits; 0 where the weights do not."""
-    free = usable_bytes(device, gpus) - load.stored_bytes
-    # The appended copy of the cache lives beside the old one for a layer at a time, which is small; the copies for
-    # grouped heads too.
-    fits = int(free // (load.cache_bytes * length + load.activation_bytes))
+def largest_batch(cost: DecodingCost, device: DevicePeaks, gpus: int, length: int) -> int:
+    """The largest power of two of sequences of `length` tokens that fits; 0 where none does."""
+    free = usable_bytes(device, gpus) - cost.stored_bytes
+    # The copies of the cache in the eager runtime exist for one layer at a time, which is small.
+    fits = int(free // (cost.cache_bytes * length + cost.activation_bytes))
     return 2 ** (fits.bit_length() - 1) if fits > 0 else 0
 
 
 def calibrate(pairs: Iterable[tuple[float, float]]) -> float:
-    """The one efficiency that makes predicted seconds closest to measured ones: their geometric mean ratio.
+    """The single efficiency that brings predictions closest to measurements: the geometric mean of their ratios.
 
     Args:
         pairs: (seconds at the device's peaks, seconds measured).
@@ -140,9 +137,9 @@ def calibrate(pairs: Iterable[tuple[float, float]]) -> float:
 
 
 @lru_cache
-def published_load(model: str, fraction: float) -> Load:
+def published_cost(model: str, fraction: float) -> DecodingCost:
     """The costs of the published form: dense shortcuts, widths of eights, eager."""
-    return load_of(sliced_config(model, fraction, "dense", 8), "eager")
+    return cost_of(sliced_config(model, fraction, "dense", 8), "eager")
 
 
 def published_batch(row: TokenTime | Throughput) -> int:
@@ -150,15 +147,15 @@ def published_batch(row: TokenTime | Throughput) -> int:
 
 
 def published_step(row: TokenTime | Throughput) -> float:
-    """Seconds at the peaks of a published row's step; of its 128 tokens half are in the cache on average."""
+    """Seconds of a published row's step at peak rates; on average half of its 128 tokens are in the cache."""
     device = row.device if isinstance(row, TokenTime) else THROUGHPUT_DEVICE
     return step_seconds(
-        published_load(row.model, row.slice), device_named(device), published_batch(row), context=64
+        published_cost(row.model, row.slice), device_named(device), published_batch(row), context=64
     )
 
 
 def published_rows() -> dict[str, list[tuple[TokenTime | Throughput, float]]]:
-    """By device: the published rows that were measured on it, each with its step's seconds."""
+    """Device -> the published rows that were measured on it, each with the seconds of a step."""
     rows: dict[str, list] = {}
     for row in TOKEN_TIMES:
         rows.setdefault(row.device, []).append((row, row.milliseconds / 1000))
@@ -169,7 +166,7 @@ def published_rows() -> dict[str, list[tuple[TokenTime | Throughput, float]]]:
 
 @lru_cache
 def calibrated_efficiencies() -> dict[str, float]:
-    """One efficiency a device, from the published figures measured on it."""
+    """Device -> its efficiency, fitted to the published figures measured on it."""
     return {
         name: calibrate((published_step(row), measured) for row, measured in rows)
         for name, rows in published_rows().items()
@@ -178,14 +175,14 @@ def calibrated_efficiencies() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """A share of a device's peaks, and where it is from."""
+    """A fraction of a device's peaks, and its origin in words."""
 
     value: float
     origin: str
 
 
-def efficiency_of(device: Device, runtime: str, given: float | None = None) -> Efficiency:
-    """The one that is given; else what the published figures give, which ran eagerly; else an assumption."""
+def efficiency_of(device: DevicePeaks, runtime: str, given: float | None = None) -> Efficiency:
+    """The given one; else, for the eager runtime, the one fitted to published figures; else an assumption."""
     if given is not None:
         return Efficiency(given, "as given")
     if runtime == "eager" and device.name in calibrated_efficiencies():
@@ -200,7 +197,7 @@ def efficiency_of(device: Device, runtime: str, given: float | None = None) -> E
 def predict(
     name: str,
     fraction: float,
-    device: Device,
+    device: DevicePeaks,
     gpus: int | None = None,
     *,
     shortcut: str = "compact",
@@ -213,10 +210,10 @@ def predict(
     """Time per token and throughput of a named model at a slicing fraction, as one row of a table.
 
     Args:
-        gpus: how many hold the model; None takes the fewest that do. A CPU is one device.
-        batch, length: sequences, and tokens of each at the end; the cache holds half of `length` on average.
-        efficiency: of the peaks; None takes that of `efficiency_of`.
-        itemsize: bytes of a number of the weights and the cache.
+        gpus: how many hold the model; None takes the fewest. A CPU is one device.
+        batch, length: sequences, and tokens of each at its end; on average the cache holds half of `length`.
+        efficiency: fraction of the peaks; None takes that of `efficiency_of`.
+        itemsize: bytes of a weight and of a cached value.
 
     Raises:
         SliceGPTError: the model is unknown, or several GPUs are asked for on a CPU.
@@ -225,15 +222,15 @@ def predict(
     if on_cpu and (gpus or 1) > 1:
         raise SliceGPTError(f"--gpus: must be 1 (or not given) where --device is cpu, got {gpus}")
     config = sliced_config(name, fraction, shortcut)
-    load = load_of(config, runtime, itemsize)
-    gpus = gpus or (1 if on_cpu else fewest_gpus(load, device, length))
+    cost = cost_of(config, runtime, itemsize)
+    gpus = gpus or (1 if on_cpu else fewest_gpus(cost, device, length))
     factor = 1 / efficiency_of(device, runtime, efficiency).value
-    most = largest_batch(load, device, gpus, length)
+    most = largest_batch(cost, device, gpus, length)
     row = {
         "model": name,
         "slice": fraction,
         "width": config.boundary_widths[0],
-        "GB": load.stored_bytes / 1e9,
+        "GB": cost.stored_bytes / 1e9,
         "GPUs": None if on_cpu else gpus,
         "fits": most >= batch,
         "ms per token": None,
@@ -242,9 +239,9 @@ def predict(
         "tokens/s": None,
     }
     if most >= batch:
-        milliseconds = 1000 * step_seconds(load, device, batch, length / 2) * factor
+        milliseconds = 1000 * step_seconds(cost, device, batch, length / 2) * factor
         row["ms per token"] = milliseconds
         row["GPU-ms per token"] = None if on_cpu else milliseconds * gpus
     if most:
-        row["tokens/s"] = most / (step_seconds(load, device, most, length / 2) * factor)
+        row["tokens/s"] = most / (step_seconds(cost, device, most, length / 2) * factor)
     return row

@@ -1,11 +1,11 @@
-"""The published figures that `reproduce` holds predictions against (SliceGPT paper, arXiv 2401.15024)."""
+"""The published figures that `reproduce` compares predictions with (SliceGPT paper, arXiv 2401.15024)."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class TokenTime:
-    """Table 2: milliseconds a token, batch 1, 128 tokens, float16, and the GPUs it took."""
+    """Table 2: milliseconds per token, batch 1, 128 tokens, float16, and the number of GPUs."""
 
     model: str
     device: str
@@ -16,7 +16,7 @@ class TokenTime:
 
 @dataclass(frozen=True)
 class Throughput:
-    """The throughput table: tokens/s at sequence length 128 on H100 80 GB, and the GPUs and batch it was found at."""
+    """The throughput table: tokens/s at sequence length 128 on H100 80 GB, and the number of GPUs and the batch."""
 
     model: str
     slice: float
@@ -27,10 +27,10 @@ class Throughput:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Milliseconds of the products of one layer, shortcuts not counted, 2048 tokens, float16, A100.
+    """Milliseconds of the matrix products of one layer, without shortcuts, 2048 tokens, float16, A100.
 
     Attributes:
-        sparse: half of the weights deleted in the 2:4 pattern instead of columns.
+        sparse: half of the weights are deleted in the 2:4 pattern, instead of columns.
     """
 
     model: str
@@ -74,7 +74,7 @@ THROUGHPUTS = (
     Throughput("llama-2-70b", 0.5, 1, 128, 1014),
 )
 
-LAYER_DEVICE = "A100 80GB"  # of either A100: its products are bound by operations, at the same peak
+LAYER_DEVICE = "A100 80GB"  # either A100: the products are compute-bound, and both have the same peak
 LAYER_TOKENS = 2048
 LAYER_TIMES = (
     LayerTime("llama-2-7b", 0.0, 3.99),

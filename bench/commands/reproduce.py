@@ -1,7 +1,7 @@
-"""The published tables, predicted from bytes and operations, with the error of every row (`published`).
+"""The published tables (`published.py`), predicted from bytes and operations, with the error of every row.
 
-Every table is a list of rows, and what must be said beside it is a list of notes: which rows are far off, and why. What
-is fitted is one efficiency a device, and one for the products of a layer.
+Every table is a list of rows and a list of notes, which name the rows that are far off, and why. Fitted are one
+efficiency for each device, and one for the products of a layer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from slicegpt.bench.commands.predict import (
     calibrated_efficiencies,
     fewest_gpus,
     largest_batch,
-    published_load,
+    published_cost,
     published_step,
 )
 from slicegpt.bench.commands.published import (
@@ -29,20 +29,20 @@ from slicegpt.bench.commands.published import (
     SlicingTime,
 )
 from slicegpt.bench.models.architectures import sliced_config
-from slicegpt.bench.models.devices import Device, device_named
+from slicegpt.bench.models.devices import DevicePeaks, device_named
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import decoder_parameters
 
-FAR_OFF = 25  # percent: a row beyond it is explained
+FAR_OFF = 25  # percent: a larger error is explained in a note
 
-# A 2:4 product reads half of the weights and two bits for each, which say where it stood; it multiplies half as much.
+# A 2:4 product reads half of the weights, with a two-bit index for each, and does half of the operations.
 SPARSE_OPERATIONS, SPARSE_BYTES = 0.5, 0.5 * (1 + 2 / 16)
 
-# What a slicing run of the paper is taken to calibrate on; the table of its times does not say.
+# Assumed for the slicing runs of the paper, whose table of times does not say.
 CALIBRATION_TOKENS = 1024 * 2048
 
 
-# The device of every table that was measured on one only.
+# The device of every table that has a single one.
 DEVICE_OF = {
     "throughput": THROUGHPUT_DEVICE,
     "products of one layer": LAYER_DEVICE,
@@ -59,11 +59,11 @@ def percent_off(predicted: float, published: float) -> float:
 
 
 def token_times() -> tuple[list[dict], list[str]]:
-    """Table 2 of the paper, milliseconds a token and GPUs; and notes."""
+    """Table 2 of the paper, milliseconds per token and number of GPUs; and notes."""
     rows, notes = [], []
     for row in TOKEN_TIMES:
         predicted = 1000 * published_step(row) / calibrated_efficiencies()[row.device]
-        gpus = fewest_gpus(published_load(row.model, row.slice), device_named(row.device))
+        gpus = fewest_gpus(published_cost(row.model, row.slice), device_named(row.device))
         rows.append(
             {
                 "device": row.device,
@@ -91,7 +91,7 @@ def throughputs() -> tuple[list[dict], list[str]]:
     efficiency, rows = calibrated_efficiencies()[THROUGHPUT_DEVICE], []
     dense: tuple[float, float] = (1.0, 1.0)
     for row in THROUGHPUTS:
-        load, seconds = published_load(row.model, row.slice), published_step(row)
+        cost, seconds = published_cost(row.model, row.slice), published_step(row)
         predicted = row.batch / seconds * efficiency
         if row.slice == 0:  # the dense row comes first
             dense = (row.tokens_per_second, predicted)
@@ -102,14 +102,14 @@ def throughputs() -> tuple[list[dict], list[str]]:
                 "slice": row.slice,
                 "GPUs": row.gpus,
                 "batch": row.batch,
-                "batch that fits": largest_batch(load, device, row.gpus, 128),
+                "batch that fits": largest_batch(cost, device, row.gpus, 128),
                 "tokens/s published": row.tokens_per_second,
                 "tokens/s predicted": predicted,
                 "error %": percent_off(predicted, row.tokens_per_second),
                 "speed-up published": published_ratio,
                 "speed-up predicted": ratio,
                 "speed-up error %": percent_off(ratio, published_ratio) if row.slice else None,
-                "cache %": 100 * cache_seconds(load, device, row.batch * 64) / seconds,
+                "cache %": 100 * cache_seconds(cost, device, row.batch * 64) / seconds,
                 "own efficiency": seconds * row.tokens_per_second / row.batch,
             }
         )
@@ -124,7 +124,7 @@ def throughputs() -> tuple[list[dict], list[str]]:
 
 
 def _throughput_notes(rows: Sequence[dict], efficiency: float) -> list[str]:
-    """One note for each class of rows whose tokens/s are far off: those that read weights, those that copy a cache."""
+    """A note for each class of rows whose tokens/s are far off: bound by reading weights, or by copying the cache."""
     notes = []
     classes = {
         False: "mostly read weights, in products large enough to come nearer to the bandwidth than",
@@ -156,7 +156,7 @@ def _span(values: Iterable[float]) -> str:
 
 
 def layer_products(config: SlicedConfig) -> list[tuple[int, int]]:
-    """(inputs, outputs) of the products of a layer of constant width, shortcuts left out."""
+    """(inputs, outputs) of the products of a layer of constant width, without shortcuts."""
     width, neurons = config.boundary_widths[0], config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -165,8 +165,8 @@ def layer_products(config: SlicedConfig) -> list[tuple[int, int]]:
     return [*attention, *[(width, neurons)] * gates, (neurons, width)]
 
 
-def products_seconds(row: LayerTime, device: Device) -> float:
-    """Seconds at the peaks of a layer's products, each bound by its operations or its bytes."""
+def products_seconds(row: LayerTime, device: DevicePeaks) -> float:
+    """Seconds of a layer's products at peak rates, each bound by its operations or its bytes."""
     operations, stored = (SPARSE_OPERATIONS, SPARSE_BYTES) if row.sparse else (1, 1)
     seconds = 0.0
     for inputs, outputs in layer_products(sliced_config(row.model, row.slice, "dense", 8)):
@@ -177,7 +177,7 @@ def products_seconds(row: LayerTime, device: Device) -> float:
 
 
 def layer_efficiency() -> float:
-    """Fitted to the products of dense matrices; 2:4 products are other kernels."""
+    """Fitted to the products of dense matrices; 2:4 products use other kernels."""
     device = device_named(LAYER_DEVICE)
     return calibrate(
         (products_seconds(row, device), row.milliseconds / 1000) for row in LAYER_TIMES if not row.sparse
@@ -216,10 +216,10 @@ def layer_times() -> tuple[list[dict], list[str]]:
     return rows, notes
 
 
-def counted_minutes(row: SlicingTime, device: Device) -> float:
-    """Minutes at the peaks of what the published code computes of a slicing run, at full width.
+def counted_minutes(row: SlicingTime, device: DevicePeaks) -> float:
+    """Minutes, at peak rates and full width, of what can be counted in a slicing run of the published code.
 
-    Two forward passes of every layer (one for the signal behind attention, one for the output), and the covariance of
+    Two forward passes of every layer (one for the stream after attention, one for the output), and the covariance of
     every boundary as a full product in float64. Eigensolver, rotations and copies are not counted.
     """
     config = sliced_config(row.model, 0)
@@ -230,7 +230,7 @@ def counted_minutes(row: SlicingTime, device: Device) -> float:
 
 
 def slicing_times() -> tuple[list[dict], list[str]]:
-    """Slicing on one GPU: published, what is counted, and why there is no prediction."""
+    """Slicing on one GPU: published minutes, counted minutes, and a note on why there is no prediction."""
     device = device_named(SLICING_DEVICE)
     rows = [
         {
@@ -252,7 +252,7 @@ def slicing_times() -> tuple[list[dict], list[str]]:
 
 
 def tables() -> dict[str, tuple[list[dict], list[str]]]:
-    """Every published table by title: its rows, and the notes that belong under it."""
+    """Title of every published table -> its rows and notes."""
     return {
         "time per token": token_times(),
         "throughput": throughputs(),
@@ -262,7 +262,7 @@ def tables() -> dict[str, tuple[list[dict], list[str]]]:
 
 
 def efficiencies() -> dict[str, float]:
-    """All that was fitted."""
+    """Every fitted efficiency."""
     return {**calibrated_efficiencies(), f"{LAYER_DEVICE}, products of a layer": layer_efficiency()}
 
 

@@ -1,7 +1,7 @@
-"""`slicegpt bench slicing`: what slicing costs, stage by stage, against one dense forward pass over the same tokens.
+"""`slicegpt bench slicing`: the time of every stage of slicing, against a dense forward pass over the same tokens.
 
-The dense pass is Hugging Face's own model, decoder layers only (no head), without a cache, at the batch size that is
-fastest for it among those tried. It is run before and after, because a machine's speed drifts.
+The dense pass is Hugging Face's own model, decoder layers only (no head), without a cache, at the fastest of some batch
+sizes. It runs before and after slicing, because a machine's speed drifts.
 """
 
 import tempfile
@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from slicegpt.bench.harness.memory import bytes_in_use, give_back, peak_bytes, start_peak
+from slicegpt.bench.harness.memory import bytes_in_use, peak_bytes, release_unused_memory, start_peak
 from slicegpt.bench.harness.record import Record
 from slicegpt.bench.harness.timing import synchronise
 from slicegpt.bench.models.architectures import MODELS, random_dense
@@ -25,7 +25,7 @@ from slicegpt.families import canonical_fields
 from slicegpt.progress import Progress
 from slicegpt.slicing import SlicingOptions, slice_model
 
-# Samples of the trials that choose the dense pass's batch size.
+# Samples and batch sizes of the trials that choose the dense pass's batch size.
 TRIAL_SAMPLES = 8
 TRIAL_BATCHES = (1, 2, 4, 8)
 
@@ -77,7 +77,7 @@ def load(
 
 @torch.no_grad()
 def dense_pass(model: PreTrainedModel, batches: list[CalibrationBatch], device: torch.device) -> float:
-    """Seconds of one pass of all batches through the decoder layers; the model is on `device`."""
+    """Seconds of one pass of all batches through the decoder layers; `model` is on `device`."""
     synchronise(device)
     start = time.perf_counter()
     for batch in batches:
@@ -87,7 +87,7 @@ def dense_pass(model: PreTrainedModel, batches: list[CalibrationBatch], device: 
 
 
 def rows_of(seconds: dict[str, float], dense: float | None) -> list[dict]:
-    """Every stage, and what it is of a dense forward pass."""
+    """A row for every stage: its seconds, and their ratio to a dense forward pass."""
     return [
         {"stage": name, "seconds": value, "of_dense_pass": value / dense if dense else None}
         for name, value in seconds.items()
@@ -102,7 +102,7 @@ def measure_slicing(
     record: Record,
     progress: Progress | None = None,
 ) -> None:
-    """Slice once, with a dense pass before and after; `record.rows` holds a row a stage.
+    """Slice once, with a dense pass before and after; `record.rows` holds a row for each stage.
 
     `record.content` also gets "tokens", "tokens_per_second", "ratio", "peak_bytes" and "added_bytes" (above what was
     in use before slicing).
@@ -124,7 +124,7 @@ def measure_slicing(
             model.to(device)
             seconds = dense_pass(model, batches_of(options.nsamples, size), device)
             model.to("cpu")
-            give_back(device)
+            release_unused_memory(device)
             advance(options.nsamples)
         return seconds
 
@@ -140,7 +140,7 @@ def measure_slicing(
     seconds = {"loading": loading, "one dense forward pass": dense[0]}
     record.save(width=width, dense_batch_size=best, dense_seconds=dense, rows=rows_of(seconds, dense[0]))
 
-    give_back(device)
+    release_unused_memory(device)
     level = bytes_in_use(device)
     start_peak(device)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`slicegpt bench token`: time per token while decoding, the prompt apart."""
+"""`slicegpt bench token`: the time per token of decoding, without the prompt."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,25 +7,25 @@ from dataclasses import dataclass, field
 import torch
 
 from slicegpt.bench.harness.comparison import compare, token_ratios
-from slicegpt.bench.harness.memory import bytes_in_use, give_back, peak_bytes, start_peak
+from slicegpt.bench.harness.memory import bytes_in_use, peak_bytes, release_unused_memory, start_peak
 from slicegpt.bench.harness.record import Record
-from slicegpt.bench.harness.timing import CacheFlush, Stopwatch, milliseconds_of, quantiles, synchronise
-from slicegpt.bench.models.decoders import Decoder
-from slicegpt.bench.models.devices import Device
+from slicegpt.bench.harness.timing import CacheFlush, DeviceTimer, milliseconds_of, quantiles, synchronise
+from slicegpt.bench.models.decoders import GreedyDecoder
+from slicegpt.bench.models.devices import DevicePeaks
 from slicegpt.bench.models.engines import (
-    Case,
+    BenchmarkCase,
     NotApplicable,
-    by_memory,
     cache_bytes,
+    errors_as_not_applicable,
+    groups_by_memory,
     not_measured,
-    refusals,
-    start,
+    start_decoder,
 )
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.memory import free_memory
 from slicegpt.progress import Progress
 
-# Share of the free memory that weights of networks which take turns may fill; the rest is for caches.
+# Share of the free memory for the weights of networks that take turns; the rest is for caches.
 RESIDENT_SHARE = 0.7
 
 
@@ -34,11 +34,11 @@ class TokenOptions:
     """How to measure.
 
     Attributes:
-        tokens: steps that are timed, in `rounds` turns.
+        tokens: timed steps, split over `rounds` turns.
         prompt: tokens of the prompt.
-        batch: sequences.
-        warmup: steps before, not timed; nor is the first of every turn.
-        cold: overwrite the last cache before every step.
+        batch: number of sequences.
+        warmup: untimed steps before; the first step of every turn is untimed as well.
+        cold: flush the last-level cache before every step.
     """
 
     tokens: int = 128
@@ -53,17 +53,17 @@ class TokenOptions:
         return self.prompt + 1 + self.warmup + self.tokens + len(self.shares())
 
     def shares(self) -> list[int]:
-        """Steps of each round: as equal as can be."""
+        """Steps of each round, as equal as possible."""
         rounds = min(self.rounds, self.tokens)
         return [self.tokens // rounds + (index < self.tokens % rounds) for index in range(rounds)]
 
 
 @dataclass
-class Run:
-    """A case that decodes: its decoder, None once it has failed, and what was seen of it."""
+class DecodingRun:
+    """A case while it decodes: its decoder, None after a failure, and its measurements."""
 
-    case: Case
-    decoder: Decoder | None
+    case: BenchmarkCase
+    decoder: GreedyDecoder | None
     prompt_ms: float
     setup_seconds: float
     resident: int
@@ -74,10 +74,10 @@ class Run:
     def __post_init__(self):
         self.weight_bytes, self.stored_bytes = self.decoder.weight_bytes, self.decoder.stored_bytes
 
-    def row(self, options: TokenOptions, device: Device | None) -> dict:
-        """The figures so far."""
+    def row(self, options: TokenOptions, peaks: DevicePeaks | None) -> dict:
+        """A result row of the measurements so far."""
         network, engine = self.case.network, self.case.engine
-        # The cache holds prompt and warm-up, and on average half of what was decoded since.
+        # The cache holds the prompt, the warm-up, and on average half of the tokens decoded since.
         context = options.prompt + 1 + options.warmup + len(self.times) / 2
         moved = self.weight_bytes + cache_bytes(network, options.batch, context)
         seen = quantiles(self.times)
@@ -96,41 +96,41 @@ class Run:
             "prompt_ms": self.prompt_ms,
             "read_bytes": round(moved),
             "gigabytes_per_second": rate,
-            "bandwidth_fraction": rate / device.bandwidth if device else None,
+            "bandwidth_fraction": rate / peaks.bandwidth if peaks else None,
             "peak_bytes": self.stored_bytes + self.extra,
             "setup_seconds": self.setup_seconds,
         }
 
 
-def prompt_ids(case: Case, batch: int, tokens: int) -> torch.Tensor:
-    """Random tokens [batch, tokens], the same for every case of a vocabulary."""
+def prompt_ids(case: BenchmarkCase, batch: int, tokens: int) -> torch.Tensor:
+    """Random tokens [batch, tokens], the same for every case with the same vocabulary size."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = case.network.config.vocab_size
     return torch.randint(vocabulary, (batch, tokens), generator=generator).to(case.network.device)
 
 
-def prepare(case: Case, options: TokenOptions) -> Run:
-    """Process the prompt and warm up; `NotApplicable` where the engine fails at it."""
+def prepare(case: BenchmarkCase, options: TokenOptions) -> DecodingRun:
+    """Process the prompt and warm up; raises `NotApplicable` where the engine fails."""
     network = case.network
     ids = prompt_ids(case, options.batch, options.prompt)
     began = time.perf_counter()
-    with refusals(case):
-        start(case, options.batch, options.length).prompt(ids)  # loads, allocates, tunes
-        give_back(network.device)
+    with errors_as_not_applicable():
+        start_decoder(case, options.batch, options.length).prompt(ids)  # loads, allocates, tunes
+        release_unused_memory(network.device)
         before = bytes_in_use(network.device)
         start_peak(network.device)
-        decoder = start(case, options.batch, options.length)
+        decoder = start_decoder(case, options.batch, options.length)
         prompt_ms = milliseconds_of(lambda: decoder.prompt(ids), network.device)
         decoder.steps(options.warmup, after=lambda: None)
         synchronise(network.device)
     seconds = time.perf_counter() - began
     extra = max(0, peak_bytes(network.device) - before)
-    return Run(case, decoder, prompt_ms, seconds, bytes_in_use(network.device) - before, extra)
+    return DecodingRun(case, decoder, prompt_ms, seconds, bytes_in_use(network.device) - before, extra)
 
 
-def decode(run: Run, steps: int, flush: Callable[[], object] | None) -> None:
-    """Time so many steps of a run. Every step is waited for, as a reader of the text waits for it."""
-    device, watch, tokens = run.case.network.device, Stopwatch(run.case.network.device), []
+def decode(run: DecodingRun, steps: int, flush: Callable[[], object] | None) -> None:
+    """Time `steps` steps of a run. The device is synchronised after every step, as when tokens are streamed."""
+    device, watch, tokens = run.case.network.device, DeviceTimer(run.case.network.device), []
     level = bytes_in_use(device)
     start_peak(device)
 
@@ -146,15 +146,15 @@ def decode(run: Run, steps: int, flush: Callable[[], object] | None) -> None:
         tokens.append(run.decoder.tokens.clone())
 
     run.decoder.steps(steps, after, before)
-    run.times += watch.milliseconds()[::2]  # between the beginning of a step and its end
+    run.times += watch.milliseconds()[::2]  # the time of a step, not the time between steps
     run.tokens += tokens
     run.extra = max(run.extra, run.resident + peak_bytes(device) - level)
 
 
-def decode_or_stop(run: Run, steps: int, flush: Callable[[], object] | None) -> str | None:
-    """`decode`; where it fails, the run gives its decoder up, and the reason is returned."""
+def decode_or_stop(run: DecodingRun, steps: int, flush: Callable[[], object] | None) -> str | None:
+    """`decode`; on failure the decoder is dropped and the reason returned."""
     try:
-        with refusals(run.case):
+        with errors_as_not_applicable():
             decode(run, steps, flush)
     except NotApplicable as reason:
         run.decoder = None
@@ -162,18 +162,18 @@ def decode_or_stop(run: Run, steps: int, flush: Callable[[], object] | None) -> 
     return None
 
 
-def stopped(run: Run, reason: str, options: TokenOptions) -> dict:
+def stopped(run: DecodingRun, reason: str, options: TokenOptions) -> dict:
     """The row of "skipped" of a run that failed while it decoded."""
     if not run.times:
         return not_measured(run.case, reason)
     return not_measured(run.case, f"{len(run.times)} of {options.tokens} tokens: {reason}", partial=True)
 
 
-def same_tokens(run: Run, runs: Sequence[Run]) -> int:
-    """How many tokens agree, from the first on, with those of the first engine that ran this network to the end.
+def same_tokens(run: DecodingRun, runs: Sequence[DecodingRun]) -> int:
+    """The length of the common prefix with the tokens of the engine that decoded most of them with the same weights.
 
-    Engines with the same weights choose the same tokens until rounding decides between two that are as likely.
-    Hugging Face's class and ours only share weights where they come from a folder.
+    Engines with the same weights choose the same tokens until rounding decides between two equally likely ones.
+    Hugging Face's class and this package's share weights only where these come from a folder.
     """
     network = run.case.network
     shares = [
@@ -189,7 +189,7 @@ def same_tokens(run: Run, runs: Sequence[Run]) -> int:
     )
 
 
-def check_positions(cases: Sequence[Case], length: int, options: str) -> None:
+def check_positions(cases: Sequence[BenchmarkCase], length: int, options: str) -> None:
     for case in cases:
         most = case.network.config.max_position_embeddings
         if length > most:
@@ -199,29 +199,29 @@ def check_positions(cases: Sequence[Case], length: int, options: str) -> None:
 
 
 def measure_token_times(
-    cases: Sequence[Case],
+    cases: Sequence[BenchmarkCase],
     options: TokenOptions,
-    device: Device | None,
+    peaks: DevicePeaks | None,
     record: Record,
     progress: Progress | None = None,
 ) -> None:
-    """Decode with every case in turns; `record` holds a row a case after every round.
+    """Decode with every case in turns; `record` holds a row for each case after every round.
 
-    Cases whose weights do not fit into memory together are measured group by group. A case that fails keeps what it
-    did in the rounds before, is reported among `record.content["skipped"]`, and leaves the others running.
+    Cases whose weights do not fit into memory together are measured group by group. A case that fails keeps its results
+    of earlier rounds, is listed in `record.content["skipped"]`, and the other cases continue.
 
     Args:
-        device: whose bandwidth the fractions are of; None leaves them out.
+        peaks: of the device, for the fraction of its bandwidth; None omits it.
     """
     check_positions(cases, options.length, "--prompt, --tokens")
     progress = progress or Progress(quiet=True)
-    torch_device = cases[0].network.device
-    flush = CacheFlush(torch_device) if options.cold else None
+    device = cases[0].network.device
+    flush = CacheFlush(device) if options.cold else None
     finished: list[dict] = []
     skipped = record.content.setdefault("skipped", [])
-    groups = by_memory(cases, RESIDENT_SHARE * free_memory(torch_device))
+    groups = groups_by_memory(cases, RESIDENT_SHARE * free_memory(device))
     for group in groups:
-        runs: list[Run] = []
+        runs: list[DecodingRun] = []
         with progress.stage("prompts and warm-up", len(group), "cases") as advance:
             for case in group:
                 failed = False
@@ -230,8 +230,8 @@ def measure_token_times(
                 except NotApplicable as reason:
                     skipped.append(not_measured(case, reason))
                     failed = True
-                if failed:  # once the error is gone, which holds on to it
-                    give_back(torch_device)
+                if failed:  # outside the except clause, whose error holds tensors
+                    release_unused_memory(device)
                 advance(1)
         with progress.stage("decoding", options.tokens * len(runs), "steps") as advance:
             for share in options.shares():
@@ -240,10 +240,10 @@ def measure_token_times(
                         reason = decode_or_stop(run, share, flush)
                         if reason is not None:
                             skipped.append(stopped(run, reason, options))
-                            give_back(torch_device)
+                            release_unused_memory(device)
                     advance(share)
                 runs = [run for run in runs if run.decoder is not None or run.times]
-                rows = finished + [run.row(options, device) for run in runs]
+                rows = finished + [run.row(options, peaks) for run in runs]
                 for row, run in zip(rows[len(finished) :], runs, strict=True):
                     row["same_tokens"] = same_tokens(run, runs)
                 baseline = compare(rows, "ms_median", smaller_is_better=True)

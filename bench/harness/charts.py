@@ -1,6 +1,6 @@
-"""Plots of results (extra `plot`): throughput over batch, operation times stacked, tokens/s over true size, stages.
+"""Plots of results (extra `plot`): throughput over batch, stacked operation times, tokens/s over stored size, stages.
 
-Colours are those of Okabe and Ito, which readers with any colour vision can tell apart on white and on black.
+The colours are Okabe and Ito's, distinguishable with any colour vision on white and on black.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":")
 
-# Operations of a layer keep their colours from plot to plot; a fused one has that of its largest part, hatched.
+# An operation has the same colour in every plot; a fused one has the colour of its largest part, hatched.
 OPERATIONS = {
     "norm": "#999999",
     "q": "#0072B2",
@@ -29,13 +29,13 @@ OPERATIONS = {
     "activation": "#CC79A7",
     "down": "#7CC9B1",
 }
-# Text and lines; a page that is shown dark replaces it.
+# Of text and lines; the report page replaces it in dark mode.
 INK = "#1A1A1A"
 ENDINGS = (".png", ".svg")
 
 
 def check_plot(option: str, file: str | Path) -> None:
-    """An error before anything is measured where the plot could not be drawn."""
+    """Raise `SliceGPTError`, before anything is measured, where the plot could not be drawn."""
     if Path(file).suffix not in ENDINGS:
         raise SliceGPTError(f"{option}: expected a file that ends in {' or '.join(ENDINGS)}, got {file}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -43,14 +43,14 @@ def check_plot(option: str, file: str | Path) -> None:
 
 
 def draw(content: Mapping):
-    """The matplotlib figure of one result; None where this benchmark has no plot, or no figures yet."""
+    """The matplotlib figure of one result; None where this benchmark has no plot, or no rows yet."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SliceGPTError('plots need matplotlib: pip install "slicegpt[plot]"')
     drawing = DRAWINGS.get(content["benchmark"])
     if drawing is None or not content.get("rows"):
         return None
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # no pyplot: no window system, no global state
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     ink = {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
     ink |= {"axes.labelcolor": INK, "axes.edgecolor": INK, "svg.fonttype": "none", "font.size": 9}
@@ -64,7 +64,7 @@ def draw(content: Mapping):
 
 
 def plot_results(content: Mapping, file: str | Path) -> None:
-    """Draw one result to a .png or .svg file, titled with what was measured, and where."""
+    """Draw one result to a .png or .svg file, titled with what was measured, and on which device."""
     check_plot("--plot", file)
     figure = draw(content)
     if figure is not None:
@@ -82,7 +82,7 @@ def _styles(labels) -> dict[str, dict]:
 
 
 def draw_throughput(content: Mapping, axis) -> None:
-    """Tokens/s over the batch, one line a case, the fastest measurement marked."""
+    """Tokens/s over the batch, one line for each case, the fastest measurement marked."""
     points = content["points"]
     styles = _styles(f"{point['network']}, {point['engine']}" for point in points)
     for label, style in styles.items():
@@ -113,7 +113,7 @@ def draw_throughput(content: Mapping, axis) -> None:
 
 
 def draw_token(content: Mapping, axis) -> None:
-    """Tokens/s over the bytes that the weights take, one line an engine and dtype."""
+    """Tokens/s over the bytes of the weights, one line for each engine and dtype."""
     rows = content["rows"]
     styles = _styles(row["engine"] for row in rows)
     dtypes = list(dict.fromkeys(row.get("dtype") for row in rows))
@@ -127,12 +127,12 @@ def draw_token(content: Mapping, axis) -> None:
             continue
         sizes = [row["bytes"] / scale for row in own]
         middle = [row["tokens_per_second"] for row in own]
-        # Of a time's quantiles, the slow one is the low rate.
+        # The 90th percentile of the time is the lower rate.
         spread = [
             [1000 * row["batch"] * abs(1 / row["ms_median"] - 1 / row[key]) for row in own]
             for key in ("ms_p90", "ms_p10")
         ]
-        label = engine if engine not in told else None  # the sizes say which dtype it is
+        label = engine if engine not in told else None  # the sizes show the dtype
         told.add(engine)
         look = {"capsize": 3, "linewidth": 1.5, "markersize": 5, "linestyle": LINES[index % len(LINES)]}
         axis.errorbar(sizes, middle, yerr=spread, label=label, **look, **style)
@@ -158,7 +158,7 @@ def draw_token(content: Mapping, axis) -> None:
 
 
 def draw_layers(content: Mapping, axis) -> None:
-    """Times of the operations stacked, one bar a layer, beside the layer as a whole."""
+    """Stacked times of the operations, one bar for each variant, and the time of the whole layer."""
     rows = [row for row in content["rows"] if row["operations"]]
     told: set[str] = set()
     for index, row in enumerate(rows):
@@ -192,7 +192,7 @@ def operation_style(name: str) -> tuple[str, str]:
 
 
 def draw_slicing(content: Mapping, axis) -> None:
-    """Seconds of every stage, and of one dense forward pass."""
+    """Seconds of every stage of slicing, and of one dense forward pass."""
     rows = content["rows"][::-1]
     colours = ["#999999" if "dense" in row["stage"] else COLOURS[0] for row in rows]
     bars = axis.barh([row["stage"] for row in rows], [row["seconds"] for row in rows], color=colours)

@@ -1,10 +1,10 @@
-"""What a run compares: every row with the best dense one, the runtime with Hugging Face, slicing with its bytes."""
+"""Speed-ups within one run: over the best dense row, of the runtime over Hugging Face, of slicing beside its bytes."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 
 def models_of(rows: Iterable[dict]) -> list[list[dict]]:
-    """The rows of every model in every dtype: only those are compared."""
+    """The rows grouped by model and dtype: only rows of one group are compared."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["dense_parameters"], row["dtype"]), []).append(row)
@@ -12,14 +12,14 @@ def models_of(rows: Iterable[dict]) -> list[list[dict]]:
 
 
 def compare(rows: Sequence[dict], figure: str, smaller_is_better: bool) -> str | None:
-    """Add `"speedup"` to every row: how many times as fast as the best dense row of the same model and dtype.
+    """Add `"speedup"` to every row: its speed relative to the best dense row of the same model and dtype.
 
     Args:
-        rows: with `figure` (None where not measured), `"slice"`, `"dtype"`, and `"dense_parameters"`, which tells
-            models apart.
+        rows: with `figure` (None where not measured), `"slice"`, `"dtype"`, and `"dense_parameters"`, which
+            identifies the model.
 
     Returns:
-        A sentence that names the baselines; None where no dense row was measured.
+        A sentence that names the baselines, for the reader; None where no dense row was measured.
     """
     sentences = []
     for own in models_of(rows):
@@ -45,12 +45,12 @@ def compare(rows: Sequence[dict], figure: str, smaller_is_better: bool) -> str |
 
 
 def token_ratios(rows: Sequence[dict]) -> list[dict]:
-    """What `bench token` was run for, of every model and dtype; rows as `commands.token_time` makes them.
+    """The speed-ups that `bench token` is about, for every model and dtype; rows as `commands.token_time` makes them.
 
     Returns:
-        Rows {comparison, dtype, ratio, bytes_ratio}: the runtime on the dense model over the faster of `generate()`'s
-        caches, and over the fastest way of Hugging Face's; every sliced network over the dense one in the same runtime,
-        beside the ratio of the bytes that a token reads, which bounds it where memory does.
+        Rows {comparison, dtype, ratio, bytes_ratio}: the dense model in the runtime over `generate()` with its faster
+        cache, and over the fastest Hugging Face engine; every sliced network over the dense one in the same runtime,
+        with the ratio of the bytes that a token reads, the upper bound of a memory-bound step.
     """
     found = []
     for own in models_of(rows):

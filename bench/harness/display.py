@@ -1,4 +1,4 @@
-"""Rows of results as tables for people: which figures, under which names, in which units."""
+"""Rows of results as tables for people: the columns, their titles and units; and the notes below a table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from slicegpt.modeling.sizes import format_bytes
 from slicegpt.table import format_table
 
-# Memory that is in use after a batch and was not before is named above this; an allocator's reserve stays below it.
+# A batch's growth of memory in use is reported above this; an allocator's reserve stays below.
 LEAK_BYTES = 64e6
 
 TITLES = {
@@ -57,7 +57,7 @@ def _as_it_is(value: object) -> object:
     return value
 
 
-# (key of a row, title, how it is written).
+# (key of a row, title, formatter).
 COLUMNS = {
     "token": (
         ("network", "network", str),
@@ -132,7 +132,7 @@ COLUMNS = {
 def table(benchmark: str, rows: Sequence[Mapping]) -> tuple[list[str], list[list[object]]]:
     """Titles, and the cells of every row: text, numbers, or None where nothing was measured.
 
-    Columns without any figure are left out.
+    Columns without any value are omitted.
     """
     columns = [column for column in COLUMNS[benchmark] if any(row.get(column[0]) is not None for row in rows)]
     cells = [
@@ -142,7 +142,7 @@ def table(benchmark: str, rows: Sequence[Mapping]) -> tuple[list[str], list[list
 
 
 def operation_table(rows: Sequence[Mapping]) -> tuple[list[str], list[list[object]]]:
-    """Milliseconds of every operation of a layer, one column a form."""
+    """Milliseconds of every operation of a layer, one column for each variant."""
     rows = [row for row in rows if row["operations"]]
     names = list(dict.fromkeys(name for row in rows for name in row["operations"]))
     cells = [
@@ -158,12 +158,12 @@ def print_table(titles: Sequence[str], cells: Sequence[Sequence]) -> None:
 
 
 def print_rows(benchmark: str, rows: Sequence[Mapping]) -> None:
-    """The table on the screen."""
+    """Print the table."""
     print_table(*table(benchmark, rows))
 
 
 def skipped_line(row: Mapping) -> str:
-    """What was not measured, or only in part, and why."""
+    """One line: what was not measured, or only in part, and why."""
     what = "measured in part" if row.get("partial") else "not measured"
     return f"{row['network']}, {row['engine']}: {what} ({row['skipped']})"
 
@@ -174,7 +174,7 @@ def print_skipped(skipped: Sequence[Mapping]) -> None:
 
 
 def print_summary(content: Mapping) -> None:
-    """Everything a run has to say, after its table: baseline, what was not measured, and how."""
+    """Print a run's tables, what was not measured, and the notes."""
     if content["benchmark"] == "layers":
         print_table(*operation_table(content["rows"]))
         print()
@@ -188,7 +188,7 @@ def print_summary(content: Mapping) -> None:
 
 
 def token_notes(rows: Sequence[Mapping]) -> list[str]:
-    """Whether the engines of a network said the same, where the run compared their tokens."""
+    """Whether the engines of a network generated the same tokens, where the run compared them."""
     compared = [row for row in rows if row.get("same_tokens") is not None]
     if not compared:
         return []
@@ -203,7 +203,7 @@ def token_notes(rows: Sequence[Mapping]) -> list[str]:
 
 
 def notes(content: Mapping) -> list[str]:
-    """What a reader must know besides the table."""
+    """What a reader must know besides the table: baseline, leaks, caches, load, completeness."""
     told = [content["baseline"]] if content.get("baseline") else []
     told += content.get("notes", [])
     told += token_notes(content["rows"])

@@ -1,4 +1,4 @@
-"""Memory: what is in use and its peak, on a GPU by PyTorch's allocator, on a CPU by the resident set."""
+"""Memory in use and its peak: of PyTorch's allocator on a GPU, of the process's resident set on a CPU."""
 
 import ctypes
 import gc
@@ -11,48 +11,48 @@ _STATUS = Path("/proc/self/status")
 
 
 def bytes_in_use(device: torch.device) -> int:
-    """Allocated by tensors on a GPU; resident in this process on a CPU (Linux; 0 elsewhere)."""
+    """Bytes allocated by tensors on a GPU; resident in this process on a CPU (Linux only; 0 elsewhere)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS")
 
 
 def start_peak(device: torch.device) -> None:
-    """From here on `peak_bytes` counts."""
+    """Reset the peak that `peak_bytes` returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        # Where the kernel forbids it, the peak is that of the whole process.
+        # Where the kernel forbids the reset, the peak is that of the process since its start.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that was in use at once since `start_peak`."""
+    """The most bytes in use at once since `start_peak`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM")
 
 
-def give_back(device: torch.device, collect: bool = True) -> None:
-    """Return free memory to the system, so that the next measurement finds it there.
+def release_unused_memory(device: torch.device, collect: bool = True) -> None:
+    """Return cached, unused memory to the system, so that the next measurement can have it.
 
     Args:
-        collect: look for unreachable cycles first, which takes a tenth of a second.
+        collect: run the garbage collector first, which takes about a tenth of a second.
     """
     if collect:
         gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return
-    with suppress(OSError, AttributeError):  # glibc keeps freed blocks; others may have no such call
+    with suppress(OSError, AttributeError):  # glibc keeps freed blocks; other C libraries may lack the call
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on a GPU or on a CPU."""
+    """Whether an error reports a failed allocation, on a GPU or a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)

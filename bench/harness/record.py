@@ -1,4 +1,4 @@
-"""Where a figure was measured (machine, versions, commit, date, command), and writing it beside its figures."""
+"""Results as JSON and CSV, with the environment they were measured in: machine, versions, commit, date, command."""
 
 import csv
 import datetime
@@ -19,7 +19,7 @@ from slicegpt.table import write_json
 
 
 def cpu_name() -> str:
-    """The processor's own name, where Linux tells."""
+    """The processor's model name, where the operating system reports one."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -30,7 +30,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" where tracked files differ from it, "unknown" outside one."""
+    """The checkout's commit, with "-dirty" where tracked files differ from it; "unknown" outside a checkout."""
     done = _run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).resolve().parent
     )
@@ -43,12 +43,12 @@ def driver() -> str | None:
     return found.splitlines()[0] if found else None
 
 
-# A folder from the root on, or from a home.
+# An absolute path's folders, from the root or a home directory.
 _FOLDERS = re.compile(r"(?<![\w./])(?:~\w*)?/(?:[^/\s,:'\"]+/)+")
 
 
 def without_folders(value):
-    """Text, or a list or mapping of it, with absolute paths cut to their last part: results are for other machines."""
+    """Text, or a list or mapping of it, with absolute paths cut to their last part: results are read elsewhere."""
     if isinstance(value, str):
         return _FOLDERS.sub("", value)
     if isinstance(value, list | tuple):
@@ -70,7 +70,7 @@ def environment(device: torch.device | None = None) -> dict:
     """Device, versions, commit, date and command of this process.
 
     Args:
-        device: what was measured on; None takes the GPU where there is one.
+        device: the device measured on; None is the GPU where there is one.
     """
     on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     extra = {"cuda": torch.version.cuda}
@@ -82,7 +82,7 @@ def environment(device: torch.device | None = None) -> dict:
         "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "driver": driver() if on_gpu else None,
         "threads": torch.get_num_threads(),
-        # Above the number of threads measured with, others were at work.
+        # Above the number of threads used here, other work was running.
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": versions() | extra,
         "commit": commit(),
@@ -92,13 +92,13 @@ def environment(device: torch.device | None = None) -> dict:
 
 
 def write_results(file: str | None, name: str, figures: dict) -> None:
-    """Write `figures` under `name` with the environment they were measured in; nothing where `file` is None."""
+    """Write `figures` of the benchmark `name` with their environment as JSON; does nothing where `file` is None."""
     if file:
         write_json(file, {"benchmark": name, "environment": environment(), **figures})
 
 
 def check_writable(option: str, file: str | Path | None) -> None:
-    """An error before anything is measured where a result could not be written."""
+    """Raise `SliceGPTError`, before anything is measured, where a result file could not be written."""
     if file is None:
         return
     parent = Path(file).absolute().parent
@@ -107,9 +107,9 @@ def check_writable(option: str, file: str | Path | None) -> None:
 
 
 def write_csv(file: str | Path, rows: Sequence[Mapping], where: Mapping) -> None:
-    """Rows as CSV, every one with the device, driver, versions, commit, date and command, so that files can be joined.
+    """Rows as CSV, each with the device, driver, versions, commit, date and command, so that files can be concatenated.
 
-    Where a row names its own device, that one is written.
+    A row's own "device" takes precedence.
     """
     marks = {name: where[name] for name in ("device", "driver", "commit", "date", "command")}
     known = ("slicegpt", "python", "torch", "transformers", "triton", "cuda")
@@ -129,10 +129,10 @@ def write_csv(file: str | Path, rows: Sequence[Mapping], where: Mapping) -> None
 
 
 class Record:
-    """The results of one run. Its files always hold what was measured so far, marked `"complete": false` until the end.
+    """The results of one run. Its files hold what was measured so far, marked `"complete": false` until the run ends.
 
     Attributes:
-        content: what the JSON file holds.
+        content: of the JSON file.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Record:
         return self.content["rows"]
 
     def save(self, **figures) -> None:
-        """Take these figures over what was known, and write."""
+        """Merge these figures into the content and write the files."""
         self.content |= figures
         if self.json_file:
             write_json(self.json_file, self.content)

@@ -1,7 +1,7 @@
-"""Do two runs agree? The ratios that they found, side by side.
+"""Do two runs agree? Their ratios, side by side.
 
-Times move with a machine's clocks and load; what is claimed are ratios, taken within a run. So those are held against
-each other: every speed-up, the comparisons of `bench token`, and the cost of slicing in dense passes.
+Times change with a machine's clocks and load; the claims are ratios, measured within one run. So the ratios of two runs
+are compared: every speed-up, the comparisons of `bench token`, and the cost of slicing in dense passes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from slicegpt.errors import SliceGPTError
 
 
 def ratios_of(content: Mapping) -> dict[str, float]:
-    """The ratios of one result by name; those that are 1 because they are a baseline's own are left out."""
+    """The ratios of one result by name, without those of a baseline to itself, which are 1."""
     found = {}
     for row in content.get("rows", ()):
         name = row.get("variant") or f"{row.get('network')}, {row.get('engine')}"
@@ -31,12 +31,11 @@ def compare_runs(
     """Rows {result, ratio of, first, second, apart} for every ratio that two folders of results both have.
 
     Args:
-        first, second: as `report.read_results` returns them; files of the same name are held against
-            each other.
-        folders: of either.
+        first, second: as `report.read_results` returns them; files of the same name are compared.
+        folders: of the first and of the second.
 
     Raises:
-        SliceGPTError: no file of one has a ratio in common with its namesake.
+        SliceGPTError: no file has a ratio in common with the file of the same name.
     """
     others = {file.relative_to(folders[1]): content for file, content in second}
     rows = []

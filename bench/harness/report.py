@@ -1,4 +1,4 @@
-"""`slicegpt bench report`: the results in a folder as one HTML page, plots embedded, without external resources."""
+"""`slicegpt bench report`: the results in a folder as one HTML page, with embedded plots and no external resources."""
 
 import html
 import io
@@ -45,7 +45,7 @@ svg { max-width: 100%; height: auto; } .key { font-weight: 600; }
 
 
 def read_results(folder: str | Path, option: str = "DIR") -> list[tuple[Path, dict]]:
-    """Every result below a folder, by file; other JSON files are passed over.
+    """Every result file below a folder; other JSON files are skipped.
 
     Raises:
         SliceGPTError: the folder is not there, a file is not JSON, or there is no result at all.
@@ -67,7 +67,7 @@ def read_results(folder: str | Path, option: str = "DIR") -> list[tuple[Path, di
 
 
 def embedded_plot(content: Mapping, prefix: str) -> str:
-    """The plot of a result as SVG inside HTML, in the page's own colours; empty where there is none."""
+    """The plot of a result as inline SVG in the page's colours; empty where there is none."""
     figure = draw(content)
     if figure is None:
         return ""
@@ -79,13 +79,13 @@ def embedded_plot(content: Mapping, prefix: str) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Several plots share the page: identifiers must differ, also where they are referred to.
+    # Several plots share the page: make identifiers, and the references to them, unique.
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
     return re.sub(INK, "var(--ink)", text, flags=re.IGNORECASE)
 
 
 def html_table(titles: Sequence[str], cells: Sequence[Sequence[object]]) -> str:
-    """A table; columns of numbers, or of text that begins with one, are aligned to the right."""
+    """A table; columns of numbers, or of text that begins with a number, are aligned right."""
     numeric = [
         all(row[i] is None or re.match(r"[-+−]?\d", str(row[i])) for row in cells) for i in range(len(titles))
     ]
@@ -109,7 +109,7 @@ def html_table(titles: Sequence[str], cells: Sequence[Sequence[object]]) -> str:
 
 
 def plain_tables(content: Mapping) -> list[str]:
-    """Of a benchmark without columns of its own: every list of rows that it wrote."""
+    """For a benchmark without an entry in `COLUMNS`: every list of rows in its result."""
     tables = []
     for name, value in content.items():
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
@@ -124,7 +124,7 @@ def _flat(value: object) -> object:
 
 
 def section(file: Path, content: Mapping, anchor: str) -> str:
-    """One result: title, what to know, plot, tables, where it was measured."""
+    """One result: title, notes, plot, tables, environment."""
     where = content["environment"]
     known = content["benchmark"] in COLUMNS and "rows" in content
     told = notes(content) if known else content.get("notes", [])
@@ -148,7 +148,7 @@ def section(file: Path, content: Mapping, anchor: str) -> str:
         parts += plain_tables(content)
     versions = ", ".join(f"{name} {value}" for name, value in where["versions"].items() if value)
     driver = f", driver {where['driver']}" if where.get("driver") else ""
-    threads = f", {threads_of(where)}" if where["threads"] else ""  # what is on paper has none
+    threads = f", {threads_of(where)}" if where["threads"] else ""  # a prediction on paper has none
     facts = f"{where['device']}{threads}{driver} · {where['date']} · commit {where['commit']}"
     parts.append(f'<p class="dim">{html.escape(facts)}<br>{html.escape(versions)}<br>')
     parts.append(f"<code>{html.escape(where['command'])}</code><br>{html.escape(file.name)}</p></section>")

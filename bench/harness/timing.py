@@ -1,4 +1,4 @@
-"""Times: device events on a GPU, the wall clock elsewhere, and methods that take turns so that noise meets them all."""
+"""Timing: CUDA events on a GPU, the wall clock elsewhere; quantiles of samples; flushing the last-level cache."""
 
 import statistics
 import time
@@ -10,15 +10,15 @@ import torch
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was given; nothing to wait for on a CPU."""
+    """Wait until a GPU has finished all work queued on it; returns at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-class Stopwatch:
-    """Marks in time on a device: `mark()` between pieces of work, `milliseconds()` for what lies between the marks.
+class DeviceTimer:
+    """Timestamps on a device: call `mark()` between pieces of work, then `milliseconds()` for the times between marks.
 
-    A mark on a GPU is an event in the current stream and costs no synchronisation; only reading the times waits.
+    On a GPU a mark is a CUDA event on the current stream: it does not synchronise, only `milliseconds()` does.
     """
 
     def __init__(self, device: torch.device):
@@ -34,7 +34,7 @@ class Stopwatch:
             self.marks.append(time.perf_counter())
 
     def milliseconds(self) -> list[float]:
-        """Between each mark and the next."""
+        """The time between each mark and the next."""
         synchronise(self.device)
         pairs = zip(self.marks, self.marks[1:], strict=False)
         if self.device.type == "cuda":
@@ -43,9 +43,9 @@ class Stopwatch:
 
 
 def milliseconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """One call, waited for."""
+    """Milliseconds of one call of `run`, including the work that it queues on the device."""
     synchronise(device)
-    watch = Stopwatch(device)
+    watch = DeviceTimer(device)
     watch.mark()
     run()
     watch.mark()
@@ -54,7 +54,7 @@ def milliseconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Of a sample: its median, the value that a tenth lies below, and the one that a tenth lies above."""
+    """Median, 10th and 90th percentile of a sample."""
 
     median: float
     p10: float
@@ -62,7 +62,7 @@ class Quantiles:
 
 
 def quantiles(values: Sequence[float]) -> Quantiles:
-    """Linear between the two nearest values, as NumPy computes them; `values` must not be empty."""
+    """Interpolated linearly between the two nearest values, as NumPy does; `values` must not be empty."""
     if len(values) == 1:
         return Quantiles(values[0], values[0], values[0])
     tenths = statistics.quantiles(values, n=10, method="inclusive")
@@ -70,7 +70,7 @@ def quantiles(values: Sequence[float]) -> Quantiles:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of a GPU's L2 or a CPU's last cache; 0 where Linux does not tell."""
+    """Bytes of a GPU's L2 or a CPU's last-level cache; 0 where the operating system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [_size(file) for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -83,7 +83,7 @@ def _size(file: Path) -> int:
 
 
 class CacheFlush:
-    """Called before a measurement, it writes twice the last cache's size, so that no weight is left in it."""
+    """Call it before a measurement: it writes twice the size of the last-level cache, which evicts all weights."""
 
     def __init__(self, device: torch.device):
         self.buffer = torch.empty(2 * last_level_cache(device), dtype=torch.uint8, device=device)

@@ -1,10 +1,10 @@
-"""A decoding step's attention, `decode_attention_`, by our kernel and by PyTorch's operators.
+"""The attention of a decoding step, `decode_attention_`, by this package's kernel and by PyTorch's operators.
 
     python -m slicegpt.bench.kernels.bench_attention --json results.json
 
-One token a sequence, caches half full, as a runtime has them on the way; each layer has a cache of its own, so that
-none is read from L2 twice in a row. On a GPU all layers are one CUDA graph, as in the runtime. "GB/s" counts the keys
-and values that must be read; PyTorch's attention reads all of the capacity under a mask.
+One token for each sequence, with half-full caches; each layer has its own cache, so that none is still in L2. On a GPU
+all layers are one CUDA graph, as in the runtime. "GB/s" counts the keys and values that must be read; PyTorch's
+attention reads the whole capacity, under a mask.
 """
 
 import argparse
@@ -25,24 +25,24 @@ LAYERS = 8
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadShape:
     queries: int
     keys: int
     size: int
 
 
 MODELS = {
-    "llama-2-7b": Heads(32, 32, 128),
-    "llama-2-70b": Heads(64, 8, 128),
-    "phi-2": Heads(32, 32, 80),
-    "gemma-2b": Heads(8, 1, 256),
+    "llama-2-7b": HeadShape(32, 32, 128),
+    "llama-2-70b": HeadShape(64, 8, 128),
+    "phi-2": HeadShape(32, 32, 80),
+    "gemma-2b": HeadShape(8, 1, 256),
 }
 
 
 def layers(
-    heads: Heads, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    heads: HeadShape, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], None]:
-    """A call of every layer, on rows and caches of its own."""
+    """A function that runs every layer, each on its own rows and cache."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def layers(
 
 
 def replayed(run: Callable[[], None]) -> Callable[[], None]:
-    """The same as one CUDA graph."""
+    """The same calls as one CUDA graph."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -75,7 +75,7 @@ def replayed(run: Callable[[], None]) -> Callable[[], None]:
 def measure(
     name: str, batch: int, capacity: int, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> list[dict]:
-    """A row for every implementation that there is, in turns."""
+    """A row for every implementation available here, measured in turns."""
     heads, runs = MODELS[name], {}
     capability = torch.cuda.get_device_capability(device) if ON_GPU else None
     for backend in ("auto", "reference"):

@@ -5,13 +5,13 @@
     pytest bench/kernels/bench_rotation.py --benchmark-only
     SLICEGPT_BENCH_MODELS=all pytest bench/kernels/bench_rotation.py --benchmark-only -k "T8192 and fused"
 
-"cold" calls take turns over copies of the inputs that together exceed the last cache four times, so that weights come
-from memory, as they do in a model; "warm" repeats one copy. On a GPU every method is captured into a CUDA graph: host
-time is not part of the figures. "bound" is the roofline over the cold time; a CPU's peaks are measured when it starts.
-Each result is first compared with float64.
+"cold" calls cycle over copies of the inputs that together are four times the last-level cache, so that weights come
+from memory, as they do in a model; "warm" calls repeat one copy. On a GPU every method is captured into a CUDA graph:
+the figures exclude host time. "bound" is the roofline over the cold time; a CPU's peaks are measured at the start.
+Results are compared with float64.
 
-pytest takes all models and sizes on a GPU, until SLICEGPT_BENCH_SECONDS (1800) are over, and a quick subset on a CPU;
-SLICEGPT_BENCH_MODELS names models instead, at all sizes: with spaces between them, or all.
+pytest measures all models and sizes on a GPU, until SLICEGPT_BENCH_SECONDS (1800) have passed, and a quick subset on a
+CPU; SLICEGPT_BENCH_MODELS names other models, separated by spaces, or all, at all sizes.
 """
 
 import argparse
@@ -28,9 +28,9 @@ import torch
 
 from slicegpt.bench.harness.record import Record
 from slicegpt.bench.harness.timing import last_level_cache
-from slicegpt.bench.kernels.rotation import (
-    Inputs,
-    Run,
+from slicegpt.bench.kernels.rotation_methods import (
+    Call,
+    LaunchInputs,
     bound_seconds,
     is_correct,
     least_bytes,
@@ -39,7 +39,7 @@ from slicegpt.bench.kernels.rotation import (
     operations,
     relative_errors,
 )
-from slicegpt.bench.models.devices import Device, current_device
+from slicegpt.bench.models.devices import DevicePeaks, current_device
 from slicegpt.bench.models.shapes import MODELS, SIZES, Launch, NormLinearShape, launches
 from slicegpt.table import format_table
 
@@ -71,15 +71,15 @@ COLUMNS += ["TFLOP/s", "GB/s", "bound", "error"]
 
 
 def copies_for(launch: Launch, rows: int, dtype: torch.dtype) -> int:
-    """So many sets of inputs that four times the last cache passes before one is read again."""
+    """The number of input sets such that four times the last-level cache is read before one repeats."""
     bytes_a_call = least_bytes(launch, rows, dtype.itemsize)
     return max(2, min(MAX_COPIES, -(-4 * last_level_cache(DEVICE) // bytes_a_call)))
 
 
-def sequence(runs: list[Run]) -> Run:
-    """One call that does all of `runs`: a CUDA graph's replay on a GPU."""
+def sequence(runs: list[Call]) -> Call:
+    """One call that does all of `runs`: the replay of a CUDA graph on a GPU."""
     for run in runs:
-        run()  # compiles, and allocates what the libraries keep
+        run()  # compiles, and allocates workspaces
 
     def all_of_them():
         for run in runs:
@@ -94,7 +94,7 @@ def sequence(runs: list[Run]) -> Run:
     return graph.replay
 
 
-def seconds_once(run: Run) -> float:
+def seconds_once(run: Call) -> float:
     if not ON_GPU:
         begin = time.perf_counter()
         run()
@@ -107,10 +107,10 @@ def seconds_once(run: Run) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def medians(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Median seconds; the methods take turns, so that a change of clocks or of other load meets all of them.
+def medians(runs: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Median seconds; the methods take turns, so that a change of clocks or other load affects all of them alike.
 
-    A turn lasts at least `ROUND_SECONDS`, so that the resolution of the clock does not matter.
+    A turn repeats short calls, up to 50 times, for `ROUND_SECONDS`.
     """
     repeats = {}
     for name, run in runs.items():
@@ -142,7 +142,7 @@ def cold_and_warm(
 
 def measure(
     model: str, size: tuple[float, str], launch: Launch, rows: int, dtype: torch.dtype,
-    device: Device | None, options,
+    device: DevicePeaks | None, options,
 ) -> Iterator[dict]:  # fmt: skip
     times = cold_and_warm(launch, rows, dtype, options.compile, options.rounds)
     inputs = make_inputs(launch, rows, dtype, DEVICE, seed=1000)
@@ -150,7 +150,7 @@ def measure(
     errors = relative_errors(launch, inputs, comparable)
     bound = bound_seconds(launch, rows, dtype, device) if device else None
     for name, (cold, warm) in times.items():
-        # A kernel of ours is compared with our own plain product: what its epilogue and second source cost.
+        # A kernel of this package is compared with its own plain product: the cost of epilogue and second source.
         plain = times.get("plain GEMM, Triton" if name == "fused, Triton" else "plain GEMM, library")
         yield {
             "model": model,
@@ -226,7 +226,7 @@ def main() -> None:
                 continue
             rows += measure(*case, device, options)
             record.save()  # an interrupted run keeps what it has, marked incomplete
-            torch._dynamo.reset()  # each shape is compiled on its own: no limit of recompilations is met
+            torch._dynamo.reset()  # each shape is compiled separately: the limit of recompilations is not reached
     print(format_table(rows, COLUMNS))
     if skipped:
         print(f"{skipped} shapes were not measured: --seconds {options.seconds:.0f} were over")
@@ -248,7 +248,7 @@ METHODS += ["fused, Triton", "plain GEMM, Triton"] if ON_GPU else []
 
 
 def cases(names: str, on_gpu: bool) -> list[tuple[str, tuple[float, str], Launch, int]]:
-    """What pytest measures. names: of models with spaces between them, or all; empty for the device's default."""
+    """What pytest measures. names: of models, separated by spaces, or all; empty for the device's default."""
     models = names.split() or ["all" if on_gpu else "quick"]
     chosen_models = {"all": MODELS, "quick": QUICK_MODELS}.get(models[0], models)
     sizes = QUICK_SIZES if models == ["quick"] else SIZES
@@ -267,7 +267,7 @@ def name_of(case) -> str:
 
 
 @lru_cache
-def peaks() -> Device | None:
+def peaks() -> DevicePeaks | None:
     """Measured once on a CPU."""
     return current_device()
 
@@ -285,7 +285,7 @@ def test_rotation(benchmark, case, method):
     if compiled and not ON_GPU and shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     device = peaks()
-    inputs: Inputs = make_inputs(launch, rows, DTYPE, DEVICE)
+    inputs: LaunchInputs = make_inputs(launch, rows, DTYPE, DEVICE)
     runs = methods(launch, inputs, compiled)
     if method not in runs:
         pytest.skip("not on this device")
@@ -302,7 +302,7 @@ def test_rotation(benchmark, case, method):
         bound = bound_seconds(launch, rows, DTYPE, device)
         benchmark.extra_info["fraction of bound"] = bound / benchmark.stats.stats.median
     if compiled:
-        torch._dynamo.reset()  # each shape is compiled on its own: no limit of recompilations is met
+        torch._dynamo.reset()  # each shape is compiled separately: the limit of recompilations is not reached
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m slicegpt.bench.kernels.tune_rotation --output tuned.json --models llama-2-7b --rows 512 8192 --seconds 240
 
 Without --output the file beside the kernels is replaced: `kernels/tuned_sm<capability>.json`. Every candidate that the
-model of `kernels/gemm_config.py` does not rule out is timed with weights that come from memory, and the winner again
-with other orders of tiles. Needs a GPU with tensor cores for bfloat16 (sm_80 or newer).
+model of `kernels/gemm_config.py` does not rule out is timed with weights from memory, and the winner again with other
+tile orders. Needs a GPU with tensor cores for bfloat16 (sm_80 or newer).
 """
 
 import argparse
@@ -19,7 +19,7 @@ import triton
 
 from slicegpt.bench.harness.record import environment
 from slicegpt.bench.kernels.bench_rotation import copies_for, medians, sequence
-from slicegpt.bench.kernels.rotation import Inputs, fused, make_inputs
+from slicegpt.bench.kernels.rotation_methods import LaunchInputs, fused, make_inputs
 from slicegpt.bench.models.shapes import Launch, NormLinearShape, launches
 from slicegpt.kernels.gemm_config import (
     DeviceClass,
@@ -37,7 +37,7 @@ SIZES = ((0.0, "identity"), (0.25, "compact"), (0.25, "dense"))
 MODELS = ("llama-2-7b", "llama-2-70b", "opt-13b")
 ROWS = (32, 128, 512, 2048, 8192)
 GROUPS = (1, 4, 16)
-# A candidate that the model expects to take so much longer than the best one is not measured.
+# A candidate whose predicted time is more than so many times the best one's is not measured.
 HOPELESS = 3.0
 
 
@@ -52,7 +52,7 @@ def sizes_of(launch: Launch) -> tuple[str, int, int]:
 def tune(
     launch: Launch, rows: int, device: DeviceClass, rounds: int
 ) -> tuple[GemmConfig, float, float | None]:
-    """The fastest configuration, its seconds, and those of the one that the model alone would choose."""
+    """The fastest configuration, its seconds, and the seconds of the one that the model alone would choose."""
     _, columns, inner = sizes_of(launch)
     cycles = {
         config: predicted_cycles(config, device, DTYPE, rows, columns, inner)
@@ -70,7 +70,7 @@ def tune(
 
 
 def _times(
-    configs: list[GemmConfig], launch: Launch, sets: list[Inputs], rounds: int
+    configs: list[GemmConfig], launch: Launch, sets: list[LaunchInputs], rounds: int
 ) -> dict[GemmConfig, float]:
     runs = {}
     for config in configs:
@@ -82,7 +82,7 @@ def _times(
 
 
 def cases(models: list[str], rows: list[int]) -> Iterator[tuple[Launch, int]]:
-    """Each operator's sizes once, the largest numbers of rows first: they weigh most."""
+    """Each operator's sizes once, the largest numbers of rows first: they matter most."""
     seen = set()
     for count in sorted(rows, reverse=True):
         for model in models:
@@ -131,7 +131,7 @@ def main() -> None:
                     "warps": config.num_warps, "stages": config.num_stages, "group": config.group_m,
                 }
             )  # fmt: skip
-            # After every shape: what was measured is kept if the run is stopped.
+            # Written after every shape: an interrupted run keeps its results.
             content = {
                 "device": facts["device"],
                 "versions": facts["versions"] | {"triton": triton.__version__},

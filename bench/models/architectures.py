@@ -1,7 +1,7 @@
-"""Models by name, without a checkpoint: their configurations, their sliced shapes, and random weights at that size.
+"""Models by name, without a checkpoint: their configurations, their sliced configurations, and random weights.
 
-The configurations are those that the checkpoints on the Hugging Face hub carry; the canonical fields are read off a
-model of that configuration on the meta device, by the same code that reads a real checkpoint.
+The configurations are those of the checkpoints on the Hugging Face hub; the canonical fields come from a model of that
+configuration on the meta device, through the code that reads a real checkpoint.
 """
 
 from functools import lru_cache
@@ -86,34 +86,40 @@ def fields_of(name: str) -> dict:
     """The canonical fields (`slicegpt.families.canonical_fields`) of a model in `MODELS`."""
     if name not in MODELS:
         raise SliceGPTError(f"--shape: must be one of {', '.join(MODELS)}, got {name!r}")
+    return fields_of_config(MODELS[name])
+
+
+def fields_of_config(config: PreTrainedConfig) -> dict:
+    """The canonical fields of a dense model of this configuration; its weights are never made."""
     with torch.device("meta"):
-        return canonical_fields(AutoModelForCausalLM.from_config(MODELS[name]))
+        model = AutoModelForCausalLM.from_config(config)
+    return canonical_fields(model)  # outside: some families compute numbers, which the meta device cannot
 
 
 def sliced_config(name: str, fraction: float, shortcut: str = "compact", round_to: int = 64) -> SlicedConfig:
     """The configuration of a named model, dense at `fraction` 0 or with that fraction of its columns deleted.
 
-    A compact shortcut has the rank `D - d` that slicing gives it (`slicegpt.modeling.factor_rank`).
+    Compact shortcuts have rank `D - d`, as after slicing (`slicegpt.modeling.configuration.factor_rank`).
     """
     fields = fields_of(name)
     width = width_for_slice(fields["dense_hidden_size"], fraction, round_to)
     return plan(fields, constant_widths(fields, width), Shape(shortcut, round_to=round_to))
 
 
-# Random values that large tensors are filled with, over and over: drawing a billion takes a CPU half a minute. Odd,
-# so that rows whose length is a power of two do not repeat.
+# Large tensors are filled with copies of so many random values: drawing a billion takes a CPU half a minute. Odd, so
+# that rows whose length is a power of two differ.
 _BLOCK = (1 << 20) + 7
 
 
 class NormalValues:
-    """Fills tensors with normal numbers at the speed of memory."""
+    """Fills tensors with normally distributed values at memory bandwidth."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int):
         generator = torch.Generator(device).manual_seed(seed)
         self.values = torch.randn(_BLOCK, device=device, generator=generator).to(dtype)
 
     def fill(self, tensor: torch.Tensor, deviation: float) -> None:
-        """Overwrite a contiguous tensor."""
+        """Overwrite a contiguous tensor with values of this standard deviation."""
         scaled = self.values * deviation
         for piece in tensor.view(-1).split(_BLOCK):
             piece.copy_(scaled[: len(piece)])
@@ -121,7 +127,7 @@ class NormalValues:
 
 @torch.no_grad()
 def random_dense(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Hugging Face's own class with random weights, made on `device`; norms scale by 1, biases are 0."""
+    """A dense model in Hugging Face's own class with random weights, made on `device`; norm scales are 1, biases 0."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model = model.to(dtype).to_empty(device=device)
@@ -129,10 +135,10 @@ def random_dense(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
     normal = NormalValues(dtype, device, 0)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            normal.fill(parameter, 0.02)  # what the families' initialisation takes
+            normal.fill(parameter, 0.02)  # as the families initialise them
         else:
             parameter.fill_(0 if name.endswith("bias") else 1)
-    base = model.base_model  # rotary frequencies are computed, not stored
+    base = model.base_model  # rotary frequencies are computed, not loaded
     if getattr(base, "rotary_emb", None) is not None:
         base.rotary_emb = type(base.rotary_emb)(model.config).to(device)
     return model.eval()
@@ -145,10 +151,10 @@ def random_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> SlicedForCausalLM:
-    """A model of this configuration with random weights, made on `device` at its own size: nothing dense comes first.
+    """A model of this configuration with random weights, made on `device` at its sliced size: no dense model is made.
 
-    Weights are normal with variance 1 / inputs, so that activations stay in the range of half precision, and the
-    compact factors have orthogonal directions with random angles, as slicing gives.
+    Weights are normal with variance 1 / inputs, so that activations stay in the range of half precision; compact
+    factors have orthogonal directions and random angles, as after slicing.
     """
     device = torch.device(device)
     with torch.device("meta"):
@@ -156,9 +162,8 @@ def random_model(
     model = model.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     normal = NormalValues(dtype, device, seed)
-    directions: dict[
-        tuple[int, int], torch.Tensor
-    ] = {}  # orthogonal ones take a while: one set for each shape
+    # A QR factorisation is slow: one set of directions for each shape.
+    directions: dict[tuple[int, int], torch.Tensor] = {}
     for module in model.modules():
         if isinstance(module, CompactShortcut):
             rank, width = module.factor.shape
@@ -178,9 +183,8 @@ def random_model(
                 parameter.fill_(0 if name == "bias" else 1)
     if model.model.rotary_emb is not None:
         model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    if (
-        config.tie_word_embeddings
-    ):  # the head reads what the embedding writes: keep its logits near unit variance
+    if config.tie_word_embeddings:
+        # The head shares the embedding's rows: keep the logits near unit variance.
         model.model.embed_tokens.weight.mul_(config.dense_hidden_size**-0.5)
         model.tie_weights()
     return model.eval()

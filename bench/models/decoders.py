@@ -1,7 +1,7 @@
-"""Decoders: one greedy generation in progress, behind one interface, whatever computes it.
+"""Greedy decoding with one interface for every implementation.
 
-The dense model also runs in Hugging Face's own class, so that a sliced model is compared with the best that its users
-have today, and not with this package's idea of it.
+The dense model also runs in Hugging Face's own class, so that a sliced model is compared with the best that users have
+today, and not with this package's version of it.
 """
 
 from abc import ABC, abstractmethod
@@ -18,13 +18,13 @@ from slicegpt.modeling import CACHE
 from slicegpt.runtime import Runtime, Sampling
 
 
-class Decoder(ABC):
-    """One greedy generation of a batch, in progress. The tokens stay on the device.
+class GreedyDecoder(ABC):
+    """Greedy decoding of one batch. The tokens stay on the device.
 
     Attributes:
         weight_bytes: of the weights that every step reads.
         stored_bytes: of all weights that this engine keeps.
-        tokens: [batch, 1], the last ones chosen.
+        tokens: [batch, 1], the last tokens chosen.
     """
 
     weight_bytes: int
@@ -33,22 +33,22 @@ class Decoder(ABC):
 
     @abstractmethod
     def prompt(self, ids: Tensor) -> None:
-        """Process a prompt [batch, tokens] and choose the token after it."""
+        """Process a prompt [batch, tokens] and choose the next token."""
 
     @abstractmethod
     def fill(self, context: int) -> None:
-        """Instead of a prompt: a cache as after `context` tokens, of random keys and values."""
+        """Instead of a prompt: fill the cache with random keys and values of `context` tokens."""
 
     @abstractmethod
     def step(self) -> None:
-        """Read the last tokens, choose the next."""
+        """Decode one token for every sequence."""
 
     def steps(
         self, count: int, after: Callable[[], object], before: Callable[[], object] | None = None
     ) -> None:
         """One step, then `count` more with `before()` and `after()` around each.
 
-        The first, which nobody watches, pays for what other decoders left in the caches, and for the call.
+        The first step has no callbacks: it absorbs cold caches, after other decoders ran, and the cost of the call.
         """
         self.resume()
         self.step()
@@ -59,15 +59,15 @@ class Decoder(ABC):
             after()
 
     def resume(self) -> None:  # noqa: B027 (most engines need nothing)
-        """Called before a series of steps, where engines that share a model have taken turns."""
+        """Called before a series of steps: engines that share a model take turns, and may have changed its state."""
 
 
-class CachedModel(Decoder):
-    """A Hugging Face model with a key-value cache: dynamic, as `generate()` takes it, or static.
+class ForwardDecoder(GreedyDecoder):
+    """Forward passes of a model with a key-value cache: dynamic, as in `generate()`, or static.
 
-    On a GPU prompts and growing caches go without cuDNN's attention, which would build a plan for every new length, and
-    the model that runs first would pay for all (see `slicegpt.hardware.devices`). The steps of a static cache, of one
-    shape, take what PyTorch takes.
+    On a GPU, prompts and growing caches do not use cuDNN's attention: it builds a plan for every new length, and the
+    model that runs first would pay for all (see `slicegpt.hardware.devices`). Steps with a static cache have one shape
+    and use PyTorch's default.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CachedModel(Decoder):
         self.growing = cache != "static"
         self.forward = model
         if compiled:
-            # Every network and batch is compiled anew, on purpose; the default limit is for accidents.
+            # Every network and batch is compiled separately, on purpose; the default limit guards against accidents.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             mode = "reduce-overhead" if model.device.type == "cuda" else None
             self.forward = torch.compile(model.forward, mode=mode, dynamic=False, fullgraph=True)
@@ -100,12 +100,12 @@ class CachedModel(Decoder):
         self.model.set_attn_implementation(self.attention)
 
     def kernels(self) -> AbstractContextManager:
-        """What attention may take while decoding."""
+        """Context that selects the attention kernels while decoding."""
         return kernels_for_new_shapes(self.model.device) if self.growing else nullcontext()
 
     @torch.no_grad()
     def prompt(self, ids: Tensor) -> None:
-        # Not compiled: a prompt's length is seldom seen twice.
+        # Not compiled: prompt lengths seldom repeat.
         with kernels_for_new_shapes(self.model.device):
             self._choose(self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}))
 
@@ -129,25 +129,25 @@ class CachedModel(Decoder):
         self.tokens = output.logits[:, -1:].argmax(dim=-1)
 
 
-class Observer(BaseStreamer):
-    """What `generate()` hands every new token to; `put` is called with the prompt first."""
+class CallbackStreamer(BaseStreamer):
+    """A streamer for `generate()` that calls a function with every new token [batch]; the prompt is skipped."""
 
-    def __init__(self, put: Callable[[Tensor], object]):
-        self.seen = put
+    def __init__(self, callback: Callable[[Tensor], object]):
+        self.callback = callback
 
     def put(self, value: Tensor) -> None:
         if value.dim() == 1:  # the prompt is [batch, tokens]
-            self.seen(value)
+            self.callback(value)
 
     def end(self) -> None:
         pass
 
 
-class GeneratingModel(CachedModel):
-    """Hugging Face's `generate()`, which is what users call: the model's time and that of the Python around it.
+class GenerateDecoder(ForwardDecoder):
+    """Hugging Face's `generate()`, which is what users call: includes the time of the Python around the model.
 
-    Every series of steps is one call, which goes on with the cache that the last one left. Greedy, without penalties
-    or an end, whatever the checkpoint asks for.
+    Every series of steps is one call, which continues with the cache of the previous one. Always greedy, without
+    penalties or an end token, whatever the checkpoint's generation config says.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, length: int, **settings):
@@ -191,17 +191,15 @@ class GeneratingModel(CachedModel):
                 self.ids,
                 attention_mask=torch.ones_like(self.ids),
                 max_new_tokens=count,
-                streamer=Observer(seen),
+                streamer=CallbackStreamer(seen),
                 **{CACHE: self.cache},
             )
 
 
-class FusedRuntime(Decoder):
+class RuntimeDecoder(GreedyDecoder):
     """`slicegpt.runtime.Runtime`: packed weights, fused operators, preallocated cache.
 
-    A token is one CUDA graph on a GPU, one call on a CPU.
-
-    It is the runtime's own decoder and cache, as `Runtime.generate` takes them.
+    A token is one CUDA graph on a GPU, one call on a CPU; decoder and cache are those that `Runtime.generate` uses.
     """
 
     def __init__(self, runtime: Runtime, batch: int, length: int):
@@ -235,9 +233,9 @@ class FusedRuntime(Decoder):
 
 
 def bytes_read(model: nn.Module) -> int:
-    """Bytes of the weights that every decoding step reads: all but the embedding tables, a tied head's among them.
+    """Bytes of the weights that every decoding step reads: all but embedding tables, unless one is the tied head.
 
-    Of a table that is only looked up, a step reads one row a sequence, which is not counted.
+    The one row of a table that a step looks up for each sequence is not counted.
     """
     head = model.get_output_embeddings()
     looked_up = {

@@ -1,7 +1,7 @@
-"""Roofline peaks per device: what no kernel can exceed, from the makers' data sheets; a CPU's are measured.
+"""Roofline peaks per device, which no kernel can exceed: from the vendors' data sheets; a CPU's are measured.
 
-All rates are dense (no structured sparsity). Tensor cores count where they exist: fp64 on A100, H100, H200,
-B200.
+All rates are dense (no structured sparsity). Where a device has tensor cores for a type, the rate is theirs: float64 on
+A100, H100, H200 and B200.
 """
 
 import os
@@ -14,7 +14,7 @@ from slicegpt.errors import SliceGPTError
 
 
 @dataclass(frozen=True)
-class Device:
+class DevicePeaks:
     """fp64, fp32, half (fp16 or bf16, summed in float32): TFLOP/s; int8: TOPS; bandwidth: GB/s; memory: GiB."""
 
     name: str
@@ -48,8 +48,8 @@ SOURCES = {
 }
 
 
-def _listed(name: str, capability: tuple[int, int], *peaks: float) -> Device:
-    return Device(name, capability, *peaks, SOURCES[name])
+def _listed(name: str, capability: tuple[int, int], *peaks: float) -> DevicePeaks:
+    return DevicePeaks(name, capability, *peaks, SOURCES[name])
 
 
 DEVICES = (
@@ -74,7 +74,7 @@ _PRODUCT_NAMES = (
 )
 
 
-# What people type.
+# Short names for the command line.
 ALIASES = {
     "b200": "B200",
     "h200": "H200",
@@ -86,36 +86,38 @@ ALIASES = {
 }
 
 
-def device_named(name: str) -> Device:
-    """The device of this name or alias."""
+def device_named(name: str) -> DevicePeaks:
+    """The peaks of a device by name or alias."""
     for device in DEVICES:
         if device.name == ALIASES.get(name.lower(), name):
             return device
     raise SliceGPTError(f"--device: must be one of {', '.join(ALIASES)} or cpu, got {name!r}")
 
 
-def device_of_product(product: str) -> Device | None:
-    """The device that CUDA names so, for example "NVIDIA A100-SXM4-80GB"; None if it is not listed."""
+def device_of_product(product: str) -> DevicePeaks | None:
+    """The peaks for CUDA's name of a device, such as "NVIDIA A100-SXM4-80GB"; None if it is not listed."""
     for parts, name in _PRODUCT_NAMES:
         if all(part in product for part in parts):
             return device_named(name)
     return None
 
 
-def current_device(device: torch.device | None = None) -> Device | None:
-    """The CUDA device in use (or this one), if its peaks are listed; without CUDA, this CPU with measured peaks."""
+def current_device(device: torch.device | None = None) -> DevicePeaks | None:
+    """Peaks of `device` (default: the current CUDA device), None if not listed; of a CPU, or without CUDA, measured."""
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         return device_of_product(torch.cuda.get_device_name(device))
     return measured_cpu(half=torch.bfloat16)
 
 
-def measured_cpu(size: int = 2048, copy_bytes: int = 1 << 28, half: torch.dtype = torch.float32) -> Device:
-    """Best of three: square products in float64 and float32; for the bandwidth a copy (bytes read plus bytes written)
-    or a matrix-vector product (bytes read), whichever moves more, as some CPUs read faster than they write.
+def measured_cpu(
+    size: int = 2048, copy_bytes: int = 1 << 28, half: torch.dtype = torch.float32
+) -> DevicePeaks:
+    """Peaks of this CPU, best of three: square products for the rates; for the bandwidth a copy (bytes read and
+    written) or a matrix-vector product (bytes read), whichever is higher: some CPUs read faster than they write.
 
     Args:
-        half: dtype whose products `Device.half` is the rate of. Without units for it a CPU can be slow at half
-            precision, so its products are smaller; float32 takes the float32 rate.
+        half: dtype whose rate `DevicePeaks.half` is. A CPU without instructions for it can be slow at half
+            precision, so the products are smaller; float32 takes the float32 rate.
     """
 
     def rate(dtype: torch.dtype, size: int) -> float:
@@ -134,7 +136,7 @@ def measured_cpu(size: int = 2048, copy_bytes: int = 1 << 28, half: torch.dtype 
     threads = torch.get_num_threads()
     measured = f"measured with {threads} thread{'s' if threads > 1 else ''}"
     rates = (peaks[torch.float64], peaks[torch.float32], peaks[half], 0.0)
-    return Device("this CPU", None, *rates, max(copied, read), memory, measured)
+    return DevicePeaks("this CPU", None, *rates, max(copied, read), memory, measured)
 
 
 def _best_seconds(function) -> float:

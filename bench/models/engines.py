@@ -1,4 +1,4 @@
-"""Engines: the ways in which a network's next tokens are computed, by name, and which network runs under which."""
+"""Engines: the implementations of decoding, by name, and the pairs of network and engine that a benchmark measures."""
 
 import shutil
 import traceback
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 from slicegpt.bench.harness.memory import is_out_of_memory
 from slicegpt.bench.harness.record import without_folders
-from slicegpt.bench.models.decoders import CachedModel, Decoder, FusedRuntime, GeneratingModel
-from slicegpt.bench.models.networks import Network
+from slicegpt.bench.models.decoders import ForwardDecoder, GenerateDecoder, GreedyDecoder, RuntimeDecoder
+from slicegpt.bench.models.networks import MeasuredNetwork
 from slicegpt.errors import SliceGPTError, first_line
 
 
 class NotApplicable(Exception):
-    """An engine cannot run a network here; the message is the reason, for the table."""
+    """An engine cannot run a network on this machine; the message is the reason, for the table."""
 
 
 class OutOfMemory(NotApplicable):
-    """It needs more memory than there is."""
+    """A network needs more memory than there is."""
 
 
-def cache_bytes(network: Network, batch: int, context: float) -> float:
-    """Bytes of the keys and values of `context` tokens in every layer."""
+def cache_bytes(network: MeasuredNetwork, batch: int, context: float) -> float:
+    """Bytes of the keys and values of `context` tokens for each of `batch` sequences, all layers."""
     config = network.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return batch * context * per_token * network.dtype.itemsize
@@ -30,25 +30,25 @@ def cache_bytes(network: Network, batch: int, context: float) -> float:
 
 @dataclass(frozen=True)
 class Engine:
-    """A way to decode.
+    """An implementation of decoding.
 
     Attributes:
         name: as on the command line and in tables.
-        start: (network, batch, most tokens of a sequence) -> its decoder.
-        huggingface: runs Hugging Face's own class, which the dense model alone has.
-        compiled_on: devices where it goes through torch.compile, which takes a while and a compiler.
+        start: (network, batch, maximum length in tokens) -> decoder.
+        huggingface: runs Hugging Face's own class, which exists for the dense model only.
+        compiled_on: device types where it uses torch.compile, which takes time and, on a CPU, a compiler.
     """
 
     name: str
-    start: Callable[[Network, int, int], Decoder]
+    start: Callable[[MeasuredNetwork, int, int], GreedyDecoder]
     huggingface: bool = False
     compiled_on: tuple[str, ...] = ()
 
-    def compiles(self, network: Network) -> bool:
+    def compiles(self, network: MeasuredNetwork) -> bool:
         return network.device.type in self.compiled_on
 
-    def reason_against(self, network: Network) -> str | None:
-        """Why this engine does not take this network here, None where it does."""
+    def reason_against(self, network: MeasuredNetwork) -> str | None:
+        """Why this engine cannot run this network on this machine; None where it can."""
         if self.huggingface and not network.is_dense:
             return "Hugging Face's own class is dense"
         if self.compiles(network) and network.device.type == "cpu" and not shutil.which("g++"):
@@ -57,32 +57,32 @@ class Engine:
 
 
 def huggingface(
-    decoder: type[CachedModel] = CachedModel, **settings
-) -> Callable[[Network, int, int], Decoder]:
-    def start(network: Network, batch: int, length: int) -> Decoder:
+    decoder: type[ForwardDecoder] = ForwardDecoder, **settings
+) -> Callable[[MeasuredNetwork, int, int], GreedyDecoder]:
+    def start(network: MeasuredNetwork, batch: int, length: int) -> GreedyDecoder:
         return decoder(network.huggingface(), batch, length, **settings)
 
     return start
 
 
-def plain(**settings) -> Callable[[Network, int, int], Decoder]:
-    def start(network: Network, batch: int, length: int) -> Decoder:
-        return CachedModel(network.canonical(), batch, length, **settings)
+def plain(**settings) -> Callable[[MeasuredNetwork, int, int], GreedyDecoder]:
+    def start(network: MeasuredNetwork, batch: int, length: int) -> GreedyDecoder:
+        return ForwardDecoder(network.canonical(), batch, length, **settings)
 
     return start
 
 
-def fused(network: Network, batch: int, length: int) -> Decoder:
+def fused(network: MeasuredNetwork, batch: int, length: int) -> GreedyDecoder:
     try:
-        return FusedRuntime(network.runtime(), batch, length)
+        return RuntimeDecoder(network.runtime(), batch, length)
     except SliceGPTError as error:
         raise NotApplicable(first_line(error)) from error
 
 
 ANYWHERE = ("cpu", "cuda")
 
-# Hugging Face's class: its forward pass in a loop of our own ("hf"), and `generate()`, which on a GPU compiles the
-# forward pass where the cache is static. "plain" is this package's network, as `from_pretrained` loads it.
+# "hf": the forward pass of Hugging Face's class in a loop of this package; "hf-generate": its `generate()`, which on a
+# GPU compiles the forward pass where the cache is static. "plain": this package's model, as `from_pretrained` loads it.
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -92,10 +92,10 @@ ENGINES = {
         Engine(
             "hf-compile", huggingface(cache="static", compiled=True), huggingface=True, compiled_on=ANYWHERE
         ),
-        Engine("hf-generate", huggingface(GeneratingModel), huggingface=True),
+        Engine("hf-generate", huggingface(GenerateDecoder), huggingface=True),
         Engine(
             "hf-generate-static",
-            huggingface(GeneratingModel, cache="static"),
+            huggingface(GenerateDecoder, cache="static"),
             huggingface=True,
             compiled_on=("cuda",),
         ),
@@ -115,10 +115,10 @@ def chosen_engines(names: Sequence[str]) -> list[Engine]:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One network under one engine."""
+class BenchmarkCase:
+    """One network with one engine."""
 
-    network: Network
+    network: MeasuredNetwork
     engine: Engine
 
     @property
@@ -126,8 +126,10 @@ class Case:
         return f"{self.network.label}, {self.engine.name}"
 
 
-def pair(networks: Sequence[Network], engines: Sequence[Engine]) -> tuple[list[Case], list[dict]]:
-    """All cases that can be, and a row `{network, engine, skipped}` with the reason for those that cannot."""
+def benchmark_cases(
+    networks: Sequence[MeasuredNetwork], engines: Sequence[Engine]
+) -> tuple[list[BenchmarkCase], list[dict]]:
+    """Every pair that can run, and a row `{network, engine, skipped}` with the reason for every pair that cannot."""
     cases, skipped = [], []
     for network in networks:
         network.keeps_plain = any(engine.name.startswith("plain") for engine in engines)
@@ -135,9 +137,9 @@ def pair(networks: Sequence[Network], engines: Sequence[Engine]) -> tuple[list[C
         for engine in engines:
             reason = engine.reason_against(network)
             if reason is None:
-                cases.append(Case(network, engine))
-            elif not (engine.huggingface and not network.is_dense):  # that goes without saying
-                skipped.append(not_measured(Case(network, engine), reason))
+                cases.append(BenchmarkCase(network, engine))
+            elif not (engine.huggingface and not network.is_dense):  # not worth a row
+                skipped.append(not_measured(BenchmarkCase(network, engine), reason))
     if not cases:
         raise SliceGPTError(
             f"--engines: none of {', '.join(engine.name for engine in engines)} runs any of these networks here"
@@ -145,8 +147,8 @@ def pair(networks: Sequence[Network], engines: Sequence[Engine]) -> tuple[list[C
     return cases, skipped
 
 
-def start(case: Case, batch: int, length: int) -> Decoder:
-    """The case's decoder; `NotApplicable` where the engine turns the network down."""
+def start_decoder(case: BenchmarkCase, batch: int, length: int) -> GreedyDecoder:
+    """The case's decoder; raises `NotApplicable` where the engine does not support the network."""
     try:
         return case.engine.start(case.network, batch, length)
     except NotImplementedError as error:
@@ -154,10 +156,10 @@ def start(case: Case, batch: int, length: int) -> Decoder:
 
 
 @contextmanager
-def refusals(case: Case) -> Iterator[None]:
-    """What a case fails with, which has many types, becomes `NotApplicable`, so that the other cases go on.
+def errors_as_not_applicable() -> Iterator[None]:
+    """Convert any exception to `NotApplicable`, so that the other cases continue.
 
-    Errors of ours that concern the user's input pass.
+    `SliceGPTError`, which concerns the user's input, passes.
     """
     try:
         yield
@@ -170,23 +172,23 @@ def refusals(case: Case) -> Iterator[None]:
         raise NotApplicable(without_folders(f"{type(error).__name__}: {first_line(error)}")) from error
 
 
-def not_measured(case: Case, reason: object, partial: bool = False) -> dict:
+def not_measured(case: BenchmarkCase, reason: object, partial: bool = False) -> dict:
     """A row of "skipped" in a record.
 
     Args:
-        partial: it has a row of figures as well, of what it did before.
+        partial: the case also has a row of figures, measured before it failed.
     """
     row = {"network": case.network.label, "engine": case.engine.name, "skipped": str(reason)}
     return row | {"partial": True} if partial else row
 
 
-def by_memory(cases: Sequence[Case], available: float) -> list[list[Case]]:
-    """Groups of cases whose weights fit into memory together, in order; a network's own cases stay together.
+def groups_by_memory(cases: Sequence[BenchmarkCase], available: float) -> list[list[BenchmarkCase]]:
+    """Groups of cases whose weights fit into `available` bytes together, in order; a network's cases stay together.
 
     Cases of one group take turns, so fewer groups are better. Weights count once for each form that is run: Hugging
-    Face's, the plain and the fused.
+    Face's, the plain and the fused one.
     """
-    groups: list[list[Case]] = []
+    groups: list[list[BenchmarkCase]] = []
     used = 0.0
     for network in dict.fromkeys(id(case.network) for case in cases):
         own = [case for case in cases if id(case.network) == network]

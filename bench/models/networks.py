@@ -1,7 +1,7 @@
-"""What is measured: a dense model and its sliced sizes, from folders, by slicing on the fly, or by shape alone.
+"""The networks to measure: a dense model and its sliced sizes, from a folder, a model name, or a shape alone.
 
-Speed depends on shapes and not on what the weights say. So a checkpoint "sliced on the fly" gets random weights at its
-sliced size, without calibration, and a shape needs no checkpoint at all. Folders keep their own weights.
+Speed depends on shapes, not on the values of the weights. So the sliced sizes of a dense model get random weights,
+without calibration, and a shape needs no checkpoint at all. Folders keep their own weights.
 """
 
 from collections.abc import Sequence
@@ -9,10 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from slicegpt.bench.harness.memory import give_back
-from slicegpt.bench.models.architectures import MODELS, fields_of, random_dense, random_model
+from slicegpt.bench.harness.memory import release_unused_memory
+from slicegpt.bench.models.architectures import (
+    MODELS,
+    fields_of,
+    fields_of_config,
+    random_dense,
+    random_model,
+)
 from slicegpt.checkpoint.loading import check_folder, load_dense
 from slicegpt.checkpoint.record import slicing_fraction
 from slicegpt.conversion.plan import Shape, constant_widths, plan, width_for_slice
@@ -28,16 +34,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclass
-class Network:
-    """One size of one model; its weights are made when they are first asked for, and kept until `release`.
+class MeasuredNetwork:
+    """One size of one model; its weights are made on first use and kept until `release`.
 
     Attributes:
         label: "dense", "sliced 25 %", or a folder's name.
         source: folder or shape.
-        config: canonical; a dense network has identity shortcuts.
-        folder: holds the weights of this very size; None where they are random.
+        config: of the canonical form; a dense network has identity shortcuts.
+        folder: with the weights at this size; None where they are random.
         huggingface_config: of the dense model in Hugging Face's own class; None where sliced.
-        keeps_plain, keeps_huggingface: these forms are run, and not only the way to another one.
+        keeps_plain, keeps_huggingface: whether this form is measured, and not only a step towards another one.
     """
 
     label: str
@@ -57,12 +63,12 @@ class Network:
 
     @property
     def slice(self) -> float:
-        """`1 - d / D`, the mean over the boundaries."""
+        """Fraction of columns deleted, `1 - d / D`, the mean over the boundaries."""
         return slicing_fraction(self.config)
 
     @property
     def parameters(self) -> int:
-        """Stored elements of the smaller of the forms that this network is run in."""
+        """Stored elements: the checkpoint's of a dense network, those of the sliced form otherwise."""
         return self.config.source_parameters if self.is_dense else stored_parameters(self.config)
 
     @property
@@ -70,7 +76,7 @@ class Network:
         return self.parameters * self.dtype.itemsize
 
     def canonical(self) -> SlicedForCausalLM:
-        """The network of this package. A dense folder's has the folder's weights with their norms folded."""
+        """The plain form, `SlicedForCausalLM`; of a dense folder, its weights with the norms folded in."""
         if "canonical" not in self._models:
             if self.folder is None:
                 model = random_model(self.config, self.dtype, self.device)
@@ -84,7 +90,7 @@ class Network:
         return self._models["canonical"]
 
     def runtime(self) -> Runtime:
-        """The fused form; unless `keeps_plain`, the plain one gives its layers' weights up for it."""
+        """The fused form; unless `keeps_plain`, the plain form's layers are released as they are packed."""
         if "runtime" not in self._models:
             self._models["runtime"] = Runtime(self.canonical(), release=not self.keeps_plain)
             if not self.keeps_plain:
@@ -102,12 +108,12 @@ class Network:
         return self._models["huggingface"]
 
     def release(self) -> None:
-        """Forget the weights and return their memory."""
+        """Drop the weights and return their memory."""
         self._models.clear()
-        give_back(self.device)
+        release_unused_memory(self.device)
 
     def facts(self) -> dict:
-        """What a row of results says of the network."""
+        """The columns of a result row that describe the network."""
         return {
             "network": self.label,
             "slice": round(self.slice, 4),
@@ -125,8 +131,8 @@ def networks_of_shape(
     dtype: torch.dtype,
     device: torch.device,
     shape: Shape | None = None,
-) -> list[Network]:
-    """A named shape at every fraction, 0 being the dense model, with random weights."""
+) -> list[MeasuredNetwork]:
+    """A named shape at every fraction of columns deleted (0: the dense model), with random weights."""
     fields = fields_of(name)
     return [
         sized_network(name, fields, fraction, dtype, device, MODELS[name], None, shape)
@@ -140,17 +146,20 @@ def networks_of_model(
     dtype: torch.dtype | None,
     device: torch.device,
     shape: Shape | None = None,
-) -> list[Network]:
-    """A sliced folder as it is; a dense model (anything `load_dense` takes) at every fraction, 0 being itself."""
+) -> list[MeasuredNetwork]:
+    """A sliced folder as it is; a dense model (anything `load_dense` takes) at every fraction (0: the model itself)."""
     model = None
     if Path(name).is_dir():
         check_folder(Path(name))
         config = AutoConfig.from_pretrained(name)
         if isinstance(config, SlicedConfig):
             label = Path(name).resolve().name
-            return [Network(label, name, config, dtype or config.dtype or torch.float32, device, folder=name)]
-        with torch.device("meta"):
-            fields = canonical_fields(AutoModelForCausalLM.from_config(config))
+            return [
+                MeasuredNetwork(
+                    label, name, config, dtype or config.dtype or torch.float32, device, folder=name
+                )
+            ]
+        fields = fields_of_config(config)
     else:
         model, _ = load_dense(name, dtype, device)
         config, fields = model.config, canonical_fields(model)
@@ -173,14 +182,14 @@ def sized_network(
     dense_config: PreTrainedConfig,
     folder: str | None,
     shape: Shape | None = None,
-) -> Network:
-    """A dense model's network at a fraction of its columns deleted; `fields` are its canonical ones."""
+) -> MeasuredNetwork:
+    """A dense model at a fraction of its columns deleted; `fields` are its canonical fields."""
     shape = shape or Shape()
     width = width_for_slice(fields["dense_hidden_size"], fraction, shape.round_to)
     config = plan(fields, constant_widths(fields, width), shape)
     if fraction == 0:
-        return Network("dense", source, config, dtype, device, folder, dense_config)
-    return Network(f"sliced {100 * fraction:g} %", source, config, dtype, device)
+        return MeasuredNetwork("dense", source, config, dtype, device, folder, dense_config)
+    return MeasuredNetwork(f"sliced {100 * fraction:g} %", source, config, dtype, device)
 
 
 def choose_networks(
@@ -190,11 +199,11 @@ def choose_networks(
     dtypes: Sequence[torch.dtype | None],
     device: torch.device,
     shape: Shape | None = None,
-) -> list[Network]:
+) -> list[MeasuredNetwork]:
     """The networks of one run, from the options `--model`, `--shape`, `--slice` and `--dtype`; labels are unique.
 
     Args:
-        dtypes: of the weights; None is the stored one, of a shape float32 on a CPU and float16 on a GPU.
+        dtypes: of the weights; None is the stored dtype; for a shape, float32 on a CPU and float16 on a GPU.
 
     Raises:
         SliceGPTError: neither a model nor a shape is given, or both, or a shape's or folder's name is unknown.

@@ -1,4 +1,4 @@
-"""The shapes of the fused GEMMs in real models: what one block of each launches, dense and sliced."""
+"""The shapes of the fused GEMMs in real models: what one layer of each launches, dense and sliced."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -6,7 +6,9 @@ from functools import lru_cache
 from slicegpt.bench.models.architectures import sliced_config
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.configuration import factor_rank
+from slicegpt.runtime.packing import ACTIVATION_NAMES
 
+# What "all models" means to the benchmarks of the GEMMs; any name in `architectures.MODELS` works.
 MODELS = (
     "opt-6.7b",
     "opt-13b",
@@ -19,12 +21,11 @@ MODELS = (
 )
 # (fraction of columns deleted, form of the shortcuts)
 SIZES = ((0.0, "identity"), *((f, s) for f in (0.2, 0.25, 0.3, 0.5) for s in ("compact", "dense")))
-_ACTIVATIONS = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
 class NormLinearShape:
-    """`norm_linear` of h [T, inner] with a weight of n_scaled + z_columns rows."""
+    """`norm_linear` of h [rows, inner] with a weight [n_scaled + z_columns, inner]."""
 
     part: str
     inner: int
@@ -44,7 +45,7 @@ class NormLinearShape:
 
 @dataclass(frozen=True)
 class RotateAddShape:
-    """`rotate_add` of a [T, inner] and h [T, width], to `columns` columns; z's columns are part of inner."""
+    """`rotate_add` of a [rows, inner] and h [rows, width] to [rows, columns]; `inner` includes the `z_columns`."""
 
     part: str
     inner: int
@@ -65,21 +66,28 @@ Launch = NormLinearShape | RotateAddShape
 
 @lru_cache
 def launches(model: str, fraction: float, shortcut: str) -> tuple[Launch, ...]:
-    """What an inner layer launches, in order; see `layer_launches`. model: a name in `architectures`."""
+    """What an inner layer launches, in order; see `layer_launches`.
+
+    Args:
+        model: a name in `architectures.MODELS`.
+        fraction: of the columns deleted, in [0, 1).
+        shortcut: "identity", "dense" or "compact".
+    """
     config = sliced_config(model, fraction, "compact" if shortcut == "identity" else shortcut)
     return layer_launches(config, shortcut)
 
 
 def layer_launches(config: SlicedConfig, shortcut: str) -> tuple[Launch, ...]:
-    """Of a layer between boundaries of equal width, as `slicegpt.runtime` packs it: q, k, v (and z) in one GEMM.
+    """The GEMMs of a layer between boundaries of equal width, as `slicegpt.runtime` packs it: q, k, v (and z) in one.
 
-    shortcut: "identity", "dense" or "compact"; a compact one is taken also where the dense one has fewer numbers.
+    Args:
+        shortcut: "identity", "dense" or "compact"; a compact one is used also where the dense one has fewer numbers.
     """
     width = config.boundary_widths[1]
     rank = factor_rank(config.dense_hidden_size, width, width) if shortcut == "compact" else 0
     heads = config.num_attention_heads * config.head_dim
     qkv = heads + 2 * config.num_key_value_heads * config.head_dim
-    act = _ACTIVATIONS[config.hidden_act]
+    act = ACTIVATION_NAMES[config.hidden_act]
     mlp, n_mlp = config.intermediate_size, config.intermediate_size
     if config.gated_mlp:
         act, n_mlp = f"{act}_gated", 2 * n_mlp
@@ -104,8 +112,3 @@ def layer_launches(config: SlicedConfig, shortcut: str) -> tuple[Launch, ...]:
         read("mlp in", n_mlp, rank, act, config.mlp_bias),
         write("mlp out", mlp),
     )
-
-
-def all_launches() -> dict[tuple[str, float, str], tuple[Launch, ...]]:
-    """(model, fraction, shortcut) -> what a layer launches, for every model and size."""
-    return {(model, *size): launches(model, *size) for model in MODELS for size in SIZES}

@@ -168,11 +168,11 @@ def add_token(benchmarks) -> None:
 def run_token(options: argparse.Namespace) -> None:
     from slicegpt.bench.commands.token_time import TokenOptions, check_positions, measure_token_times
     from slicegpt.bench.models.devices import current_device
-    from slicegpt.bench.models.engines import chosen_engines, pair
+    from slicegpt.bench.models.engines import benchmark_cases, chosen_engines
     from slicegpt.progress import Progress
 
     networks = networks_of(options)
-    cases, skipped = pair(networks, chosen_engines(options.engines))
+    cases, skipped = benchmark_cases(networks, chosen_engines(options.engines))
     how = TokenOptions(options.tokens, options.prompt, options.batch, options.rounds, cold=options.cold_l2)
     check_positions(cases, how.length, "--prompt, --tokens")
     record = record_of(options, networks[0].device)
@@ -225,14 +225,14 @@ def add_throughput(benchmarks) -> None:
 
 def run_throughput(options: argparse.Namespace) -> None:
     from slicegpt.bench.commands.throughput import ThroughputOptions, measure_throughput
-    from slicegpt.bench.models.engines import chosen_engines, pair
+    from slicegpt.bench.models.engines import benchmark_cases, chosen_engines
     from slicegpt.hardware.memory import free_memory
     from slicegpt.progress import Progress
 
     networks = networks_of(options)
     device = networks[0].device
     options.engines = options.engines or THROUGHPUT_ENGINES[device.type].split(",")
-    cases, skipped = pair(networks, chosen_engines(options.engines))
+    cases, skipped = benchmark_cases(networks, chosen_engines(options.engines))
     if device.type == "cpu":  # a GPU says when it is full; a CPU begins to swap, or the process is killed
         options.max_memory = options.max_memory or 0.8 * free_memory(device) or None
         options.steps = options.steps or 8

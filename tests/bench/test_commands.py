@@ -11,14 +11,12 @@ import time
 import pytest
 import torch
 
-from slicegpt.bench.models import engines as engines_module
-from slicegpt.bench.models.engines import chosen_engines, pair
-from slicegpt.bench.models.networks import choose_networks
 from slicegpt.cli import main
-from slicegpt.conversion.plan import Shape
 from slicegpt.errors import SliceGPTError
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("quick_peaks")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +96,7 @@ def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "interrupted", "calls", "kept"),
     [
-        (["throughput", "--engines", "fused", "--seqlen", "16"], "throughput.Prober.decode", 3, 1),
+        (["throughput", "--engines", "fused", "--seqlen", "16"], "throughput.BatchProber.decode", 3, 1),
         (["layers", "--seqlen", "8"], "layers.time_whole", 20, 5),
         (
             ["slicing", "--shape", "smollm2-135m", "--nsamples", "2", "--seqlen", "16"],
@@ -123,7 +121,7 @@ def test_other_benchmarks_keep_what_they_measured(
             raise KeyboardInterrupt
         return wrapped(*given, **named)
 
-    wrapped = pkgutil.resolve_name(target.replace(".Prober", ":Prober"))
+    wrapped = pkgutil.resolve_name(target.replace(".BatchProber", ":BatchProber"))
     monkeypatch.setattr(target, counted)
     if "--shape" not in arguments:
         arguments = [*arguments, "--model", str(tiny_folder), "--slice", "0,0.5"]
@@ -135,19 +133,6 @@ def test_other_benchmarks_keep_what_they_measured(
     printed = capsys.readouterr()
     assert "This run is incomplete." in printed.out
     assert f"interrupted: {kept} rows are kept" in printed.err
-
-
-def test_forms_that_no_engine_needs_are_given_up(tiny_folder):
-    def forms(*engines: str) -> set[str]:
-        (network,) = choose_networks([str(tiny_folder)], None, [0.0], [None], CPU, Shape(round_to=8))
-        cases, _ = pair([network], chosen_engines(list(engines)))
-        for case in cases:
-            engines_module.start(case, 1, 8)
-        return set(network._models)
-
-    assert forms("fused") == {"runtime"}
-    assert forms("plain", "fused") == {"canonical", "runtime"}
-    assert forms("fused", "hf") == {"huggingface", "runtime"}
 
 
 @pytest.mark.parametrize(
@@ -171,19 +156,6 @@ def test_engines_of_throughput_depend_on_the_device(device, asked, engines, tiny
     monkeypatch.setattr("slicegpt.bench.models.engines.chosen_engines", choose)
     assert main(["bench", "throughput", "--shape", "llama-1b", *asked]) == 2
     assert seen == [engines]
-
-
-def test_labels_tell_models_apart(tiny_folder, tmp_path):
-    other = tmp_path / "other"
-    other.symlink_to(tiny_folder)
-    names = [str(tiny_folder), str(other)]
-    networks = choose_networks(names, None, [0.0, 0.5], [None], CPU, Shape(round_to=8))
-    assert [network.label for network in networks] == [
-        "tiny-llama dense",
-        "tiny-llama sliced 50 %",
-        "other dense",
-        "other sliced 50 %",
-    ]
 
 
 def test_sliced_folder_is_measured_as_it_is(tiny_networks, tiny_folder, tiny_tokenizer, tmp_path, capsys):

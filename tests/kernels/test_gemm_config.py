@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from slicegpt.bench.models.shapes import NormLinearShape, all_launches
+from slicegpt.bench.models.shapes import MODELS, SIZES, NormLinearShape, launches
 from slicegpt.kernels import gemm_config
 from slicegpt.kernels.gemm_config import (
     OPS,
@@ -47,8 +47,9 @@ def test_every_real_shape_has_a_configuration_that_fits(name):
     device = DEVICES[name]
     configs = {
         (dtype, chosen(device, dtype, rows, launch))
-        for launches in all_launches().values()
-        for launch in launches
+        for model in MODELS
+        for size in SIZES
+        for launch in launches(model, *size)
         for dtype in DTYPES
         for rows in ROWS
     }

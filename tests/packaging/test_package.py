@@ -59,5 +59,5 @@ def test_links_name_the_root_folders():
 
 
 def test_no_module_bears_a_standard_library_name():
-    names = {path.stem for folder in ("bench", "kernels") for path in (ROOT / folder).glob("*.py")}
+    names = {path.stem for folder in ("bench", "kernels") for path in (ROOT / folder).rglob("*.py")}
     assert not names & sys.stdlib_module_names

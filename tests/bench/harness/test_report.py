@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ from slicegpt.cli import main
 from slicegpt.errors import SliceGPTError
 
 pytest.importorskip("matplotlib")
+
+RECORDED = Path(__file__).parents[3] / "bench" / "results"
 
 ENVIRONMENT = {
     "device": "Some <CPU>",
@@ -175,6 +178,27 @@ def test_page_is_whole_and_self_contained(folder, capsys):
     ):
         assert text in page, text
     assert page.index("Time per token: ") < page.index("Covariance")
+
+
+@pytest.mark.skipif(not RECORDED.is_dir(), reason="needs the source tree")
+def test_every_recorded_result_has_a_section(tmp_path):
+    """The figures that the documents quote stay readable, whichever version wrote them."""
+    page = tmp_path / "page.html"
+    for folder in RECORDED.iterdir():
+        assert main(["bench", "report", str(folder), "--output", str(page)]) == 0
+        text = page.read_text()
+        checker = Checker(text)
+        assert len(checker.identifiers) == len(set(checker.identifiers))
+        sections = text.split("<section ")[1:]
+        files = sorted(folder.rglob("*.json"))
+        assert len(sections) == len(files) > 0
+        for file in files:
+            (section,) = [part for part in sections if f"<br>{file.name}</p>" in part]
+            content = json.loads(file.read_text())
+            assert content["environment"]["commit"] in section
+            if content["benchmark"] in ("token", "throughput", "layers", "slicing") and "rows" in content:
+                assert "<svg" in section, f"{file.name}: no plot"
+                assert "<td" in section, f"{file.name}: no table"
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

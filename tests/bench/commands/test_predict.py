@@ -9,7 +9,7 @@ import torch
 
 from slicegpt.bench.commands import predict, published, reproduce
 from slicegpt.bench.models.architectures import MODELS, fields_of, random_model, sliced_config
-from slicegpt.bench.models.devices import DEVICES, Device, device_named, measured_cpu
+from slicegpt.bench.models.devices import DEVICES, DevicePeaks, device_named, measured_cpu
 from slicegpt.cli import main
 from slicegpt.errors import SliceGPTError
 
@@ -56,27 +56,27 @@ def test_sliced_token_by_hand():
     layers = 32 * (0.75 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 3072 * 1024)
     # The last boundary is full width: its block writes 4096 columns, through a factor of rank 0.
     layers += (4096 - 3072) * 11008 - 3072 * 1024
-    load = predict.load_of(sliced_config("llama-2-7b", 0.25))
-    assert load.read_weights == layers + 32000 * 4096
+    cost = predict.cost_of(sliced_config("llama-2-7b", 0.25))
+    assert cost.read_weights == layers + 32000 * 4096
 
 
 def test_large_batches_are_bound_by_operations():
-    load, device = predict.load_of(sliced_config("llama-2-7b", 0)), device_named("h100")
+    cost, device = predict.cost_of(sliced_config("llama-2-7b", 0)), device_named("h100")
     # No cache: 4096 sequences multiply every weight 4096 times, which takes longer than reading it once.
-    assert predict.step_seconds(load, device, 4096, 0) == pytest.approx(
-        2 * load.read_weights * 4096 / 989.4e12, rel=1e-12
+    assert predict.step_seconds(cost, device, 4096, 0) == pytest.approx(
+        2 * cost.read_weights * 4096 / 989.4e12, rel=1e-12
     )
 
 
 def test_largest_batch_is_the_last_that_fits():
-    load, device = predict.load_of(sliced_config("llama-2-13b", 0.25)), device_named("h100")
-    batch = predict.largest_batch(load, device, 1, 128)
+    cost, device = predict.cost_of(sliced_config("llama-2-13b", 0.25)), device_named("h100")
+    batch = predict.largest_batch(cost, device, 1, 128)
 
     def needed(sequences):
-        return load.stored_bytes + sequences * (load.cache_bytes * 128 + load.activation_bytes)
+        return cost.stored_bytes + sequences * (cost.cache_bytes * 128 + cost.activation_bytes)
 
     assert needed(batch) <= predict.usable_bytes(device, 1) < needed(2 * batch)
-    assert predict.largest_batch(load, device_named("rtx-6000"), 1, 100_000) == 0
+    assert predict.largest_batch(cost, device_named("rtx-6000"), 1, 100_000) == 0
 
 
 def test_token_times_are_reproduced():
@@ -166,16 +166,16 @@ def test_which_efficiency_is_taken():
     assert row["ms per token"] == pytest.approx(published_row["ms predicted"], rel=1e-12)
 
 
-CPU = Device("this CPU", None, 0.1, 0.2, 0.4, 0.0, 20, 16, "invented")
+CPU = DevicePeaks("this CPU", None, 0.1, 0.2, 0.4, 0.0, 20, 16, "invented")
 
 
 @pytest.mark.parametrize(("itemsize", "peak"), [(4, 0.2e12), (2, 0.4e12)])
 def test_a_cpu_by_hand(itemsize, peak):
     """Bytes of the dtype, its own product rate, one device; nothing is said of GPUs."""
     row = predict.predict("smollm2-135m", 0, CPU, efficiency=1, itemsize=itemsize)
-    load = predict.load_of(sliced_config("smollm2-135m", 0))
+    cost = predict.cost_of(sliced_config("smollm2-135m", 0))
     cache = 2 * 30 * 3 * 64 * itemsize
-    seconds = (load.read_weights * itemsize + 64 * cache) / 20e9 + 64 * 4 * 30 * 9 * 64 / peak
+    seconds = (cost.read_weights * itemsize + 64 * cache) / 20e9 + 64 * 4 * 30 * 9 * 64 / peak
     assert row["ms per token"] == pytest.approx(1000 * seconds, rel=1e-12)
     assert row["GPUs"] is row["GPU-ms per token"] is None
     assert row["GB"] == pytest.approx((134_515_008 - 60 * 576) * itemsize / 1e9)  # norms are folded

@@ -1,4 +1,4 @@
-"""Launches of the fused GEMMs at real shapes: inputs, the ways to compute them, what they must move and multiply."""
+"""The fused GEMMs at real shapes: inputs, the methods to compare, correctness, bytes and operations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,26 +8,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt import ops
-from slicegpt.bench.models.devices import Device
+from slicegpt.bench.models.devices import DevicePeaks
 from slicegpt.bench.models.shapes import Launch, NormLinearShape, RotateAddShape
 from slicegpt.ops import reference
 from slicegpt.ops.registration import triton_is_available
 
 EPS = 1e-5
-Run = Callable[[], object]
+Call = Callable[[], object]
 
 
 @dataclass
-class Inputs:
-    """Tensors of one launch; `x` and `w` are of the plain product of the same sizes, for comparison."""
+class LaunchInputs:
+    """Tensors of one launch; `x` and `w` are those of the plain product of the same sizes, for comparison."""
 
     tensors: dict[str, Tensor | None]
     x: Tensor
     w: Tensor
 
 
-def make_inputs(launch: Launch, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-    """Normal values; weights with variance 1 / inner, so that outputs have the size of inputs."""
+def make_inputs(
+    launch: Launch, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> LaunchInputs:
+    """Normal values; weights have variance 1 / inner, so that outputs are as large as inputs."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -38,7 +40,7 @@ def make_inputs(launch: Launch, rows: int, dtype: torch.dtype, device: torch.dev
         weight = random(launch.columns, launch.inner, scale=launch.inner**-0.5)
         bias = random(launch.n_scaled) if launch.bias else None
         sumsq = reference.block_sums_of_squares(h.to(reference.sumsq_dtype(dtype)))
-        return Inputs({"h": h, "weight": weight, "bias": bias, "sumsq": sumsq}, h, weight)
+        return LaunchInputs({"h": h, "weight": weight, "bias": bias, "sumsq": sumsq}, h, weight)
     scale = launch.total_inner**-0.5
     weight = random(launch.columns, launch.inner, scale=scale)
     shortcut = random(launch.columns, launch.width, scale=scale) if launch.dense else None
@@ -46,11 +48,11 @@ def make_inputs(launch: Launch, rows: int, dtype: torch.dtype, device: torch.dev
     bias = random(launch.columns) if launch.bias else None
     tensors = {"a": a, "weight": weight, "h": h, "shortcut": shortcut, "bias": bias}
     if not launch.dense:
-        return Inputs(tensors, a, weight)
-    return Inputs(tensors, torch.cat((a, h), dim=1), torch.cat((weight, shortcut), dim=1))
+        return LaunchInputs(tensors, a, weight)
+    return LaunchInputs(tensors, torch.cat((a, h), dim=1), torch.cat((weight, shortcut), dim=1))
 
 
-# --- the ways to compute it ---------------------------------------------------------------------------------
+# --- methods ------------------------------------------------------------------------------------------------
 
 
 def unfused_norm_linear(launch: NormLinearShape) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -66,20 +68,20 @@ def unfused_norm_linear(launch: NormLinearShape) -> Callable[..., tuple[Tensor, 
 
 
 def unfused_rotate_add(a, weight, h, shortcut, bias):
-    """Two GEMMs and an addition, as the published code does it; with a compact shortcut one GEMM and an addition."""
+    """Two GEMMs and an addition, as in the published code; with a compact shortcut one GEMM and an addition."""
     return F.linear(a, weight, bias) + (h if shortcut is None else F.linear(h, shortcut))
 
 
 def accumulating_rotate_add(a, weight, h, shortcut, bias):
-    """cuBLAS adds onto the first product: what careful torch code can do."""
+    """The second product accumulates onto the first (`addmm`): the best that plain torch code can do."""
     base = h if shortcut is None else F.linear(h, shortcut)
     if bias is not None:
         base = base + bias
     return torch.addmm(base, a, weight.mT)
 
 
-def fused(launch: Launch, inputs: Inputs, config=None, triton: bool = False) -> Run:
-    """Our operator; `triton`: that kernel even where the operator would take another (with `config`, or its own)."""
+def fused(launch: Launch, inputs: LaunchInputs, config=None, triton: bool = False) -> Call:
+    """This package's operator; with `triton` its Triton kernel, even where the operator would choose another."""
     if isinstance(launch, NormLinearShape):
         settings = (launch.n_scaled, launch.activation, float(launch.inner), EPS)
         function = ops.norm_linear
@@ -94,8 +96,8 @@ def fused(launch: Launch, inputs: Inputs, config=None, triton: bool = False) -> 
     return lambda: function(*arguments)
 
 
-def plain_product(inputs: Inputs, triton: bool) -> Run:
-    """The GEMM alone, of the same rows, columns and total inner columns, by our kernel or by the library's."""
+def plain_product(inputs: LaunchInputs, triton: bool) -> Call:
+    """The GEMM alone, of the same rows, columns and total inner columns, by this package's kernel or the library's."""
     x, w = inputs.x, inputs.w
     if not triton:
         return lambda: F.linear(x, w)
@@ -104,8 +106,8 @@ def plain_product(inputs: Inputs, triton: bool) -> Run:
     return lambda: norm_linear(x, w, None, None, 0, "none", 1.0, EPS)
 
 
-def methods(launch: Launch, inputs: Inputs, compiled: bool) -> dict[str, Run]:
-    """Name -> a call; `compiled` adds torch.compile of the unfused form."""
+def methods(launch: Launch, inputs: LaunchInputs, compiled: bool) -> dict[str, Call]:
+    """Name -> call; `compiled` adds torch.compile of the unfused form."""
     norm = isinstance(launch, NormLinearShape)
     unfused = unfused_norm_linear(launch) if norm else unfused_rotate_add
     tensors = inputs.tensors
@@ -128,8 +130,10 @@ def methods(launch: Launch, inputs: Inputs, compiled: bool) -> dict[str, Run]:
 # --- correctness --------------------------------------------------------------------------------------------
 
 
-def relative_errors(launch: Launch, inputs: Inputs, names: list[str], rows: int = 64) -> dict[str, float]:
-    """Of the named methods against float64 on the first and last rows: |result - exact| / |exact|."""
+def relative_errors(
+    launch: Launch, inputs: LaunchInputs, names: list[str], rows: int = 64
+) -> dict[str, float]:
+    """|result - exact| / |exact| of the named methods against float64, on the first and last rows."""
     runs = methods(launch, inputs, compiled=False)
     ends = torch.cat(
         (torch.arange(min(rows, len(inputs.x))), torch.arange(max(0, len(inputs.x) - rows), len(inputs.x)))
@@ -161,7 +165,7 @@ def relative_errors(launch: Launch, inputs: Inputs, names: list[str], rows: int 
 
 
 def is_correct(name: str, errors: dict[str, float], dtype: torch.dtype) -> bool:
-    """At most twice the unfused form's error, or two units in the last place; NaN never."""
+    """Whether the error is at most twice the unfused form's, or two units in the last place; false for NaN."""
     return errors[name] <= max(2 * errors["unfused torch"], 2 * torch.finfo(dtype).eps)
 
 
@@ -169,7 +173,7 @@ def is_correct(name: str, errors: dict[str, float], dtype: torch.dtype) -> bool:
 
 
 def least_bytes(launch: Launch, rows: int, itemsize: int) -> int:
-    """Each input read once and each output written once; sums of squares are float32, one for 32 columns."""
+    """Each input is read once and each output written once; sums of squares are float32, one for 32 columns."""
     if isinstance(launch, NormLinearShape):
         elements = launch.columns * launch.inner + rows * (launch.inner + launch.output_columns)
         elements += launch.n_scaled if launch.bias else 0
@@ -185,8 +189,8 @@ def operations(launch: Launch, rows: int) -> int:
     return 2 * rows * launch.columns * inner
 
 
-def bound_seconds(launch: Launch, rows: int, dtype: torch.dtype, device: Device) -> float:
-    """The roofline: no kernel can be faster. float32 counts at the float32 rate."""
+def bound_seconds(launch: Launch, rows: int, dtype: torch.dtype, device: DevicePeaks) -> float:
+    """The roofline: no kernel can be faster. float32 products count at the float32 rate."""
     rate = device.fp32 if dtype == torch.float32 else device.half
     moved = least_bytes(launch, rows, dtype.itemsize) / (device.bandwidth * 1e9)
     return max(moved, operations(launch, rows) / (rate * 1e12))

@@ -13,11 +13,13 @@ from slicegpt.bench.commands.token_time import TokenOptions, measure_token_times
 from slicegpt.bench.harness.display import LEAK_BYTES, notes, skipped_line
 from slicegpt.bench.harness.record import Record
 from slicegpt.bench.models import engines as engines_module
-from slicegpt.bench.models.decoders import CachedModel
-from slicegpt.bench.models.engines import Case, Engine, chosen_engines
+from slicegpt.bench.models.decoders import ForwardDecoder
+from slicegpt.bench.models.engines import BenchmarkCase, Engine, chosen_engines
 from slicegpt.cli import main
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("quick_peaks")
 
 
 def out_of_memory() -> Exception:
@@ -36,7 +38,7 @@ class Failing:
         self.steps = 0
         outer = self
 
-        class Decoder(CachedModel):
+        class Decoder(ForwardDecoder):
             def step(self) -> None:
                 if self.batch >= from_batch:
                     outer.steps += 1
@@ -56,8 +58,8 @@ class Failing:
         return any(reference() is not None for reference in self.held)
 
 
-def cases_with(failing: Failing, network) -> list[Case]:
-    return [Case(network, failing.engine), Case(network, chosen_engines(["plain"])[0])]
+def cases_with(failing: Failing, network) -> list[BenchmarkCase]:
+    return [BenchmarkCase(network, failing.engine), BenchmarkCase(network, chosen_engines(["plain"])[0])]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,9 @@ def steps_of_search(network, options: ThroughputOptions) -> int:
     """How many steps the search takes, up to where the best batches are measured again."""
     counting = Failing(out_of_memory, after=1 << 30)
     without_rounds = ThroughputOptions(**{**vars(options), "rounds": 0})
-    measure_throughput([Case(network, counting.engine)], without_rounds, Record("throughput", {}, CPU))
+    measure_throughput(
+        [BenchmarkCase(network, counting.engine)], without_rounds, Record("throughput", {}, CPU)
+    )
     return counting.steps
 
 

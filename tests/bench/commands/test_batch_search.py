@@ -2,7 +2,7 @@
 
 import pytest
 
-from slicegpt.bench.commands.batch_search import Exhausted, Search, finer, search
+from slicegpt.bench.commands.batch_search import BatchSearch, BatchTooLarge, finer, search_batches
 
 
 class Machine:
@@ -15,13 +15,13 @@ class Machine:
     def __call__(self, batch: int) -> float:
         self.asked.append(batch)
         if batch > self.fits:
-            raise Exhausted(f"out of memory at batch {batch}")
+            raise BatchTooLarge(f"out of memory at batch {batch}")
         return float(self.rate(batch))
 
 
 def test_doubles_until_memory_is_exhausted_then_looks_between():
     machine = Machine(lambda batch: batch, fits=45)
-    found = search(machine)
+    found = search_batches(machine)
     assert machine.asked == [1, 2, 4, 8, 16, 32, 64, 24, 40, 48]
     assert (found.stop, found.best) == ("memory", 40)
     assert found.reason == "out of memory at batch 48"
@@ -30,7 +30,7 @@ def test_doubles_until_memory_is_exhausted_then_looks_between():
 
 def test_stops_at_a_drop_that_shows_twice():
     machine = Machine(lambda batch: batch if batch <= 16 else 8)
-    found = search(machine)
+    found = search_batches(machine)
     # 32 drops, and 64 does; each is measured again, with 16; then the quarters around 16.
     assert machine.asked == [1, 2, 4, 8, 16, 32, 16, 32, 64, 16, 64, 12, 20, 24, 28]
     assert (found.stop, found.best) == ("drop", 16)
@@ -38,7 +38,7 @@ def test_stops_at_a_drop_that_shows_twice():
 
 
 def test_finer_steps_find_what_doubling_misses():
-    found = search(Machine(lambda batch: min(batch, 24) - max(0, batch - 24) / 2))
+    found = search_batches(Machine(lambda batch: min(batch, 24) - max(0, batch - 24) / 2))
     assert found.best == 24
 
 
@@ -51,21 +51,21 @@ def test_a_drop_that_was_noise_does_not_end_the_search():
             return batch / 4
         return batch
 
-    found = search(Machine(rate, fits=16))
+    found = search_batches(Machine(rate, fits=16))
     assert found.stop == "memory"
     assert found.rates[8] == 8
 
 
 def test_a_batch_that_is_slow_by_itself_does_not_end_the_search():
-    found = search(Machine(lambda batch: batch if batch != 8 else 3, fits=64))
+    found = search_batches(Machine(lambda batch: batch if batch != 8 else 3, fits=64))
     assert (found.stop, found.best) == ("memory", 64)
     assert found.rates[8] == 3
 
 
 def test_a_drop_before_the_limit_is_the_reason():
     machine = Machine(lambda batch: batch if batch <= 16 else 8, fits=40)
-    assert (search(machine).stop, max(machine.asked)) == ("drop", 64)
-    assert search(Machine(machine.rate), most=32).stop == "drop"
+    assert (search_batches(machine).stop, max(machine.asked)) == ("drop", 64)
+    assert search_batches(Machine(machine.rate), most=32).stop == "drop"
 
 
 def test_a_lucky_best_does_not_make_the_next_batch_a_drop():
@@ -77,23 +77,23 @@ def test_a_lucky_best_does_not_make_the_next_batch_a_drop():
             return 100
         return batch
 
-    assert search(Machine(rate, fits=16)).stop == "memory"
+    assert search_batches(Machine(rate, fits=16)).stop == "memory"
 
 
 def test_plateau_ends_it():
     machine = Machine(lambda batch: min(batch, 16))
-    found = search(machine)
+    found = search_batches(machine)
     assert (found.stop, max(machine.asked)) == ("plateau", 64)
     assert found.reason == "two doublings up to batch 64 gained less than 2%"
 
 
 def test_slow_growth_beyond_the_tolerance_goes_on():
-    found = search(Machine(lambda batch: 1.05 ** batch.bit_length()), most=256)
+    found = search_batches(Machine(lambda batch: 1.05 ** batch.bit_length()), most=256)
     assert (found.stop, found.reason, found.best) == ("limit", "batch limit of 256", 256)
 
 
 def test_nothing_fits():
-    found = search(Machine(lambda batch: batch, fits=0))
+    found = search_batches(Machine(lambda batch: batch, fits=0))
     assert (found.stop, found.rates) == ("memory", {})
 
 
@@ -103,9 +103,9 @@ def test_what_was_found_survives_an_interruption():
             raise KeyboardInterrupt
         return batch
 
-    found = Search()
+    found = BatchSearch()
     with pytest.raises(KeyboardInterrupt):
-        search(measure, found=found)
+        search_batches(measure, found=found)
     assert found.rates == {1: 1, 2: 2, 4: 4}
     assert found.best == 4
 
