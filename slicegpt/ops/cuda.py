@@ -36,9 +36,7 @@ def why_not() -> str | None:
     if _C is None:
         if _import_error:
             return f"slicegpt._C does not load: {_import_error}"
-        return (
-            "slicegpt was installed without its CUDA part (nvcc or a GPU was not found, or SLICEGPT_CUDA=0)"
-        )
+        return "slicegpt was installed without its CUDA part (nvcc was not found, or SLICEGPT_CUDA=0)"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     major, minor = torch.cuda.get_device_capability()
