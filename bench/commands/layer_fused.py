@@ -8,7 +8,7 @@ from slicegpt.bench.models.architectures import random_model
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import skeleton
-from slicegpt.ops.reference import block_sums_of_squares, sumsq_dtype
+from slicegpt.ops.contracts import block_sums_of_squares, sumsq_dtype
 from slicegpt.runtime import pack
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.executor import Network

@@ -17,7 +17,7 @@ import torch
 from slicegpt.bench.harness.record import write_results
 from slicegpt.bench.harness.timing import milliseconds_of, quantiles
 from slicegpt.ops import decode_attention_
-from slicegpt.ops.decode_attention import choose
+from slicegpt.ops.decode_attention import DISPATCHER
 from slicegpt.table import format_table
 
 ON_GPU = torch.cuda.is_available()
@@ -79,7 +79,7 @@ def measure(
     heads, runs = MODELS[name], {}
     capability = torch.cuda.get_device_capability(device) if ON_GPU else None
     for backend in ("auto", "reference"):
-        chosen = choose(backend, capability, dtype, heads.size)
+        chosen = DISPATCHER.choose(backend, capability, dtype, heads.size)
         if chosen not in runs:
             os.environ["SLICEGPT_BACKEND"] = backend
             run = layers(heads, batch, capacity, dtype, device)

@@ -30,9 +30,10 @@ from slicegpt.bench.kernels.gram_methods import (
     methods_for,
 )
 from slicegpt.bench.models.devices import DEVICES, DevicePeaks, current_device
-from slicegpt.ops import cpu_decode, gram_
+from slicegpt.ops import gram_
+from slicegpt.ops.cpu import extension as cpu_extension
+from slicegpt.ops.dispatch import requested_backend
 from slicegpt.ops.gram import choose
-from slicegpt.ops.registration import requested_backend
 from slicegpt.slicing.eigensolver import leading_eigenvectors
 from slicegpt.table import format_table
 
@@ -44,7 +45,7 @@ CLASSES = ("H200", "H100 SXM", "A100 80GB", "A100 40GB", "Quadro RTX 6000", "RTX
 def cpu_path() -> str:
     """What `gram_` takes on this CPU: plain PyTorch, or the kernels for an instruction set."""
     backend, _ = choose(requested_backend(), None, torch.float32, COLUMNS[0], "fp64")
-    return f"{backend}, {cpu_decode.build_info()['instruction set']}" if backend == "cpu" else backend
+    return f"{backend}, {cpu_extension.build_info()['instruction set']}" if backend == "cpu" else backend
 
 
 # --- measuring ----------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from slicegpt.bench.models.devices import DevicePeaks
-from slicegpt.ops import cuda, gram_
+from slicegpt.ops import gram_
+from slicegpt.ops.cuda import gram as cuda_gram
+from slicegpt.ops.dispatch import requested_backend
 from slicegpt.ops.gram import EXPECTED_PLANES, is_supported
-from slicegpt.ops.registration import requested_backend
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -113,7 +114,7 @@ def methods_for(shape: GramShape) -> list[str]:
 
 def wgmma_runs() -> bool:
     """Whether `gram_` uses CUDA kernels here, and they include those on wgmma."""
-    return requested_backend() in ("auto", "cuda") and cuda.gram_exact_has_wgmma()
+    return requested_backend() in ("auto", "cuda") and cuda_gram.exact_has_wgmma()
 
 
 def bound_seconds(peaks: DevicePeaks, shape: GramShape, method: str) -> float | None:
@@ -137,7 +138,7 @@ def bound_seconds(peaks: DevicePeaks, shape: GramShape, method: str) -> float | 
         # Half precision on tensor cores; a CPU multiplies in float32.
         arithmetic = full / 2 / ((peaks.fp32 if peaks.capability is None else peaks.half) * 1e12)
     elif method.startswith("gram_ exact") and peaks.int8:
-        planes = EXPECTED_PLANES[shape.dtype]
+        planes = EXPECTED_PLANES["triton" if requested_backend() == "triton" else "cuda"][shape.dtype]
         arithmetic = planes * full / 2 / (peaks.int8 * 1e12)
         planes_moved = (2 * read + planes * shape.tokens * shape.columns) / (peaks.bandwidth * 1e9)
     else:

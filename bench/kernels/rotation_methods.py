@@ -11,7 +11,8 @@ from slicegpt import ops
 from slicegpt.bench.models.devices import DevicePeaks
 from slicegpt.bench.models.shapes import Launch, NormLinearShape, RotateAddShape
 from slicegpt.ops import reference
-from slicegpt.ops.registration import triton_is_available
+from slicegpt.ops.contracts import NormLinearInputs, activate, block_sums_of_squares, sumsq_dtype
+from slicegpt.ops.dispatch import triton_is_available
 
 EPS = 1e-5
 Call = Callable[[], object]
@@ -39,7 +40,7 @@ def make_inputs(
         h = random(rows, launch.inner)
         weight = random(launch.columns, launch.inner, scale=launch.inner**-0.5)
         bias = random(launch.n_scaled) if launch.bias else None
-        sumsq = reference.block_sums_of_squares(h.to(reference.sumsq_dtype(dtype)))
+        sumsq = block_sums_of_squares(h.to(sumsq_dtype(dtype)))
         return LaunchInputs({"h": h, "weight": weight, "bias": bias, "sumsq": sumsq}, h, weight)
     scale = launch.total_inner**-0.5
     weight = random(launch.columns, launch.inner, scale=scale)
@@ -61,7 +62,7 @@ def unfused_norm_linear(launch: NormLinearShape) -> Callable[..., tuple[Tensor, 
 
     def run(h, weight, bias, sumsq):
         normed = F.rms_norm(h, (inner,), eps=EPS)
-        y = reference.activate(F.linear(normed, weight[:n_scaled], bias), activation)
+        y = activate(F.linear(normed, weight[:n_scaled], bias), activation)
         return y, F.linear(h, weight[n_scaled:]) if launch.z_columns else None
 
     return run
@@ -82,18 +83,19 @@ def accumulating_rotate_add(a, weight, h, shortcut, bias):
 
 def fused(launch: Launch, inputs: LaunchInputs, config=None, triton: bool = False) -> Call:
     """This package's operator; with `triton` its Triton kernel, even where the operator would choose another."""
+    arguments = tuple(inputs.tensors.values())
     if isinstance(launch, NormLinearShape):
-        settings = (launch.n_scaled, launch.activation, float(launch.inner), EPS)
-        function = ops.norm_linear
-        if triton:
-            from slicegpt.kernels.norm_linear import norm_linear as function
-    else:
-        settings = ()
-        function = ops.rotate_add
-        if triton:
-            from slicegpt.kernels.rotate_add import rotate_add as function
-    arguments = (*inputs.tensors.values(), *settings, *((config,) if triton else ()))
-    return lambda: function(*arguments)
+        arguments += (launch.n_scaled, launch.activation, float(launch.inner), EPS)
+        if not triton:
+            return lambda: ops.norm_linear(*arguments)
+        from slicegpt.kernels.norm_linear import norm_linear
+
+        return lambda: norm_linear(NormLinearInputs(*arguments), config)
+    if not triton:
+        return lambda: ops.rotate_add(*arguments)
+    from slicegpt.kernels.rotate_add import rotate_add
+
+    return lambda: rotate_add(*arguments, config)
 
 
 def plain_product(inputs: LaunchInputs, triton: bool) -> Call:
@@ -103,7 +105,8 @@ def plain_product(inputs: LaunchInputs, triton: bool) -> Call:
         return lambda: F.linear(x, w)
     from slicegpt.kernels.norm_linear import norm_linear
 
-    return lambda: norm_linear(x, w, None, None, 0, "none", 1.0, EPS)
+    plain = NormLinearInputs(x, w, None, None, 0, "none", 1.0, EPS)
+    return lambda: norm_linear(plain)
 
 
 def methods(launch: Launch, inputs: LaunchInputs, compiled: bool) -> dict[str, Call]:
@@ -146,7 +149,7 @@ def relative_errors(
     }
     if isinstance(launch, NormLinearShape):
         settings = (launch.n_scaled, launch.activation, float(launch.inner), EPS)
-        expected = reference.norm_linear(*exact.values(), *settings)
+        expected = reference.norm_linear(NormLinearInputs(*exact.values(), *settings))
     else:
         expected = reference.rotate_add(*exact.values())[0]
     errors = {}

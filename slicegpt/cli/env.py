@@ -34,7 +34,8 @@ def describe() -> dict:
     import torch
 
     from slicegpt.checkpoint.record import versions
-    from slicegpt.ops import cpu_decode, cuda
+    from slicegpt.ops.cpu import extension as cpu_extension
+    from slicegpt.ops.cuda import extension as cuda_extension
 
     packages = {}
     for name in ("triton", "safetensors", "tokenizers", "numpy"):
@@ -56,8 +57,8 @@ def describe() -> dict:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "devices": devices,
-        "kernels": cuda.build_info()
-        | cpu_decode.build_info()
+        "kernels": cuda_extension.build_info()
+        | cpu_extension.build_info()
         | {"backend": os.environ.get("SLICEGPT_BACKEND", "auto")},
         "extras": {
             extra: all(importlib.util.find_spec(module) is not None for module in modules)

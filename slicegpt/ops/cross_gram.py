@@ -1,25 +1,30 @@
 """`cross_gram_`: the streamed product `C += Aᵀ diag(weight) B` in float64, the right-hand side of a linear fit."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from slicegpt.errors import SliceGPTError
-from slicegpt.ops import cpu_gram, reference
-from slicegpt.ops.registration import (
+from slicegpt.ops import reference
+from slicegpt.ops.contracts import (
+    DTYPES,
     bad,
-    device_capability,
-    device_name,
-    logger,
-    overlap,
-    register,
+    check_alike,
+    check_no_overlap,
+    check_precision,
+    check_sum,
+    check_token_weight,
+)
+from slicegpt.ops.cpu import gram as cpu_gram
+from slicegpt.ops.dispatch import (
+    Dispatcher,
+    Implementation,
+    capability_of,
     requested_backend,
     triton_is_available,
 )
+from slicegpt.ops.registration import register
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PRECISIONS = {"fp64": _DTYPES, "fast": _DTYPES[:3]}
+OP = "cross_gram_"
+PRECISIONS = {"fp64": DTYPES, "fast": DTYPES[:3]}
 
 
 def cross_gram_(
@@ -49,89 +54,55 @@ def is_supported(
     capability: tuple[int, int] | None, dtype: torch.dtype, precision: str = "fp64", backend: str = "auto"
 ) -> bool:
     """Whether `cross_gram_` takes this dtype on a device (None: a CPU) with a backend that is present here."""
-    return any(_implements(name, capability, dtype, precision) for name in _candidates(backend, capability))
+    return DISPATCHER.is_supported(backend, capability, dtype, precision)
 
 
-@lru_cache
-def choose(backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, precision: str) -> str:
-    """The backend that will run; cached, so that each class of calls is logged once."""
-    device = device_name(capability)
-    for candidate in _candidates(backend, capability):
-        if _implements(candidate, capability, dtype, precision):
-            logger.info("cross_gram_: %s on %s: %s, %s", dtype, device, candidate, precision)
-            return candidate
-    raise SliceGPTError(
-        f"cross_gram_: backend {backend!r} has no precision {precision!r} for {dtype} on {device}"
-    )
-
-
-def _candidates(backend: str, capability: tuple[int, int] | None) -> tuple[str, ...]:
-    if backend != "auto":
-        return (backend,)
-    return ("cpu", "reference") if capability is None else ("triton", "reference")
-
-
-def _implements(backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, precision: str) -> bool:
-    if dtype not in PRECISIONS[precision]:
-        return False
-    if backend == "reference":
-        return True
-    if capability is None:
-        return backend == "cpu" and cpu_gram.is_supported(dtype, fast=precision == "fast")
-    if backend != "triton" or not triton_is_available():
+def _triton_takes(capability: tuple[int, int], dtype: torch.dtype, precision: str) -> bool:
+    if not triton_is_available():
         return False
     from slicegpt.kernels import cross_gram
 
     return cross_gram.is_supported(capability, dtype, fast=precision == "fast")
 
 
+DISPATCHER = Dispatcher(
+    OP,
+    (
+        Implementation("triton", _triton_takes, "cuda"),
+        Implementation("cpu", lambda _, dtype, precision: cpu_gram.is_supported(dtype, precision == "fast"), "cpu"),
+        Implementation("reference", lambda _, dtype, precision: dtype in PRECISIONS[precision]),
+    ),
+    describe=lambda capability, dtype, precision: f"precision {precision!r}",
+)
+
+
 def _check(C: Tensor, A: Tensor, B: Tensor, weight: Tensor | None, precision: str) -> None:
     """What can be known from the arguments' metadata: also run while tracing."""
-    op = "cross_gram_"
     if C.dim() != 2:
-        raise bad(op, "C", "be [K, D]", list(C.shape))
-    if C.dtype != torch.float64:
-        raise bad(op, "C", "be float64", C.dtype)
-    if not C.is_contiguous():
-        raise bad(op, "C", "be contiguous", f"strides {C.stride()}")
+        raise bad(OP, "C", "be [K, D]", list(C.shape))
+    check_sum(OP, C)
     for name, X, columns, of in (("A", A, C.shape[0], "rows"), ("B", B, C.shape[1], "columns")):
         if X.dim() != 2:
-            raise bad(op, name, "be two-dimensional", list(X.shape))
+            raise bad(OP, name, "be two-dimensional", list(X.shape))
         if X.shape[1] != columns:
-            raise bad(op, name, f"have as many columns as C has {of} ({columns})", X.shape[1])
-        if X.device != C.device:
-            raise bad(op, name, f"be on C's device {C.device}", X.device)
+            raise bad(OP, name, f"have as many columns as C has {of} ({columns})", X.shape[1])
+        check_alike(OP, "C", C, {name: X}, dtype=False)
     if B.shape[0] != A.shape[0]:
-        raise bad(op, "B", f"have A's {A.shape[0]} tokens", B.shape[0])
-    if B.dtype != A.dtype:
-        raise bad(op, "B", f"have A's dtype {A.dtype}", B.dtype)
-    if precision not in PRECISIONS:
-        raise bad(op, "precision", f"be one of {', '.join(PRECISIONS)}", repr(precision))
-    if A.dtype not in PRECISIONS[precision]:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in PRECISIONS[precision])
-        raise bad(op, "A", f"be one of {names} for precision {precision!r}", A.dtype)
-    if weight is None:
-        return
-    if weight.dim() != 1 or weight.shape[0] != A.shape[0]:
-        raise bad(op, "weight", f"be [N] for A's {A.shape[0]} tokens", list(weight.shape))
-    if weight.is_complex():
-        raise bad(op, "weight", "be real", weight.dtype)
-    if weight.device != C.device:
-        raise bad(op, "weight", f"be on C's device {C.device}", weight.device)
+        raise bad(OP, "B", f"have A's {A.shape[0]} tokens", B.shape[0])
+    check_alike(OP, "A", A, {"B": B})
+    check_precision(OP, precision, PRECISIONS, "A", A)
+    check_token_weight(OP, weight, "A", A)
 
 
 def _run(C: Tensor, A: Tensor, B: Tensor, weight: Tensor | None, precision: str) -> None:
     _check(C, A, B, weight, precision)
-    for name, tensor in (("A", A), ("B", B), ("weight", weight)):
-        if tensor is not None and overlap(C, tensor):
-            raise bad("cross_gram_", name, "not share memory with C", "overlapping memory")
+    check_no_overlap(OP, C, {"A": A, "B": B, "weight": weight})
     if C.numel() == 0 or A.shape[0] == 0:
         return
-    capability = device_capability(A.get_device()) if A.is_cuda else None
     fast = precision == "fast"
-    backend = choose(requested_backend(), capability, A.dtype, precision)
-    if backend in ("cpu", "reference"):
-        run = cpu_gram.cross_gram_ if backend == "cpu" else reference.cross_gram_
+    name = DISPATCHER.choose(requested_backend(), capability_of(A), A.dtype, precision)
+    if name in ("cpu", "reference"):
+        run = cpu_gram.cross_gram_ if name == "cpu" else reference.cross_gram_
         run(C, A, B, weight, fast)
         return
     from slicegpt.kernels.cross_gram import cross_gram

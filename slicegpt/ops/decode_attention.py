@@ -1,23 +1,18 @@
 """`decode_attention_`: attention of one token a row, from the rows of its projection to what the next GEMM reads."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from slicegpt.ops import reference
-from slicegpt.ops.registration import (
-    bad,
-    device_capability,
-    device_name,
-    logger,
-    register,
+from slicegpt.ops.contracts import DTYPES, DecodeAttentionInputs
+from slicegpt.ops.dispatch import (
+    Dispatcher,
+    Implementation,
+    capability_of,
     requested_backend,
     triton_is_available,
 )
-
-OP = "decode_attention_"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from slicegpt.ops.registration import register
 
 
 def decode_attention_(
@@ -54,7 +49,8 @@ def decode_attention_(
 
     Raises:
         SliceGPTError: an argument has the wrong shape, dtype, device or layout. There is no CUDA C++ form of this
-            operator: Triton serves CUDA devices from compute capability 8.0 on, PyTorch's attention the others.
+            operator: Triton serves CUDA devices from compute capability 7.5 on (bfloat16: from 8.0 on, heads of at most
+            256), PyTorch's attention the others.
     """
     _operator(rows, keys, values, valid, slot, cos, sin, norm, heads, window, norm_eps)
 
@@ -62,106 +58,51 @@ def decode_attention_(
 def is_supported(
     capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, backend: str = "auto"
 ) -> bool:
-    """Whether heads of this size run on a device (None: a CPU), with the Triton kernel where `backend` is "triton"."""
-    if backend != "triton":
-        return dtype in DTYPES
-    if capability is None or not triton_is_available():
+    """Whether heads of this size run on a device (None: a CPU) with a backend that is present here."""
+    return DISPATCHER.is_supported(backend, capability, dtype, head_dim)
+
+
+def _triton_takes(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> bool:
+    if not triton_is_available():
         return False
     from slicegpt.kernels import decode_attention
 
     return decode_attention.is_supported(capability, dtype, head_dim)
 
 
-@lru_cache
-def choose(backend: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str:
-    """What will run, "triton" or "reference"; cached, so that each class of calls is logged once."""
-    kernel = backend != "reference" and is_supported(capability, dtype, head_dim, "triton")
-    name = "triton" if kernel else "reference"
-    device = device_name(capability)
-    logger.info("%s: %s, heads of %d on %s: %s", OP, dtype, head_dim, device, name)
-    return name
+DISPATCHER = Dispatcher(
+    "decode_attention_",
+    (
+        Implementation("triton", _triton_takes, "cuda"),
+        Implementation("reference", lambda _, dtype, head_dim: dtype in DTYPES),
+    ),
+    describe=lambda capability, dtype, head_dim: f"heads of {head_dim}",
+)
 
 
-def _check(
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    valid: Tensor,
-    slot: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    norm: Tensor | None,
-    heads: int,
-    window: int | None,
-    norm_eps: float,
-) -> None:
-    """What can be known from the arguments' metadata: also run while tracing."""
-    if keys.dim() != 4 or keys.stride(3) != 1:
-        raise bad(OP, "keys", "be [batch, key_heads, capacity, head_dim] with unit stride", list(keys.shape))
-    batch, key_heads, capacity, head_dim = keys.shape
-    if values.shape != keys.shape or values.stride() != keys.stride():
-        raise bad(OP, "values", f"have keys' shape {list(keys.shape)} and strides", list(values.shape))
-    if heads < 1 or heads % key_heads:
-        raise bad(OP, "heads", f"be a multiple of {key_heads} key heads", heads)
-    columns = (2 * key_heads + heads) * head_dim
-    if rows.dim() != 2 or rows.shape[0] != batch or rows.shape[1] < columns or rows.stride(1) != 1:
-        raise bad(OP, "rows", f"be [{batch}, at least {columns}] with unit column stride", list(rows.shape))
-    if rows.dtype not in DTYPES:
-        raise bad(OP, "rows", "be float16, bfloat16, float32 or float64", rows.dtype)
-    if valid.shape != (batch, capacity) or valid.dtype != torch.bool or valid.stride(1) != 1:
-        raise bad(OP, "valid", f"be bool [{batch}, {capacity}]", f"{valid.dtype} {list(valid.shape)}")
-    if slot.shape != (1,) or slot.dtype != torch.int64:
-        raise bad(OP, "slot", "be int64 [1]", f"{slot.dtype} {list(slot.shape)}")
-    if (cos is None) != (sin is None):
-        raise bad(OP, "sin", "be given where cos is", sin is not None)
-    for name, angles in (("cos", cos), ("sin", sin)):
-        if angles is None:
-            continue
-        rotary = angles.shape[-1]
-        if angles.shape != (batch, 1, rotary) or rotary % 2 or rotary > head_dim or angles.shape != cos.shape:
-            expected = f"be [{batch}, 1, an even number up to {head_dim}], cos and sin alike"
-            raise bad(OP, name, expected, list(angles.shape))
-    if norm is not None and norm.shape != (key_heads + heads, head_dim):
-        raise bad(OP, "norm", f"be [{key_heads + heads}, {head_dim}]", list(norm.shape))
-    if window is not None and window < 1:
-        raise bad(OP, "window", "be at least 1", window)
-    for name, tensor in (("keys", keys), ("values", values), ("cos", cos), ("sin", sin), ("norm", norm)):
-        if tensor is not None and tensor.dtype != rows.dtype:
-            raise bad(OP, name, f"have rows' dtype {rows.dtype}", tensor.dtype)
-    others = {
-        "keys": keys,
-        "values": values,
-        "valid": valid,
-        "slot": slot,
-        "cos": cos,
-        "sin": sin,
-        "norm": norm,
-    }
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != rows.device:
-            raise bad(OP, name, f"be on rows' device {rows.device}", tensor.device)
+def _fake(*arguments) -> None:
+    DecodeAttentionInputs(*arguments).check()
 
 
-def _run(rows, keys, values, valid, slot, cos, sin, norm, heads, window, norm_eps) -> None:
-    _check(rows, keys, values, valid, slot, cos, sin, norm, heads, window, norm_eps)
+def _run(*arguments) -> None:
+    inputs = DecodeAttentionInputs(*arguments)
+    inputs.check()
+    rows = inputs.rows
     if rows.shape[0] == 0:
         return
-    capability = device_capability(rows.get_device()) if rows.is_cuda else None
-    if choose(requested_backend(), capability, rows.dtype, keys.shape[3]) == "reference":
-        reference.decode_attention_(rows, keys, values, valid, slot, cos, sin, norm, heads, window, norm_eps)
+    head_dim = inputs.keys.shape[3]
+    if DISPATCHER.choose(requested_backend(), capability_of(rows), rows.dtype, head_dim) == "reference":
+        reference.decode_attention_(inputs)
         return
     from slicegpt.kernels import decode_attention
 
-    cos, sin, norm = (tensor if tensor is None else tensor.contiguous() for tensor in (cos, sin, norm))
     with torch.cuda.device(rows.device):
-        decode_attention.decode_attention_(
-            rows, keys, values, valid, slot, cos, sin, norm, heads, window, norm_eps
-        )
+        decode_attention.decode_attention_(inputs.contiguous())
 
 
 _operator = register(
     "decode_attention_(Tensor(a!) rows, Tensor(b!) keys, Tensor(c!) values, Tensor valid, Tensor slot, Tensor? cos, "
     "Tensor? sin, Tensor? norm, int heads, int? window, float norm_eps) -> ()",
     implementation=_run,
-    fake=_check,
+    fake=_fake,
 )

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from slicegpt.ops import choice, library_gemm, reference
-from slicegpt.ops.reference import ACTIVATIONS, GATED
-from slicegpt.ops.registration import bad, device_capability, register, requested_backend
+from slicegpt.ops import reference, torch_gemm
+from slicegpt.ops.contracts import NormLinearInputs
+from slicegpt.ops.dispatch import CPU_KERNELS, GemmDispatcher, capability_of, requested_backend
+from slicegpt.ops.registration import register
 
-OP = "norm_linear"
+DISPATCHER = GemmDispatcher("norm_linear")
 
 
 def norm_linear(
@@ -55,76 +56,33 @@ def is_supported(
     capability: tuple[int, int] | None, dtype: torch.dtype, rows: int = 1, backend: str = "auto"
 ) -> bool:
     """Whether `norm_linear` takes `rows` rows of this dtype on a device (None: a CPU) with a backend present here."""
-    return choice.is_supported(OP, capability, dtype, rows, backend)
+    return DISPATCHER.is_supported(backend, capability, dtype, rows)
 
 
-def _check(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sumsq: Tensor | None,
-    n_scaled: int,
-    activation: str,
-    divisor: float,
-    eps: float,
-) -> None:
-    """What can be known from the arguments' metadata: also run while tracing."""
-    if h.dim() != 2:
-        raise bad(OP, "h", "be [T, d]", list(h.shape))
-    if h.dtype not in choice.DTYPES:
-        raise bad(OP, "h", "be float16, bfloat16, float32 or float64", h.dtype)
-    if weight.dim() != 2 or weight.shape[1] != h.shape[1]:
-        raise bad(OP, "weight", f"be [N, d] for h's {h.shape[1]} columns", list(weight.shape))
-    if not 0 <= n_scaled <= weight.shape[0]:
-        raise bad(OP, "n_scaled", f"be 0 to weight's {weight.shape[0]} rows", n_scaled)
-    if activation not in ACTIVATIONS and activation not in GATED:
-        raise bad(OP, "activation", f"be one of {', '.join((*ACTIVATIONS, *GATED))}", repr(activation))
-    if activation in GATED and n_scaled % 2:
-        raise bad(OP, "n_scaled", f"be even for {activation!r}", n_scaled)
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n_scaled):
-        raise bad(OP, "bias", f"be [n_scaled] = [{n_scaled}]", list(bias.shape))
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != h.dtype:
-            raise bad(OP, name, f"have h's dtype {h.dtype}", tensor.dtype)
-    if sumsq is not None and (sumsq.dim() != 2 or sumsq.shape[0] != h.shape[0]):
-        raise bad(OP, "sumsq", f"be [T, P] for h's {h.shape[0]} rows", list(sumsq.shape))
-    if sumsq is not None and sumsq.dtype != reference.sumsq_dtype(h.dtype):
-        raise bad(OP, "sumsq", f"be {reference.sumsq_dtype(h.dtype)} for a stream of {h.dtype}", sumsq.dtype)
-    if not divisor > 0:
-        raise bad(OP, "divisor", "be above 0", divisor)
-    if not eps >= 0:
-        raise bad(OP, "eps", "be at least 0", eps)
-    for name, tensor in (("weight", weight), ("bias", bias), ("sumsq", sumsq)):
-        if tensor is not None and tensor.device != h.device:
-            raise bad(OP, name, f"be on h's device {h.device}", tensor.device)
+def _fake(*arguments) -> Tensor:
+    inputs = NormLinearInputs(*arguments)
+    inputs.check()
+    return inputs.output()
 
 
-def _fake(h, weight, bias, sumsq, n_scaled, activation, divisor, eps) -> Tensor:
-    _check(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
-    return reference.norm_linear_output(h, weight, n_scaled, activation)
-
-
-def _run(h, weight, bias, sumsq, n_scaled, activation, divisor, eps) -> Tensor:
-    _check(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
-    if h.shape[0] == 0 or weight.shape[0] == 0:
-        return reference.norm_linear_output(h, weight, n_scaled, activation)
-    capability = device_capability(h.get_device()) if h.is_cuda else None
-    backend = choice.choose(OP, requested_backend(), capability, h.dtype, h.shape[0])
-    if backend == "torch":
-        y = library_gemm.norm_linear(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
-        # Gated values lie behind their gates; a tensor of an operator begins where its memory does.
-        return y.clone(memory_format=torch.contiguous_format) if activation in GATED else y
-    if backend == "reference":
-        return reference.norm_linear(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
-    h = h if h.stride(1) == 1 else h.contiguous()
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    sumsq = None if sumsq is None else sumsq.contiguous()
-    launch = getattr(choice.launchers(backend, OP), OP)
-    if backend in choice.CPU_KERNELS:
-        return launch(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
+def _run(*arguments) -> Tensor:
+    inputs = NormLinearInputs(*arguments)
+    inputs.check()
+    h = inputs.h
+    if h.shape[0] == 0 or inputs.weight.shape[0] == 0:
+        return inputs.output()
+    name = DISPATCHER.choose(requested_backend(), capability_of(h), h.dtype, h.shape[0])
+    if name == "torch":
+        y = torch_gemm.norm_linear(inputs)
+        # Gated values lie after their gates; a tensor of an operator begins where its memory does.
+        return y.clone(memory_format=torch.contiguous_format) if inputs.gated else y
+    if name == "reference":
+        return reference.norm_linear(inputs)
+    launch, inputs = DISPATCHER.launcher(name), inputs.contiguous()
+    if name in CPU_KERNELS:
+        return launch(inputs)
     with torch.cuda.device(h.device):
-        return launch(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
+        return launch(inputs)
 
 
 _operator = register(

@@ -1,8 +1,20 @@
-"""Plain-PyTorch implementations of the operators: where there are no kernels, and what those are compared with."""
+"""The oracle: every operator in plain PyTorch, in float64 where that can be, with no care for speed but `gram_`'s.
+
+`gram_` and `cross_gram_` are also what runs where no kernel does. What other implementations share stands in
+`slicegpt.ops.contracts`.
+"""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, float32, float64
+
+from slicegpt.ops.contracts import (
+    DecodeAttentionInputs,
+    NormLinearInputs,
+    activate,
+    block_sums_of_squares,
+    sumsq_dtype,
+)
+from slicegpt.ops.torch_attention import attention_states, one_query_attention
 
 # One chunk of X is upcast at a time, 4 MiB in float64: it stays in a last-level cache that other work shares (8 MiB
 # took 6 % longer at 576 columns on an AMD EPYC). Below 1024 tokens a chunk, reading and writing C for every chunk would
@@ -79,97 +91,6 @@ def _mark_infinities(C: Tensor) -> None:
         C.masked_fill_(~C.isfinite(), torch.nan)
 
 
-# --- the fused residual-rotation GEMMs ----------------------------------------------------------------------
-
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
-GATED = {f"{name}_gated": ACTIVATIONS[name] for name in ("silu", "gelu", "gelu_tanh")}
-
-# Columns of the stream that one entry of `sumsq` covers.
-SUMSQ_COLUMNS = 32
-
-
-def norm_linear(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sumsq: Tensor | None,
-    n_scaled: int,
-    activation: str,
-    divisor: float,
-    eps: float,
-) -> Tensor:
-    """`[act(rms(h) Wᵀ + bias) | h Fᵀ]` in float64, rounded once to h's dtype; see `slicegpt.ops.norm_linear`."""
-    product = h.double() @ weight.double().mT
-    sums = h.double().square() if sumsq is None else sumsq.double()
-    scale = (sums.sum(dim=1, keepdim=True) / divisor + eps).rsqrt()
-    pre = product[:, :n_scaled] * scale
-    if bias is not None:
-        pre += bias.double()
-    return torch.cat((activate(pre, activation), product[:, n_scaled:]), dim=1).to(h.dtype)
-
-
-def activate(pre: Tensor, activation: str) -> Tensor:
-    """The activation of [..., n], of n / 2 columns where it is gated: `act(first half) * second half`."""
-    if activation in GATED:
-        gate, up = pre.chunk(2, dim=-1)
-        return GATED[activation](gate) * up
-    return ACTIVATIONS[activation](pre)
-
-
-def rotate_add(
-    a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`h Sᵀ + a Wᵀ + bias` in float64, rounded once, and its sums of squares; see `slicegpt.ops.rotate_add`."""
-    total = a.double() @ weight.double().mT
-    if shortcut is None:
-        total[:, : h.shape[1]] += h.double()
-    else:
-        total += h.double() @ shortcut.double().mT
-    if bias is not None:
-        total += bias.double()
-    h_next = total.to(h.dtype)
-    return h_next, block_sums_of_squares(h_next.double()).to(sumsq_dtype(h.dtype))
-
-
-def norm_linear_columns(weight: Tensor, n_scaled: int, activation: str) -> int:
-    """Columns of `norm_linear`'s output: a gate and its values make one."""
-    return weight.shape[0] - (n_scaled // 2 if activation in GATED else 0)
-
-
-def norm_linear_output(h: Tensor, weight: Tensor, n_scaled: int, activation: str) -> Tensor:
-    """An empty output of `norm_linear`."""
-    return h.new_empty((h.shape[0], norm_linear_columns(weight, n_scaled, activation)))
-
-
-def rotate_add_outputs(a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty outputs of `rotate_add`: the next stream, and its sums of squares."""
-    h_next = a.new_empty((a.shape[0], weight.shape[0]))
-    return h_next, sumsq_output(h_next)
-
-
-def sumsq_output(h: Tensor) -> Tensor:
-    """An empty [T, ceil(d / 32)] for the sums of squares of a stream [T, d]."""
-    blocks = (h.shape[1] + SUMSQ_COLUMNS - 1) // SUMSQ_COLUMNS
-    return h.new_empty((h.shape[0], blocks), dtype=sumsq_dtype(h.dtype))
-
-
-def block_sums_of_squares(h: Tensor) -> Tensor:
-    """[T, d] -> [T, ceil(d / 32)]: the sum of squares over every 32 columns, in h's dtype."""
-    padded = F.pad(h, (0, -h.shape[1] % SUMSQ_COLUMNS))
-    return padded.square().unflatten(1, (-1, SUMSQ_COLUMNS)).sum(dim=2)
-
-
-def sumsq_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the sums of squares of a stream: float32, float64 for a float64 stream."""
-    return float64 if dtype == float64 else torch.float32
-
-
 def cross_gram_(C: Tensor, A: Tensor, B: Tensor, weight: Tensor | None = None, fast: bool = False) -> None:
     """Add `Aᵀ diag(weight) B` to C [K, D] in place; the contract is `slicegpt.ops.cross_gram_`.
 
@@ -191,67 +112,45 @@ def cross_gram_(C: Tensor, A: Tensor, B: Tensor, weight: Tensor | None = None, f
     _mark_infinities(C)
 
 
-def decode_attention_(
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    valid: Tensor,
-    slot: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    norm: Tensor | None,
-    heads: int,
-    window: int | None,
-    norm_eps: float,
-) -> None:
+def norm_linear(inputs: NormLinearInputs) -> Tensor:
+    """`[act(rms(h) Wᵀ + bias) | h Fᵀ]` in float64, rounded once to h's dtype; see `slicegpt.ops.norm_linear`."""
+    h, n_scaled = inputs.h.double(), inputs.n_scaled
+    product = h @ inputs.weight.double().mT
+    sums = h.square() if inputs.sumsq is None else inputs.sumsq.double()
+    scale = (sums.sum(dim=1, keepdim=True) / inputs.divisor + inputs.eps).rsqrt()
+    pre = product[:, :n_scaled] * scale
+    if inputs.bias is not None:
+        pre += inputs.bias.double()
+    return torch.cat((activate(pre, inputs.activation), product[:, n_scaled:]), dim=1).to(inputs.h.dtype)
+
+
+def rotate_add(
+    a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`h Sᵀ + a Wᵀ + bias` in float64, rounded once, and its sums of squares; see `slicegpt.ops.rotate_add`."""
+    total = a.double() @ weight.double().mT
+    if shortcut is None:
+        total[:, : h.shape[1]] += h.double()
+    else:
+        total += h.double() @ shortcut.double().mT
+    if bias is not None:
+        total += bias.double()
+    h_next = total.to(h.dtype)
+    return h_next, block_sums_of_squares(h_next.double()).to(sumsq_dtype(h.dtype))
+
+
+def decode_attention_(inputs: DecodeAttentionInputs) -> None:
     """Attention of one token a row on a cache; the contract is `slicegpt.ops.decode_attention_`."""
+    rows, keys, values, slot, heads = inputs.rows, inputs.keys, inputs.values, inputs.slot, inputs.heads
     _, key_heads, capacity, head_dim = keys.shape
-    new_values, states = attention_states(rows, key_heads, heads, head_dim, norm, norm_eps, cos, sin)
+    new_values, states = attention_states(
+        rows, key_heads, heads, head_dim, inputs.norm, inputs.norm_eps, inputs.cos, inputs.sin
+    )
     keys.index_copy_(2, slot, states[:, :key_heads, None])
     values.index_copy_(2, slot, new_values[:, :, None])
-    place = torch.arange(capacity, device=rows.device)
-    seen = (place <= slot) & valid
-    if window is not None:
-        seen &= place > slot - window
+    position = torch.arange(capacity, device=rows.device)
+    seen = (position <= slot) & inputs.valid
+    if inputs.window is not None:
+        seen &= position > slot - inputs.window
     attended = one_query_attention(states[:, key_heads:], keys, values, seen[:, None, None])
     rows[:, 2 * key_heads * head_dim :][:, : heads * head_dim] = attended
-
-
-def attention_states(
-    rows: Tensor,
-    key_heads: int,
-    heads: int,
-    head_dim: int,
-    norm: Tensor | None,
-    norm_eps: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Of rows [tokens, v | k | q | anything]: v, and k and q normed and rotated, each [tokens, heads, head_dim]."""
-    first_key, end = key_heads * head_dim, (2 * key_heads + heads) * head_dim
-    values = rows[:, :first_key].view(-1, key_heads, head_dim)
-    states = rows[:, first_key:end].view(-1, key_heads + heads, head_dim)
-    if norm is not None:
-        states = F.rms_norm(states, (head_dim,), None, norm_eps) * norm
-    return values, states if cos is None else rotate(states, cos, sin)
-
-
-def one_query_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one token a row: queries [batch, heads, head_dim] to [batch, heads * head_dim].
-
-    The query heads that share a key head are so many queries of it.
-    """
-    grouped = queries.reshape(len(queries), keys.shape[1], -1, keys.shape[3])
-    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(len(queries), -1)
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions for [tokens, heads, head_dim]: turns the first columns.
-
-    cos, sin: [tokens, 1, rotary_dim]; the first half of the sines is negative.
-    """
-    columns = cos.shape[-1]
-    whole = columns == states.shape[-1]
-    turned = states if whole else states[..., :columns]
-    turned = torch.addcmul(turned * cos, turned.roll(columns // 2, -1), sin)
-    return turned if whole else torch.cat((turned, states[..., columns:]), dim=-1)

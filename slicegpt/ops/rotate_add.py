@@ -3,10 +3,21 @@
 import torch
 from torch import Tensor
 
-from slicegpt.ops import choice, library_gemm, reference
-from slicegpt.ops.registration import bad, device_capability, register, requested_backend
+from slicegpt.ops import reference, torch_gemm
+from slicegpt.ops.contracts import (
+    bad,
+    block_sums_of_squares,
+    check_alike,
+    check_any_dtype,
+    rotate_add_outputs,
+    sumsq_dtype,
+)
+from slicegpt.ops.cuda import decode as cuda_decode
+from slicegpt.ops.dispatch import CPU_KERNELS, GemmDispatcher, capability_of, requested_backend
+from slicegpt.ops.registration import register
 
 OP = "rotate_add"
+DISPATCHER = GemmDispatcher(OP)
 
 
 def rotate_add(
@@ -52,19 +63,18 @@ def is_supported(
     capability: tuple[int, int] | None, dtype: torch.dtype, rows: int = 1, backend: str = "auto"
 ) -> bool:
     """Whether `rotate_add` takes `rows` rows of this dtype on a device (None: a CPU) with a backend present here."""
-    return choice.is_supported(OP, capability, dtype, rows, backend)
+    return DISPATCHER.is_supported(backend, capability, dtype, rows)
 
 
 def reads_factor(weight: Tensor, factor: Tensor, rows: int = 1) -> bool:
     """Whether a call with so many rows and this `factor` reads it, and not the last columns of `weight`."""
-    if _backend(weight, rows) != "cuda":
+    if _implementation(weight, rows) != "cuda":
         return False
-    return choice.launchers("cuda", OP).takes_factor(weight, factor)
+    return cuda_decode.takes_factor(weight, factor)
 
 
-def _backend(like: Tensor, rows: int) -> str:
-    capability = device_capability(like.get_device()) if like.is_cuda else None
-    return choice.choose(OP, requested_backend(), capability, like.dtype, rows)
+def _implementation(like: Tensor, rows: int) -> str:
+    return DISPATCHER.choose(requested_backend(), capability_of(like), like.dtype, rows)
 
 
 def _check(
@@ -78,8 +88,7 @@ def _check(
     """What can be known from the arguments' metadata: also run while tracing."""
     if a.dim() != 2:
         raise bad(OP, "a", "be [T, K]", list(a.shape))
-    if a.dtype not in choice.DTYPES:
-        raise bad(OP, "a", "be float16, bfloat16, float32 or float64", a.dtype)
+    check_any_dtype(OP, "a", a)
     if weight.dim() != 2 or weight.shape[1] != a.shape[1]:
         raise bad(OP, "weight", f"be [d', K] for a's {a.shape[1]} columns", list(weight.shape))
     if h.dim() != 2 or h.shape[0] != a.shape[0]:
@@ -102,38 +111,33 @@ def _check(
         expected = f"be [r, d] for at most a's {a.shape[1]} and exactly h's {h.shape[1]} columns"
         raise bad(OP, "factor", expected, list(factor.shape))
     others = {"weight": weight, "h": h, "shortcut": shortcut, "bias": bias, "factor": factor}
-    for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != a.dtype:
-            raise bad(OP, name, f"have a's dtype {a.dtype}", tensor.dtype)
-        if tensor is not None and tensor.device != a.device:
-            raise bad(OP, name, f"be on a's device {a.device}", tensor.device)
+    check_alike(OP, "a", a, others)
 
 
 def _fake(a, weight, h, shortcut, bias, factor=None) -> tuple[Tensor, Tensor]:
     _check(a, weight, h, shortcut, bias, factor)
-    return reference.rotate_add_outputs(a, weight)
+    return rotate_add_outputs(a, weight)
 
 
 def _run(a, weight, h, shortcut, bias, factor=None) -> tuple[Tensor, Tensor]:
     _check(a, weight, h, shortcut, bias, factor)
     if a.shape[0] == 0 or weight.shape[0] == 0:
-        return reference.rotate_add_outputs(a, weight)
-    backend = _backend(a, a.shape[0])
-    if backend == "torch":
-        h_next = library_gemm.rotate(a, weight, h, shortcut, bias)
-        wide = h_next.to(reference.sumsq_dtype(a.dtype))
-        return h_next, reference.block_sums_of_squares(wide)
-    if backend == "reference":
+        return rotate_add_outputs(a, weight)
+    name = _implementation(a, a.shape[0])
+    if name == "torch":
+        h_next = torch_gemm.rotate(a, weight, h, shortcut, bias)
+        return h_next, block_sums_of_squares(h_next.to(sumsq_dtype(a.dtype)))
+    if name == "reference":
         return reference.rotate_add(a, weight, h, shortcut, bias)
     a = a if a.stride(1) == 1 else a.contiguous()
     h = h if h.stride(1) == 1 else h.contiguous()
     weight = weight.contiguous()
     shortcut = None if shortcut is None else shortcut.contiguous()
     bias = None if bias is None else bias.contiguous()
-    launch = getattr(choice.launchers(backend, OP), OP)
-    if backend in choice.CPU_KERNELS:
+    launch = DISPATCHER.launcher(name)
+    if name in CPU_KERNELS:
         return launch(a, weight, h, shortcut, bias)
-    hint = (factor,) if backend == "cuda" else ()
+    hint = (factor,) if name == "cuda" else ()
     with torch.cuda.device(a.device):
         return launch(a, weight, h, shortcut, bias, *hint)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import decode_attention_
-from slicegpt.ops.reference import attention_states, one_query_attention
+from slicegpt.ops.torch_attention import attention_states, one_query_attention
 from slicegpt.runtime.attention import causal_mask, prompt_attention
 from slicegpt.runtime.packing import Attention
 

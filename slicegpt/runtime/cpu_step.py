@@ -7,8 +7,8 @@ where a token through SmolLM2-135M would take 150 calls.
 import torch
 from torch import Tensor
 
-from slicegpt.ops import cpu_decode
-from slicegpt.ops.reference import norm_linear_columns
+from slicegpt.ops.contracts import NormLinearInputs, norm_linear_columns
+from slicegpt.ops.cpu import gemm
 from slicegpt.runtime.cache import KVCache
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork
 
@@ -26,7 +26,7 @@ class CpuStep:
         """Whether the kernels take this network (built, dtype, few rows; attention ahead of other inputs)."""
         return (
             packed.device.type == "cpu"
-            and cpu_decode.is_supported(None, packed.dtype, batch)
+            and gemm.is_supported(None, packed.dtype, batch)
             and all(one.attention is None for block in packed.blocks for one in block.inputs[1:])
         )
 
@@ -36,7 +36,7 @@ class CpuStep:
         # Views of three: two streams that take turns, and what the inputs of a block write.
         self._streams = [self._empty(max(len(block.output) for block in packed.blocks)) for _ in range(2)]
         self._room = self._empty(max(_columns(block) for block in packed.blocks))
-        self._step = cpu_decode.new_step(packed.dtype)
+        self._step = gemm.new_step(packed.dtype)
         for index, block in enumerate(packed.blocks):
             self._add(index, block)
         self._result = self._streams[(len(packed.blocks) - 1) % 2][:, : len(packed.blocks[-1].output)]
@@ -63,9 +63,12 @@ class CpuStep:
             y = self._room[:, begin : begin + columns]
             begin += columns
             inputs.append(
-                cpu_decode.norm_linear_arguments(
-                    h, weight, self._line(projection.bias), None, y, projection.n_scaled, projection.activation,
-                    block.width, block.eps,
+                gemm.norm_linear_arguments(
+                    NormLinearInputs(
+                        h, weight, self._line(projection.bias), None, projection.n_scaled, projection.activation,
+                        block.width, block.eps,
+                    ),
+                    y,
                 )
             )  # fmt: skip
         facts, read, window = block.inputs[0].attention, 0, 0
@@ -73,7 +76,7 @@ class CpuStep:
             rotary = self.packed.rotary
             read, window = 2 * facts.key_heads * facts.head_dim, facts.window or 0
             keys, values = self.cache.keys[facts.layer], self.cache.values[facts.layer]
-            attention = cpu_decode.attention_arguments(
+            attention = gemm.attention_arguments(
                 self._room,
                 keys,
                 values,
@@ -83,7 +86,7 @@ class CpuStep:
                 facts.norm_eps,
                 facts.heads,
             )
-        output = cpu_decode.rotate_add_arguments(
+        output = gemm.rotate_add_arguments(
             self._room[:, read:begin],
             self._rows(block.output),
             h,

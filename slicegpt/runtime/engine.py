@@ -10,7 +10,8 @@ from transformers.generation import BaseStreamer
 from slicegpt.conversion.canonical import to_canonical
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.devices import kernels_for_new_shapes
-from slicegpt.ops import cpu_decode
+from slicegpt.ops.cpu import extension as cpu_extension
+from slicegpt.ops.cpu import gemm as cpu_gemm
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.cpu_step import CpuStep
 from slicegpt.runtime.decoding import (
@@ -258,9 +259,9 @@ class Runtime:
             return "graph" if self.device.type == "cuda" else "fused" if fused else "growing"
         if self.decoder == "fused" and not fused:
             raise SliceGPTError(
-                f"Runtime: decoder 'fused' needs the CPU's kernels ({cpu_decode.why_not() or 'they are there'}), "
+                f"Runtime: decoder 'fused' needs the CPU's kernels ({cpu_extension.why_not() or 'they are there'}), "
                 f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and "
-                f"{cpu_decode.rows_text(cpu_decode.most_rows(dtype))}, got {batch} of {dtype} on {self.device}"
+                f"{cpu_gemm.rows_text(cpu_gemm.most_rows(dtype))}, got {batch} of {dtype} on {self.device}"
             )
         return self.decoder
 

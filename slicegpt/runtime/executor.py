@@ -5,22 +5,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt import ops
-from slicegpt.ops import cpu_decode, cpu_epilogue, library_gemm
-from slicegpt.ops.registration import requested_backend
+from slicegpt.ops import torch_gemm
+from slicegpt.ops.contracts import NormLinearInputs
+from slicegpt.ops.cpu import epilogue as cpu_epilogue
+from slicegpt.ops.cpu import gemm as cpu_gemm
+from slicegpt.ops.dispatch import requested_backend
 from slicegpt.runtime.cache import Step
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
 
 
 def _kernels(dtype: torch.dtype, rows: int):
     """The module of a CPU's kernels for so many rows; None: there is none."""
-    for kernels in (cpu_decode, cpu_epilogue):
+    for kernels in (cpu_gemm, cpu_epilogue):
         if kernels.is_supported(None, dtype, rows):
             return kernels
     return None
 
 
-def _norm_linear_on_cpu(h: Tensor, *arguments) -> Tensor:
-    return (_kernels(h.dtype, len(h)) or library_gemm).norm_linear(h, *arguments)
+def _norm_linear_on_cpu(*arguments) -> Tensor:
+    inputs = NormLinearInputs(*arguments)
+    return (_kernels(inputs.h.dtype, len(inputs.h)) or torch_gemm).norm_linear(inputs)
 
 
 def _rotate_add_on_cpu(
@@ -34,7 +38,7 @@ def _rotate_add_on_cpu(
     """The library's form leaves the sums of squares to the next norm. `factor` is for GPUs."""
     kernels = _kernels(a.dtype, len(a))
     if kernels is None:
-        return library_gemm.rotate(a, weight, h, shortcut, bias), None
+        return torch_gemm.rotate(a, weight, h, shortcut, bias), None
     return kernels.rotate_add(a, weight, h, shortcut, bias)
 
 

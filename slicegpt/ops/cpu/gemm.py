@@ -1,28 +1,23 @@
-"""`norm_linear` and `rotate_add` on a CPU: kernels that read every byte of the weights once for few rows, and with
-matrix tiles (AMX, bfloat16) for any number.
+"""`norm_linear`, `rotate_add` and a step's attention on a CPU: kernels that read every byte of the weights once for few
+rows, and with matrix tiles (AMX, bfloat16) for any number.
 
-Arguments and results are those of `slicegpt.ops`; the tensors are validated. The kernels run on the threads of the
-OpenMP runtime that torch has loaded (`torch.set_num_threads` governs them), sum in float32 and round once, when they
-store; instructions for bfloat16 take numbers below 2^-126 for 0. The same call gives the same bits, whatever the number
-of threads. SLICEGPT_CPU_ISA=amx, avx512_bf16, avx512, avx2 or portable, read when this module is imported, names the
-instruction set instead of the best one here; none leaves the kernels out.
+Arguments and results are those of `slicegpt.ops`; the tensors are validated. The kernels sum in float32 and round once,
+when they store; instructions for bfloat16 take numbers below 2^-126 for 0. The same call gives the same bits, whatever
+the number of threads.
 """
 
-import importlib.util
-import os
 import sys
 from functools import lru_cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from slicegpt.errors import SliceGPTError
-from slicegpt.ops.reference import GATED, norm_linear_output, rotate_add_outputs
+from slicegpt.ops import contracts
+from slicegpt.ops.contracts import NormLinearInputs, activation_code, dtype_code, rotate_add_outputs
+from slicegpt.ops.cpu import extension
+from slicegpt.ops.cpu.extension import address, threads_for
 
-# The orders are csrc/cpu/decode.h's `Dtype` and `Activation`.
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+DTYPES = contracts.DTYPES[:3]
 
 # Up to so many rows the kernels are faster than torch's library: with 32 rows a decode step of SmolLM2-135M takes 70 ms
 # in float32, 62 in bfloat16 (two threads of an AMD EPYC), with the library 142 and 72; with 64 rows in bfloat16 it is
@@ -41,64 +36,10 @@ MOST_ROWS_BESIDE_AMX = 4
 # Bytes of weights that are worth waking a second thread: reading them takes one thread longer than that.
 BYTES_PER_THREAD = 1 << 15
 
-ISA_VARIABLE = "SLICEGPT_CPU_ISA"
-
-_cpu: ModuleType | None = None
-_import_error: str | None = None
-if os.environ.get(ISA_VARIABLE) != "none" and importlib.util.find_spec("slicegpt._cpu"):
-    try:
-        from slicegpt import _cpu
-    except ImportError as error:
-        _import_error = str(error)
-_DTYPE = {dtype: index for index, dtype in enumerate(DTYPES)}
-_ACTIVATION = {name: index for index, name in enumerate(ACTIVATIONS)} | {
-    name: ACTIVATIONS.index(name.removesuffix("_gated")) for name in GATED
-}
-
-
-def use_instruction_set(name: str | None = None) -> str:
-    """Make the kernels use this instruction set, or the best one where not given; returns the name of the last one."""
-    require(ISA_VARIABLE)
-    before, known = _cpu.instruction_set(), _cpu.instruction_sets()
-    if name is not None and name not in known:
-        raise SliceGPTError(
-            f"{ISA_VARIABLE} must be none or one of {', '.join(known)} on this processor, got {name!r}"
-        )
-    _cpu.use(name or known[0])
-    return before
-
-
-def why_not() -> str | None:
-    """Why the kernels cannot run here, in one line; None if they can."""
-    if _cpu is not None:
-        return None
-    if os.environ.get(ISA_VARIABLE) == "none":
-        return f"{ISA_VARIABLE}=none"
-    if _import_error:
-        return f"slicegpt._cpu does not load: {_import_error}"
-    return "slicegpt was installed without its CPU part (no C++ compiler was found, or SLICEGPT_CPU=0)"
-
-
-def require(op: str) -> None:
-    """Raises where `slicegpt._cpu` is missing."""
-    if _cpu is None:
-        raise SliceGPTError(f"{op}: the CPU kernels are not available: {why_not()}")
-
-
-def build_info() -> dict[str, str]:
-    """For `slicegpt env`: what was built, and the instruction set in use; or why there is nothing."""
-    if _cpu is None:
-        return {"cpu part": why_not() or ""}
-    return {
-        "cpu part": f"slicegpt._cpu {_cpu.version()}, compiler {_cpu.compiler()}",
-        "instruction set": f"{_cpu.instruction_set()} (of {', '.join(_cpu.instruction_sets())})",
-        "openmp": _cpu.openmp_library(),
-    }
-
 
 def is_supported(capability: tuple[int, int] | None, dtype: torch.dtype, tokens: int = 1) -> bool:
     """Whether the kernels are built and to be taken for `tokens` rows of this dtype; capability None: a CPU."""
-    if _cpu is None or capability is not None or dtype not in _DTYPE:
+    if not extension.is_available() or capability is not None or dtype not in DTYPES:
         return False
     return 0 <= tokens <= most_rows(dtype)
 
@@ -119,11 +60,11 @@ def rows_text(limit: int) -> str:
 
 @lru_cache
 def _has_foreign_mkl() -> bool:
-    return torch.backends.mkl.is_available() and _cpu is not None and not _cpu.is_intel()
+    return torch.backends.mkl.is_available() and extension.is_available() and not extension.module.is_intel()
 
 
 def _has_tiles() -> bool:
-    return _cpu is not None and _cpu.instruction_set() == "amx"
+    return extension.is_available() and extension.module.instruction_set() == "amx"
 
 
 @lru_cache
@@ -132,22 +73,13 @@ def _torch_has_amx() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
-def norm_linear(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sumsq: Tensor | None,
-    n_scaled: int,
-    activation: str,
-    divisor: float,
-    eps: float,
-) -> Tensor:
+def norm_linear(inputs: NormLinearInputs) -> Tensor:
     """See `slicegpt.ops.norm_linear`."""
-    y = norm_linear_output(h, weight, n_scaled, activation)
+    y = inputs.output()
     if y.numel() == 0:
         return y
-    arguments = norm_linear_arguments(h, weight, bias, sumsq, y, n_scaled, activation, divisor, eps)
-    _cpu.norm_linear(_DTYPE[h.dtype], arguments, threads_for(weight.nbytes))
+    arguments = norm_linear_arguments(inputs, y)
+    extension.module.norm_linear(dtype_code(inputs.h.dtype), arguments, _threads(inputs.weight.nbytes))
     return y
 
 
@@ -160,39 +92,32 @@ def rotate_add(
         return h_next, sumsq
     arguments = rotate_add_arguments(a, weight, h, shortcut, bias, h_next, sumsq)
     size = weight.nbytes + (0 if shortcut is None else shortcut.nbytes)
-    _cpu.rotate_add(_DTYPE[a.dtype], arguments, threads_for(size))
+    extension.module.rotate_add(dtype_code(a.dtype), arguments, _threads(size))
     return h_next, sumsq
 
 
-def finish(dtype: torch.dtype, arguments, product: Tensor) -> None:
-    """`norm_linear` (its `norm_linear_arguments`) behind the product h Wᵀ [T, N]; without gates y may be `product`."""
-    threads = threads_for(product.nbytes)
-    _cpu.finish(_DTYPE[dtype], arguments, product.data_ptr(), product.stride(0), threads)
+def finish(inputs: NormLinearInputs, y: Tensor, product: Tensor) -> None:
+    """`norm_linear` after its product h Wᵀ [T, N], into y; without gates y may be `product`."""
+    arguments, threads = norm_linear_arguments(inputs, y), _threads(product.nbytes)
+    extension.module.finish(
+        dtype_code(inputs.h.dtype), arguments, product.data_ptr(), product.stride(0), threads
+    )
 
 
 def row_sums(dtype: torch.dtype, arguments, h_next: Tensor) -> None:
     """`rotate_add`'s sums of squares (its `rotate_add_arguments`) where `h_next` is there."""
-    _cpu.row_sums(_DTYPE[dtype], arguments, threads_for(h_next.nbytes))
+    extension.module.row_sums(dtype_code(dtype), arguments, _threads(h_next.nbytes))
 
 
-def norm_linear_arguments(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sumsq: Tensor | None,
-    y: Tensor,
-    n_scaled: int,
-    activation: str,
-    divisor: float,
-    eps: float,
-):
+def norm_linear_arguments(inputs: NormLinearInputs, y: Tensor):
     """csrc/cpu/decode.h's `NormLinear`: it holds addresses, so the tensors must outlive it."""
-    return _cpu.NormLinear(
+    h, weight, sumsq = inputs.h, inputs.weight, inputs.sumsq
+    return extension.module.NormLinear(
         h.data_ptr(),
         h.stride(0),
         weight.data_ptr(),
         weight.stride(0),
-        address(bias),
+        address(inputs.bias),
         address(sumsq),
         0 if sumsq is None else sumsq.shape[1],
         y.data_ptr(),
@@ -200,11 +125,11 @@ def norm_linear_arguments(
         h.shape[0],
         h.shape[1],
         weight.shape[0],
-        n_scaled,
-        _ACTIVATION[activation],
-        activation in GATED,
-        divisor,
-        eps,
+        inputs.n_scaled,
+        activation_code(inputs.activation),
+        inputs.gated,
+        inputs.divisor,
+        inputs.eps,
     )
 
 
@@ -218,7 +143,7 @@ def rotate_add_arguments(
     sumsq: Tensor | None,
 ):
     """csrc/cpu/decode.h's `RotateAdd`: it holds addresses, so the tensors must outlive it."""
-    return _cpu.RotateAdd(
+    return extension.module.RotateAdd(
         a.data_ptr(),
         a.stride(0),
         weight.data_ptr(),
@@ -250,7 +175,7 @@ def attention_arguments(
 ):
     """csrc/cpu/decode.h's `Attention`, for a step: keys and values [batch, key heads, capacity, head_dim]."""
     batch, key_heads, _, head_dim = keys.shape
-    return _cpu.Attention(
+    return extension.module.Attention(
         rows=rows.data_ptr(),
         rows_stride=rows.stride(0),
         keys=keys.data_ptr(),
@@ -275,19 +200,10 @@ def attention_arguments(
 
 def new_step(dtype: torch.dtype):
     """csrc/cpu/step.h's `Step`, without blocks."""
-    require("decode step")
-    return _cpu.Step(_DTYPE[dtype])
+    extension.require("decode step")
+    return extension.module.Step(dtype_code(dtype))
 
 
-def threads_for(size: int) -> int:
+def _threads(size: int) -> int:
     """Threads for an operation that reads so many bytes of weights."""
-    return max(1, min(torch.get_num_threads(), size // BYTES_PER_THREAD))
-
-
-def address(tensor: Tensor | None) -> int:
-    """0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-if _cpu is not None and os.environ.get(ISA_VARIABLE):
-    use_instruction_set(os.environ[ISA_VARIABLE])
+    return threads_for(size, BYTES_PER_THREAD)

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import cuda
-from slicegpt.ops.reference import norm_linear_output, rotate_add_outputs
+from slicegpt.ops import contracts
+from slicegpt.ops.contracts import NormLinearInputs, activation_code, dtype_code, rotate_add_outputs
+from slicegpt.ops.cuda import extension
+from slicegpt.ops.cuda.extension import address
 
 MAX_TOKENS = 16
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# The order is csrc/decode.h's `Activation`.
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+DTYPES = contracts.DTYPES[:3]
 
+# Rows of the weights that a warp multiplies, the M of mma.m16n8k16; and bytes of each that it reads at a time.
 WARP_ROWS = 16
 CHUNK_BYTES = 128
 # One load of a lane.
@@ -32,58 +33,64 @@ PIECE_BYTES = 16
 L2_SHARE = 0.5
 # Warps that a multiprocessor needs: each has 2 to 4 KB of weights under way, so that 16 cover 4.8 TB/s times 0.7 µs.
 WARPS_PER_PROCESSOR = 16
-# A warp's chunks that are under way at a time, and those below which adding up splits costs more than it saves.
-CHUNKS_UNDER_WAY = 2
+# Chunks that a warp has in flight, and those below which a split of K costs more (adding it up) than it saves.
+CHUNKS_IN_FLIGHT = 2
 MIN_SPLIT_CHUNKS = 4
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a product is cut: a block has `row_warps * column_warps` warps, 16 rows of the weights each.
+class DecodeConfig:
+    """Launch configuration of a product of few tokens with weights [N, K].
 
-    The `column_warps` that share rows take every so-many-th chunk of their columns. `splits` blocks share a tile of
-    rows, each with one range of the columns.
+    Attributes:
+        row_warps: warps of a block along N, 16 rows of the weights each: tile_n = 16 * row_warps.
+        column_warps: warps of a block along K: those that share rows take every so-many-th chunk of their columns.
+        split_k: blocks that share a tile, each with one range of K; the last to arrive adds up all of them.
     """
 
     row_warps: int
     column_warps: int
-    splits: int
+    split_k: int
+
+    @property
+    def tile_n(self) -> int:
+        """Rows of the weights that a block multiplies."""
+        return WARP_ROWS * self.row_warps
 
     def tiles(self, N: int, n_scaled: int = 0, gated: bool = False) -> int:
-        """Blocks along the rows of the weights: with gates, 8 gate rows and 8 others for each 16."""
-        rows = WARP_ROWS * self.row_warps
+        """Blocks along N: with gates, 8 gate rows and the 8 that they gate for each 16."""
         if not gated:
-            return -(-N // rows)
-        return -(-n_scaled // rows) + -(-(N - n_scaled) // rows)
+            return -(-N // self.tile_n)
+        return -(-n_scaled // self.tile_n) + -(-(N - n_scaled) // self.tile_n)
 
 
 @lru_cache
-def norm_linear_cut(processors: int, tokens: int, N: int, d: int, itemsize: int) -> Cut:
-    """The cut for weights [N, d] on a device with so many multiprocessors."""
+def norm_linear_config(processors: int, tokens: int, N: int, d: int, itemsize: int) -> DecodeConfig:
+    """For weights [N, d] on a device with so many multiprocessors."""
     # The tokens' rows come from L2 once for each block: with 16 rows of weights a block they are tokens / 16 of the
     # weights' bytes. Wider tiles keep that at a quarter of what DRAM delivers.
     row_warps = 1 if tokens <= 4 else 2 if tokens <= 8 else 4
-    return _cut(processors, row_warps, N, -(-d * itemsize // CHUNK_BYTES))
+    return _config(processors, row_warps, N, -(-d * itemsize // CHUNK_BYTES))
 
 
 @lru_cache
-def rotate_add_cut(processors: int, tokens: int, N: int, K: int, d: int, itemsize: int) -> Cut:
-    """The cut for weights [N, K] and a shortcut [N, d]; d = 0 where there is none."""
+def rotate_add_config(processors: int, tokens: int, N: int, K: int, d: int, itemsize: int) -> DecodeConfig:
+    """For weights [N, K] and a shortcut [N, d]; d = 0 where there is none."""
     # At least the 32 columns of one sum of squares.
     chunks = -(-K * itemsize // CHUNK_BYTES) + -(-d * itemsize // CHUNK_BYTES)
-    return _cut(processors, 2 if tokens <= 8 else 4, N, chunks)
+    return _config(processors, 2 if tokens <= 8 else 4, N, chunks)
 
 
-def _cut(processors: int, row_warps: int, N: int, chunks: int) -> Cut:
+def _config(processors: int, row_warps: int, N: int, chunks: int) -> DecodeConfig:
     tiles = -(-N // (WARP_ROWS * row_warps))
     needed = WARPS_PER_PROCESSOR * processors
     warps = 8 if tiles * 8 >= 2 * needed else 16
-    column_warps = min(warps // row_warps, _power_of_two(max(1, chunks // CHUNKS_UNDER_WAY)))
+    column_warps = min(warps // row_warps, _power_of_two(max(1, chunks // CHUNKS_IN_FLIGHT)))
     # Adding up splits costs a round trip through L2: only where a quarter of the multiprocessors would have no work.
     have = tiles * row_warps * column_warps
     most = max(1, chunks // (MIN_SPLIT_CHUNKS * column_warps))
-    splits = 1 if have >= 0.7 * needed else min(-(-needed // have), most)
-    return Cut(row_warps, column_warps, splits)
+    split_k = 1 if have >= 0.7 * needed else min(-(-needed // have), most)
+    return DecodeConfig(row_warps, column_warps, split_k)
 
 
 def _power_of_two(value: int) -> int:
@@ -99,29 +106,20 @@ def is_supported(capability: tuple[int, int], dtype: torch.dtype, tokens: int = 
     return dtype is not torch.bfloat16 or capability >= (8, 0)
 
 
-def norm_linear(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sumsq: Tensor | None,
-    n_scaled: int,
-    activation: str,
-    divisor: float,
-    eps: float,
-) -> Tensor:
+def norm_linear(inputs: NormLinearInputs) -> Tensor:
     """See `slicegpt.ops.norm_linear`."""
-    cuda.require("norm_linear")
+    extension.require("norm_linear")
+    h, (N, d) = inputs.h, inputs.weight.shape
     _check_rows("norm_linear", h)
-    gated = activation.endswith("_gated")
-    N, d = weight.shape
-    y = norm_linear_output(h, weight, n_scaled, activation)
+    y = inputs.output()
     if y.numel() == 0:
         return y
-    cut = norm_linear_cut(_processors(h), h.shape[0], N, d, h.element_size())
-    arguments = norm_linear_arguments(h, weight, bias, sumsq, y, n_scaled, activation, divisor, eps)
-    with cuda._on_device(h):
-        launch, _partial = _launch(cut, cut.tiles(N, n_scaled, gated), h)
-        cuda._check("norm_linear", cuda._C.decode_norm_linear(arguments, launch))
+    config = norm_linear_config(_processors(h), h.shape[0], N, d, h.element_size())
+    arguments = norm_linear_arguments(inputs, y)
+    with extension.on_device(h):
+        launch, _partial = _launch(config, config.tiles(N, inputs.n_scaled, inputs.gated), h)
+        status = extension.module.decode_norm_linear(arguments, launch)
+        extension.check_status("norm_linear", status)
     return y
 
 
@@ -134,7 +132,7 @@ def rotate_add(
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `slicegpt.ops.rotate_add`; where `takes_factor`, the last columns of `weight` are not read."""
-    cuda.require("rotate_add")
+    extension.require("rotate_add")
     _check_rows("rotate_add", a)
     h_next, sumsq = rotate_add_outputs(a, weight)
     if h_next.numel() == 0:
@@ -145,10 +143,10 @@ def rotate_add(
     arguments = rotate_add_arguments(a, weight, h, shortcut, bias, factor, h_next, sumsq)
     (tokens, K), N = a.shape, weight.shape[0]
     K -= 0 if factor is None else factor.shape[0]
-    cut = rotate_add_cut(_processors(a), tokens, N, K, columns, a.element_size())
-    with cuda._on_device(a):
-        launch, _partial = _launch(cut, cut.tiles(N), a)
-        cuda._check("rotate_add", cuda._C.decode_rotate_add(arguments, launch))
+    config = rotate_add_config(_processors(a), tokens, N, K, columns, a.element_size())
+    with extension.on_device(a):
+        launch, _partial = _launch(config, config.tiles(N), a)
+        extension.check_status("rotate_add", extension.module.decode_rotate_add(arguments, launch))
     return h_next, sumsq
 
 
@@ -166,27 +164,28 @@ def takes_factor(weight: Tensor, factor: Tensor) -> bool:
     )
 
 
-def norm_linear_arguments(h, weight, bias, sumsq, y, n_scaled, activation, divisor, eps):
+def norm_linear_arguments(inputs: NormLinearInputs, y: Tensor):
     """What the launchers in csrc/decode.h take."""
-    return cuda._C.NormLinearArguments(
+    h, weight, sumsq = inputs.h, inputs.weight, inputs.sumsq
+    return extension.module.NormLinearArguments(
         h=h.data_ptr(),
         h_stride=h.stride(0),
         weight=weight.data_ptr(),
         weight_stride=weight.stride(0),
-        bias=_address(bias),
-        sumsq=_address(sumsq),
+        bias=address(inputs.bias),
+        sumsq=address(sumsq),
         parts=0 if sumsq is None else sumsq.shape[1],
         y=y.data_ptr(),
         y_stride=y.stride(0),
-        dtype=DTYPES.index(h.dtype),
+        dtype=dtype_code(h.dtype),
         tokens=h.shape[0],
         d=h.shape[1],
         N=weight.shape[0],
-        n_scaled=n_scaled,
-        activation=ACTIVATIONS.index(activation.removesuffix("_gated")),
-        gated=activation.endswith("_gated"),
-        divisor=divisor,
-        eps=eps,
+        n_scaled=inputs.n_scaled,
+        activation=activation_code(inputs.activation),
+        gated=inputs.gated,
+        divisor=inputs.divisor,
+        eps=inputs.eps,
     )
 
 
@@ -194,24 +193,24 @@ def rotate_add_arguments(a, weight, h, shortcut, bias, factor, h_next, sumsq):
     """What the launchers in csrc/decode.h take: with `factor`, z is what a's last columns hold."""
     rank = 0 if factor is None else factor.shape[0]
     inner = a.shape[1] - rank
-    return cuda._C.RotateAddArguments(
+    return extension.module.RotateAddArguments(
         a=a.data_ptr(),
         a_stride=a.stride(0),
         weight=weight.data_ptr(),
         weight_stride=weight.stride(0),
         h=h.data_ptr(),
         h_stride=h.stride(0),
-        shortcut=_address(shortcut),
+        shortcut=address(shortcut),
         shortcut_stride=_stride(shortcut),
-        bias=_address(bias),
+        bias=address(bias),
         z=a.data_ptr() + inner * a.element_size() if rank else 0,
         z_stride=a.stride(0) if rank else 0,
-        factor=_address(factor),
+        factor=address(factor),
         factor_stride=_stride(factor),
         h_next=h_next.data_ptr(),
         h_next_stride=h_next.stride(0),
         sumsq=sumsq.data_ptr(),
-        dtype=DTYPES.index(a.dtype),
+        dtype=dtype_code(a.dtype),
         tokens=a.shape[0],
         K=inner,
         d=h.shape[1],
@@ -220,22 +219,21 @@ def rotate_add_arguments(a, weight, h, shortcut, bias, factor, h_next, sumsq):
     )
 
 
-def _launch(cut: Cut, tiles: int, like: Tensor):
-    """The cut as the launchers take it, and the memory for several splits, to be kept until the launch."""
-    tokens = like.shape[0]
+def _launch(config: DecodeConfig, tiles: int, like: Tensor):
+    """The configuration as the launchers take it, and the memory for split_k > 1, to be kept until the launch."""
     partial, arrivals = None, 0
-    if cut.splits > 1:
-        items = cut.splits * tiles * tokens * WARP_ROWS * cut.row_warps
+    if config.split_k > 1:
+        items = config.split_k * tiles * like.shape[0] * config.tile_n
         partial = torch.empty(items, dtype=torch.float32, device=like.device)
         arrivals = _arrivals(like).take(tiles, like)
-    launch = cuda._C.DecodeCut(
-        row_warps=cut.row_warps,
-        column_warps=cut.column_warps,
-        splits=cut.splits,
-        partial=_address(partial),
+    launch = extension.module.DecodeLaunch(
+        row_warps=config.row_warps,
+        column_warps=config.column_warps,
+        split_k=config.split_k,
+        partial=address(partial),
         arrivals=arrivals,
         overlap=_overlap(like),
-        stream=cuda._stream(like),
+        stream=extension.current_stream(like),
     )
     return launch, partial
 
@@ -277,7 +275,7 @@ class _Arrivals:
             if self.pool is not None:
                 self.kept.append(self.pool)
             self.pool, self.used = self._allocate(self.POOL), 0
-        stream = cuda._stream(like)
+        stream = extension.current_stream(like)
         if stream not in self.of_stream or self.of_stream[stream].numel() < count:
             self.kept += [self.of_stream[stream]] if stream in self.of_stream else []
             self.of_stream[stream] = self._allocate(max(count, 1024))
@@ -343,10 +341,6 @@ def _check_rows(op: str, rows: Tensor) -> None:
         raise SliceGPTError(f"{op}: the decode kernels take at most {MAX_TOKENS} rows, got {rows.shape[0]}")
     if rows.dtype not in DTYPES:
         raise SliceGPTError(f"{op}: the decode kernels take float16, bfloat16 and float32, got {rows.dtype}")
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _stride(tensor: Tensor | None) -> int:

@@ -14,25 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicegpt.ops.reference import ACTIVATIONS, GATED, sumsq_dtype
-
-_HALF = (torch.float16, torch.bfloat16)
+from slicegpt.ops.contracts import ACTIVATIONS, GATED, HALF, NormLinearInputs, sumsq_dtype
 
 
-def norm_linear(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sumsq: Tensor | None,
-    n_scaled: int,
-    activation: str,
-    divisor: float,
-    eps: float,
-) -> Tensor:
+def norm_linear(inputs: NormLinearInputs) -> Tensor:
     """See `slicegpt.ops.norm_linear`; the result may have a larger row stride than it has columns."""
-    scale = _row_scale(h, sumsq, divisor, eps)
+    h, weight, bias, n_scaled = inputs.h, inputs.weight, inputs.bias, inputs.n_scaled
+    activation = inputs.activation
+    scale = _row_scale(h, inputs.sumsq, inputs.divisor, inputs.eps)
     whole = n_scaled == weight.shape[0]
-    if isinstance(scale, float) and h.dtype not in _HALF:
+    if isinstance(scale, float) and h.dtype not in HALF:
         product = _scaled_row(h[0], weight, bias, n_scaled, scale).unsqueeze(0)
         pre = product if whole else product[:, :n_scaled]
     elif h.dtype == torch.float16 and not h.is_cuda:
@@ -52,7 +43,7 @@ def norm_linear(
             torch.add(bias, pre, alpha=scale, out=pre)
         else:
             torch.addcmul(bias.to(pre.dtype), pre, scale, out=pre)
-    if activation in GATED:
+    if inputs.gated:
         # Into the place of the values, so that what follows stays beside it without a copy.
         gate, up = pre.chunk(2, dim=1)
         up *= GATED[activation](gate)
@@ -87,7 +78,7 @@ def rotate(a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: 
         base = h
     if bias is not None:
         base = base + bias
-    if h.is_cuda and h.dtype in _HALF:
+    if h.is_cuda and h.dtype in HALF:
         return torch.addmm(base.float(), a, weight.mT, out_dtype=torch.float32).to(h.dtype)
     if h.shape[0] == 1:
         return torch.addmv(base[0], weight, a[0])[None]
@@ -114,7 +105,7 @@ def _row_scale(h: Tensor, sumsq: Tensor | None, divisor: float, eps: float) -> T
 
 def _product(h: Tensor, weight: Tensor) -> Tensor:
     """`h Wᵀ`, in float32 where a GPU has 16-bit inputs, else in h's dtype."""
-    if h.is_cuda and h.dtype in _HALF:
+    if h.is_cuda and h.dtype in HALF:
         return torch.mm(h, weight.mT, out_dtype=torch.float32)
     if h.shape[0] == 1:
         return torch.mv(weight, h[0])[None]

@@ -3,15 +3,15 @@
 For GPUs whose tensor cores Triton does not reach (Turing), and wherever else nothing better exists. cuBLAS writes
 float32 products of 16-bit inputs, so that nothing is rounded, or overflows, before it is scaled; one kernel then does
 what torch needs several passes for. Arguments and results are those of `slicegpt.ops`, validated as for
-`slicegpt.ops.cuda_decode`.
+`slicegpt.ops.cuda.decode`.
 """
 
 import torch
 from torch import Tensor
 
-from slicegpt.ops import cuda
-from slicegpt.ops.cuda_decode import DTYPES, norm_linear_arguments, rotate_add_arguments
-from slicegpt.ops.reference import norm_linear_output, rotate_add_outputs
+from slicegpt.ops.contracts import NormLinearInputs, rotate_add_outputs
+from slicegpt.ops.cuda import extension
+from slicegpt.ops.cuda.decode import DTYPES, norm_linear_arguments, rotate_add_arguments
 
 
 def is_supported(capability: tuple[int, int], dtype: torch.dtype, tokens: int = 1) -> bool:
@@ -22,26 +22,18 @@ def is_supported(capability: tuple[int, int], dtype: torch.dtype, tokens: int = 
     return dtype is not torch.bfloat16 or capability >= (8, 0)
 
 
-def norm_linear(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sumsq: Tensor | None,
-    n_scaled: int,
-    activation: str,
-    divisor: float,
-    eps: float,
-) -> Tensor:
+def norm_linear(inputs: NormLinearInputs) -> Tensor:
     """See `slicegpt.ops.norm_linear`."""
-    cuda.require("norm_linear")
-    y = norm_linear_output(h, weight, n_scaled, activation)
+    extension.require("norm_linear")
+    y = inputs.output()
     if y.numel() == 0:
         return y
-    with cuda._on_device(h):
-        product = _product(h, weight)
-        arguments = norm_linear_arguments(h, weight, bias, sumsq, y, n_scaled, activation, divisor, eps)
-        status = cuda._C.norm_linear_epilogue(arguments, product.data_ptr(), cuda._stream(h))
-        cuda._check("norm_linear", status)
+    with extension.on_device(inputs.h):
+        product = _product(inputs.h, inputs.weight)
+        status = extension.module.norm_linear_epilogue(
+            norm_linear_arguments(inputs, y), product.data_ptr(), extension.current_stream(inputs.h)
+        )
+        extension.check_status("norm_linear", status)
     return y
 
 
@@ -49,17 +41,19 @@ def rotate_add(
     a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `slicegpt.ops.rotate_add`."""
-    cuda.require("rotate_add")
+    extension.require("rotate_add")
     h_next, sumsq = rotate_add_outputs(a, weight)
     if h_next.numel() == 0:
         return h_next, sumsq
-    with cuda._on_device(a):
+    with extension.on_device(a):
         product = _product(a, weight)
         second = None if shortcut is None else _product(h, shortcut)
         arguments = rotate_add_arguments(a, weight, h, shortcut, bias, None, h_next, sumsq)
         rotated = 0 if second is None else second.data_ptr()
-        status = cuda._C.rotate_add_epilogue(arguments, product.data_ptr(), rotated, cuda._stream(a))
-        cuda._check("rotate_add", status)
+        status = extension.module.rotate_add_epilogue(
+            arguments, product.data_ptr(), rotated, extension.current_stream(a)
+        )
+        extension.check_status("rotate_add", status)
     return h_next, sumsq
 
 

@@ -1,0 +1,1 @@
+"""The CPU kernels of csrc/cpu/: the compiled module `slicegpt._cpu`, and launchers on torch tensors."""

@@ -1,0 +1,108 @@
+"""`gram_` by the CUDA kernels: float64 products, exact integer products, half-precision products.
+
+The launchers take validated tensors (`slicegpt.ops` checks them): C float64 [D, D] and X [N, D] on one CUDA device,
+unit column stride, weight [N] of a float dtype or None. A token of weight 0 is absent: what its row of X holds, NaNs
+included, does not reach C. A result that is not finite is stored as NaN.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from slicegpt.errors import SliceGPTError
+from slicegpt.ops.contracts import DTYPES, HALF, dtype_code, dtype_names
+from slicegpt.ops.cuda import extension
+
+DTYPES_OF = {"fp64": DTYPES, "exact": DTYPES[:3], "fast": HALF}
+# csrc/gram.h's `ExactKernel`, by the values of SLICEGPT_GRAM_EXACT. auto is mma.sync until wgmma is measured.
+_EXACT_KERNELS = {"auto": 0, "mma": 1, "wgmma": 2, "wgmma-pairs": 3}
+
+
+def is_supported(capability: tuple[int, int], dtype: torch.dtype, precision: str) -> bool:
+    """Whether `gram_` with this precision ("fp64", "exact", "fast") takes X of `dtype` on this compute capability."""
+    if precision not in DTYPES_OF:
+        raise SliceGPTError(f"gram_: precision must be one of {', '.join(DTYPES_OF)}, got {precision!r}")
+    if dtype not in DTYPES_OF[precision] or capability < (7, 5):
+        return False
+    # Turing's tensor cores know no bfloat16.
+    return not (precision == "fast" and dtype is torch.bfloat16 and capability < (8, 0))
+
+
+def exact_has_wgmma() -> bool:
+    """Whether SLICEGPT_GRAM_EXACT=wgmma and wgmma-pairs work on the current device: 9.0, with code built for 9.0a."""
+    return extension.is_available() and extension.module.gram_exact_has_wgmma()
+
+
+def gram_fp64(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
+    """`C += Xᵀ diag(weight) X` with float64 products and sums; X float16, bfloat16, float32 or float64."""
+    module = _module_for("fp64", X)
+    _launch(C, X, weight, lambda: module.gram_fp64_workspace(*X.shape), module.gram_fp64)
+
+
+def gram_exact(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
+    """`C += Xᵀ diag(weight) X` from exact integer products on int8 tensor cores; X float16, bfloat16 or float32.
+
+    Exact per block of tokens, rounded to float64 once per block and added. What integers of 53 bits per column and
+    block cannot hold goes through `gram_fp64`'s arithmetic: tokens with an infinity, a NaN, a value more than 53 bits
+    below its column's largest, or a weight other than 0 and 1.
+
+    The environment variable SLICEGPT_GRAM_EXACT chooses the kernel, all of which give the same bits.
+    """
+    module, kernel = _module_for("exact", X), _requested_exact_kernel()
+    _launch(
+        C,
+        X,
+        weight,
+        lambda: module.gram_exact_workspace(*X.shape, dtype_code(X.dtype)),
+        lambda arguments: module.gram_exact(arguments, kernel),
+    )
+
+
+def gram_fast(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
+    """`C += Xᵀ diag(weight) X` from half-precision products, summed in float32 for 128 tokens, then beyond it.
+
+    X float16 or bfloat16. Tokens with a weight other than 0 and 1 go through `gram_fp64`'s arithmetic.
+    """
+    module = _module_for("fast", X)
+    _launch(C, X, weight, lambda: module.gram_fast_workspace(*X.shape), module.gram_fast)
+
+
+def _requested_exact_kernel() -> int:
+    kernel = os.environ.get("SLICEGPT_GRAM_EXACT", "auto")
+    if kernel not in _EXACT_KERNELS:
+        raise SliceGPTError(f"SLICEGPT_GRAM_EXACT must be one of {', '.join(_EXACT_KERNELS)}, got {kernel!r}")
+    return _EXACT_KERNELS[kernel]
+
+
+def _module_for(precision: str, X: Tensor):
+    extension.require("gram_")
+    if X.dtype not in DTYPES_OF[precision]:
+        names = dtype_names(DTYPES_OF[precision])
+        raise SliceGPTError(f"gram_: precision {precision!r} takes X of {names}, got {X.dtype}")
+    return extension.module
+
+
+def _launch(
+    C: Tensor, X: Tensor, weight: Tensor | None, workspace_size: Callable[[], int], launch: Callable
+) -> None:
+    if weight is not None:
+        weight = weight.to(torch.float64).contiguous()
+    with extension.on_device(C):
+        workspace_bytes = workspace_size()  # depends on the device
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=C.device)
+        arguments = extension.module.gram_arguments(
+            C=C.data_ptr(),
+            C_stride=C.stride(0),
+            X=X.data_ptr(),
+            X_stride=X.stride(0),
+            dtype=dtype_code(X.dtype),
+            weight=extension.address(weight),
+            tokens=X.shape[0],
+            columns=X.shape[1],
+            workspace=workspace.data_ptr(),
+            workspace_bytes=workspace_bytes,
+            stream=extension.current_stream(C),
+        )
+        extension.check_status("gram_", launch(arguments))
