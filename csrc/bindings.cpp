@@ -1,5 +1,5 @@
 // The Python module slicegpt._C: every launcher with addresses and sizes as integers, returning its status.
-// Checks, allocation and streams are Python's (slicegpt/ops/cuda.py). Importing it touches neither driver nor
+// Checks, allocation and streams are Python's (slicegpt/ops/cuda/). Importing it touches neither driver nor
 // device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -32,12 +32,10 @@ std::string describe(int status) {
             return "dtype not supported by this kernel";
         case kWorkspaceTooSmall:
             return "workspace too small";
-        case kBadDigits:
-            return "digits out of range";
         case kTooLarge:
             return "matrix too large";
-        case kBadCut:
-            return "rows, warps or splits out of range";
+        case kBadConfig:
+            return "tokens, warps or split_k out of range";
         case kNoWgmma:
             return "the wgmma kernel needs compute capability 9.0 and code built for 9.0a";
     }
@@ -45,9 +43,9 @@ std::string describe(int status) {
     return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
 }
 
-GramArguments gram_arguments(uintptr_t C, int64_t C_stride, uintptr_t X, int64_t X_stride, int dtype,
-                             uintptr_t weight, int64_t tokens, int64_t columns, uintptr_t workspace,
-                             size_t workspace_bytes, uintptr_t stream) {
+GramArguments gram_arguments(uintptr_t C, int64_t C_stride, uintptr_t X, int64_t X_stride, int dtype, uintptr_t weight,
+                             int64_t tokens, int64_t columns, uintptr_t workspace, size_t workspace_bytes,
+                             uintptr_t stream) {
     return {reinterpret_cast<double*>(C),
             C_stride,
             reinterpret_cast<const void*>(X),
@@ -62,18 +60,18 @@ GramArguments gram_arguments(uintptr_t C, int64_t C_stride, uintptr_t X, int64_t
 }
 
 void bind_gram(py::module_& m) {
-    m.def("gram_arguments", &gram_arguments, py::arg("C"), py::arg("C_stride"), py::arg("X"),
-          py::arg("X_stride"), py::arg("dtype"), py::arg("weight"), py::arg("tokens"), py::arg("columns"),
-          py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"));
+    m.def("gram_arguments", &gram_arguments, py::arg("C"), py::arg("C_stride"), py::arg("X"), py::arg("X_stride"),
+          py::arg("dtype"), py::arg("weight"), py::arg("tokens"), py::arg("columns"), py::arg("workspace"),
+          py::arg("workspace_bytes"), py::arg("stream"));
     py::class_<GramArguments>(m, "GramArguments", py::module_local());
     m.def("gram_fp64", &gram_fp64);
     m.def("gram_fp64_workspace", &gram_fp64_workspace);
-    m.def("gram_exact", [](const GramArguments& arguments, int digits, int kernel) {
-        return gram_exact(arguments, digits, static_cast<ExactKernel>(kernel));
+    m.def("gram_exact", [](const GramArguments& arguments, int kernel) {
+        return gram_exact(arguments, static_cast<ExactKernel>(kernel));
     });
     m.def("gram_exact_has_wgmma", &gram_exact_has_wgmma);
-    m.def("gram_exact_workspace", [](int64_t tokens, int64_t columns, int dtype, int digits) {
-        return gram_exact_workspace(tokens, columns, static_cast<Dtype>(dtype), digits);
+    m.def("gram_exact_workspace", [](int64_t tokens, int64_t columns, int dtype) {
+        return gram_exact_workspace(tokens, columns, static_cast<Dtype>(dtype));
     });
     m.def("gram_fast", &gram_fast);
     m.def("gram_fast_workspace", &gram_fast_workspace);
@@ -90,17 +88,17 @@ struct Address {
 
 void bind_decode(py::module_& m) {
     using A = uintptr_t;
-    py::class_<DecodeCut>(m, "DecodeCut", py::module_local())
-        .def(py::init([](int row_warps, int column_warps, int splits, A partial, A arrivals, bool overlap, A stream) {
-                 return DecodeCut{row_warps,          column_warps, splits,         Address{partial},
-                                  Address{arrivals}, overlap,      Address{stream}};
+    py::class_<DecodeLaunch>(m, "DecodeLaunch", py::module_local())
+        .def(py::init([](int row_warps, int column_warps, int split_k, A partial, A arrivals, bool overlap, A stream) {
+                 return DecodeLaunch{row_warps,         column_warps, split_k,        Address{partial},
+                                     Address{arrivals}, overlap,      Address{stream}};
              }),
-             py::arg("row_warps"), py::arg("column_warps"), py::arg("splits"), py::arg("partial"), py::arg("arrivals"),
+             py::arg("row_warps"), py::arg("column_warps"), py::arg("split_k"), py::arg("partial"), py::arg("arrivals"),
              py::arg("overlap"), py::arg("stream"));
     py::class_<NormLinearArguments>(m, "NormLinearArguments", py::module_local())
         .def(py::init([](A h, int64_t h_stride, A weight, int64_t weight_stride, A bias, A sumsq, int parts, A y,
-                         int64_t y_stride, int dtype, int tokens, int d, int N, int n_scaled, int activation, bool gated,
-                         float divisor, float eps) {
+                         int64_t y_stride, int dtype, int tokens, int d, int N, int n_scaled, int activation,
+                         bool gated, float divisor, float eps) {
                  return NormLinearArguments{Address{h},
                                             h_stride,
                                             Address{weight},
@@ -155,8 +153,8 @@ void bind_decode(py::module_& m) {
              py::arg("a"), py::arg("a_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("h"),
              py::arg("h_stride"), py::arg("shortcut"), py::arg("shortcut_stride"), py::arg("bias"), py::arg("z"),
              py::arg("z_stride"), py::arg("factor"), py::arg("factor_stride"), py::arg("h_next"),
-             py::arg("h_next_stride"), py::arg("sumsq"), py::arg("dtype"), py::arg("tokens"), py::arg("K"), py::arg("d"),
-             py::arg("N"), py::arg("rank"));
+             py::arg("h_next_stride"), py::arg("sumsq"), py::arg("dtype"), py::arg("tokens"), py::arg("K"),
+             py::arg("d"), py::arg("N"), py::arg("rank"));
     m.def("decode_norm_linear", &decode_norm_linear);
     m.def("decode_rotate_add", &decode_rotate_add);
     m.def("norm_linear_epilogue", [](const NormLinearArguments& arguments, A product, A stream) {

@@ -2,15 +2,15 @@
 //
 // Such a product is bound by reading the weights, so everything serves one aim: enough bytes in flight. By Little's law
 // an H200 needs 4.8 TB/s * 0.7 us = 3.4 MB, 25 KB on each of its 132 multiprocessors (an H100 18 KB). A lane keeps two
-// chunks of 4 loads of 16 bytes: 128 bytes, and 64 while it waits for the older chunk. With 16 warps on a multiprocessor
-// that is 32 to 64 KB, with the 32 that 64 registers allow 64 to 128 KB.
+// chunks of 4 loads of 16 bytes: 128 bytes, and 64 while it waits for the older chunk. With 16 warps on a
+// multiprocessor that is 32 to 64 KB, with the 32 that 64 registers allow 64 to 128 KB.
 //
 // Half precision goes through the tensor cores even for one token: the 16 rows of mma.m16n8k16 are rows of the weights,
-// its columns are tokens (those beyond the last repeat it and are dropped). On CUDA cores 8 tokens would cost 83 of the 128
-// FMA a cycle and multiprocessor at that bandwidth, and as many conversions. The contraction does not care for the order
-// of k as long as both operands agree, so lane t of a quad takes 8 consecutive k of a row, one load of 16 bytes, where
-// the instruction's layout has two pairs apart. The weights go straight to registers: no other warp needs them. The
-// tokens' rows come through L1; the warps of a block that work on other rows of the weights read the same ones.
+// its columns are tokens (those beyond the last repeat it and are dropped). On CUDA cores 8 tokens would cost 83 of the
+// 128 FMA a cycle and multiprocessor at that bandwidth, and as many conversions. The contraction does not care for the
+// order of k as long as both operands agree, so lane t of a quad takes 8 consecutive k of a row, one load of 16 bytes,
+// where the instruction's layout has two pairs apart. The weights go straight to registers: no other warp needs them.
+// The tokens' rows come through L1; the warps of a block that work on other rows of the weights read the same ones.
 //
 // Float32 has the same shape, with FMA and a sum over the quad at the end (tf32 tensor cores would drop 13 bits).
 #pragma once
@@ -69,8 +69,7 @@ struct WarpSums {
         uint4 b[kTokens / 8][2];
 #pragma unroll
         for (int n = 0; n < kTokens / 8; ++n) {
-            const T* row =
-                static_cast<const T*>(source.input) + min(g + 8 * n, tokens - 1) * source.input_stride;
+            const T* row = static_cast<const T*>(source.input) + min(g + 8 * n, tokens - 1) * source.input_stride;
 #pragma unroll
             for (int j = 0; j < 2; ++j)
                 b[n][j] = load_piece<T, kAligned, false>(row, k + j * 4 * kPieceItems<T>, columns);
@@ -94,8 +93,7 @@ struct WarpSums {
 #pragma unroll
         for (int n = 0; n < kTokens / 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                target[(8 * n + 2 * t + i % 2) * kSumPitch + g + i / 2 * 8] = c[n][i];
+            for (int i = 0; i < 4; ++i) target[(8 * n + 2 * t + i % 2) * kSumPitch + g + i / 2 * 8] = c[n][i];
     }
 };
 
@@ -150,7 +148,7 @@ constexpr int kBlocksPerProcessor = kAligned && kTokens <= 8 && sizeof(T) == 2 ?
 // A warp's walk over the chunks of its rows. low and high are the rows of the weights that this lane reads.
 template <typename T, int kTokens, bool kAligned>
 class WarpWalk {
-   public:
+  public:
     __device__ WarpWalk(const Product& p, int split, int splits, int64_t low, int64_t high, bool idle)
         : p_(p), low_(low), high_(high) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -185,7 +183,7 @@ class WarpWalk {
         }
     }
 
-   private:
+  private:
     struct Position {
         const T* weight;
         int64_t stride;
@@ -222,16 +220,17 @@ class WarpWalk {
     WeightChunk even_, odd_;
 };
 
-// Adds up what the block's warps hold, in fixed order, and what the blocks of the other splits hold. `sums` becomes
-// [token][row of the tile]. True in the block that finishes the tile: the last to arrive, which adds all of them in the
-// order of the splits, whoever that is. `more`: null, or something to subtract, shaped as `sums`.
+// Adds up what the block's warps hold, in fixed order, and with split_k > 1 what the blocks of the other splits hold.
+// `sums` becomes [token][row of the tile]. True in the block that finishes the tile: the last to arrive, which adds all
+// of them in the order of the splits, whoever that is. `more`: null, or something to subtract, shaped as `sums`.
 __device__ inline bool add_up(const Product& p, const float* warps, int kept_tokens, const float* more, float* sums) {
     const int rows = kWarpRows * p.row_warps, items = p.tokens * rows;
     const int tile = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
     float* const partial = p.partial + (int64_t(tile) * splits) * items;
     for (int i = threadIdx.x; i < items; i += blockDim.x) {
         const int token = i / rows, row = i % rows;
-        const float* from = warps + (row / kWarpRows * p.column_warps * kept_tokens + token) * kSumPitch + row % kWarpRows;
+        const float* from =
+            warps + (row / kWarpRows * p.column_warps * kept_tokens + token) * kSumPitch + row % kWarpRows;
         float sum = more ? -more[i] : 0.f;
         for (int w = 0; w < p.column_warps; ++w) sum += from[w * kept_tokens * kSumPitch];
         if (splits == 1)
@@ -271,15 +270,15 @@ inline bool aligned_16(const Source& source, size_t item) {
 }
 
 // Shared memory of a launch: the warps' sums, the tile's.
-inline size_t decode_shared(const DecodeCut& cut, int kept_tokens) {
+inline size_t decode_shared(const DecodeLaunch& config, int kept_tokens) {
     return sizeof(float) * kept_tokens *
-           size_t(cut.row_warps * cut.column_warps * kSumPitch + cut.row_warps * kWarpRows);
+           size_t(config.row_warps * config.column_warps * kSumPitch + config.row_warps * kWarpRows);
 }
 
-inline bool valid(const DecodeCut& cut, int tokens) {
-    return tokens >= 1 && tokens <= kMaxDecodeTokens && cut.row_warps >= 1 && cut.column_warps >= 1 && cut.splits >= 1 &&
-           cut.row_warps * cut.column_warps <= kMaxDecodeWarps && cut.splits <= 65535 &&
-           (cut.splits == 1 || (cut.partial && cut.arrivals));
+inline bool valid(const DecodeLaunch& config, int tokens) {
+    return tokens >= 1 && tokens <= kMaxDecodeTokens && config.row_warps >= 1 && config.column_warps >= 1 &&
+           config.split_k >= 1 && config.row_warps * config.column_warps <= kMaxDecodeWarps &&
+           config.split_k <= 65535 && (config.split_k == 1 || (config.partial && config.arrivals));
 }
 
 // Turing's tensor cores know no bfloat16.

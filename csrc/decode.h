@@ -2,30 +2,33 @@
 // the columns of a matrix are contiguous. Every launcher returns 0, a CUDA error code (> 0) or a Status (< 0).
 #pragma once
 
-#include "gram.h"
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "types.h"
 
 namespace slicegpt {
 
 constexpr int kMaxDecodeTokens = 16;
 
-// How the work is cut (slicegpt/ops/cuda_decode.py chooses): a block computes 16 * row_warps rows of the weights with
-// row_warps * column_warps warps, and one of `splits` ranges of the columns. With several splits, `partial` holds
-// splits * tiles * tokens * 16 * row_warps float32, and `arrivals` a zero for each tile (zero again afterwards).
-struct DecodeCut {
+// Launch configuration, chosen in slicegpt/ops/cuda/decode.py, and what a launch works with. A block multiplies a tile
+// of 16 * row_warps rows of the weights (tile_n) with row_warps * column_warps warps, over one of split_k ranges of K.
+// With split_k > 1, `partial` holds split_k * tiles * tokens * 16 * row_warps float32, and `arrivals` a zero for each
+// tile (zero again afterwards).
+struct DecodeLaunch {
     int row_warps;
     int column_warps;
-    int splits;
+    int split_k;
     float* partial;
     unsigned* arrivals;
-    bool overlap;  // start before the kernel ahead in the stream has ended (compute capability 9.0 on)
+    bool overlap;  // programmatic dependent launch: start before the kernel ahead in the stream has ended (9.0 on)
     cudaStream_t stream;
 };
 
-enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
-
-// y [tokens, columns] = [act(s (h W1') + bias) | h W2'], s = rsqrt(sum of squares / divisor + eps); W1 the first n_scaled
-// rows of weight [N, d]. sumsq: float32 [tokens, parts] with row stride parts, or null: summed from h. gated: the first
-// half of W1 gates the second.
+// y [tokens, columns] = [act(s (h W1') + bias) | h W2'], s = rsqrt(sum of squares / divisor + eps); W1 the first
+// n_scaled rows of weight [N, d]. sumsq: float32 [tokens, parts] with row stride parts, or null: summed from h. gated:
+// the first half of W1 gates the second.
 struct NormLinearArguments {
     const void* h;
     int64_t h_stride;
@@ -66,12 +69,12 @@ struct RotateAddArguments {
     int tokens, K, d, N, rank;
 };
 
-int decode_norm_linear(const NormLinearArguments& arguments, const DecodeCut& cut);
-int decode_rotate_add(const RotateAddArguments& arguments, const DecodeCut& cut);
+int decode_norm_linear(const NormLinearArguments& arguments, const DecodeLaunch& config);
+int decode_rotate_add(const RotateAddArguments& arguments, const DecodeLaunch& config);
 
-// The epilogues alone, for any number of rows: `product` is float32 [tokens, N] with row stride N, what a library's GEMM
-// left. norm_linear reads h for its sums of squares only, and ignores weight; rotate_add reads h only where `second`,
-// the product with the shortcut, is null.
+// The epilogues alone, for any number of rows: `product` is float32 [tokens, N] with row stride N, what a library's
+// GEMM left. norm_linear reads h for its sums of squares only, and ignores weight; rotate_add reads h only where
+// `second`, the product with the shortcut, is null.
 int norm_linear_epilogue(const NormLinearArguments& arguments, const float* product, cudaStream_t stream);
 int rotate_add_epilogue(const RotateAddArguments& arguments, const float* product, const float* second,
                         cudaStream_t stream);

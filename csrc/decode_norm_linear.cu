@@ -24,8 +24,8 @@ __global__ __launch_bounds__(kMaxDecodeThreads, kBlocksPerProcessor<T, kTokens, 
     const int tile = blockIdx.x, half = a.n_scaled / 2;
     const bool gated = tile < parameters.gated_tiles;
     const int tile_rows = (gated ? kWarpRows / 2 : kWarpRows) * p.row_warps;
-    const int tile_begin = gated ? tile * tile_rows
-                                 : (a.gated ? a.n_scaled : 0) + (tile - parameters.gated_tiles) * tile_rows;
+    const int tile_begin =
+        gated ? tile * tile_rows : (a.gated ? a.n_scaled : 0) + (tile - parameters.gated_tiles) * tile_rows;
     const int tile_end = min(tile_begin + tile_rows, gated ? half : a.N);
     const int begin = tile_begin + warp / p.column_warps * (gated ? 8 : 16);
     // Rows beyond the end repeat the last one.
@@ -76,41 +76,41 @@ __global__ __launch_bounds__(kMaxDecodeThreads, kBlocksPerProcessor<T, kTokens, 
 }
 
 template <typename T, int kTokens>
-int launch(const Parameters& parameters, const DecodeCut& cut, int tiles) {
+int launch(const Parameters& parameters, const DecodeLaunch& config, int tiles) {
     const bool aligned = aligned_16(parameters.product.first, sizeof(T));
     const auto kernel = aligned ? norm_linear_decode<T, kTokens, true> : norm_linear_decode<T, kTokens, false>;
-    return ptx::launch_overlapped(cut.overlap, kernel, dim3(unsigned(tiles), unsigned(cut.splits)),
-                                  32 * cut.row_warps * cut.column_warps, decode_shared(cut, kTokens), cut.stream,
-                                  parameters);
+    return ptx::launch_overlapped(config.overlap, kernel, dim3(unsigned(tiles), unsigned(config.split_k)),
+                                  32 * config.row_warps * config.column_warps, decode_shared(config, kTokens),
+                                  config.stream, parameters);
 }
 
 template <typename T>
-int launch_dtype(const NormLinearArguments& a, const DecodeCut& cut) {
-    const int gated_tiles = a.gated ? int(divide_up(a.n_scaled / 2, 8 * cut.row_warps)) : 0;
+int launch_dtype(const NormLinearArguments& a, const DecodeLaunch& config) {
+    const int gated_tiles = a.gated ? int(divide_up(a.n_scaled / 2, 8 * config.row_warps)) : 0;
     const int plain_rows = a.gated ? a.N - a.n_scaled : a.N;
-    const int tiles = gated_tiles + int(divide_up(plain_rows, kWarpRows * cut.row_warps));
+    const int tiles = gated_tiles + int(divide_up(plain_rows, kWarpRows * config.row_warps));
     const int chunks = int(divide_up(a.d, kChunkItems<T>));
     const Source source{a.weight, a.weight_stride, a.h, a.h_stride, a.d};
-    const Parameters parameters{{source, source, chunks, chunks, a.tokens, cut.row_warps, cut.column_warps, cut.partial,
-                                 cut.arrivals, cut.overlap},
+    const Parameters parameters{{source, source, chunks, chunks, a.tokens, config.row_warps, config.column_warps,
+                                 config.partial, config.arrivals, config.overlap},
                                 a,
                                 gated_tiles};
-    return a.tokens <= kFewTokens<T> ? launch<T, kFewTokens<T>>(parameters, cut, tiles)
-                                     : launch<T, kMaxDecodeTokens>(parameters, cut, tiles);
+    return a.tokens <= kFewTokens<T> ? launch<T, kFewTokens<T>>(parameters, config, tiles)
+                                     : launch<T, kMaxDecodeTokens>(parameters, config, tiles);
 }
 
 }  // namespace
 
-int decode_norm_linear(const NormLinearArguments& a, const DecodeCut& cut) {
+int decode_norm_linear(const NormLinearArguments& a, const DecodeLaunch& config) {
     if (!decode_takes(a.dtype)) return kBadDtype;
-    if (!valid(cut, a.tokens)) return kBadCut;
+    if (!valid(config, a.tokens)) return kBadConfig;
     switch (a.dtype) {
         case Dtype::kFloat16:
-            return launch_dtype<Float16>(a, cut);
+            return launch_dtype<Float16>(a, config);
         case Dtype::kBfloat16:
-            return launch_dtype<Bfloat16>(a, cut);
+            return launch_dtype<Bfloat16>(a, config);
         default:
-            return launch_dtype<Float32>(a, cut);
+            return launch_dtype<Float32>(a, config);
     }
 }
 

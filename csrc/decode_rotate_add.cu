@@ -1,11 +1,11 @@
-// rotate_add for 1 to 16 rows: output projection, shortcut, residual and the sums of squares in one pass over the weights.
+// rotate_add for 1 to 16 rows: output projection, shortcut, residual and the sums of squares in one pass over the
+// weights.
 #include "decode.cuh"
 
 namespace slicegpt {
 namespace {
 
-constexpr int kBlockColumns = 32;  // of one sum of squares
-constexpr int kFactorStep = 16;    // rows of the factor that a warp contracts at a time
+constexpr int kFactorStep = 16;  // rows of the factor that a warp contracts at a time
 
 struct Parameters {
     Product product;
@@ -13,21 +13,21 @@ struct Parameters {
 };
 
 // `less` [token][row of the tile] = z F' for the tile's columns, 0 beyond its d. F' is stored [rank, d], the other way
-// round than the weights, because norm_linear reads the same bytes as rows of its own: shortly before, so that they come
-// from L2 here. A warp takes 32 columns: row r of F' is 64 contiguous bytes there. The tokens are mma's rows and the
-// columns of F' its columns: lane (g, t) holds columns 4g ... 4g + 3 of rows 4t ... 4t + 3, and pairs of rows are put
-// together by byte permutes. Float32: a lane is a column.
+// round than the weights, because norm_linear reads the same bytes as rows of its own: shortly before, so that they
+// come from L2 here. A warp takes 32 columns: row r of F' is 64 contiguous bytes there. The tokens are mma's rows and
+// the columns of F' its columns: lane (g, t) holds columns 4g ... 4g + 3 of rows 4t ... 4t + 3, and pairs of rows are
+// put together by byte permutes. Float32: a lane is a column.
 template <typename T>
 __device__ __forceinline__ void subtract_factor(const Parameters& parameters, float* warps, float* less) {
     const RotateAddArguments& a = parameters.a;
     const Product& p = parameters.product;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int blocks = kWarpRows * p.row_warps / kBlockColumns;
+    const int blocks = kWarpRows * p.row_warps / kSumColumns;
     const int workers = p.row_warps * p.column_warps / blocks, worker = warp / blocks;
-    const int column0 = int(blockIdx.x) * kWarpRows * p.row_warps + warp % blocks * kBlockColumns;
+    const int column0 = int(blockIdx.x) * kWarpRows * p.row_warps + warp % blocks * kSumColumns;
     const T *const factor = static_cast<const T*>(a.factor), *const z = static_cast<const T*>(a.z);
     const int first = (int(blockIdx.y) * workers + worker) * kFactorStep, step = int(gridDim.y) * workers * kFactorStep;
-    float* const mine = warps + warp * a.tokens * kBlockColumns;
+    float* const mine = warps + warp * a.tokens * kSumColumns;
 
     if constexpr (sizeof(T) == 4) {
         float sums[kMaxDecodeTokens] = {};
@@ -41,7 +41,7 @@ __device__ __forceinline__ void subtract_factor(const Parameters& parameters, fl
             }
 #pragma unroll
         for (int n = 0; n < kMaxDecodeTokens; ++n)
-            if (n < a.tokens) mine[n * kBlockColumns + lane] = sums[n];
+            if (n < a.tokens) mine[n * kSumColumns + lane] = sums[n];
     } else {
         const int g = lane / 4, t = lane % 4, column = column0 + 4 * g;
         const bool aligned = (uintptr_t(factor) | uintptr_t(a.factor_stride * int64_t(sizeof(T)))) % 8 == 0;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void subtract_factor(const Parameters& parameters, fl
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 if (g + i / 2 * 8 < a.tokens)
-                    mine[(g + i / 2 * 8) * kBlockColumns + 4 * (2 * t + i % 2) + q] = sums[q][i];
+                    mine[(g + i / 2 * 8) * kSumColumns + 4 * (2 * t + i % 2) + q] = sums[q][i];
     }
     __syncthreads();
     const int rows = kWarpRows * p.row_warps;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void subtract_factor(const Parameters& parameters, fl
         const int token = i / rows, row = i % rows;
         float sum = 0.f;
         for (int w = 0; w < workers; ++w)
-            sum += warps[((w * blocks + row / kBlockColumns) * a.tokens + token) * kBlockColumns + row % kBlockColumns];
+            sum += warps[((w * blocks + row / kSumColumns) * a.tokens + token) * kSumColumns + row % kSumColumns];
         less[i] = sum;
     }
     __syncthreads();
@@ -101,7 +101,7 @@ __global__ __launch_bounds__(kMaxDecodeThreads, kBlocksPerProcessor<T, kTokens, 
     const RotateAddArguments& a = parameters.a;
     const int rows = kWarpRows * p.row_warps, all_warps = p.row_warps * p.column_warps;
     float* const warps = reinterpret_cast<float*>(ptx::dynamic_shared());
-    float* const sums = warps + all_warps * kTokens * (a.factor ? kBlockColumns : kSumPitch);
+    float* const sums = warps + all_warps * kTokens * (a.factor ? kSumColumns : kSumPitch);
     float* const less = sums + kTokens * rows;
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
@@ -121,7 +121,7 @@ __global__ __launch_bounds__(kMaxDecodeThreads, kBlocksPerProcessor<T, kTokens, 
     if (!add_up(p, warps, kTokens, a.factor ? less : nullptr, sums)) return;
 
     const T *const h = static_cast<const T*>(a.h), *const bias = static_cast<const T*>(a.bias);
-    const int blocks = (a.N + kBlockColumns - 1) / kBlockColumns;
+    const int blocks = (a.N + kSumColumns - 1) / kSumColumns;
     // A multiple of 32 items: a warp has one token and 32 columns.
     for (int i = threadIdx.x; i < a.tokens * rows; i += blockDim.x) {
         const int token = i / rows, n = tile_begin + i % rows;
@@ -135,50 +135,50 @@ __global__ __launch_bounds__(kMaxDecodeThreads, kBlocksPerProcessor<T, kTokens, 
             square = to_float(stored) * to_float(stored);
         }
         square = warp_sum(square);
-        if (lane == 0 && n < a.N) a.sumsq[int64_t(token) * blocks + n / kBlockColumns] = square;
+        if (lane == 0 && n < a.N) a.sumsq[int64_t(token) * blocks + n / kSumColumns] = square;
     }
 }
 
 template <typename T, int kTokens>
-int launch(const Parameters& parameters, const DecodeCut& cut) {
+int launch(const Parameters& parameters, const DecodeLaunch& config) {
     const RotateAddArguments& a = parameters.a;
     const bool aligned =
         aligned_16(parameters.product.first, sizeof(T)) && aligned_16(parameters.product.second, sizeof(T));
     const auto kernel = aligned ? rotate_add_decode<T, kTokens, true> : rotate_add_decode<T, kTokens, false>;
-    const int rows = kWarpRows * cut.row_warps, warps = cut.row_warps * cut.column_warps;
+    const int rows = kWarpRows * config.row_warps, warps = config.row_warps * config.column_warps;
     const size_t shared =
-        a.factor ? sizeof(float) * kTokens * size_t(warps * kBlockColumns + 2 * rows) : decode_shared(cut, kTokens);
-    return ptx::launch_overlapped(cut.overlap, kernel, dim3(unsigned(divide_up(a.N, rows)), unsigned(cut.splits)),
-                                  32 * warps, shared, cut.stream, parameters);
+        a.factor ? sizeof(float) * kTokens * size_t(warps * kSumColumns + 2 * rows) : decode_shared(config, kTokens);
+    return ptx::launch_overlapped(config.overlap, kernel,
+                                  dim3(unsigned(divide_up(a.N, rows)), unsigned(config.split_k)), 32 * warps, shared,
+                                  config.stream, parameters);
 }
 
 template <typename T>
-int launch_dtype(const RotateAddArguments& a, const DecodeCut& cut) {
+int launch_dtype(const RotateAddArguments& a, const DecodeLaunch& config) {
     const Source first{a.weight, a.weight_stride, a.a, a.a_stride, a.K};
-    const Source second =
-        a.shortcut ? Source{a.shortcut, a.shortcut_stride, a.h, a.h_stride, a.d} : first;
+    const Source second = a.shortcut ? Source{a.shortcut, a.shortcut_stride, a.h, a.h_stride, a.d} : first;
     const int first_chunks = int(divide_up(a.K, kChunkItems<T>));
     const int chunks = first_chunks + (a.shortcut ? int(divide_up(a.d, kChunkItems<T>)) : 0);
-    const Parameters parameters{{first, second, first_chunks, chunks, a.tokens, cut.row_warps, cut.column_warps,
-                                 cut.partial, cut.arrivals, cut.overlap},
+    const Parameters parameters{{first, second, first_chunks, chunks, a.tokens, config.row_warps, config.column_warps,
+                                 config.partial, config.arrivals, config.overlap},
                                 a};
-    return a.tokens <= kFewTokens<T> ? launch<T, kFewTokens<T>>(parameters, cut)
-                                     : launch<T, kMaxDecodeTokens>(parameters, cut);
+    return a.tokens <= kFewTokens<T> ? launch<T, kFewTokens<T>>(parameters, config)
+                                     : launch<T, kMaxDecodeTokens>(parameters, config);
 }
 
 }  // namespace
 
-int decode_rotate_add(const RotateAddArguments& a, const DecodeCut& cut) {
+int decode_rotate_add(const RotateAddArguments& a, const DecodeLaunch& config) {
     if (!decode_takes(a.dtype)) return kBadDtype;
     // A sum of squares covers 32 columns of one block.
-    if (!valid(cut, a.tokens) || cut.row_warps % 2) return kBadCut;
+    if (!valid(config, a.tokens) || config.row_warps % 2) return kBadConfig;
     switch (a.dtype) {
         case Dtype::kFloat16:
-            return launch_dtype<Float16>(a, cut);
+            return launch_dtype<Float16>(a, config);
         case Dtype::kBfloat16:
-            return launch_dtype<Bfloat16>(a, cut);
+            return launch_dtype<Bfloat16>(a, config);
         default:
-            return launch_dtype<Float32>(a, cut);
+            return launch_dtype<Float32>(a, config);
     }
 }
 

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kColumns = 4 * kThreads;  // of the output, for a block
-constexpr int kBlockColumns = 32;       // of one sum of squares
 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void finish_norm_linear(const NormLinearArguments a, const float* product) {
@@ -42,7 +41,7 @@ template <typename T>
 __global__ __launch_bounds__(kThreads) void finish_rotate_add(const RotateAddArguments a, const float* product,
                                                               const float* second) {
     const int64_t token = blockIdx.x;
-    const int parts = (a.N + kBlockColumns - 1) / kBlockColumns;
+    const int parts = (a.N + kSumColumns - 1) / kSumColumns;
     const T *const h = static_cast<const T*>(a.h) + token * a.h_stride, *const bias = static_cast<const T*>(a.bias);
     const int begin = int(blockIdx.y) * kColumns;
     // Whole warps: 32 columns each.
@@ -59,7 +58,7 @@ __global__ __launch_bounds__(kThreads) void finish_rotate_add(const RotateAddArg
             square = to_float(stored) * to_float(stored);
         }
         square = warp_sum(square);
-        if (threadIdx.x % 32 == 0 && n < a.N) a.sumsq[token * parts + n / kBlockColumns] = square;
+        if (threadIdx.x % 32 == 0 && n < a.N) a.sumsq[token * parts + n / kSumColumns] = square;
     }
 }
 

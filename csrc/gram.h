@@ -1,6 +1,5 @@
 // C += Xᵀ diag(weight) X: the launchers. Plain C++, no torch: device pointers, sizes, strides (in items) and
-// a stream. Every launcher returns 0, a CUDA error code (> 0) or one of the codes below (< 0), and
-// synchronises nothing.
+// a stream. Every launcher returns 0, a CUDA error code (> 0) or a Status (< 0), and synchronises nothing.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,19 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "types.h"
+
 namespace slicegpt {
-
-enum Status : int {
-    kOk = 0,
-    kBadDtype = -1,
-    kWorkspaceTooSmall = -2,
-    kBadDigits = -3,
-    kTooLarge = -4,
-    kBadCut = -5,
-    kNoWgmma = -6,
-};
-
-enum class Dtype : int { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
 
 // C: float64, symmetric, [columns, columns] with row stride C_stride; X: [tokens, columns] with row stride
 // X_stride, columns contiguous; weight: float64 [tokens], contiguous, or null. A token of weight 0 is absent:
@@ -48,13 +37,12 @@ int gram_fp64(const GramArguments& arguments);
 // the way in which gram_exact and gram_fast hand over what their arithmetic cannot represent.
 int gram_fp64_rows(const GramArguments& arguments, const int* rows, const int* row_count);
 
-// Exact integer products on int8 tensor cores; float16, bfloat16, float32. digits 0: exact; 1..7: X rounded
-// to that many 7-bit digits per column and token block. All kernels give the same bits. kAutomatic is mma.sync
-// until the wgmma kernel has been measured on hardware; kWgmma, and kWgmmaPairs (the same by pairs of thread
-// blocks that copy for each other), are refused with kNoWgmma where gram_exact_has_wgmma() is false.
+// Exact integer products on int8 tensor cores; float16, bfloat16, float32. All kernels give the same bits. kAutomatic
+// is mma.sync until the wgmma kernel has been measured on hardware; kWgmma, and kWgmmaPairs (the same by pairs of
+// thread blocks that copy for each other), are refused with kNoWgmma where gram_exact_has_wgmma() is false.
 enum class ExactKernel : int { kAutomatic = 0, kMmaSync = 1, kWgmma = 2, kWgmmaPairs = 3 };
-size_t gram_exact_workspace(int64_t tokens, int64_t columns, Dtype dtype, int digits);
-int gram_exact(const GramArguments& arguments, int digits, ExactKernel kernel);
+size_t gram_exact_workspace(int64_t tokens, int64_t columns, Dtype dtype);
+int gram_exact(const GramArguments& arguments, ExactKernel kernel);
 
 // Whether the current device is of compute capability 9.0 and runs the code compiled for sm_90a.
 bool gram_exact_has_wgmma();

@@ -9,7 +9,7 @@
 // triangular products; residues need about (2 b + log2 T + 1) / 7.85 for values of b bits (b by the norm, not
 // by the maximum).
 //   float16 Gaussian, T = 16384: 4 digits, 10 products; residues of 63 bits, 8 products
-//   bfloat16 Gaussian:           5 digits, 15 products; about 71 bits, 9 products (10, 11 in some tiles)
+//   bfloat16 Gaussian:           5 digits, 15 products; about 74 bits, 10 products (9 to 11, by tile)
 //   float16, whole range:        6 digits, 21 products; 94 bits, 12 products
 // and the number stays linear in the span, so that float32 fits as well (13 to 16). The count is taken per
 // pair of column groups from the measured norms, on the device: blocks of unneeded moduli leave at once.
@@ -45,7 +45,6 @@ constexpr int kMaxBlockTokens = 131071 / kPlaneTokens * kPlaneTokens;
 #ifndef SLICEGPT_PLANE_BYTES
 #define SLICEGPT_PLANE_BYTES (size_t(1) << 30)
 #endif
-constexpr int kMaxDigits = 7;
 
 __global__ __launch_bounds__(kThreads, 1) void residue_products(const ResidueTiles p) {
     const int l = blockIdx.y;
@@ -65,8 +64,8 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const ResidueTil
             const int row = copy_row + 64 * i;
             const int column = row < kRows ? tile.row * kRows + row : tile.column * kColumns + row - kRows;
             const bool inside = column < p.padded_columns;
-            copy_16(target + row * kDepth + copy_chunk * 16,
-                    source + (inside ? column * kDepth + copy_chunk * 16 : 0), inside ? 16 : 0);
+            copy_16(target + row * kDepth + copy_chunk * 16, source + (inside ? column * kDepth + copy_chunk * 16 : 0),
+                    inside ? 16 : 0);
         }
     };
 
@@ -90,8 +89,7 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const ResidueTil
         for (int k = 0; k < kDepth / 32; ++k) {
             uint32_t a[4][4], b[8][2];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                ptx::ldmatrix_x4(a[i], stage + plane_chunk(a_row + 16 * i, 2 * k + a_chunk));
+            for (int i = 0; i < 4; ++i) ptx::ldmatrix_x4(a[i], stage + plane_chunk(a_row + 16 * i, 2 * k + a_chunk));
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 uint32_t pair[4];
@@ -120,17 +118,15 @@ __global__ __launch_bounds__(kThreads, 1) void residue_products(const ResidueTil
         for (int h = 0; h < 2; ++h)
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                const int row = warp_row + 16 * i + 8 * h + lane / 4,
-                          column = warp_column + 8 * j + lane % 4 * 2;
+                const int row = warp_row + 16 * i + 8 * h + lane / 4, column = warp_column + 8 * j + lane % 4 * 2;
                 const uint32_t pair = modulo(sums[i][j][2 * h]) | modulo(sums[i][j][2 * h + 1]) << 8;
                 *reinterpret_cast<uint16_t*>(out + row * kColumns + column) = uint16_t(pair);
             }
 }
 
 // Residues to integers, integers to float64, and on to C.
-__global__ __launch_bounds__(kAddThreads) void combine_residues(const ResidueTiles p, const int* scale,
-                                                                double* C, int64_t C_stride,
-                                                                int64_t columns) {
+__global__ __launch_bounds__(kAddThreads) void combine_residues(const ResidueTiles p, const int* scale, double* C,
+                                                                int64_t C_stride, int64_t columns) {
     const TilePosition tile = triangle_tile<kTileTall>(blockIdx.x, p.tile_columns);
     const int row = blockIdx.y / 4 * 32, column = blockIdx.y % 4 * 32;
     const int64_t row0 = int64_t(tile.row) * kRows + row, column0 = int64_t(tile.column) * kColumns + column;
@@ -139,17 +135,16 @@ __global__ __launch_bounds__(kAddThreads) void combine_residues(const ResidueTil
     if (count == 0) return;
     const int64_t modulus_bytes = int64_t(gridDim.x) * (kRows * kColumns);
     add_symmetric_block(C, C_stride, columns, row0, column0, [&](int r, int x) {
-        const uint8_t* item =
-            p.residues + int64_t(blockIdx.x) * (kRows * kColumns) + (row + r) * kColumns + column + x;
+        const uint8_t* item = p.residues + int64_t(blockIdx.x) * (kRows * kColumns) + (row + r) * kColumns + column + x;
         const double value = from_residues(count, [&](int l) { return uint32_t(item[l * modulus_bytes]); });
         return ldexp(value, scale[row0 + r] + scale[column0 + x]);
     });
 }
 
 // The most moduli that a token block can need.
-int most_moduli(Dtype dtype, int digits, int block_tokens) {
+int most_moduli(Dtype dtype, int block_tokens) {
     // float16 spans 2^-24 to 2^16, everything else is cut off at the window.
-    const int bits = digits ? 7 * digits : dtype == Dtype::kFloat16 ? 40 : kWindow;
+    const int bits = dtype == Dtype::kFloat16 ? 40 : kWindow;
     return moduli_for(2 * bits + float(log2(double(block_tokens))) + 1.1f);
 }
 
@@ -159,11 +154,11 @@ struct Layout {
     int64_t tiles;
     size_t fates, rows, counters, spans, scale, norm_bits, plane_moduli, residues, planes, bytes;
 
-    Layout(int64_t tokens, int64_t columns, Dtype dtype, int digits) {
+    Layout(int64_t tokens, int64_t columns, Dtype dtype) {
         padded_columns = int(round_up(columns, kPlaneColumns));
         const int64_t whole = int64_t(round_up(tokens, kPlaneTokens));
         const int64_t most = min(whole, int64_t(kMaxBlockTokens));
-        moduli = most_moduli(dtype, digits, int(most));
+        moduli = most_moduli(dtype, int(most));
         const int64_t fitting = int64_t(SLICEGPT_PLANE_BYTES / (size_t(padded_columns) * moduli));
         block_tokens = int(min(most, max(fitting / kPlaneTokens, int64_t(1)) * kPlaneTokens));
         tiles = triangle_tiles<kTileTall>(padded_columns / kColumns);
@@ -186,29 +181,27 @@ struct Layout {
         plane_moduli = place(padded_columns / kPlaneColumns * sizeof(int));
         residues = place(size_t(moduli) * tiles * kRows * kColumns);
         // The float64 kernel runs last, over the planes.
-        planes =
-            place(max(size_t(moduli) * block_tokens * padded_columns, gram_fp64_workspace(tokens, columns)));
+        planes = place(max(size_t(moduli) * block_tokens * padded_columns, gram_fp64_workspace(tokens, columns)));
         bytes = end;
     }
 };
 
 }  // namespace
 
-size_t gram_exact_workspace(int64_t tokens, int64_t columns, Dtype dtype, int digits) {
+size_t gram_exact_workspace(int64_t tokens, int64_t columns, Dtype dtype) {
     if (tokens == 0 || columns == 0) return 0;
-    return Layout(tokens, columns, dtype, digits).bytes;
+    return Layout(tokens, columns, dtype).bytes;
 }
 
 bool gram_exact_has_wgmma() { return has_residue_wgmma(); }
 
-int gram_exact(const GramArguments& a, int digits, ExactKernel kernel) {
+int gram_exact(const GramArguments& a, ExactKernel kernel) {
     if (a.dtype == Dtype::kFloat64) return kBadDtype;
-    if (digits < 0 || digits > kMaxDigits) return kBadDigits;
     const bool wgmma = kernel == ExactKernel::kWgmma || kernel == ExactKernel::kWgmmaPairs;
     if (wgmma && !has_residue_wgmma()) return kNoWgmma;
     if (a.tokens == 0 || a.columns == 0) return kOk;
     if (a.tokens > INT_MAX || a.columns > INT_MAX / 2 / kDepth) return kTooLarge;
-    const Layout at(a.tokens, a.columns, a.dtype, digits);
+    const Layout at(a.tokens, a.columns, a.dtype);
     if (a.workspace_bytes < at.bytes) return kWorkspaceTooSmall;
     unsigned char* const base = static_cast<unsigned char*>(a.workspace);
     const int item = a.dtype == Dtype::kFloat32 ? 4 : 2;
@@ -221,7 +214,6 @@ int gram_exact(const GramArguments& a, int digits, ExactKernel kernel) {
     block.vectors = reinterpret_cast<uintptr_t>(a.X) % 16 == 0 && a.X_stride * item % 16 == 0;
     block.columns = int(a.columns);
     block.padded_columns = at.padded_columns;
-    block.digits = digits;
     block.splits = at.splits;
     block.fates = base + at.fates;
     block.spans = reinterpret_cast<ColumnSpan*>(base + at.spans);
@@ -230,12 +222,8 @@ int gram_exact(const GramArguments& a, int digits, ExactKernel kernel) {
     block.plane_moduli = reinterpret_cast<int*>(base + at.plane_moduli);
     block.unfit = handed_over + 1;
     block.planes = reinterpret_cast<int8_t*>(base + at.planes);
-    ResidueTiles p{block.planes,
-                 block.norm_bits,
-                 base + at.residues,
-                 at.padded_columns,
-                 at.padded_columns / kColumns,
-                 0};
+    ResidueTiles p{
+        block.planes, block.norm_bits, base + at.residues, at.padded_columns, at.padded_columns / kColumns, 0};
 
     int status = report(cudaMemsetAsync(handed_over, 0, sizeof(int), a.stream));
     const int stages = capability_major() >= 8 ? 4 : 2;  // as kStages in the device code

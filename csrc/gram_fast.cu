@@ -149,8 +149,8 @@ int launch_typed(const GramArguments& a) {
     int* const rows = reinterpret_cast<int*>(base + at.rows);
     uint8_t* const fates = a.weight ? base + at.fates : nullptr;
     double* const partial = reinterpret_cast<double*>(base);
-    const Parameters p{panel_source(a.X, a.X_stride, a.columns, sizeof(T)), fates, a.tokens,
-                       at.sums.tile_columns, partial};
+    const Parameters p{panel_source(a.X, a.X_stride, a.columns, sizeof(T)), fates, a.tokens, at.sums.tile_columns,
+                       partial};
     int status = kOk;
     if (a.weight) {
         status = report(cudaMemsetAsync(count, 0, sizeof(int), a.stream));
@@ -159,10 +159,8 @@ int launch_typed(const GramArguments& a) {
     }
     const dim3 grid{unsigned(at.sums.tiles), unsigned(at.sums.splits)};
     if (status == kOk)
-        status =
-            ptx::launch(gram_fast_tiles<T, kBfloat16>, grid, kThreads, kStages * kStageBytes, a.stream, p);
-    if (status == kOk)
-        status = add_tile_sums(at.sums, partial, a.C, a.C_stride, a.columns, nullptr, a.stream);
+        status = ptx::launch(gram_fast_tiles<T, kBfloat16>, grid, kThreads, kStages * kStageBytes, a.stream, p);
+    if (status == kOk) status = add_tile_sums(at.sums, partial, a.C, a.C_stride, a.columns, nullptr, a.stream);
     if (status != kOk || !a.weight) return status;
     return gram_fp64_rows(a, rows, count);
 }
@@ -175,8 +173,7 @@ size_t gram_fast_workspace(int64_t tokens, int64_t columns) {
 
 int gram_fast(const GramArguments& a) {
     // Turing's tensor cores know no bfloat16.
-    if (a.dtype != Dtype::kFloat16 && !(a.dtype == Dtype::kBfloat16 && capability_major() >= 8))
-        return kBadDtype;
+    if (a.dtype != Dtype::kFloat16 && !(a.dtype == Dtype::kBfloat16 && capability_major() >= 8)) return kBadDtype;
     if (a.tokens == 0 || a.columns == 0) return kOk;
     return a.dtype == Dtype::kFloat16 ? launch_typed<Float16, false>(a) : launch_typed<Bfloat16, true>(a);
 }

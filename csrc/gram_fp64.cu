@@ -57,8 +57,7 @@ __device__ __forceinline__ constexpr int fragment_column(int f, int g) {
 
 // The values of kFragments fragments (8 columns each) of one token, kItems adjacent columns a load.
 template <typename T, int kFragments, int kItems>
-__device__ __forceinline__ void load_fragments(double (&values)[kFragments], const unsigned char* row,
-                                               int g) {
+__device__ __forceinline__ void load_fragments(double (&values)[kFragments], const unsigned char* row, int g) {
     struct alignas(kItems * sizeof(T)) Group {
         T items[kItems];
     };
@@ -128,8 +127,7 @@ __global__ __launch_bounds__(kThreads, 1) void gram_fp64_tiles(const Parameters 
             for (int i = 0; i < 4; ++i) {
                 double rows[2 * kDoubleSteps];
 #pragma unroll
-                for (int s = 0; s < kDoubleSteps; ++s)
-                    rows[2 * s] = a[s][2 * i], rows[2 * s + 1] = a[s][2 * i + 1];
+                for (int s = 0; s < kDoubleSteps; ++s) rows[2 * s] = a[s][2 * i], rows[2 * s + 1] = a[s][2 * i + 1];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     double column[kDoubleSteps];
@@ -184,8 +182,8 @@ int launch_typed(const GramArguments& a, const int* rows, const int* row_count) 
                        a.tokens,
                        sums.tile_columns,
                        partial};
-    const int status = ptx::launch(gram_fp64_tiles<T>, dim3{unsigned(sums.tiles), unsigned(sums.splits)},
-                                   kThreads, kStages * kStageBytes<T>, a.stream, p);
+    const int status = ptx::launch(gram_fp64_tiles<T>, dim3{unsigned(sums.tiles), unsigned(sums.splits)}, kThreads,
+                                   kStages * kStageBytes<T>, a.stream, p);
     if (status != kOk) return status;
     return add_tile_sums(sums, partial, a.C, a.C_stride, a.columns, row_count, a.stream);
 }

@@ -85,8 +85,7 @@ __device__ __forceinline__ void copy_16(void* shared, const void* global, int by
     // The rest of a row's last 16 bytes may lie outside of the allocation: items are read one by one.
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-        static_cast<uint16_t*>(shared)[i] =
-            2 * i < bytes ? static_cast<const uint16_t*>(global)[i] : uint16_t(0);
+        static_cast<uint16_t*>(shared)[i] = 2 * i < bytes ? static_cast<const uint16_t*>(global)[i] : uint16_t(0);
 #endif
 }
 __device__ __forceinline__ void copy_commit() {

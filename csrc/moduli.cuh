@@ -35,9 +35,8 @@ static_assert(pairwise_coprime(), "residues determine an integer only for coprim
 
 // Bits, rounded down, of the product of the first `count` moduli.
 __host__ __device__ constexpr float product_bits(int count) {
-    constexpr float values[kMaxModuli + 1] = {0.f,    8.f,     15.99f,  23.97f,  31.94f, 39.89f,
-                                              47.80f, 55.70f,  63.57f,  71.41f,  79.23f, 87.03f,
-                                              94.79f, 102.51f, 110.15f, 117.77f, 125.36f};
+    constexpr float values[kMaxModuli + 1] = {0.f,    8.f,    15.99f, 23.97f, 31.94f,  39.89f,  47.80f,  55.70f, 63.57f,
+                                              71.41f, 79.23f, 87.03f, 94.79f, 102.51f, 110.15f, 117.77f, 125.36f};
     return values[count];
 }
 

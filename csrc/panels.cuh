@@ -44,8 +44,7 @@ struct PanelLoader {
         columns[0] = int64_t(tile.row) * kPanelColumns + chunk * kItems;
         columns[1] = int64_t(tile.column) * kPanelColumns + chunk * kItems;
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            items[i] = int(min(max(source.columns - columns[i], int64_t(0)), int64_t(kItems)));
+        for (int i = 0; i < 2; ++i) items[i] = int(min(max(source.columns - columns[i], int64_t(0)), int64_t(kItems)));
     }
 
     // Copies tokens first ... into the stage. row_of gives the row of a token, or -1 for an absent one; what
@@ -57,11 +56,9 @@ struct PanelLoader {
         for (int pass = 0; pass < 2; ++pass) {
             const int64_t k = first + token + pass * kPassTokens;
             const int64_t row = k < end ? row_of(k) : -1;
-            const T* const items_of_row =
-                static_cast<const T*>(source.X) + (row >= 0 ? row * source.stride : 0);
+            const T* const items_of_row = static_cast<const T*>(source.X) + (row >= 0 ? row * source.stride : 0);
             copy(target + pass * kPassTokens * kPitch, items_of_row, 0, row >= 0);
-            if (panels == 2)
-                copy(target + pass * kPassTokens * kPitch + kPanelBytes, items_of_row, 1, row >= 0);
+            if (panels == 2) copy(target + pass * kPassTokens * kPitch + kPanelBytes, items_of_row, 1, row >= 0);
         }
     }
 

@@ -42,8 +42,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 
 // Copies `bytes` (0..16) of 16 and fills the rest with zeros; both addresses are 16-byte aligned.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                  : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -66,15 +65,13 @@ __device__ __forceinline__ void mma_s8_m16n8k32(int (&c)[4], const uint32_t (&a)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-__device__ __forceinline__ void mma_f16_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
-                                                 const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma_f16_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-__device__ __forceinline__ void mma_bf16_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
-                                                  const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma_bf16_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -232,30 +229,26 @@ __device__ __forceinline__ void cluster_sync() {
 }
 
 // Orders this thread's own accesses to shared memory before those of the asynchronous proxy (bulk copies, wgmma).
-__device__ __forceinline__ void fence_proxy_async() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
 #if SLICEGPT_HAS_WGMMA
 // Asynchronous products of a warpgroup: fence, products, commit, wait. Every step names the accumulators, so that the
 // compiler can neither read nor move them in between.
-#define SLICEGPT_REGISTERS_8(d, i)                                                                        \
+#define SLICEGPT_REGISTERS_8(d, i)                                                                              \
     "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), \
         "+r"(d[i + 7])
-#define SLICEGPT_REGISTERS_32(d, i)                                                                  \
+#define SLICEGPT_REGISTERS_32(d, i)                                                              \
     SLICEGPT_REGISTERS_8(d, i), SLICEGPT_REGISTERS_8(d, i + 8), SLICEGPT_REGISTERS_8(d, i + 16), \
         SLICEGPT_REGISTERS_8(d, i + 24)
-#define SLICEGPT_REGISTERS_128(d)                                                                      \
+#define SLICEGPT_REGISTERS_128(d)                                                            \
     SLICEGPT_REGISTERS_32(d, 0), SLICEGPT_REGISTERS_32(d, 32), SLICEGPT_REGISTERS_32(d, 64), \
         SLICEGPT_REGISTERS_32(d, 96)
 
 __device__ __forceinline__ void wgmma_fence(int (&d)[128]) {
     asm volatile("wgmma.fence.sync.aligned;" : SLICEGPT_REGISTERS_128(d)::"memory");
 }
-__device__ __forceinline__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // At most kPending groups are still under way; with 0 the accumulators hold the sums.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait(int (&d)[128]) {
@@ -291,9 +284,7 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
 __device__ __forceinline__ float shuffle_xor(float value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
-__device__ __forceinline__ double shuffle(double value, int lane) {
-    return __shfl_sync(0xffffffffu, value, lane);
-}
+__device__ __forceinline__ double shuffle(double value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 // The value of lane 0 in all lanes; the compiler then knows that they agree.
 __device__ __forceinline__ int first_lane(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 __device__ __forceinline__ unsigned ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
@@ -318,8 +309,8 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
 
 // The same through the extensible launch, with one attribute.
 template <typename... Parameters, typename... Arguments>
-int launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), dim3 grid, int threads,
-                size_t shared, cudaStream_t stream, Arguments... arguments) {
+int launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+                cudaStream_t stream, Arguments... arguments) {
     if (int error = ask_for_shared(kernel, shared)) return error;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
@@ -333,8 +324,8 @@ int launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), di
 
 // The same as launch with clusters of `size` blocks (compute capability 9.0 on), neighbours in x.
 template <typename... Parameters, typename... Arguments>
-int launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
-                    cudaStream_t stream, Arguments... arguments) {
+int launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+                    Arguments... arguments) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = unsigned(size);

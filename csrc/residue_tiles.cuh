@@ -45,9 +45,8 @@ struct Modulo {
     }
     __device__ __forceinline__ uint32_t operator()(int sum) const {
         const uint32_t value = uint32_t(sum) + offset;
-        const uint32_t remainder =
-            value - __umulhi(value, reciprocal) * p;  // the quotient is at most 1 too small
-        return min(remainder, remainder - p);         // unsigned: a negative difference is larger
+        const uint32_t remainder = value - __umulhi(value, reciprocal) * p;  // the quotient is at most 1 too small
+        return min(remainder, remainder - p);  // unsigned: a negative difference is larger
     }
 };
 

@@ -87,8 +87,8 @@ __device__ __forceinline__ bool work_needs(const ResidueTiles& p, TilePosition t
 }
 
 template <int kBlocks>
-__device__ __forceinline__ void copy_stages(const ResidueTiles& p, int l, TilePosition tile,
-                                            unsigned char* stages, Barriers& barriers) {
+__device__ __forceinline__ void copy_stages(const ResidueTiles& p, int l, TilePosition tile, unsigned char* stages,
+                                            Barriers& barriers) {
     const int64_t block_bytes = int64_t(p.padded_columns) * kPlaneTokens;
     const int8_t* source = p.planes + l * p.token_blocks * block_bytes;
     // The last tile row may have one group only. It is taken twice then: products of columns that do not exist
@@ -104,8 +104,7 @@ __device__ __forceinline__ void copy_stages(const ResidueTiles& p, int l, TilePo
         // Bytes from the other block may have come before they are announced here: this arrival completes the
         // phase in either order.
         ptx::mbarrier_arrive_expect(full, kStageBytes);
-        ptx::copy_bulk(stage + kTileTall * kGroupBytes, source + int64_t(tile.column) * kGroupBytes,
-                       kGroupBytes, full);
+        ptx::copy_bulk(stage + kTileTall * kGroupBytes, source + int64_t(tile.column) * kGroupBytes, kGroupBytes, full);
         if constexpr (kBlocks == 1) {
 #pragma unroll
             for (int g = 0; g < kTileTall; ++g)
@@ -124,8 +123,7 @@ template <int kBlocks>
 __device__ __forceinline__ void sum_stages(int (&sums)[kSums], int token_blocks, int group, unsigned char* stages,
                                            Barriers& barriers) {
     const uint64_t rows = matrix_descriptor(stages);
-    const uint64_t columns =
-        matrix_descriptor(stages + kTileTall * kGroupBytes + group * kGroupColumns * kPlaneTokens);
+    const uint64_t columns = matrix_descriptor(stages + kTileTall * kGroupBytes + group * kGroupColumns * kPlaneTokens);
     const int lane = threadIdx.x % 32;
     for (int it = 0; it < token_blocks; ++it) {
         const int s = it % kStages;

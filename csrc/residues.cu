@@ -17,12 +17,8 @@ constexpr int kThreads = 256;
 constexpr int kNoBits = -100000;
 constexpr float kNothing = -1e30f;
 
-__device__ __forceinline__ int leading_bit(const Decomposed& d) {
-    return d.exponent + 31 - __clz(d.significand);
-}
-__device__ __forceinline__ int lowest_bit(const Decomposed& d) {
-    return d.exponent + __ffs(int(d.significand)) - 1;
-}
+__device__ __forceinline__ int leading_bit(const Decomposed& d) { return d.exponent + 31 - __clz(d.significand); }
+__device__ __forceinline__ int lowest_bit(const Decomposed& d) { return d.exponent + __ffs(int(d.significand)) - 1; }
 
 // Reads 16 bytes of a row of X; columns from `limit` on are zeros.
 template <typename T>
@@ -105,16 +101,15 @@ __global__ __launch_bounds__(kPlaneColumns) void plan_scales(const ResidueBlock 
     int scale = 0;
     float bits = kNothing;
     if (span.top > kNoBits) {
-        const int lowest = span.top - (b.digits ? 7 * b.digits - 2 : kWindow - 1);
+        const int lowest = span.top - (kWindow - 1);
         scale = max(span.low, lowest);
-        if (!b.digits && span.low < lowest) span.unfit = 1;
+        if (span.low < lowest) span.unfit = 1;
         // The norm bounds every product sum (Cauchy-Schwarz). The float32 sum of squares is within 2^-9 where
         // it neither overflowed nor lost more than 2^-26 to underflow; the largest magnitude gives a bound in
         // every case.
         double squares = ldexp(double(b.tokens), 2 * (span.top + 1));
         if (span.top >= -50 && isfinite(span.squares)) squares = min(squares, double(span.squares) * 1.01);
-        double norm = ldexp(sqrt(squares), -scale);
-        if (b.digits) norm += 0.5 * sqrt(double(b.tokens));
+        const double norm = ldexp(sqrt(squares), -scale);
         bits = float(log2(norm)) + 0.01f;
     }
     if (span.unfit) *b.unfit = 1;
@@ -122,8 +117,7 @@ __global__ __launch_bounds__(kPlaneColumns) void plan_scales(const ResidueBlock 
     largest[threadIdx.x] = bits;
     for (int width = kPlaneColumns / 2; width; width /= 2) {
         __syncthreads();
-        if (int(threadIdx.x) < width)
-            largest[threadIdx.x] = max(largest[threadIdx.x], largest[threadIdx.x + width]);
+        if (int(threadIdx.x) < width) largest[threadIdx.x] = max(largest[threadIdx.x], largest[threadIdx.x + width]);
     }
     if (threadIdx.x == 0) b.norm_bits[blockIdx.x] = largest[0];
 }
@@ -147,7 +141,7 @@ __global__ __launch_bounds__(kThreads) void hand_over(const ResidueBlock b) {
     bool fits = true;
     for (int column = lane; column < b.columns; column += 32) {
         const Decomposed d = decompose(row[column]);
-        if (!d.finite || (!b.digits && d.significand && lowest_bit(d) < b.scale[column])) fits = false;
+        if (!d.finite || (d.significand && lowest_bit(d) < b.scale[column])) fits = false;
     }
     if (ptx::ballot(!fits) && lane == 0) b.fates[k] = kHandedOver;
 }
@@ -198,12 +192,10 @@ __device__ __forceinline__ uint32_t pack_residues(const Scaled (&values)[4]) {
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const uint32_t powers[4] = {values[i].powers.x, values[i].powers.y, values[i].powers.z,
-                                    values[i].powers.w};
+        const uint32_t powers[4] = {values[i].powers.x, values[i].powers.y, values[i].powers.z, values[i].powers.w};
         uint32_t product = values[i].significand * (powers[l / 4] >> 8 * (l % 4) & 255u);
         // A float32 significand has 24 bits: one reduction more, to less than 2 p.
-        if constexpr (sizeof(T) == 4)
-            product -= __umulhi(product, uint32_t((uint64_t(1) << 32) / kModulus)) * kModulus;
+        if constexpr (sizeof(T) == 4) product -= __umulhi(product, uint32_t((uint64_t(1) << 32) / kModulus)) * kModulus;
         const uint32_t shifted = values[i].negative ? kOffset - product : kOffset + product;
         const uint32_t residue = shifted - __umulhi(shifted, kReciprocal) * kModulus - centre(l);
         word |= (residue & 255u) << 8 * i;

@@ -14,8 +14,8 @@ constexpr int kPlaneColumns = 128;  // columns that share one count of moduli
 constexpr int kPlaneTokens = 64;    // bytes of one column in a plane's block of tokens
 
 struct ColumnSpan {
-    int top;  // exponent of the leading bit of the largest magnitude; kNoBits without a finite nonzero value
-    int low;  // exponent of the lowest bit set in any value
+    int top;        // exponent of the leading bit of the largest magnitude; kNoBits without a finite nonzero value
+    int low;        // exponent of the lowest bit set in any value
     float squares;  // sum of squares
     int unfit;      // an infinity or NaN was seen
 };
@@ -41,14 +41,12 @@ struct ResidueBlock {
     int columns;
     int padded_columns;  // a multiple of kPlaneColumns
     int token_blocks;    // of kPlaneTokens tokens
-    int digits;          // 0: exact
     int splits;          // of the tokens, in the scan
 
     uint8_t* fates;     // [tokens], from select_by_weight; tokens that do not fit are handed over
     ColumnSpan* spans;  // [splits, columns]
     int* scale;         // [padded_columns]
-    float*
-        norm_bits;  // [padded_columns / kPlaneColumns]: log2 of the largest column norm, in units of 2^scale
+    float* norm_bits;   // [padded_columns / kPlaneColumns]: log2 of the largest column norm, in units of 2^scale
     int* plane_moduli;  // [padded_columns / kPlaneColumns]: planes that any product with these columns needs
     int* unfit;         // whether any value may not fit
     int8_t* planes;

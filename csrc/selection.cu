@@ -45,8 +45,8 @@ __global__ __launch_bounds__(kThreads) void append_kernel(const uint8_t* fates, 
 }  // namespace
 
 int select_by_weight(const double* weight, int64_t tokens, uint8_t* fates, cudaStream_t stream) {
-    return ptx::launch(select_by_weight_kernel, dim3{unsigned(divide_up(tokens, kThreads))}, kThreads, 0,
-                       stream, weight, tokens, fates);
+    return ptx::launch(select_by_weight_kernel, dim3{unsigned(divide_up(tokens, kThreads))}, kThreads, 0, stream,
+                       weight, tokens, fates);
 }
 
 int append_handed_over(const uint8_t* fates, int64_t tokens, int64_t first, int* rows, int* count,

@@ -12,7 +12,6 @@ int select_by_weight(const double* weight, int64_t tokens, uint8_t* fates, cudaS
 
 // Appends first + i, for all i with fates[i] == kHandedOver in increasing order, to `rows` behind the *count
 // rows there.
-int append_handed_over(const uint8_t* fates, int64_t tokens, int64_t first, int* rows, int* count,
-                       cudaStream_t stream);
+int append_handed_over(const uint8_t* fates, int64_t tokens, int64_t first, int* rows, int* count, cudaStream_t stream);
 
 }  // namespace slicegpt

@@ -9,20 +9,18 @@ namespace {
 constexpr int kMaxSplits = 64;
 constexpr size_t kLimit = size_t(512) << 20;
 
-__global__ __launch_bounds__(kAddThreads) void add_tiles(const double* partial, int tile_columns, int splits,
-                                                         double* C, int64_t C_stride, int64_t columns,
-                                                         const int* row_count) {
+__global__ __launch_bounds__(kAddThreads) void add_tiles(const double* partial, int tile_columns, int splits, double* C,
+                                                         int64_t C_stride, int64_t columns, const int* row_count) {
     if (row_count && *row_count == 0) return;
     const TilePosition tile = triangle_tile<1>(blockIdx.x, tile_columns);
     const int row = blockIdx.y / 4 * 32, column = blockIdx.y % 4 * 32;
-    const int64_t row0 = int64_t(tile.row) * kSumTile + row,
-                  column0 = int64_t(tile.column) * kSumTile + column;
+    const int64_t row0 = int64_t(tile.row) * kSumTile + row, column0 = int64_t(tile.column) * kSumTile + column;
     if (row0 > column0 || column0 >= columns) return;
     add_symmetric_block(C, C_stride, columns, row0, column0, [&](int r, int x) {
         double sum = 0;
         for (int s = 0; s < splits; ++s)
-            sum += partial[(int64_t(s) * gridDim.x + blockIdx.x) * (kSumTile * kSumTile) +
-                           (row + r) * kSumTile + column + x];
+            sum += partial[(int64_t(s) * gridDim.x + blockIdx.x) * (kSumTile * kSumTile) + (row + r) * kSumTile +
+                           column + x];
         return sum;
     });
 }

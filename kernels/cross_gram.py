@@ -67,8 +67,11 @@ def cross_gram(
         BLOCK=config.block,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )
-    _add_partials[grid](C, partials, rows, columns, config.splits, BLOCK=config.block, num_warps=4)
+    _add_partials[grid](
+        C, partials, rows, columns, config.splits, BLOCK=config.block, num_warps=4, enable_fp_fusion=True
+    )
 
 
 @triton.jit

@@ -9,9 +9,10 @@ Long caches are cut into splits, whose sums a second kernel combines in order.
 
 import triton
 import triton.language as tl
-from torch import Tensor, bfloat16, dtype, empty, float16, float32
+from torch import bfloat16, dtype, empty, float16, float32
 
 from slicegpt.kernels.gemm_tiles import device_class
+from slicegpt.ops.contracts import DecodeAttentionInputs
 
 # What a split has at least: below, a program's launch costs more than its reading.
 SPLIT_TOKENS = 256
@@ -19,7 +20,7 @@ MAX_SPLITS = 64
 
 
 def is_supported(capability: tuple[int, int], item: dtype, head_dim: int) -> bool:
-    """From Turing on, which has no bfloat16."""
+    """From Turing (7.5) on, which has no bfloat16."""
     return (
         capability >= (7, 5)
         and head_dim <= 256
@@ -38,21 +39,10 @@ def block_tokens(width: int, itemsize: int, dot: bool) -> int:
     return (8192 if dot else 8192 // itemsize) // max(128, width)
 
 
-def decode_attention_(
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    valid: Tensor,
-    slot: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    norm: Tensor | None,
-    heads: int,
-    window: int | None,
-    norm_eps: float,
-    splits: int | None = None,
-) -> None:
+def decode_attention_(inputs: DecodeAttentionInputs, splits: int | None = None) -> None:
     """The contract is `slicegpt.ops.decode_attention_`. splits: a power of two; None chooses by device and capacity."""
+    rows, keys, values, valid, heads = inputs.rows, inputs.keys, inputs.values, inputs.valid, inputs.heads
+    cos = inputs.cos
     batch, key_heads, capacity, head_dim = keys.shape
     group, width = heads // key_heads, triton.next_power_of_2(max(16, head_dim))
     device = device_class(rows.device)
@@ -65,17 +55,17 @@ def decode_attention_(
         sums = empty((batch * heads, splits, head_dim), dtype=float32, device=rows.device)
         peaks = empty((batch * heads, splits, 2), dtype=float32, device=rows.device)
     _attend[(programs, splits)](
-        rows, keys, values, valid, slot, cos, sin, norm, sums, peaks,
-        rows.stride(0), *keys.stride()[:3], valid.stride(0), norm_eps, head_dim**-0.5 * 1.4426950408889634,
+        rows, keys, values, valid, inputs.slot, cos, inputs.sin, inputs.norm, sums, peaks,
+        rows.stride(0), *keys.stride()[:3], valid.stride(0), inputs.norm_eps, head_dim**-0.5 * 1.4426950408889634,
         GROUP=group, KEY_HEADS=key_heads, HEAD_DIM=head_dim, ROTARY=0 if cos is None else cos.shape[-1],
-        WINDOW=window, SPLITS=splits, DOT=dot, BLOCK_G=triton.next_power_of_2(max(16, group)) if dot else 1,
+        WINDOW=inputs.window, SPLITS=splits, DOT=dot, BLOCK_G=triton.next_power_of_2(max(16, group)) if dot else 1,
         BLOCK_N=block_tokens(width, rows.itemsize, dot), WIDTH=width,
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         _combine[(batch * heads,)](
             rows, sums, peaks, rows.stride(0), 2 * key_heads * head_dim,
-            HEADS=heads, HEAD_DIM=head_dim, SPLITS=splits, WIDTH=width, num_warps=4,
+            HEADS=heads, HEAD_DIM=head_dim, SPLITS=splits, WIDTH=width, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -25,10 +25,15 @@ class DeviceClass:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tiles of the output, columns of the operands a step, and how many rows of tiles share the weight in L2.
+    """Launch configuration of a persistent GEMM.
 
-    block_n: columns of the accumulator; a gated tile gives half as many columns of output. tma: read operands with the
-    bulk copy engine where their layout allows it.
+    Attributes:
+        block_m, block_n: the tile of the accumulator; a gated tile gives half as many columns of output.
+        block_k: columns of the operands that a pipeline stage holds.
+        num_warps, num_stages: of a program, and of its software pipeline.
+        group_m: rows of tiles that pass over the weight together, which then comes from L2.
+        programs_per_sm: persistent programs on a multiprocessor.
+        tma: read operands with TMA where their layout allows it.
     """
 
     block_m: int
@@ -40,8 +45,6 @@ class GemmConfig:
     programs_per_sm: int = 1
     tma: bool = False
 
-
-OPS = ("norm_linear", "norm_linear_gated", "rotate_add", "rotate_add_dense")
 
 # (block_m, block_n, block_k in bytes, num_warps, programs_per_sm). An accumulator takes at most 128 registers a thread,
 # 64 where mma.sync keeps operands in registers too. wgmma multiplies 64 rows a warpgroup; fewer run on mma.sync.

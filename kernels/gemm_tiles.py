@@ -9,9 +9,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from slicegpt.kernels.gemm_config import DeviceClass
-from slicegpt.ops import reference
+from slicegpt.ops import contracts
 
-SUMSQ_COLUMNS = tl.constexpr(reference.SUMSQ_COLUMNS)
+SUMSQ_COLUMNS = tl.constexpr(contracts.SUMSQ_COLUMNS)
 
 
 def is_supported(capability: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -33,7 +33,7 @@ def device_class(device: torch.device) -> DeviceClass:
 
 
 def takes_tma(*operands: Tensor | None) -> bool:
-    """Whether the bulk copy engine can read these matrices: nothing empty, rows at multiples of 16 bytes."""
+    """Whether TMA can read these matrices: nothing empty, rows at multiples of 16 bytes."""
     return all(
         operand.numel() > 0
         and operand.stride(1) == 1
@@ -46,7 +46,7 @@ def takes_tma(*operands: Tensor | None) -> bool:
 
 
 def operand(matrix: Tensor | None, block: tuple[int, int], tma: bool) -> Tensor | TensorDescriptor | None:
-    """The matrix as the kernels read it: a descriptor for the bulk copy engine, or a pointer."""
+    """The matrix as the kernels read it: a TMA descriptor, or a pointer."""
     if matrix is None or not tma:
         return matrix
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))

@@ -11,6 +11,7 @@ Why not digits: `s` digits of 7 bits need s(s+1)/2 products (squares trick), res
     bits of n        24 (bf16 normal data)   27 (fp16)   40 (any fp16)   47 (fp32 normal data)
     digit products   10                      10          21              28
     residue products  8                       9          13              14
+Those are typical columns; a tile takes the planes of its widest one: 11, 9 and 14 for the normal data above.
 The squares trick also sums terms that cancel, which costs accuracy in float64; the residues need one sum.
 
 The number of planes follows the measured span of each pair of column blocks. A tile that would need more
@@ -55,15 +56,15 @@ class GramExactConfig:
 
 
 def gram_exact_config(
-    capability: tuple[int, int], dtype: torch.dtype, tokens: int, columns: int, digits: int | None = None
+    capability: tuple[int, int], dtype: torch.dtype, tokens: int, columns: int
 ) -> GramExactConfig:
     """Chunks of at most 16384 tokens, fewer if the planes would take more than 512 MiB; tiles of 128 x 128.
 
     A longer chunk spreads the reconstruction over more tokens, but widens the spans and the workspace.
     """
     chunk_log2 = 14
-    bits = 7 * digits - 1 if digits else 40 if dtype == torch.float16 else None
-    planes = len(MODULI) if bits is None else planes_for(2 * bits + chunk_log2)
+    # float16 spans 2^-24 to 2^16; what else is too wide for all moduli goes to the float64 kernel.
+    planes = planes_for(2 * 40 + chunk_log2) if dtype == torch.float16 else len(MODULI)
     limit = max(1024, WORKSPACE_BYTES // (planes * columns) // 1024 * 1024)
     chunk = min(1 << chunk_log2, limit, triton.cdiv(tokens, 128) * 128)
     stages = 4 if capability >= (9, 0) else 3
@@ -93,20 +94,18 @@ def gram_exact(
     C: Tensor,
     X: Tensor,
     weight: Tensor | None = None,
-    digits: int | None = None,
     config: GramExactConfig | None = None,
 ) -> None:
     """Add `Xᵀ diag(weight) X` to the symmetric C [D, D] (float64, contiguous); X [N, D] may have any strides.
 
-    weight: float64 [N], contiguous. digits: round each column of a chunk to 7·digits bits (sign included)
-    below its largest magnitude, at most 2^(1 - 7·digits) of it; None keeps every bit.
+    weight: float64 [N], contiguous.
     """
     tokens, columns = X.shape
     if tokens == 0 or columns == 0:
         return
     if config is None:
         capability = torch.cuda.get_device_capability(X.device) if X.is_cuda else (8, 0)
-        config = gram_exact_config(capability, X.dtype, tokens, columns, digits)
+        config = gram_exact_config(capability, X.dtype, tokens, columns)
     # bfloat16 travels as its bits: the top half of a float32.
     source = X.view(torch.int16) if X.dtype == torch.bfloat16 else X
     side = triton.cdiv(columns, config.block)
@@ -126,24 +125,27 @@ def gram_exact(
         exponents[0].fill_(-NO_EXPONENT.value)
         exponents[1].fill_(NO_EXPONENT.value)
         grid = (triton.cdiv(here, 128), triton.cdiv(columns, 64))
-        _span[grid](x, w, exponents, here, columns, padded, *strides, BLOCK_T=128, BLOCK_C=64)
+        _span[grid](
+            x, w, exponents, here, columns, padded, *strides, BLOCK_T=128, BLOCK_C=64, enable_fp_fusion=True
+        )
         bits_of_sum = (here - 1).bit_length()
         _plan[(side, side)](
-            exponents, tables.capacities, tile_planes, side, padded, bits_of_sum, DIGITS=digits or 0,
-            BLOCK=block, PLANES=planes, MODULI=len(MODULI), SIDE=triton.next_power_of_2(side),
+            exponents, tables.capacities, tile_planes, side, padded, bits_of_sum,
+            BLOCK=block, PLANES=planes, MODULI=len(MODULI), SIDE=triton.next_power_of_2(side), enable_fp_fusion=True,
         )  # fmt: skip
         _residues[(triton.cdiv(length, 128), padded // 32)](
             x, w, exponents, tile_planes, tables.moduli, tables.powers, residues, here, columns, padded,
-            length, *strides, side, DIGITS=digits or 0, PLANES=planes, BLOCK=block,
-            SIDE=triton.next_power_of_2(side), BLOCK_T=128, BLOCK_C=32, num_warps=8,
+            length, *strides, side, PLANES=planes, BLOCK=block,
+            SIDE=triton.next_power_of_2(side), BLOCK_T=128, BLOCK_C=32, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
         _multiply[(side, side, planes)](
             residues, tile_planes, tables.moduli, products, side, padded, length,
             BLOCK=block, BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
         _reconstruct[(side, side, block // config.strip)](
             products, exponents, tile_planes, tables.weights, tables.fractions, C, side, columns, padded,
-            DIGITS=digits or 0, PLANES=planes, BLOCK=block, ROWS=config.strip, num_warps=8,
+            PLANES=planes, BLOCK=block, ROWS=config.strip, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
         gram_fp64.accumulate(C, X[start : start + length], w, fallback, skip=tile_planes, skip_block=block)
     gram_fp64.finish(C)
@@ -234,12 +236,10 @@ def _span(
 
 
 @triton.jit
-def _scale(exponents, cols, padded, DIGITS: tl.constexpr):
+def _scale(exponents, cols, padded):
     """Per column: q of `x = 2^q n`, and the bits of n."""
     high = tl.load(exponents + cols)
     low = tl.load(exponents + padded + cols)
-    if DIGITS > 0:
-        low = tl.maximum(low, high + 2 - 7 * DIGITS)
     empty = high == -NO_EXPONENT
     return tl.where(empty | (high == NOT_EXACT), 0, low), tl.where(empty, 0, high + 1 - low)
 
@@ -247,13 +247,13 @@ def _scale(exponents, cols, padded, DIGITS: tl.constexpr):
 @triton.jit
 def _plan(
     exponents, capacities, tile_planes, side, padded, bits_of_sum,
-    DIGITS: tl.constexpr, BLOCK: tl.constexpr, PLANES: tl.constexpr, MODULI: tl.constexpr, SIDE: tl.constexpr,
+    BLOCK: tl.constexpr, PLANES: tl.constexpr, MODULI: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Planes that the tile of two column blocks needs; 0 hands it to the float64 kernel."""
     i = tl.program_id(0)
     j = tl.program_id(1)
-    _, bits_i = _scale(exponents, i * BLOCK + tl.arange(0, BLOCK), padded, DIGITS)
-    _, bits_j = _scale(exponents, j * BLOCK + tl.arange(0, BLOCK), padded, DIGITS)
+    _, bits_i = _scale(exponents, i * BLOCK + tl.arange(0, BLOCK), padded)
+    _, bits_j = _scale(exponents, j * BLOCK + tl.arange(0, BLOCK), padded)
     bits = tl.max(bits_i, axis=0) + tl.max(bits_j, axis=0) + bits_of_sum
     capacity = tl.load(capacities + tl.arange(0, MODULI))
     planes = tl.sum((capacity < bits).to(tl.int32), axis=0) + 1
@@ -264,7 +264,7 @@ def _plan(
 def _residues(
     X, weight, exponents, tile_planes, moduli, powers, residues, tokens, columns, padded, length,
     stride_token, stride_column, side,
-    DIGITS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, SIDE: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr, SIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Cut a tile of X into int8 residues, transposed: tensor cores want the tokens contiguous."""
@@ -276,11 +276,10 @@ def _residues(
 
     bits, _ = _load_bits(X, weight, rows, cols, tokens, columns, stride_token, stride_column)
     mantissa, exponent = _mantissa_exponent(bits)
-    q, _ = _scale(exponents, cols, padded, DIGITS)
+    q, _ = _scale(exponents, cols, padded)
     shift = exponent - q[None, :]
-    # A negative shift drops zeros when every bit is kept, and rounds to nearest under a digit limit.
-    down = tl.minimum(tl.maximum(-shift, 0), 25)
-    mantissa = tl.where(down > 0, (mantissa + (1 << tl.maximum(down - 1, 0))) >> down, mantissa)
+    # A negative shift drops zeros: q is at most the exponent of the lowest bit set.
+    mantissa = mantissa >> tl.minimum(tl.maximum(-shift, 0), 25)
     shift = tl.minimum(tl.maximum(shift, 0), POWERS - 1)
     pointers = residues + cols.to(tl.int64)[None, :] * length + rows[:, None]
     inside = (rows < length)[:, None] & (cols < padded)[None, :]
@@ -334,7 +333,7 @@ def _multiply(
 @triton.jit
 def _reconstruct(
     products, exponents, tile_planes, weights, fractions, C, side, columns, padded,
-    DIGITS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """C += the integer that the residues c_p stand for, Σ c_p W_p − k M, times the columns' powers of two."""
     i = tl.program_id(0)
@@ -383,8 +382,8 @@ def _reconstruct(
 
     rows = i * BLOCK + inner_rows
     cols = j * BLOCK + inner_cols
-    q_rows, _ = _scale(exponents, rows, padded, DIGITS)
-    q_cols, _ = _scale(exponents, cols, padded, DIGITS)
+    q_rows, _ = _scale(exponents, rows, padded)
+    q_cols, _ = _scale(exponents, cols, padded)
     value = value * _power_of_two(q_rows)[:, None] * _power_of_two(q_cols)[None, :]
     inside = (rows < columns)[:, None] & (cols < columns)[None, :]
     target = C + rows.to(tl.int64)[:, None] * columns + cols[None, :]

@@ -98,6 +98,7 @@ def accumulate(
         BLOCK_K=config.block_k,
         SKIP_BLOCK=skip_block,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )
 
 
@@ -106,7 +107,9 @@ def finish(C: Tensor, partials: Tensor | None = None) -> None:
     columns, block = C.shape[0], 64
     side = triton.cdiv(columns, block)
     splits = 0 if partials is None else partials.shape[0]
-    _finish[(side, side)](C, partials, columns, splits, columns * columns, BLOCK=block, num_warps=4)
+    _finish[(side, side)](
+        C, partials, columns, splits, columns * columns, BLOCK=block, num_warps=4, enable_fp_fusion=True
+    )
 
 
 def device_of(X: Tensor) -> tuple[tuple[int, int], int]:
@@ -152,7 +155,7 @@ def _product(
     j = tl.program_id(1)
     if j < i:
         return
-    if skip is not None:  # noqa: SIM102 (known when compiling, unlike the value behind it)
+    if skip is not None:  # noqa: SIM102 (known when compiling, unlike what it points to)
         if tl.load(skip + (i * BLOCK // SKIP_BLOCK) * skip_side + j * BLOCK // SKIP_BLOCK) != 0:
             return
     split = tl.program_id(2)

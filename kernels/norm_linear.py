@@ -24,7 +24,7 @@ from slicegpt.kernels.gemm_tiles import (
     takes_tma,
     tile_position,
 )
-from slicegpt.ops.reference import norm_linear_output
+from slicegpt.ops.contracts import NormLinearInputs
 
 __all__ = ["is_supported", "norm_linear"]
 
@@ -34,28 +34,19 @@ SUM_IN_TILE_PARTS = 512
 SUM_CHUNK = tl.constexpr(32)
 
 
-def norm_linear(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sumsq: Tensor | None,
-    n_scaled: int,
-    activation: str,
-    divisor: float,
-    eps: float,
-    config: GemmConfig | None = None,
-) -> Tensor:
+def norm_linear(inputs: NormLinearInputs, config: GemmConfig | None = None) -> Tensor:
     """`[act(s (h W₁ᵀ) + bias) | h W₂ᵀ]`; the contract is `slicegpt.ops.norm_linear`, whose checks have passed.
 
     h [T, d] has unit column stride; weight [N, d], bias [n_scaled] and sumsq [T, P] are contiguous.
     config: None chooses by the device and the sizes.
     """
+    h, weight, bias, sumsq, n_scaled = inputs.h, inputs.weight, inputs.bias, inputs.sumsq, inputs.n_scaled
+    divisor, eps, gated = inputs.divisor, inputs.eps, inputs.gated
     rows, inner = h.shape
-    gated = activation.endswith("_gated")
     width = n_scaled // 2 if gated else n_scaled
     z_columns = weight.shape[0] - n_scaled
     z_half = triton.cdiv(z_columns, 2)
-    out = norm_linear_output(h, weight, n_scaled, activation)
+    out = inputs.output()
     if out.numel() == 0:
         return out
     device = device_class(h.device)
@@ -80,9 +71,9 @@ def norm_linear(
         operand(h, (config.block_m, block_k), tma), scaled, z, bias, sums, out,
         rows, inner, n_scaled, width, z_columns, z_half, parts, divisor, eps,
         h.stride(0), weight.stride(0), out.stride(0),
-        ACTIVATION=activation.removesuffix("_gated"), GATED=gated, HAS_Z=z_columns > 0, CHUNKS=chunks,
+        ACTIVATION=inputs.activation.removesuffix("_gated"), GATED=gated, HAS_Z=z_columns > 0, CHUNKS=chunks,
         TMA=tma, BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -103,7 +94,7 @@ def row_scale(h: Tensor, sumsq: Tensor | None, divisor: float, eps: float) -> Te
     rows = max(1, 2048 // block)
     _row_scale[(triton.cdiv(h.shape[0], rows),)](
         source, scale, h.shape[0], columns, source.stride(0), divisor, eps,
-        SQUARE=sumsq is None, BLOCK_M=rows, BLOCK_N=block, num_warps=4,
+        SQUARE=sumsq is None, BLOCK_M=rows, BLOCK_N=block, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return scale
 

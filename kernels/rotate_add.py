@@ -21,7 +21,7 @@ from slicegpt.kernels.gemm_tiles import (
     takes_tma,
     tile_position,
 )
-from slicegpt.ops.reference import rotate_add_outputs
+from slicegpt.ops.contracts import rotate_add_outputs
 
 __all__ = ["is_supported", "rotate_add"]
 
@@ -57,7 +57,7 @@ def rotate_add(
         None if dense else h, bias, out, sumsq, rows, inner, h.shape[1], columns, parts,
         a.stride(0), weight.stride(0), h.stride(0), shortcut.stride(0) if dense else 0,
         TMA=tma, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, sumsq
 

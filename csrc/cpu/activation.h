@@ -16,8 +16,9 @@ inline void map(float* x, int64_t count, F f) {
 // e^x to 2 units of 2^-24 in [-87, 87], which it is clamped to: e^x = 2^n e^r, |r| <= ln 2 / 2, with the Taylor
 // polynomial of degree 7 (its remainder is below 2^-27). Not a number stays.
 //
-// Not a loop over floats: compilers see that all beyond the clamp is constant, and multiply by what the sigmoid is there,
-// 2^-125, in all lanes, which is slow as microcode where it makes a subnormal number (60 ns a vector, 6 without).
+// Not a loop over floats: compilers see that all beyond the clamp is constant, and multiply by what the sigmoid is
+// there, 2^-125, in all lanes, which is slow as microcode where it makes a subnormal number (60 ns a vector, 6
+// without).
 inline Vec exponential(Vec x) {
     x = Vec::least(Vec::all(87.0f), Vec::most(Vec::all(-87.0f), x));
     // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the lowest bits.

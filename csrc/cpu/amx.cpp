@@ -35,19 +35,17 @@ namespace {
 constexpr int64_t kFewestTokens = 4;
 
 void norm_linear_of(Dtype dtype, const NormLinear& op, int thread, int threads) {
-    if (dtype != Dtype::kBFloat16 || op.tokens < kFewestTokens)
-        return kAvx512.norm_linear(dtype, op, thread, threads);
+    if (dtype != Dtype::kBfloat16 || op.tokens < kFewestTokens) return kAvx512.norm_linear(dtype, op, thread, threads);
     norm_linear<TileProduct>(op, thread, threads);
 }
 
 void rotate_add_of(Dtype dtype, const RotateAdd& op, int thread, int threads) {
-    if (dtype != Dtype::kBFloat16 || op.tokens < kFewestTokens)
-        return kAvx512.rotate_add(dtype, op, thread, threads);
+    if (dtype != Dtype::kBfloat16 || op.tokens < kFewestTokens) return kAvx512.rotate_add(dtype, op, thread, threads);
     rotate_add<TileProduct>(op, thread, threads);
 }
 
-// Whether the processor has the tiles, and the kernel of the operating system lets this process use them, which has to be
-// asked for once (Documentation/arch/x86/xstate.rst).
+// Whether the processor has the tiles, and the kernel of the operating system lets this process use them, which has to
+// be asked for once (Documentation/arch/x86/xstate.rst).
 bool have_tiles() {
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
@@ -61,9 +59,8 @@ bool have_tiles() {
 
 const Kernels* amx() {
     static const bool have = have_tiles();
-    static const Kernels kernels{"amx",            norm_linear_of, kAvx512.finish,    rotate_add_of,
-                                 kAvx512.row_sums, kAvx512.attend, kAvx512.gram_fp64, kAvx512.gram_fast,
-                                 &kTileGram};
+    static const Kernels kernels{"amx",          norm_linear_of,    kAvx512.finish,    rotate_add_of, kAvx512.row_sums,
+                                 kAvx512.attend, kAvx512.gram_fp64, kAvx512.gram_fast, &kTileGram};
     return have ? &kernels : nullptr;
 }
 

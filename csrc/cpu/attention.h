@@ -71,9 +71,8 @@ inline void softmax(float* scores, int64_t count, float scale, const uint8_t* va
     for (int64_t j = 0; j < count - 1; ++j)
         if (!valid || valid[j]) largest = scores[j] > largest ? scores[j] : largest;
     float total = 0;
-    map(scores, count, [&](Vec v) {
-        return exponential(Vec::product(Vec::difference(v, Vec::all(largest)), Vec::all(scale)));
-    });
+    map(scores, count,
+        [&](Vec v) { return exponential(Vec::product(Vec::difference(v, Vec::all(largest)), Vec::all(scale))); });
     if (valid)
         for (int64_t j = 0; j < count - 1; ++j) scores[j] = valid[j] ? scores[j] : 0.0f;
     for (int64_t j = 0; j < count; ++j) total += scores[j];

@@ -28,8 +28,8 @@ namespace {
 
 }  // namespace
 
-const Kernels kAvx2{"avx2", norm_linear_of, finish_of, rotate_add_of, row_sums_of, attend_of,
-                      gram_kernels<Doubles>(), gram_kernels<Vec>(), nullptr};
+const Kernels kAvx2{"avx2",    norm_linear_of,          finish_of,           rotate_add_of, row_sums_of,
+                    attend_of, gram_kernels<Doubles>(), gram_kernels<Vec>(), nullptr};
 
 }  // namespace cpu
 }  // namespace slicegpt

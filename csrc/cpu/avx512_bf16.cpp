@@ -30,12 +30,12 @@ namespace {
 #include "gram_tiles.h"
 
 void norm_linear_of(Dtype dtype, const NormLinear& op, int thread, int threads) {
-    if (dtype != Dtype::kBFloat16) return kAvx512.norm_linear(dtype, op, thread, threads);
+    if (dtype != Dtype::kBfloat16) return kAvx512.norm_linear(dtype, op, thread, threads);
     norm_linear<RowProduct<RowPairs>>(op, thread, threads);
 }
 
 void rotate_add_of(Dtype dtype, const RotateAdd& op, int thread, int threads) {
-    if (dtype != Dtype::kBFloat16) return kAvx512.rotate_add(dtype, op, thread, threads);
+    if (dtype != Dtype::kBfloat16) return kAvx512.rotate_add(dtype, op, thread, threads);
     rotate_add<RowProduct<RowPairs>>(op, thread, threads);
 }
 
@@ -86,9 +86,8 @@ constexpr GramKernels kGram{kPanelColumns<Pairs>, sizeof(Item<Pairs>) / kItemTok
 }  // namespace
 
 const Kernels* avx512_bf16() {
-    static const Kernels kernels{"avx512_bf16",    norm_linear_of, kAvx512.finish,    rotate_add_of,
-                                 kAvx512.row_sums, kAvx512.attend, kAvx512.gram_fp64, kAvx512.gram_fast,
-                                 &kGram};
+    static const Kernels kernels{"avx512_bf16",  norm_linear_of,    kAvx512.finish,    rotate_add_of, kAvx512.row_sums,
+                                 kAvx512.attend, kAvx512.gram_fp64, kAvx512.gram_fast, &kGram};
     return __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
 }
 

@@ -1,5 +1,5 @@
 // The Python module slicegpt._cpu: the CPU's kernels with addresses and sizes as integers. Checks and allocation are
-// Python's (slicegpt/ops/cpu_decode.py, cpu_gram.py). torch must have been imported before: see threads.h.
+// Python's (slicegpt/ops/cpu/). torch must have been imported before: see threads.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -38,11 +38,10 @@ bool is_intel() {
 std::vector<const Kernels*> present() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")) {
-        // An Intel core does 1.3 vectors of float products a nanosecond and 0.8 of pairs, and converting is cheap: pairs
-        // lose. On an AMD EPYC covariances reach 0.71 TFLOP/s with pairs and 0.29 without.
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")) {
+        // An Intel core does 1.3 vectors of float products a nanosecond and 0.8 of pairs, and converting is cheap:
+        // pairs lose. On an AMD EPYC covariances reach 0.71 TFLOP/s with pairs and 0.29 without.
         const bool pairs_last = is_intel();
         for (const Kernels* kernels :
              {amx(), pairs_last ? &kAvx512 : avx512_bf16(), pairs_last ? avx512_bf16() : &kAvx512})
@@ -77,24 +76,50 @@ using A = uintptr_t;
 NormLinear norm_linear_arguments(A h, int64_t h_stride, A weight, int64_t weight_stride, A bias, A sumsq, int64_t parts,
                                  A y, int64_t y_stride, int64_t tokens, int64_t d, int64_t N, int64_t n_scaled,
                                  int activation, bool gated, double divisor, double eps) {
-    return {Address{h},     h_stride, Address{weight}, weight_stride, Address{bias}, Address{sumsq},
-            parts,          Address{y}, y_stride,      tokens,        d,             N,
-            n_scaled,       static_cast<Activation>(activation), gated, divisor, eps};
+    return {Address{h},
+            h_stride,
+            Address{weight},
+            weight_stride,
+            Address{bias},
+            Address{sumsq},
+            parts,
+            Address{y},
+            y_stride,
+            tokens,
+            d,
+            N,
+            n_scaled,
+            static_cast<Activation>(activation),
+            gated,
+            divisor,
+            eps};
 }
 
 RotateAdd rotate_add_arguments(A a, int64_t a_stride, A weight, int64_t weight_stride, A h, int64_t h_stride,
                                A shortcut, int64_t shortcut_stride, A bias, A h_next, int64_t h_next_stride, A sumsq,
                                int64_t tokens, int64_t K, int64_t d, int64_t N) {
-    return {Address{a},        a_stride,      Address{weight}, weight_stride,  Address{h}, h_stride, Address{shortcut},
-            shortcut_stride,   Address{bias}, Address{h_next}, h_next_stride,  Address{sumsq},
-            tokens,            K,             d,               N};
+    return {Address{a},
+            a_stride,
+            Address{weight},
+            weight_stride,
+            Address{h},
+            h_stride,
+            Address{shortcut},
+            shortcut_stride,
+            Address{bias},
+            Address{h_next},
+            h_next_stride,
+            Address{sumsq},
+            tokens,
+            K,
+            d,
+            N};
 }
 
 void norm_linear(int dtype, const NormLinear& op, int threads) {
     py::gil_scoped_release release;
-    parallel(threads, [&](int thread, int count) {
-        chosen->norm_linear(static_cast<Dtype>(dtype), op, thread, count);
-    });
+    parallel(threads,
+             [&](int thread, int count) { chosen->norm_linear(static_cast<Dtype>(dtype), op, thread, count); });
 }
 
 void finish(int dtype, const NormLinear& op, A product, int64_t stride, int threads) {
@@ -106,9 +131,7 @@ void finish(int dtype, const NormLinear& op, A product, int64_t stride, int thre
 
 void row_sums(int dtype, const RotateAdd& op, int threads) {
     py::gil_scoped_release release;
-    parallel(threads, [&](int thread, int count) {
-        chosen->row_sums(static_cast<Dtype>(dtype), op, thread, count);
-    });
+    parallel(threads, [&](int thread, int count) { chosen->row_sums(static_cast<Dtype>(dtype), op, thread, count); });
 }
 
 void rotate_add(int dtype, const RotateAdd& op, int threads) {
@@ -129,22 +152,37 @@ void bind_operations(py::module_& m) {
     py::class_<RotateAdd>(m, "RotateAdd", py::module_local())
         .def(py::init(&rotate_add_arguments), py::arg("a"), py::arg("a_stride"), py::arg("weight"),
              py::arg("weight_stride"), py::arg("h"), py::arg("h_stride"), py::arg("shortcut"),
-             py::arg("shortcut_stride"), py::arg("bias"), py::arg("h_next"), py::arg("h_next_stride"),
-             py::arg("sumsq"), py::arg("tokens"), py::arg("K"), py::arg("d"), py::arg("N"));
+             py::arg("shortcut_stride"), py::arg("bias"), py::arg("h_next"), py::arg("h_next_stride"), py::arg("sumsq"),
+             py::arg("tokens"), py::arg("K"), py::arg("d"), py::arg("N"));
     py::class_<Attention>(m, "Attention", py::module_local())
         .def(py::init([](A rows, int64_t rows_stride, A keys, A values, int64_t batch_stride, int64_t head_stride,
                          A valid, int64_t valid_stride, A rotary, A positions, A norm, double norm_eps, int64_t batch,
                          int64_t heads, int64_t key_heads, int64_t head_dim, int64_t rotary_dim, int64_t first,
                          int64_t slot) {
-                 return Attention{Address{rows},  rows_stride,  Address{keys},   Address{values},    batch_stride,
-                                  head_stride,    Address{valid}, valid_stride,  Address{rotary},    Address{positions},
-                                  Address{norm},  norm_eps,     batch,           heads,              key_heads,
-                                  head_dim,       rotary_dim,   first,           slot};
+                 return Attention{Address{rows},
+                                  rows_stride,
+                                  Address{keys},
+                                  Address{values},
+                                  batch_stride,
+                                  head_stride,
+                                  Address{valid},
+                                  valid_stride,
+                                  Address{rotary},
+                                  Address{positions},
+                                  Address{norm},
+                                  norm_eps,
+                                  batch,
+                                  heads,
+                                  key_heads,
+                                  head_dim,
+                                  rotary_dim,
+                                  first,
+                                  slot};
              }),
              py::arg("rows"), py::arg("rows_stride"), py::arg("keys"), py::arg("values"), py::arg("batch_stride"),
-             py::arg("head_stride"), py::arg("valid"), py::arg("valid_stride"), py::arg("rotary"),
-             py::arg("positions"), py::arg("norm"), py::arg("norm_eps"), py::arg("batch"), py::arg("heads"),
-             py::arg("key_heads"), py::arg("head_dim"), py::arg("rotary_dim"), py::arg("first"), py::arg("slot"));
+             py::arg("head_stride"), py::arg("valid"), py::arg("valid_stride"), py::arg("rotary"), py::arg("positions"),
+             py::arg("norm"), py::arg("norm_eps"), py::arg("batch"), py::arg("heads"), py::arg("key_heads"),
+             py::arg("head_dim"), py::arg("rotary_dim"), py::arg("first"), py::arg("slot"));
     m.def("norm_linear", &norm_linear);
     m.def("rotate_add", &rotate_add);
     m.def("finish", &finish);
@@ -180,14 +218,15 @@ void bind_gram(py::module_& m) {
              py::arg("data"), py::arg("row_stride"), py::arg("column_stride"), py::arg("count"));
     m.def(
         "gram",
-        [](const Columns& left, const Columns& right, int stored, A rows, A weight, int64_t tokens, A C, bool triangle,
+        [](const Columns& left, const Columns& right, int dtype, A rows, A weight, int64_t tokens, A C, bool triangle,
            bool fast, int threads) {
-            const Gram op{left,   right,      static_cast<Stored>(stored), Address{rows}, Address{weight},
-                          tokens, Address{C}, triangle,                    fast};
+            const Gram op{left,          right,           static_cast<Dtype>(dtype),
+                          Address{rows}, Address{weight}, tokens,
+                          Address{C},    triangle,        fast};
             py::gil_scoped_release release;
             run_gram(*chosen, op, threads);
         },
-        py::arg("left"), py::arg("right"), py::arg("stored"), py::arg("rows"), py::arg("weight"), py::arg("tokens"),
+        py::arg("left"), py::arg("right"), py::arg("dtype"), py::arg("rows"), py::arg("weight"), py::arg("tokens"),
         py::arg("C"), py::arg("triangle"), py::arg("fast"), py::arg("threads"));
 }
 

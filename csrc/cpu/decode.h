@@ -12,13 +12,6 @@
 namespace slicegpt {
 namespace cpu {
 
-// Columns of the stream that one sum of squares covers.
-constexpr int kSumColumns = 32;
-
-// The order is slicegpt/ops/cpu_decode.py's DTYPES and ACTIVATIONS.
-enum class Dtype { kFloat16, kBFloat16, kFloat32 };
-enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
-
 struct NormLinear {
     const void* h;  // [tokens, d]
     int64_t h_stride;
@@ -60,9 +53,9 @@ struct Attention {
     int64_t batch_stride, head_stride;
     const uint8_t* valid;  // [batch, capacity], 0 where a row is padded; or null
     int64_t valid_stride;
-    const void* rotary;        // [positions, 2, rotary_dim], cosines and signed sines (the first half negative); or null
+    const void* rotary;  // [positions, 2, rotary_dim], cosines and signed sines (the first half negative); or null
     const int64_t* positions;  // [batch], those of the new tokens; negative ones (padding) count as 0
-    const void* norm;  // [key_heads + heads, head_dim], scales of the norm of keys and queries, or null
+    const void* norm;          // [key_heads + heads, head_dim], scales of the norm of keys and queries, or null
     double norm_eps;
     int64_t batch, heads, key_heads, head_dim, rotary_dim;
     int64_t first, slot;  // slots [first, slot) of the cache are seen, `slot` is the new token's
@@ -83,8 +76,8 @@ struct Kernels {
 };
 
 #if defined(__x86_64__) || defined(_M_X64)
-// Null where the compiler or the processor has no such instructions; those that AVX-512 is a part of are not asked whether
-// the processor has that.
+// Null where the compiler or the processor has no such instructions; those that AVX-512 is a part of are not asked
+// whether the processor has that.
 const Kernels* amx();
 const Kernels* avx512_bf16();
 extern const Kernels kAvx512;

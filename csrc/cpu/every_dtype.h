@@ -1,5 +1,5 @@
-// The operations of an instruction set for every stored dtype, all multiplied as floats. Included into an unnamed namespace
-// behind kernels.h and attention.h.
+// The operations of an instruction set for every stored dtype, all multiplied as floats. Included into an unnamed
+// namespace behind kernels.h and attention.h.
 #pragma once
 
 // Calls body(Fixed<T>) with T the type that a dtype stands for.
@@ -12,10 +12,12 @@ inline void with_type(Dtype dtype, Body body) {
     switch (dtype) {
         case Dtype::kFloat16:
             return body(Fixed<Float16>{});
-        case Dtype::kBFloat16:
+        case Dtype::kBfloat16:
             return body(Fixed<BFloat16>{});
         case Dtype::kFloat32:
             return body(Fixed<float>{});
+        case Dtype::kFloat64:
+            return;  // Python passes none: slicegpt/ops/cpu/gemm.py's DTYPES
     }
 }
 

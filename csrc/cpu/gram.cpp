@@ -17,13 +17,13 @@ namespace slicegpt {
 namespace cpu {
 namespace {
 
-// A column of a run, in bytes: 512 tokens in float64, 1024 in float32, 2048 in bfloat16. Longer runs read and write C less often, and
-// take more memory.
+// A column of a run, in bytes: 512 tokens in float64, 1024 in float32, 2048 in bfloat16. Longer runs read and write C
+// less often, and take more memory.
 constexpr int64_t kColumnBytes = 4096;
 // Left panels that are multiplied with one right panel after the other: they stay in the second-level cache.
 constexpr int64_t kGroupBytes = 1 << 18;
-// Rows of C that a thread finishes at a time, and the size of the blocks that it mirrors: one cache line by as many rows
-// as a set of the first-level cache holds, which rows of a power of two bytes all meet in.
+// Rows of C that a thread finishes at a time, and the size of the blocks that it mirrors: one cache line by as many
+// rows as a set of the first-level cache holds, which rows of a power of two bytes all meet in.
 constexpr int64_t kFinishedRows = 32, kMirrored = 8;
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -34,14 +34,14 @@ struct Free {
 
 // Numbers from 0, each for one thread: threads that are slow, or share their processor, take fewer.
 class Tasks {
-   public:
+  public:
     template <typename Body>
     void each(int64_t count, const Body& body) {
         for (int64_t task = next_++; task < count; task = next_++) body(task);
     }
     void restart() { next_ = 0; }
 
-   private:
+  private:
     std::atomic<int64_t> next_{0};
 };
 
@@ -49,7 +49,7 @@ class Tasks {
 // processors, a thread then spends its turn waiting for one that waits for a turn, and every barrier costs a time slice
 // (measured: 8 ms a run of 3 ms).
 class Meeting {
-   public:
+  public:
     void wait(int threads) {
         if (threads == 1) return;
         const int64_t before = meetings_;
@@ -68,7 +68,7 @@ class Meeting {
             }
     }
 
-   private:
+  private:
     // As long as the last task of another thread may take.
     static constexpr std::chrono::microseconds kSpin{50};
     std::atomic<int> arrived_{0};
@@ -103,7 +103,7 @@ void finish_rows(const Gram& op, int64_t begin, int64_t end) {
 }
 
 class Work {
-   public:
+  public:
     Work(const GramKernels& kernels, const Gram& op)
         : kernels_(kernels),
           op_(op),
@@ -140,13 +140,13 @@ class Work {
         });
     }
 
-   private:
+  private:
     void pack(int64_t first, int64_t tokens, int64_t blocks, int64_t task) const {
         const bool is_left = task < blocks;
         const int64_t at = (is_left ? task : task - blocks) * kPackedTokens;
         void* plain = is_left ? left_ : nullptr;
         void* weighted = !is_left || (op_.triangle && op_.weight) ? right_ : nullptr;
-        kernels_.pack({is_left ? op_.left : op_.right, op_.stored, op_.rows, op_.weight, first + at,
+        kernels_.pack({is_left ? op_.left : op_.right, op_.dtype, op_.rows, op_.weight, first + at,
                        std::min<int64_t>(kPackedTokens, tokens - at), at, run_, plain, weighted});
     }
 
@@ -177,7 +177,7 @@ class Work {
 
 const GramKernels& kernels_for(const Kernels& kernels, const Gram& op) {
     if (!op.fast) return kernels.gram_fp64;
-    const bool pairs = op.stored == Stored::kBFloat16 && !op.weight && kernels.gram_bf16;
+    const bool pairs = op.dtype == Dtype::kBfloat16 && !op.weight && kernels.gram_bf16;
     return pairs ? *kernels.gram_bf16 : kernels.gram_fast;
 }
 

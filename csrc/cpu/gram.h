@@ -1,4 +1,5 @@
-// The CPU's `gram_` and `cross_gram_`: C += leftᵀ diag(weight) right in float64, the operands upcast while they are packed.
+// The CPU's `gram_` and `cross_gram_`: C += leftᵀ diag(weight) right in float64, the operands upcast while they are
+// packed.
 //
 // A run of tokens of both operands is packed into panels of a few columns, [panel][token][column], which the tiles of C
 // are then computed from: a tile's sums stay in registers for the whole run and are added to C once. Which thread does
@@ -6,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "../types.h"
 
 namespace slicegpt {
 namespace cpu {
@@ -15,9 +18,6 @@ struct Kernels;
 // Tokens that are packed at a time.
 constexpr int kPackedTokens = 32;
 
-// The order is slicegpt/ops/cpu_gram.py's DTYPES.
-enum class Stored { kFloat16, kBFloat16, kFloat32, kFloat64 };
-
 // Strides are in items.
 struct Columns {
     const void* data;
@@ -25,9 +25,9 @@ struct Columns {
 };
 
 struct Gram {
-    Columns left;    // [N, K]
-    Columns right;   // [N, D]; for a triangle: left
-    Stored stored;
+    Columns left;   // [N, K]
+    Columns right;  // [N, D]; for a triangle: left
+    Dtype dtype;
     const int64_t* rows;   // [tokens], those of left and right that count; or null: 0, 1, ...
     const double* weight;  // [tokens] or null: ones
     int64_t tokens;
@@ -36,10 +36,11 @@ struct Gram {
     bool fast;      // float32 products and sums within a run
 };
 
-// Tokens [first, first + count), kPackedTokens or fewer, of one operand, to positions [at, at + count) of panels that hold `run` tokens.
+// Tokens [first, first + count), kPackedTokens or fewer, of one operand, to positions [at, at + count) of panels that
+// hold `run` tokens.
 struct Packing {
     const Columns& from;
-    Stored stored;
+    Dtype dtype;
     const int64_t* rows;
     const double* weight;
     int64_t first, count, at, run;

@@ -37,8 +37,7 @@ void pack_chunk(const Packing& of) {
         const int64_t at = first / kPanel * (of.run / kTileItems) + of.at / kTileItems;
         float* out = static_cast<float*>(of.plain ? of.plain : of.weighted) + at * kChunkFloats;
         for (int half = 0; half < 2; ++half)
-            for (int i = 0; i < kTile; ++i)
-                _mm512_store_si512(out + half * kTileFloats + i * kTile, pairs[half][i]);
+            for (int i = 0; i < kTile; ++i) _mm512_store_si512(out + half * kTileFloats + i * kTile, pairs[half][i]);
         for (int half = 0; half < 2; ++half) {
             transpose(pairs[half]);
             for (int i = 0; i < kTile; ++i)

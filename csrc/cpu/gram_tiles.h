@@ -44,8 +44,8 @@ inline void pack_columns(const Packing& of) {
             if (width < kColumns) std::memset(room, 0, sizeof room);
             for (int64_t i = 0; i < width; ++i)
                 for (int64_t t = 0; t < of.count; ++t)
-                    room[t][i] = static_cast<Item<V>>(
-                        to_float(data[row(t) * row_stride + (first + i) * column_stride]));
+                    room[t][i] =
+                        static_cast<Item<V>>(to_float(data[row(t) * row_stride + (first + i) * column_stride]));
         }
         for (int64_t t = 0; t < of.count; ++t) {
             V values[kVectors];
@@ -67,14 +67,14 @@ inline void pack_columns(const Packing& of) {
 
 template <typename V>
 void pack_of(const Packing& of) {
-    switch (of.stored) {
-        case Stored::kFloat16:
+    switch (of.dtype) {
+        case Dtype::kFloat16:
             return pack_columns<V, Float16>(of);
-        case Stored::kBFloat16:
+        case Dtype::kBfloat16:
             return pack_columns<V, BFloat16>(of);
-        case Stored::kFloat32:
+        case Dtype::kFloat32:
             return pack_columns<V, float>(of);
-        case Stored::kFloat64:
+        case Dtype::kFloat64:
             // Never multiplied in float32.
             if constexpr (sizeof(Item<V>) == sizeof(double)) pack_columns<V, double>(of);
     }

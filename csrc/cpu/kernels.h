@@ -55,8 +55,8 @@ inline float norm_scale(const NormLinear& op, int64_t token) {
     return static_cast<float>(1 / ::sqrt(total / op.divisor + op.eps));
 }
 
-// out = the activation of products * scale + bias, for `count` columns from the n-th on, times the others where they are
-// gated. `products` and `others` give up to kLanes of them: (how many columns further on, how many are left).
+// out = the activation of products * scale + bias, for `count` columns from the n-th on, times the others where they
+// are gated. `products` and `others` give up to kLanes of them: (how many columns further on, how many are left).
 template <typename D, typename Activate, typename Products, typename Others>
 inline void finish_row(const NormLinear& op, Activate activate, D* out, int64_t n, int64_t count, float scale,
                        Products products, Others others) {

@@ -30,8 +30,8 @@ constexpr int64_t kPrefetch = 0;
 #endif
 
 // Rows of weights that one token is multiplied with at a time where rows are so long that reading more of them side by
-// side does better than fetching ahead. GB/s of two threads, four rows and ahead / eight and not: 26.5 / 28.8 with rows of
-// 8 KiB, 22.8 / 27.2 of 22 KiB, 25.1 / 28.0 of 4 KiB, 24.8 / 24.2 of 2.25 KiB, all float32. Only on Intel's
+// side does better than fetching ahead. GB/s of two threads, four rows and ahead / eight and not: 26.5 / 28.8 with rows
+// of 8 KiB, 22.8 / 27.2 of 22 KiB, 25.1 / 28.0 of 4 KiB, 24.8 / 24.2 of 2.25 KiB, all float32. Only on Intel's
 // processors: others were not measured.
 constexpr int kLongRows = 8;
 #if defined(__x86_64__) || defined(_M_X64)
@@ -186,8 +186,7 @@ inline void tile_rows(const typename V::Stored* w, int64_t w_stride, int64_t row
             tile<V, TOKENS, kLongRows, false>(w + r * w_stride, w_stride, K, x, x_stride, out + r, out_stride, add);
     for (; r + kRows <= rows; r += kRows)
         tile<V, TOKENS, kRows>(w + r * w_stride, w_stride, K, x, x_stride, out + r, out_stride, add);
-    for (; r < rows; ++r)
-        tile<V, TOKENS, 1>(w + r * w_stride, w_stride, K, x, x_stride, out + r, out_stride, add);
+    for (; r < rows; ++r) tile<V, TOKENS, 1>(w + r * w_stride, w_stride, K, x, x_stride, out + r, out_stride, add);
 }
 
 // x: [tokens, packed_size(K)] from `pack`; out: [tokens, rows], which the products are added to where `add` is set.
@@ -196,8 +195,8 @@ void product(const typename V::Stored* w, int64_t w_stride, int64_t rows, int64_
              int64_t tokens, float* out, int64_t out_stride, bool add) {
     const int64_t x_stride = packed_size<V>(K);
     const bool one_tile = tokens == 1 || tokens == 2 || tokens == 4 || tokens == kTileTokens;
-    // Columns of x that several tokens are multiplied with at a time, so that they stay in the first-level cache; and so
-    // few rows that a second group of tokens finds their columns there or next to it.
+    // Columns of x that several tokens are multiplied with at a time, so that they stay in the first-level cache; and
+    // so few rows that a second group of tokens finds their columns there or next to it.
     const int64_t width = tokens < 4 || K <= kCachedColumns ? K : kCachedColumns;
     const int64_t group = one_tile && width == K ? rows : 24;
     for (int64_t first = 0; first < rows; first += group) {

@@ -1,5 +1,5 @@
-// Plain C++, eight floats or four doubles at a time: what a compiler turns into the vectors of any machine. Included once, into the
-// unnamed namespace of portable.cpp.
+// Plain C++, eight floats or four doubles at a time: what a compiler turns into the vectors of any machine. Included
+// once, into the unnamed namespace of portable.cpp.
 #pragma once
 
 inline float to_float(Float16 x) {

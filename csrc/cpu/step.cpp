@@ -21,8 +21,7 @@ void run_step(const Kernels& kernels, const Step& step, const Moment& moment, in
                 attention.positions = moment.positions;
                 attention.valid = moment.valid;
                 attention.slot = moment.slot;
-                attention.first =
-                    block.window && moment.slot + 1 > block.window ? moment.slot + 1 - block.window : 0;
+                attention.first = block.window && moment.slot + 1 > block.window ? moment.slot + 1 - block.window : 0;
                 kernels.attend(step.dtype, attention, thread, count);
                 barrier();
             }

@@ -1,7 +1,8 @@
 // Parallel regions on the OpenMP runtime that torch has loaded.
 //
-// The module is linked to no OpenMP library: GNU's entry points (which LLVM's and Intel's runtimes offer as well) bind to
-// the copy that torch brought into the process, so that there is one pool of threads, and torch.set_num_threads governs it.
+// The module is linked to no OpenMP library: GNU's entry points (which LLVM's and Intel's runtimes offer as well) bind
+// to the copy that torch brought into the process, so that there is one pool of threads, and torch.set_num_threads
+// governs it.
 #pragma once
 
 #include <cstdint>

@@ -6,11 +6,11 @@
 // they are packed. Sums come out as 16 rows of weights by 16 tokens, and are transposed back for the epilogue.
 #pragma once
 
-constexpr int kTile = 16;           // rows of a tile; its 16 sums a row, or pairs of a right operand's row
-constexpr int kTileItems = 32;      // bfloat16 a row
-constexpr int kTileFloats = 256;    // 1024 bytes
-// Chunks of 32 items that are multiplied before sums are put aside: 2048 items of 256 tokens are half of the second-level
-// cache of a Sapphire Rapids core (2 MiB), where they wait for the next rows of weights.
+constexpr int kTile = 16;         // rows of a tile; its 16 sums a row, or pairs of a right operand's row
+constexpr int kTileItems = 32;    // bfloat16 a row
+constexpr int kTileFloats = 256;  // 1024 bytes
+// Chunks of 32 items that are multiplied before sums are put aside: 2048 items of 256 tokens are half of the
+// second-level cache of a Sapphire Rapids core (2 MiB), where they wait for the next rows of weights.
 constexpr int64_t kChunksAtOnce = 64;
 constexpr int64_t kTokensAtOnce = 256;
 
@@ -71,11 +71,11 @@ inline void copy_tile(const BFloat16* w, int64_t w_stride, int64_t rows, int64_t
                            r < rows ? _mm512_maskz_loadu_epi16(mask, w + r * w_stride) : _mm512_setzero_si512());
 }
 
-// The sums of STRIPS strips by GROUPS groups of tokens, each a tile of `sums`: zero at first, or what is there. From chunk
-// to chunk x goes on by `chunk_bytes`, from group to group by `group_bytes`.
+// The sums of STRIPS strips by GROUPS groups of tokens, each a tile of `sums`: zero at first, or what is there. From
+// chunk to chunk x goes on by `chunk_bytes`, from group to group by `group_bytes`.
 template <int STRIPS, int GROUPS>
-inline void multiply_tiles(const Strip* strips, int64_t chunks, const char* x, int64_t chunk_bytes,
-                           int64_t group_bytes, float* sums, int64_t strip_floats, bool first) {
+inline void multiply_tiles(const Strip* strips, int64_t chunks, const char* x, int64_t chunk_bytes, int64_t group_bytes,
+                           float* sums, int64_t strip_floats, bool first) {
     constexpr bool kTwoStrips = STRIPS == 2, kTwoGroups = GROUPS == 2;
     float* other = sums + strip_floats;
     if (first) {

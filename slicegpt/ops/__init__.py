@@ -3,7 +3,7 @@
 To add one, in this order (each file imports only those before it):
 
 1. `contracts.py`: output shapes, and a frozen dataclass of the arguments where a list of them would stand many times.
-2. `reference.py`: the operator in plain PyTorch and float64: what tests compare with, and what runs where no kernel does.
+2. `reference.py`: the operator in plain PyTorch and float64, what tests compare with.
 3. Kernels, each with `is_supported(capability, dtype, ...)` and launch configurations from pure functions:
    `kernels/<op>.py` (Triton); `csrc/<op>.cu`, a header and a `bind_...` in `csrc/bindings.cpp`, with a launcher in
    `cuda/<op>.py`; `csrc/cpu/`, with a launcher in `cpu/<op>.py`.

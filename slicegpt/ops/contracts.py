@@ -70,7 +70,9 @@ def check_any_dtype(op: str, name: str, tensor: Tensor) -> None:
         raise bad(op, name, "be float16, bfloat16, float32 or float64", tensor.dtype)
 
 
-def check_alike(op: str, first: str, like: Tensor, others: Mapping[str, Tensor | None], dtype: bool = True) -> None:
+def check_alike(
+    op: str, first: str, like: Tensor, others: Mapping[str, Tensor | None], dtype: bool = True
+) -> None:
     """The other tensors are on the first one's device and, with `dtype`, of its dtype."""
     for name, tensor in others.items():
         if dtype and tensor is not None and tensor.dtype != like.dtype:
@@ -252,7 +254,9 @@ class DecodeAttentionInputs:
     def contiguous(self) -> "DecodeAttentionInputs":
         """What the kernel takes: contiguous angles and scales."""
         small = {"cos": self.cos, "sin": self.sin, "norm": self.norm}
-        return replace(self, **{name: None if one is None else one.contiguous() for name, one in small.items()})
+        return replace(
+            self, **{name: None if one is None else one.contiguous() for name, one in small.items()}
+        )
 
     def check(self) -> None:
         """Raises SliceGPTError for an argument of a wrong shape, dtype, device or value."""
@@ -292,6 +296,11 @@ class DecodeAttentionInputs:
             if angles is None:
                 continue
             rotary = angles.shape[-1]
-            if angles.shape != (batch, 1, rotary) or rotary % 2 or rotary > head_dim or angles.shape != cos.shape:
+            if (
+                angles.shape != (batch, 1, rotary)
+                or rotary % 2
+                or rotary > head_dim
+                or angles.shape != cos.shape
+            ):
                 expected = f"be [{batch}, 1, an even number up to {head_dim}], cos and sin alike"
                 raise bad(op, name, expected, list(angles.shape))

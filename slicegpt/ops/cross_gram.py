@@ -69,7 +69,9 @@ DISPATCHER = Dispatcher(
     OP,
     (
         Implementation("triton", _triton_takes, "cuda"),
-        Implementation("cpu", lambda _, dtype, precision: cpu_gram.is_supported(dtype, precision == "fast"), "cpu"),
+        Implementation(
+            "cpu", lambda _, dtype, precision: cpu_gram.is_supported(dtype, precision == "fast"), "cpu"
+        ),
         Implementation("reference", lambda _, dtype, precision: dtype in PRECISIONS[precision]),
     ),
     describe=lambda capability, dtype, precision: f"precision {precision!r}",

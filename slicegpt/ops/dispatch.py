@@ -6,7 +6,7 @@ device, its dtype and the one other fact that decides (`detail`: rows, a precisi
 `SLICEGPT_BACKEND` is a preference among what exists for an operator:
 
     auto       (default) all of its implementations, in order
-    cuda       CUDA C++: `gram_`, `norm_linear`, `rotate_add` (up to 16 rows the decode kernels, else cuBLAS and an epilogue)
+    cuda       CUDA C++: `gram_`, `norm_linear` and `rotate_add` (up to 16 rows decode kernels, else cuBLAS)
     triton     Triton: every operator
     reference  plain PyTorch: every operator
 
@@ -195,7 +195,8 @@ class GemmDispatcher(Dispatcher):
 
     def choose(self, backend: str, capability: Capability, dtype: torch.dtype, rows: int) -> str:
         # All calls of few rows are one class, and all others another.
-        return super().choose(backend, capability, dtype, min(rows, few_rows(capability, dtype) + 1))
+        limit = few_rows(capability, dtype)
+        return super().choose(backend, capability, dtype, limit if rows <= limit else limit + 1)
 
     def launcher(self, name: str) -> Callable:
         """The function that launches the kernels of an implementation; its module is imported when it is needed."""

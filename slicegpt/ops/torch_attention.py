@@ -1,4 +1,4 @@
-"""Attention of one token a row as PyTorch operators: its norm and rotation, and the attention of one query on a cache."""
+"""Attention of one token a row in PyTorch operators: norm, rotation, and one query's attention on a cache."""
 
 import torch
 import torch.nn.functional as F

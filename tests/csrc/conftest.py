@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slicegpt.ops import cuda
+from slicegpt.ops.cuda import extension
+from slicegpt.ops.cuda import gram as cuda_gram
 
 ROOT = Path(__file__).resolve().parents[2]
 # Hidden: the three modules must not share their inline functions and variables.
@@ -91,15 +92,15 @@ def emulated_build(tmp_path_factory):
 def target(request):
     """A compute capability, and the module to run on: None for the installed one on a GPU."""
     if request.param == "cuda":
-        if not cuda.is_available():
-            pytest.skip(cuda.why_not())
+        if not extension.is_available():
+            pytest.skip(extension.why_not())
         return torch.cuda.get_device_capability(), None
     arch = int(request.param.removeprefix("sm_"))
     return divmod(arch, 10), request.getfixturevalue("emulated_build")(arch)
 
 
 class Backend:
-    """Runs `slicegpt.ops.cuda.gram_<precision>` on copies of CPU tensors that keep their strides."""
+    """Runs `slicegpt.ops.cuda.gram.gram_<precision>` on copies of CPU tensors that keep their strides."""
 
     def __init__(self, device: str, capability: tuple[int, int]) -> None:
         self.device = device
@@ -108,12 +109,12 @@ class Backend:
     def gram(self, precision, C, X, weight=None, **options):
         """C + Xᵀ diag(weight) X; the arguments stay as they are."""
         result = self._move(C)
-        launcher = getattr(cuda, f"gram_{precision}")
+        launcher = getattr(cuda_gram, f"gram_{precision}")
         launcher(result, self._move(X), None if weight is None else weight.to(self.device), **options)
         return result.cpu()
 
     def has_wgmma(self) -> bool:
-        return cuda._C.gram_exact_has_wgmma()
+        return extension.module.gram_exact_has_wgmma()
 
     def _move(self, matrix):
         # The whole storage travels, so that what surrounds a view (NaNs in the tests) is there too.
@@ -128,7 +129,7 @@ def backend(target, monkeypatch):
     capability, module = target
     if module is None:
         return Backend("cuda", capability)
-    monkeypatch.setattr(cuda, "_C", module)
-    monkeypatch.setattr(cuda, "_on_device", lambda tensor: contextlib.nullcontext())
-    monkeypatch.setattr(cuda, "_stream", lambda tensor: 0)
+    monkeypatch.setattr(extension, "module", module)
+    monkeypatch.setattr(extension, "on_device", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(extension, "current_stream", lambda tensor: 0)
     return Backend("cpu", capability)

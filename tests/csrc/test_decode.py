@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import cuda_decode, cuda_epilogue
-from slicegpt.ops.cuda_decode import Cut
+from slicegpt.ops.contracts import NormLinearInputs
+from slicegpt.ops.cuda import decode as cuda_decode
+from slicegpt.ops.cuda import epilogue as cuda_epilogue
+from slicegpt.ops.cuda.decode import DecodeConfig
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [F16, BF16, F32]
@@ -42,7 +44,9 @@ def run(backend, target, monkeypatch):
 
     def call(launcher, *arguments):
         moved = [backend._move(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-        result = launcher(*moved)
+        result = (
+            launcher(NormLinearInputs(*moved)) if launcher.__name__ == "norm_linear" else launcher(*moved)
+        )
         return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
 
     call.capability = target[0]
@@ -50,13 +54,13 @@ def run(backend, target, monkeypatch):
 
 
 @pytest.fixture
-def cut(monkeypatch):
-    """A function that makes both launchers cut their work in a given way."""
+def config(monkeypatch):
+    """A function that makes both launchers take a given configuration."""
 
-    def force(row_warps, column_warps, splits):
-        chosen = Cut(row_warps, column_warps, splits)
-        monkeypatch.setattr(cuda_decode, "norm_linear_cut", lambda *_: chosen)
-        monkeypatch.setattr(cuda_decode, "rotate_add_cut", lambda *_: chosen)
+    def force(row_warps, column_warps, split_k):
+        chosen = DecodeConfig(row_warps, column_warps, split_k)
+        monkeypatch.setattr(cuda_decode, "norm_linear_config", lambda *_: chosen)
+        monkeypatch.setattr(cuda_decode, "rotate_add_config", lambda *_: chosen)
 
     return force
 
@@ -215,13 +219,13 @@ def test_rotate_add(run, module, dense, d, N, dtype):
         (0, 24, 72, 72, 72),
     ],
 )
-def test_factor(run, cut, inner, rank, d, N, pitch, tokens, dtype):
+def test_factor(run, config, inner, rank, d, N, pitch, tokens, dtype):
     """The compact factor from norm_linear's weight and not from rotate_add's, in one split and in two."""
     skip_unless_supported(run, dtype, tokens)
     arguments, factor = compact_arguments(tokens, inner, rank, d, N, dtype, pitch=pitch)
     without = [*arguments[:1], spoilt(arguments[1], inner), *arguments[2:]]
-    for splits in (1, 2):
-        cut(4, 2, splits)
+    for split_k in (1, 2):
+        config(4, 2, split_k)
         check_rotate_add(run(cuda_decode.rotate_add, *without, factor), *arguments)
 
 
@@ -261,11 +265,11 @@ def test_strides(run, dtype, d, pitch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
-@pytest.mark.parametrize("splits", [2, 3, 5])
-def test_splits(run, cut, splits, dtype, monkeypatch):
+@pytest.mark.parametrize("split_k", [2, 3, 5])
+def test_splits(run, config, split_k, dtype, monkeypatch):
     """Split columns: the same bits on every call and whichever block arrives last, counters back at zero."""
     skip_unless_supported(run, dtype, 9)
-    cut(2, 2, splits)
+    config(2, 2, split_k)
     arguments = norm_linear_arguments(9, 900, 70, 40, "silu_gated", dtype)
     residual = rotate_add_arguments(9, 520, 480, 70, True, dtype)
     results = []
@@ -282,17 +286,17 @@ def test_splits(run, cut, splits, dtype, monkeypatch):
 @given(
     row_warps=st.sampled_from([1, 2, 3, 4]),
     column_warps=st.integers(1, 4),
-    splits=st.integers(1, 4),
+    split_k=st.integers(1, 4),
     tokens=st.integers(1, 16),
     d=st.integers(1, 300),
     N=st.integers(1, 80),
     n_scaled=st.integers(0, 80),
     gated=st.booleans(),
 )
-def test_any_cut(run, cut, row_warps, column_warps, splits, tokens, d, N, n_scaled, gated):
-    """Whatever the cut and the shape, also more splits than there are chunks."""
+def test_any_config(run, config, row_warps, column_warps, split_k, tokens, d, N, n_scaled, gated):
+    """Whatever the configuration and the shape, also more splits than there are chunks."""
     n_scaled = min(n_scaled, N) // 2 * 2
-    cut(row_warps, column_warps, splits)
+    config(row_warps, column_warps, split_k)
     arguments = norm_linear_arguments(tokens, d, N, n_scaled, "silu_gated" if gated else "gelu", F16)
     check_norm_linear(run(cuda_decode.norm_linear, *arguments), *arguments)
 
@@ -348,11 +352,11 @@ def test_errors(run):
         run(cuda_decode.rotate_add, a.double(), weight, h, shortcut, bias)
 
 
-def test_bad_cut(run, cut):
+def test_bad_config(run, config):
     arguments = rotate_add_arguments(1, 64, 40, 40, False)
     for bad in [(1, 2, 1), (4, 8, 1), (2, 0, 1)]:
-        cut(*bad)
-        with pytest.raises(SliceGPTError, match="rows, warps or splits out of range"):
+        config(*bad)
+        with pytest.raises(SliceGPTError, match="tokens, warps or split_k out of range"):
             run(cuda_decode.rotate_add, *arguments)
 
 
@@ -375,20 +379,23 @@ def test_is_supported():
 @pytest.mark.parametrize(
     ("N", "K"), [(4096, 4096), (3072, 11008 + 1024), (23040, 3072), (13312, 3072), (576, 1536)]
 )
-def test_cuts(processors, tokens, N, K):
+def test_configs(processors, tokens, N, K):
     """At most 512 threads and 48 KB; enough warps, each with enough chunks, unless the product is tiny."""
-    for cut in (
-        cuda_decode.norm_linear_cut(processors, tokens, N, K, 2),
-        cuda_decode.rotate_add_cut(processors, tokens, N, K, 0, 2),
+    for config in (
+        cuda_decode.norm_linear_config(processors, tokens, N, K, 2),
+        cuda_decode.rotate_add_config(processors, tokens, N, K, 0, 2),
     ):
         chunks = -(-K * 2 // cuda_decode.CHUNK_BYTES)
-        warps = cut.row_warps * cut.column_warps
+        warps = config.row_warps * config.column_warps
         assert warps <= 16
-        assert cut.column_warps * cuda_decode.CHUNKS_UNDER_WAY <= chunks
-        assert cut.splits == 1 or chunks // (cut.column_warps * cut.splits) >= cuda_decode.MIN_SPLIT_CHUNKS
-        under_way = cut.tiles(N) * cut.splits * warps
+        assert config.column_warps * cuda_decode.CHUNKS_IN_FLIGHT <= chunks
+        assert (
+            config.split_k == 1
+            or chunks // (config.column_warps * config.split_k) >= cuda_decode.MIN_SPLIT_CHUNKS
+        )
+        in_flight = config.tiles(N) * config.split_k * warps
         if N * K > 1 << 23:
-            assert under_way >= 0.7 * cuda_decode.WARPS_PER_PROCESSOR * processors
+            assert in_flight >= 0.7 * cuda_decode.WARPS_PER_PROCESSOR * processors
         # Activations from L2, as a part of the weights' bytes.
-        assert tokens / (16 * cut.row_warps) <= 0.25
-    assert cuda_decode.rotate_add_cut(processors, tokens, N, K, 0, 2).row_warps % 2 == 0
+        assert tokens / (16 * config.row_warps) <= 0.25
+    assert cuda_decode.rotate_add_config(processors, tokens, N, K, 0, 2).row_warps % 2 == 0

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from slicegpt import ops
-from slicegpt.ops import cuda, cuda_decode, cuda_epilogue, reference
+from slicegpt.ops import reference
+from slicegpt.ops.contracts import NormLinearInputs
+from slicegpt.ops.cuda import decode as cuda_decode
+from slicegpt.ops.cuda import epilogue as cuda_epilogue
+from slicegpt.ops.cuda import extension
 
 pytestmark = pytest.mark.gpu
 
@@ -15,8 +19,8 @@ TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 2e-6}
 
 @pytest.fixture(autouse=True)
 def available():
-    if not cuda.is_available():
-        pytest.skip(cuda.why_not())
+    if not extension.is_available():
+        pytest.skip(extension.why_not())
 
 
 def gaussian(*shape, dtype, seed=0, scale=1.0):
@@ -55,9 +59,9 @@ def test_large(module, tokens, dtype):
     """Llama-2-7B's MLP at 25 %, with a compact shortcut and a dense one; the same bits on the second run."""
     skip_unless_supported(dtype, tokens)
     arguments = inputs(tokens, 3072, 2 * 11008 + 1024, 2 * 11008, dtype)
-    first = module.norm_linear(*arguments)
-    assert_close(first, reference.norm_linear(*arguments))
-    assert torch.equal(module.norm_linear(*arguments), first), "not deterministic"
+    first = module.norm_linear(NormLinearInputs(*arguments))
+    assert_close(first, reference.norm_linear(NormLinearInputs(*arguments)))
+    assert torch.equal(module.norm_linear(NormLinearInputs(*arguments)), first), "not deterministic"
     for dense in (False, True):
         arguments = block(tokens, 12032, 3072, dtype, dense)
         h_next, sumsq = module.rotate_add(*arguments)
@@ -81,7 +85,7 @@ def test_factor():
     _, weight, h, _, _ = block(3, 4096, 3072, torch.float16)
     both = gaussian(4096 + 1024, 3072, dtype=torch.float16, seed=8, scale=3072**-0.5)
     factor = both[4096:]
-    a = cuda_decode.norm_linear(h, both, None, None, 4096, "none", 4096.0, 1e-5)
+    a = cuda_decode.norm_linear(NormLinearInputs(h, both, None, None, 4096, "none", 4096.0, 1e-5))
     if not cuda_decode.takes_factor(torch.cat((weight, factor.T), 1), factor):
         pytest.skip("the factor is too large for half of this device's L2")
     unread = torch.cat((weight, torch.full_like(factor.T, torch.nan)), 1)
@@ -100,7 +104,9 @@ def test_cuda_graph(d):
     def chain(h):
         sumsq = None
         for _ in range(4):
-            y = cuda_decode.norm_linear(h, up, None, sumsq, 4 * d, "silu_gated", float(d), 1e-5)
+            y = cuda_decode.norm_linear(
+                NormLinearInputs(h, up, None, sumsq, 4 * d, "silu_gated", float(d), 1e-5)
+            )
             h, sumsq = cuda_decode.rotate_add(y, down, h, None, None)
         return h, sumsq
 
@@ -142,7 +148,7 @@ def test_overlapping_launches(monkeypatch):
         arguments[0] = torch.zeros_like(arguments[0])
         torch.cuda._sleep(20_000_000)
         arguments[0].copy_(gaussian(1, 3072, dtype=torch.float16))
-        y = cuda_decode.norm_linear(*arguments)
+        y = cuda_decode.norm_linear(NormLinearInputs(*arguments))
         results.append(cuda_decode.rotate_add(y, gaussian(3072, 2048, dtype=torch.float16), arguments[0])[0])
     assert torch.equal(*results)
 

@@ -7,7 +7,9 @@ import torch
 from support.sliced_models import sliced
 from support.tiny_models import tiny_model, token_ids
 
-from slicegpt.ops import cuda_decode
+from slicegpt.ops.contracts import NormLinearInputs
+from slicegpt.ops.cuda import decode as cuda_decode
+from slicegpt.ops.cuda import extension
 from slicegpt.runtime import Runtime
 from slicegpt.runtime.executor import Network
 
@@ -43,7 +45,7 @@ def test_tokens(kernels, case):
 
     runtime = Runtime(plain, prefill_chunk=6, decoder="static")
     runtime.network = Network(runtime.network.packed, through_operators=True)
-    runtime.network.norm_linear = cuda_decode.norm_linear
+    runtime.network.norm_linear = lambda *arguments: cuda_decode.norm_linear(NormLinearInputs(*arguments))
     runtime.network.rotate_add = rotate_add
     assert torch.equal(runtime.generate(ids, max_new_tokens=NEW, ignore_eos=True), expected)
     assert any(read)
@@ -60,7 +62,7 @@ def test_counters_are_allocated_by_another_thread(monkeypatch):
         return zeros(*arguments, **options)
 
     monkeypatch.setattr(torch, "zeros", recorded)
-    monkeypatch.setattr(cuda_decode.cuda, "_stream", lambda like: 7)
+    monkeypatch.setattr(extension, "current_stream", lambda like: 7)
     arrivals, like = cuda_decode._Arrivals(torch.device("cpu")), torch.ones(1)
     first = arrivals.take(100, like)
     assert len(threads) == 2  # the pool for captured launches, and this stream's

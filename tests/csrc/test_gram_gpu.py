@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from slicegpt.ops import cuda
+from slicegpt.ops.cuda import extension
+from slicegpt.ops.cuda import gram as cuda_gram
 
 pytestmark = pytest.mark.gpu
 
@@ -15,12 +16,12 @@ TOLERANCE = {"fp64": 1e-14, "exact": 1e-14, "fast": 5e-7}
 
 @pytest.fixture(autouse=True)
 def available():
-    if not cuda.is_available():
-        pytest.skip(cuda.why_not())
+    if not extension.is_available():
+        pytest.skip(extension.why_not())
 
 
 def run(precision, C, X, weight=None):
-    getattr(cuda, f"gram_{precision}")(C, X, weight)
+    getattr(cuda_gram, f"gram_{precision}")(C, X, weight)
     return C
 
 
@@ -49,7 +50,7 @@ def zeros(columns):
 )
 def test_large(precision, dtype, tokens, columns):
     """Several blocks, splits and tiles; a poisoned workspace would show as a wrong sum on the second run."""
-    if not cuda.gram_supports(torch.cuda.get_device_capability(), dtype, precision):
+    if not cuda_gram.is_supported(torch.cuda.get_device_capability(), dtype, precision):
         pytest.skip("not on this device")
     X = gaussian(tokens, columns, dtype)
     expected = reference(X)

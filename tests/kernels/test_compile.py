@@ -22,11 +22,11 @@ MULTIPLY = {
 }  # fmt: skip
 RESIDUES = {
     "X": "fp16", "weight": "fp64", "exponents": "i32", "tile_planes": "i32", "moduli": "i64", "powers": "i32",
-    "residues": "i8", "DIGITS": 0, "PLANES": 16, "BLOCK": 128, "SIDE": 32, "BLOCK_T": 128, "BLOCK_C": 32,
+    "residues": "i8", "PLANES": 16, "BLOCK": 128, "SIDE": 32, "BLOCK_T": 128, "BLOCK_C": 32,
 }  # fmt: skip
 RECONSTRUCT = {
     "products": "i8", "exponents": "i32", "tile_planes": "i32", "weights": "i64", "fractions": "fp32", "C":
-    "fp64", "DIGITS": 0, "PLANES": 16, "BLOCK": 128, "ROWS": 16,
+    "fp64", "PLANES": 16, "BLOCK": 128, "ROWS": 16,
 }  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def build(
             ):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return disassemble(compiled.asm["cubin"])
 

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 from support.attention_inputs import Shape, arguments, assert_attended
 
 from slicegpt.kernels.decode_attention import splits_for
+from slicegpt.ops.contracts import DecodeAttentionInputs
 
 SHAPES = {
     "groups of 12": Shape(batch=3, heads=4, key_heads=2, head_dim=12, rotary=12),
@@ -23,7 +24,9 @@ def run(interpreter):
     """Runs in the interpreter: float32 and float16 (it reads bfloat16 wrongly). Returns the arguments afterwards."""
 
     def call(*inputs, splits):
-        return interpreter("slicegpt.kernels.decode_attention", "decode_attention_", *inputs, splits=splits)
+        module, whole = "slicegpt.kernels.decode_attention", DecodeAttentionInputs(*inputs)
+        after = interpreter(module, "decode_attention_", whole, splits=splits)[0]
+        return after.rows, after.keys, after.values
 
     return call
 

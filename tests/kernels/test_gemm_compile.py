@@ -86,7 +86,7 @@ def build(
         if signature[name].startswith("*") or (signature[name] == "i32" and name not in ("rows", "parts")):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -158,7 +158,7 @@ def test_few_rows(op, capability):
 
 @pytest.mark.parametrize("op", ["norm_linear_gated", "rotate_add_dense"])
 def test_hopper_without_tma(op):
-    """Operands that the bulk copy engine cannot take are copied by the threads."""
+    """Operands that TMA cannot read are copied by the threads."""
     check(op, 90, "bf16", replace(config_for(op, 90, "bf16", rows=8192), tma=False))
 
 

@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 from slicegpt.bench.models.shapes import MODELS, SIZES, NormLinearShape, launches
 from slicegpt.kernels import gemm_config
 from slicegpt.kernels.gemm_config import (
-    OPS,
     DeviceClass,
     candidates,
     fits,
@@ -31,6 +30,7 @@ DEVICES = {
     "B200": DeviceClass((10, 0), 148, 227 * 1024),
     "RTX 5090": DeviceClass((12, 0), 170, 99 * 1024),
 }
+OPS = ("norm_linear", "norm_linear_gated", "rotate_add", "rotate_add_dense")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROWS = (1, 4, 16, 17, 512, 8192)
 
@@ -73,7 +73,7 @@ def test_candidates_suit_the_kernels(name, dtype):
         assert config.block_n >= 32
         assert config.block_k * dtype.itemsize >= 128
         assert config.num_stages >= 3
-        # a box of the bulk copy engine has at most 256 rows
+        # a box of TMA has at most 256 rows
         assert max(config.block_m, config.block_n) <= 256
 
 

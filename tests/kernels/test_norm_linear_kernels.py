@@ -12,10 +12,10 @@ from support.gemm_bounds import assert_within, norm_linear_bound, normal
 from slicegpt.kernels import norm_linear as kernel
 from slicegpt.kernels.gemm_config import GemmConfig, candidates
 from slicegpt.kernels.gemm_tiles import device_class, takes_tma
-from slicegpt.ops import reference
+from slicegpt.ops.contracts import ACTIVATIONS, GATED, NormLinearInputs, block_sums_of_squares
 
 SMALL = GemmConfig(32, 64, 32, num_warps=4, num_stages=3, group_m=2, tma=True)
-ACTIVATIONS = (*reference.ACTIVATIONS, *reference.GATED)
+EPILOGUES = (*ACTIVATIONS, *GATED)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,9 @@ def run(interpreter):
     """Runs in the interpreter: float32 and float16 (it reads bfloat16 wrongly)."""
 
     def call(*arguments, config=SMALL):
-        return interpreter("slicegpt.kernels.norm_linear", "norm_linear", *arguments, config=config)
+        return interpreter(
+            "slicegpt.kernels.norm_linear", "norm_linear", NormLinearInputs(*arguments), config=config
+        )
 
     return call
 
@@ -31,7 +33,7 @@ def run(interpreter):
 def check(run, h, n_scaled, z, activation, bias=True, sums=True, **options):
     weight = normal(n_scaled + z, h.shape[1], dtype=h.dtype, seed=1, device=h.device) / h.shape[1] ** 0.5
     bias = normal(n_scaled, dtype=h.dtype, seed=2, device=h.device) if bias else None
-    sumsq = reference.block_sums_of_squares(h.float()) if sums else None
+    sumsq = block_sums_of_squares(h.float()) if sums else None
     settings = (n_scaled, activation, 1.25 * max(h.shape[1], 1), 1e-5)
     expected, bound = norm_linear_bound(h, weight, bias, *settings)
     actual = run(h, weight, bias, sumsq, *settings, **options)
@@ -42,7 +44,7 @@ def check(run, h, n_scaled, z, activation, bias=True, sums=True, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tma", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", EPILOGUES)
 def test_epilogues(run, activation, tma, dtype):
     """Every activation with z columns, and with neither z columns, bias nor sums of squares."""
     h = normal(37, 64, dtype=dtype, seed=0)
@@ -57,11 +59,11 @@ EVEN, ODD_WIDTHS = (32, 44, 10), (33, 41, 9)
 
 @pytest.mark.parametrize("widths", [EVEN, ODD_WIDTHS], ids=["even", "odd"])
 @pytest.mark.parametrize("has_z", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", EPILOGUES)
 def test_every_combination(run, activation, has_z, widths):
     """Every activation with and without z columns, biases and given sums of squares, at even and at odd widths."""
     inner, n_scaled, z = widths
-    if activation in reference.GATED:
+    if activation in GATED:
         n_scaled += n_scaled % 2
     h = normal(5, inner, dtype=torch.float32, seed=0)
     for bias, sums in itertools.product((True, False), repeat=2):
@@ -93,7 +95,7 @@ def test_many_rows_are_scaled_by_a_kernel_of_their_own(run):
 
 @pytest.mark.parametrize("columns", [64, 65])
 def test_strided_rows(run, columns):
-    """A slice of a wider stream; the bulk copy engine takes it where its rows are aligned."""
+    """A slice of a wider stream; TMA reads it where its rows are aligned."""
     wide = normal(37, 80, dtype=torch.float16, seed=0)
     check(run, wide[:, :columns], 48, 16, "gelu_tanh")
     check(run, wide[::2, 80 - columns :], 48, 16, "none", sums=False)
@@ -147,16 +149,20 @@ def skip_unless_supported(dtype):
         pytest.skip("not on this device")
 
 
+def on_gpu(*arguments, config=None):
+    return kernel.norm_linear(NormLinearInputs(*arguments), config)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", EPILOGUES)
 @pytest.mark.parametrize("rows", [1, 37, 700])
 def test_gpu(rows, activation, dtype):
     skip_unless_supported(dtype)
     h = normal(rows, 576, dtype=dtype, seed=0, device="cuda")
-    check(kernel.norm_linear, h, 1536, 192, activation)
-    check(kernel.norm_linear, h[:, :570], 1536, 0, activation, bias=False, sums=False)
-    check(kernel.norm_linear, normal(rows, 333, dtype=dtype, seed=0, device="cuda"), 130, 77, activation)
+    check(on_gpu, h, 1536, 192, activation)
+    check(on_gpu, h[:, :570], 1536, 0, activation, bias=False, sums=False)
+    check(on_gpu, normal(rows, 333, dtype=dtype, seed=0, device="cuda"), 130, 77, activation)
 
 
 @pytest.mark.gpu
@@ -169,5 +175,5 @@ def test_gpu_every_candidate(index):
     for activation in ("gelu", "silu_gated"):
         for tma in (options[index].tma,) if index else (options[index].tma, False):
             config = replace(options[index], tma=tma)
-            first = check(kernel.norm_linear, h, 1000, 200, activation, config=config)
-            assert torch.equal(first, check(kernel.norm_linear, h, 1000, 200, activation, config=config))
+            first = check(on_gpu, h, 1000, 200, activation, config=config)
+            assert torch.equal(first, check(on_gpu, h, 1000, 200, activation, config=config))

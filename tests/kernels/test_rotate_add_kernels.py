@@ -18,6 +18,7 @@ from support.gemm_bounds import (
 from slicegpt.kernels import rotate_add as kernel
 from slicegpt.kernels.gemm_config import GemmConfig, candidates
 from slicegpt.kernels.gemm_tiles import device_class
+from slicegpt.ops.contracts import NormLinearInputs
 
 SMALL = GemmConfig(32, 64, 32, num_warps=4, num_stages=3, group_m=2, tma=True)
 
@@ -83,9 +84,8 @@ def test_every_combination(interpreter, run, shortcut, bias, odd):
         padded = torch.nn.functional.pad(factor, (0, columns - width))
         written_out = (written_out.double() - padded.double().mT @ factor.double()).float()
         both = torch.cat((random(inner, width, seed=6), factor))
-        a = interpreter(
-            "slicegpt.kernels.norm_linear", "norm_linear", h, both, None, None, inner, "none", width, 1e-5
-        )
+        inputs = NormLinearInputs(h, both, None, None, inner, "none", width, 1e-5)
+        a = interpreter("slicegpt.kernels.norm_linear", "norm_linear", inputs)
         joined = torch.cat((weight, -padded.mT), dim=1)
     h_next, sumsq = run(a, joined, h, given, shift)
     expected, bound = rotate_add_bound(a[:, :inner], weight, h, written_out, shift)
@@ -96,8 +96,8 @@ def test_every_combination(interpreter, run, shortcut, bias, odd):
     assert_within(h_next, expected, bound)
     assert_sums(sumsq, h_next)
     reader = random(8, columns, seed=7)
-    arguments = (h_next, reader, None, sumsq, 8, "none", float(columns), 1e-5)
-    actual = interpreter("slicegpt.kernels.norm_linear", "norm_linear", *arguments)
+    inputs = NormLinearInputs(h_next, reader, None, sumsq, 8, "none", float(columns), 1e-5)
+    actual = interpreter("slicegpt.kernels.norm_linear", "norm_linear", inputs)
     assert_within(actual, *norm_linear_bound(h_next, reader, None, 8, "none", float(columns), 1e-5))
 
 
@@ -157,7 +157,9 @@ def test_sums_of_squares_feed_norm_linear(interpreter, run):
     weight = normal(64, 72, dtype=torch.float16, seed=3)
     both = [
         interpreter(
-            "slicegpt.kernels.norm_linear", "norm_linear", h_next, weight, None, sums, 64, "none", 72.0, 1e-5
+            "slicegpt.kernels.norm_linear",
+            "norm_linear",
+            NormLinearInputs(h_next, weight, None, sums, 64, "none", 72.0, 1e-5),
         )
         for sums in (sumsq, None)
     ]

@@ -3,17 +3,15 @@
 import pytest
 import torch
 
-from slicegpt.ops import cpu_decode
-
-SETS = cpu_decode._cpu.instruction_sets() if cpu_decode.why_not() is None else []
+from slicegpt.ops.cpu import extension
 
 
-@pytest.fixture(params=SETS)
+@pytest.fixture(params=extension.instruction_sets())
 def instruction_set(request):
     """Each instruction set of this processor in turn; as before afterwards."""
-    before = cpu_decode.use_instruction_set(request.param)
+    before = extension.use_instruction_set(request.param)
     yield request.param
-    cpu_decode.use_instruction_set(before)
+    extension.use_instruction_set(before)
 
 
 @pytest.fixture

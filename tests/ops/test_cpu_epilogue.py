@@ -11,10 +11,12 @@ from support.gemm_bounds import (
     rotate_add_bound,
 )
 
-from slicegpt.ops import choice, cpu_decode, cpu_epilogue, norm_linear, rotate_add
-from slicegpt.ops.reference import GATED
+from slicegpt.ops import norm_linear, rotate_add
+from slicegpt.ops.contracts import GATED, NormLinearInputs
+from slicegpt.ops.cpu import epilogue, extension, gemm
+from slicegpt.ops.dispatch import GemmDispatcher
 
-pytestmark = pytest.mark.skipif(cpu_decode.why_not() is not None, reason=str(cpu_decode.why_not()))
+pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
 EPILOGUES = ["none", "relu", "gelu", "gelu_tanh", "silu", "silu_gated", "gelu_gated", "gelu_tanh_gated"]
 
@@ -35,7 +37,7 @@ def product_rounding(h, weight, bias, n_scaled, activation):
     return torch.cat((1.13 * scaled, plain), dim=1)
 
 
-@pytest.mark.parametrize("dtype", cpu_epilogue.DTYPES)
+@pytest.mark.parametrize("dtype", epilogue.DTYPES)
 @pytest.mark.parametrize("rows", [1, 7, 70])
 def test_norm_linear(instruction_set, rows, dtype):
     """Columns below, at and beyond a vector; some, all or none of them scaled; bias and sums given or not."""
@@ -45,7 +47,9 @@ def test_norm_linear(instruction_set, rows, dtype):
         bias, sums = normal(n_scaled, dtype=dtype, seed=2), h.float().square()
         for activation in EPILOGUES:
             for extra in ((None, None), (bias, sums)):
-                actual = cpu_epilogue.norm_linear(h, weight, *extra, n_scaled, activation, 90.0, 1e-5)
+                actual = epilogue.norm_linear(
+                    NormLinearInputs(h, weight, *extra, n_scaled, activation, 90.0, 1e-5)
+                )
                 expected, bound = norm_linear_bound(h, weight, extra[0], n_scaled, activation, 90.0, 1e-5)
                 if dtype is torch.bfloat16:
                     bound = bound + product_rounding(h, weight, extra[0], n_scaled, activation)
@@ -60,16 +64,16 @@ def test_rotate_add(instruction_set, rows):
         h, dense = normal(rows, d, dtype=torch.float32, seed=2), normal(N, d, dtype=torch.float32, seed=3)
         for shortcut in (dense, None) if d <= N else (dense,):
             for bias in (None, normal(N, dtype=torch.float32, seed=4)):
-                h_next, sums = cpu_epilogue.rotate_add(a, weight, h, shortcut, bias)
+                h_next, sums = epilogue.rotate_add(a, weight, h, shortcut, bias)
                 assert_within(h_next, *rotate_add_bound(a, weight, h, shortcut, bias))
                 assert_sums(sums, h_next)
 
 
-@pytest.mark.parametrize("dtype", cpu_epilogue.DTYPES)
+@pytest.mark.parametrize("dtype", epilogue.DTYPES)
 def test_sums_are_of_what_is_stored(instruction_set, dtype):
     for rows in (1, 2, 40):
         a, weight = normal(rows, 50, dtype=dtype, seed=0), normal(700, 50, dtype=dtype, seed=1)
-        h_next, sums = cpu_epilogue.rotate_add(a, weight, normal(rows, 700, dtype=dtype, seed=2))
+        h_next, sums = epilogue.rotate_add(a, weight, normal(rows, 700, dtype=dtype, seed=2))
         assert_sums(sums, h_next)
 
 
@@ -78,17 +82,17 @@ def test_not_a_number_stays(instruction_set):
     h[1, 7] = torch.nan
     weight = normal(20, 40, dtype=torch.float32, seed=0)
     for activation in EPILOGUES:
-        y = cpu_epilogue.norm_linear(h, weight, None, None, 16, activation, 40.0, 1e-5)
+        y = epilogue.norm_linear(NormLinearInputs(h, weight, None, None, 16, activation, 40.0, 1e-5))
         assert y[0].isfinite().all()
         assert y[1].isnan().all()
 
 
 def test_the_operators_take_it_for_many_rows(monkeypatch):
     """Contiguous results of rows of a wider tensor, and no row."""
-    rows = cpu_decode.most_rows(torch.float32) + 1
+    rows = gemm.most_rows(torch.float32) + 1
     for op in ("norm_linear", "rotate_add"):
-        assert choice.choose(op, "auto", None, torch.float32, rows) == "cpu-epilogue"
-        assert choice.choose(op, "auto", None, torch.float64, rows) == "torch"
+        assert GemmDispatcher(op).find("auto", None, torch.float32, rows) == "cpu-epilogue"
+        assert GemmDispatcher(op).find("auto", None, torch.float64, rows) == "torch"
     wide, weight = normal(rows, 200, dtype=torch.float32, seed=0), normal(70, 67, dtype=torch.float32, seed=1)
     h, a = wide[:, 5:72], wide[:, 100:150]
     y = norm_linear(h, weight, None, None, 60, "silu_gated", 67.0, 1e-5)
@@ -98,8 +102,10 @@ def test_the_operators_take_it_for_many_rows(monkeypatch):
     h_next, sums = rotate_add(a, output, h)
     assert_within(h_next, *rotate_add_bound(a, output, h, None, None))
     assert_sums(sums, h_next)
-    assert cpu_epilogue.norm_linear(h[:0], weight, None, None, 70, "none", 67.0, 1e-5).shape == (0, 70)
-    assert cpu_epilogue.rotate_add(a[:0], output, h[:0])[1].shape == (0, 3)
+    assert epilogue.norm_linear(
+        NormLinearInputs(h[:0], weight, None, None, 70, "none", 67.0, 1e-5)
+    ).shape == (0, 70)
+    assert epilogue.rotate_add(a[:0], output, h[:0])[1].shape == (0, 3)
 
 
 @pytest.mark.parametrize("rows", [2, 33])
@@ -110,7 +116,6 @@ def test_the_same_bits_with_any_number_of_threads(threads, rows):
     for count in (1, 2, 3, 5):
         threads(count)
         y = torch.empty(rows, 300)
-        arguments = cpu_decode.norm_linear_arguments(h, weight, None, None, y, 400, "silu_gated", 300.0, 1e-5)
-        cpu_decode.finish(torch.float32, arguments, product)
+        gemm.finish(NormLinearInputs(h, weight, None, None, 400, "silu_gated", 300.0, 1e-5), y, product)
         results.append(y)
     assert all(torch.equal(results[0], other) for other in results[1:])

@@ -4,30 +4,32 @@ import numpy as np
 import pytest
 import torch
 
-from slicegpt.ops import cpu_decode, cpu_gram, cross_gram_, gram_, reference
-from slicegpt.ops import cross_gram as cross_gram_module
-from slicegpt.ops import gram as gram_module
+from slicegpt.ops import cross_gram_, gram_, reference
+from slicegpt.ops.contracts import DTYPES
+from slicegpt.ops.cpu import extension
+from slicegpt.ops.cpu import gram as cpu_gram
+from slicegpt.ops.cross_gram import DISPATCHER as CROSS_GRAM
+from slicegpt.ops.gram import DISPATCHER as GRAM
+from slicegpt.ops.gram import choose
 
-pytestmark = pytest.mark.skipif(cpu_decode.why_not() is not None, reason=str(cpu_decode.why_not()))
+pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
-SETS = cpu_decode._cpu.instruction_sets() if cpu_decode.why_not() is None else []
+SETS = extension.instruction_sets()
 # Tokens that are summed before they are added to C: csrc/cpu/gram.cpp's kColumnBytes by the size of an item.
 RUN = {False: 512, True: 1024}
 LONGEST_RUN = {False: 512, True: 2048}  # of pairs of bfloat16
 UNIT = {False: 2.0**-53, True: 2.0**-24}
-CASES = [
-    (dtype, fast) for fast in (False, True) for dtype in cpu_gram.DTYPES if not (fast and dtype.itemsize == 8)
-]
+CASES = [(dtype, fast) for fast in (False, True) for dtype in DTYPES if not (fast and dtype.itemsize == 8)]
 WEIGHTS = ("none", "bool", "float", "strided")
 
 
 @pytest.fixture
 def forget_choices():
-    gram_module.choose.cache_clear()
-    cross_gram_module.choose.cache_clear()
+    GRAM.forget()
+    CROSS_GRAM.forget()
     yield
-    gram_module.choose.cache_clear()
-    cross_gram_module.choose.cache_clear()
+    GRAM.forget()
+    CROSS_GRAM.forget()
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -65,7 +67,7 @@ def weights(kind: str, tokens: int) -> torch.Tensor | None:
 def each_instruction_set():
     """For tests whose time goes into what the results are compared with; the fixture below takes the last one back."""
     for name in SETS:
-        cpu_decode.use_instruction_set(name)
+        extension.use_instruction_set(name)
         yield name
 
 
@@ -73,7 +75,7 @@ def each_instruction_set():
 def best_instruction_set_afterwards():
     yield
     if SETS:
-        cpu_decode.use_instruction_set()
+        extension.use_instruction_set()
 
 
 def expectation(start, A, B, weight) -> tuple[np.ndarray, np.ndarray]:
@@ -206,13 +208,14 @@ def test_every_half_precision_value_is_read_right(instruction_set):
     assert C.tolist() == [[65504.0**2 + 2.0**-48, 65504 * 2.0**-24], [65504 * 2.0**-24, 65504.0**2]]
 
 
-def test_fast_adds_its_runs_in_float64(instruction_set):
+@pytest.mark.parametrize(("dtype", "run"), [(torch.float32, RUN[True]), (torch.bfloat16, LONGEST_RUN[True])])
+def test_fast_adds_its_runs_in_float64(instruction_set, dtype, run):
     """2^24 and then ones: sums in float32 stay where they are, so only a run may be lost; the contract allows 4097."""
-    X = torch.ones(9000, 1)
+    X = torch.ones(9000, 1, dtype=dtype)
     X[0] = 4096
     C = torch.zeros(1, 1, dtype=torch.float64)
     cpu_gram.gram_(C, X, None, True)
-    assert 2**24 + 8999 - RUN[True] <= C.item() <= 2**24 + 8999
+    assert 2**24 + 8999 - run <= C.item() <= 2**24 + 8999
     cpu_gram.gram_(C.zero_(), X, None, False)
     assert C.item() == 2**24 + 8999
 
@@ -238,13 +241,12 @@ def test_the_same_bits_with_any_number_of_threads(instruction_set, threads, fast
 def test_the_kernels_are_taken_where_they_are_fast(forget_choices):
     for name in each_instruction_set():
         wanted = "reference" if name == "portable" else "cpu"
-        gram_module.choose.cache_clear()
-        cross_gram_module.choose.cache_clear()
+        GRAM.forget()
         for dtype, fast in CASES:
             precision = "fast" if fast else "fp64"
-            assert gram_module.choose("auto", None, dtype, 64, precision) == (wanted, precision)
-            assert cross_gram_module.choose("auto", None, dtype, precision) == wanted
-        assert gram_module.choose("auto", None, torch.float32, 64, "auto") == (wanted, "fp64")
+            assert choose("auto", None, dtype, 64, precision) == (wanted, precision)
+            assert CROSS_GRAM.find("auto", None, dtype, precision) == wanted
+        assert choose("auto", None, torch.float32, 64, "auto") == (wanted, "fp64")
     assert not cpu_gram.is_supported(torch.float64, fast=True)
 
 
@@ -253,7 +255,7 @@ def test_the_reference_is_taken(monkeypatch, forget_choices, why):
     if why == "asked for":
         monkeypatch.setenv("SLICEGPT_BACKEND", "reference")
     else:
-        monkeypatch.setattr(cpu_decode, "_cpu", None)
+        monkeypatch.setattr(extension, "module", None)
     monkeypatch.delattr(cpu_gram, "gram_")
     monkeypatch.delattr(cpu_gram, "cross_gram_")
     X = normal(30, 4, dtype=torch.float32)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import cross_gram as cross_gram_module
 from slicegpt.ops import cross_gram_, gram_, reference
-from slicegpt.ops.cross_gram import choose, is_supported
+from slicegpt.ops.cpu import gram as cpu_gram
+from slicegpt.ops.cross_gram import DISPATCHER, is_supported
 
 EPS = 2.0**-53
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -149,20 +149,43 @@ def test_shared_memory_is_refused():
 
 
 def test_choice_and_support(monkeypatch):
-    monkeypatch.setattr(cross_gram_module.cpu_gram, "is_supported", lambda dtype, fast: False)
-    choose.cache_clear()
-    assert choose("auto", None, torch.float32, "fast") == "reference"
-    assert choose("auto", (9, 0), torch.float32, "fast") == "reference"  # half precision only on tensor cores
+    monkeypatch.setattr(cpu_gram, "is_supported", lambda dtype, fast: False)
+    find = DISPATCHER.find
+    assert find("auto", None, torch.float32, "fast") == "reference"
+    assert find("auto", (9, 0), torch.float32, "fast") == "reference"  # half precision only on tensor cores
     assert not is_supported(None, torch.float64, "fast")
     assert not is_supported(None, torch.float32, backend="triton")
-    assert not is_supported((9, 0), torch.float32, backend="cuda")
     monkeypatch.setenv("SLICEGPT_BACKEND", "triton")
-    with pytest.raises(SliceGPTError, match=r"backend 'triton' has no precision 'fp64' for .* on a CPU"):
+    with pytest.raises(SliceGPTError, match=r"backend 'triton' does not take .*, precision 'fp64' on a CPU"):
         cross_gram_(C.clone(), A, B)
     pytest.importorskip("triton")
-    assert choose("auto", (9, 0), torch.bfloat16, "fast") == "triton"
-    assert choose("auto", (8, 9), torch.float32, "fp64") == "triton"
-    choose.cache_clear()
+    assert find("auto", (9, 0), torch.bfloat16, "fast") == "triton"
+    assert find("auto", (8, 9), torch.float32, "fp64") == "triton"
+
+
+@pytest.mark.parametrize("capability", [None, (9, 0)])
+@pytest.mark.parametrize("precision", ["fp64", "fast"])
+def test_without_a_cuda_form_that_backend_means_auto(capability, precision):
+    """SLICEGPT_BACKEND=cuda slices: the covariance by CUDA, what has no such kernel as well as it can."""
+    for dtype in DTYPES[: 4 if precision == "fp64" else 3]:
+        assert is_supported(capability, dtype, precision, backend="cuda")
+        assert DISPATCHER.find("cuda", capability, dtype, precision) == DISPATCHER.find(
+            "auto", capability, dtype, precision
+        )
+
+
+def test_a_requested_backend_that_is_not_there_is_logged(monkeypatch, caplog):
+    monkeypatch.setenv("SLICEGPT_BACKEND", "cuda")
+    DISPATCHER.forget()
+    total = C.clone()
+    with caplog.at_level("INFO", logger="slicegpt"):
+        for _ in range(2):
+            cross_gram_(total, A + 1, B + 1)
+    name = DISPATCHER.find("auto", None, torch.float32, "fp64")
+    assert caplog.messages == [
+        f"cross_gram_: torch.float32, precision 'fp64' on a CPU: {name} (it has no 'cuda' implementation)"
+    ]
+    assert total.eq(14).all()
 
 
 @pytest.mark.parametrize("weight", [None, torch.rand(7)])

@@ -6,7 +6,7 @@ from support.attention_inputs import Shape, arguments, assert_attended
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import decode_attention_
-from slicegpt.ops.decode_attention import choose
+from slicegpt.ops.decode_attention import DISPATCHER, is_supported
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SMALL = Shape(batch=2, heads=4, key_heads=2, head_dim=12, rotary=8, norm=True)
@@ -89,13 +89,25 @@ def test_opcheck():
 
 def test_what_is_chosen():
     pytest.importorskip("triton")
-    assert choose("auto", None, torch.float32, 64) == "reference"
-    assert choose("auto", (9, 0), torch.bfloat16, 128) == "triton"
-    assert choose("cuda", (7, 5), torch.float16, 80) == "triton"
-    assert choose("auto", (7, 5), torch.bfloat16, 80) == "reference"
-    assert choose("auto", (9, 0), torch.float64, 128) == "reference"
-    assert choose("auto", (9, 0), torch.float16, 512) == "reference"
-    assert choose("reference", (9, 0), torch.float16, 128) == "reference"
+    find = DISPATCHER.find
+    assert find("auto", None, torch.float32, 64) == "reference"
+    assert find("auto", (9, 0), torch.bfloat16, 128) == "triton"
+    assert find("auto", (7, 5), torch.float16, 80) == "triton"
+    assert find("auto", (7, 5), torch.bfloat16, 80) == "reference"
+    assert find("auto", (7, 0), torch.float16, 80) == "reference"
+    assert find("auto", (9, 0), torch.float64, 128) == "reference"
+    assert find("auto", (9, 0), torch.float16, 512) == "reference"
+    assert find("reference", (9, 0), torch.float16, 128) == "reference"
+    # There is no CUDA C++ form: as with auto. There is a Triton form: what it does not take is refused.
+    for capability, dtype, head_dim in (((9, 0), torch.bfloat16, 128), (None, torch.float32, 64)):
+        assert find("cuda", capability, dtype, head_dim) == find("auto", capability, dtype, head_dim)
+    assert find("triton", (9, 0), torch.float64, 128) is None
+    assert not is_supported(None, torch.float32, 64, "triton")
+    with pytest.raises(
+        SliceGPTError,
+        match=r"backend 'triton' does not take torch.float64, heads of 128 on compute",
+    ):
+        DISPATCHER.choose("triton", (9, 0), torch.float64, 128)
 
 
 @pytest.mark.gpu
@@ -107,7 +119,10 @@ def test_on_the_gpu(monkeypatch, shape, window, dtype, backend):
     monkeypatch.setenv("SLICEGPT_BACKEND", backend)
     for slot in (0, 97, 199):
         inputs = arguments(shape, slot, dtype, window=window, device="cuda")
-        if choose(backend, torch.cuda.get_device_capability(), dtype, shape.head_dim) == "reference":
+        if (
+            DISPATCHER.choose(backend, torch.cuda.get_device_capability(), dtype, shape.head_dim)
+            == "reference"
+        ):
             inputs = finite(inputs)
         assert_attended(run(inputs), inputs)
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.devices import RATES
-from slicegpt.ops import gram as gram_module
 from slicegpt.ops import gram_, reference
-from slicegpt.ops.gram import choose, choose_precision, is_supported
+from slicegpt.ops.cpu import gram as cpu_gram
+from slicegpt.ops.cuda import extension as cuda_extension
+from slicegpt.ops.gram import DISPATCHER, EXPECTED_PLANES, choose, choose_precision, is_supported
 
 EPS = 2.0**-53
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -83,7 +84,7 @@ def test_strides_and_weights(cpu_backend, strided, weight_dtype):
 def test_every_precision_but_fast_is_float64_on_the_cpu(cpu_backend, precision):
     X = normal(60, 9, torch.float16)
     C = torch.zeros(9, 9, dtype=torch.float64)
-    gram_(C, X, precision=precision, digits=3 if precision == "exact" else None)
+    gram_(C, X, precision=precision)
     assert_close_to_longdouble(C, torch.zeros_like(C), X)
 
 
@@ -170,8 +171,6 @@ X = torch.zeros(7, 4)
         ((C, X, None, "double"), "gram_: precision must be one of auto, fp64, exact, fast, got 'double'"),
         ((C, X.double(), None, "exact"), "gram_: X must be one of .* for precision 'exact', got torch.float64"),
         ((C, X.double(), None, "fast"), "gram_: X must be one of float16, .*, float32 for precision 'fast'"),
-        ((C, X, None, "fp64", 3), "gram_: precision must be 'exact' when digits is given, got 'fp64'"),
-        ((C, X, None, "exact", 8), "gram_: digits must be None or 1 to 7, got 8"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(arguments, message):
@@ -184,7 +183,7 @@ def test_the_backend_comes_from_the_environment(monkeypatch):
     gram_(C.clone(), X)
     monkeypatch.setenv("SLICEGPT_BACKEND", "triton")
     with pytest.raises(
-        SliceGPTError, match=r"backend 'triton' has no precision 'auto' for torch.float32 on a CPU"
+        SliceGPTError, match=r"backend 'triton' does not take torch.float32, precision 'fp64' on a CPU"
     ):
         gram_(C.clone(), X)
     monkeypatch.setenv("SLICEGPT_BACKEND", "tritn")
@@ -209,23 +208,54 @@ def test_auto_precision_follows_the_device_and_the_shape():
         assert choose_precision(capability, half, 576, float_weight=True) == "exact"
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_expected_planes_are_those_of_gaussian_activations(dtype):
+    """The rules of both kernels for two groups of 128 columns: bits of a sum, and 8-bit moduli that carry them."""
+    x = normal(1 << 14, 256, dtype).double()
+    mantissa, exponent = torch.frexp(x)
+    # |x| is an odd integer times 2^lowest: 53 bits of mantissa hold every 24-bit one.
+    integers = (mantissa.abs() * 2.0**53).long()
+    lowest = exponent - 53 + torch.frexp((integers & -integers).double())[1] - 1
+    present = x != 0
+    scale = lowest.where(present, 1 << 20).amin(0)
+    bits = exponent.where(present, -(1 << 20)).amax(0) - scale  # of a column's integers
+    norms = torch.ldexp(x.square().sum(0).sqrt(), -scale).log2()
+    group = [bits.view(2, 128).amax(1), norms.view(2, 128).amax(1)]
+    moduli = torch.tensor([256.0, 255, 253, 251, 247, 241, 239, 233, 229, 227, 223, 217, 211, 199, 197, 193])
+    carried = moduli.double().log2().cumsum(0)  # bits of twice a sum's magnitude
+    triton = [int((carried < i + j + 14 + 1).sum()) + 1 for i in group[0] for j in group[0]]
+    cuda = [int((carried < i + j + 1).sum()) + 1 for i in group[1] for j in group[1]]
+    assert np.median(triton) == EXPECTED_PLANES["triton"][dtype]
+    assert np.median(cuda) == EXPECTED_PLANES["cuda"][dtype]
+
+
+def test_each_backend_is_estimated_by_its_own_planes():
+    """Where float16 on an H100 pays is not the same for 8 planes and for 9."""
+    here = [columns for columns in range(512, 1025, 8)]
+    taken = {
+        name: [choose_precision((9, 0), torch.float16, columns, implementation=name) for columns in here]
+        for name in ("cuda", "triton")
+    }
+    assert taken["cuda"].index("exact") < taken["triton"].index("exact")
+
+
 def test_choice_falls_through_the_backends(monkeypatch):
-    monkeypatch.setattr(gram_module.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gram_module.cpu_gram, "is_supported", lambda dtype, fast: False)
-    choose.cache_clear()
+    monkeypatch.setattr(cuda_extension, "is_available", lambda: False)
+    monkeypatch.setattr(cpu_gram, "is_supported", lambda dtype, fast: False)
+    DISPATCHER.forget()
     assert choose("auto", None, torch.float32, 64, "auto") == ("reference", "fp64")
     assert choose("auto", (8, 9), torch.bfloat16, 4096, "auto") == ("triton", "exact")
     assert choose("auto", (7, 5), torch.float16, 4096, "auto") == ("reference", "exact")
     assert choose("triton", (7, 5), torch.float16, 4096, "auto") == ("triton", "fp64")
     assert choose("auto", (9, 0), torch.bfloat16, 4096, "fast") == ("triton", "fast")
     with pytest.raises(
-        SliceGPTError, match=r"backend 'cuda' has no precision 'fp64' for .* on compute capability 9.0"
+        SliceGPTError, match=r"backend 'cuda' does not take .*, precision 'fp64' on compute capability 9.0"
     ):
         choose("cuda", (9, 0), torch.float32, 64, "fp64")
-    monkeypatch.setattr(gram_module.cuda, "is_available", lambda: True)
-    choose.cache_clear()
+    monkeypatch.setattr(cuda_extension, "is_available", lambda: True)
+    DISPATCHER.forget()
     assert choose("auto", (7, 5), torch.float16, 4096, "auto") == ("cuda", "exact")
-    choose.cache_clear()
+    DISPATCHER.forget()
 
 
 def test_is_supported():
@@ -240,11 +270,11 @@ def test_is_supported():
 
 def test_the_choice_is_logged_once(monkeypatch, caplog):
     monkeypatch.setenv("SLICEGPT_BACKEND", "reference")
-    choose.cache_clear()
+    DISPATCHER.forget()
     with caplog.at_level(logging.INFO, logger="slicegpt"):
         for _ in range(3):
             gram_(C.clone(), X)
-    assert caplog.messages == ["gram_: torch.float32 with 4 columns on a CPU: reference, fp64"]
+    assert caplog.messages == ["gram_: torch.float32, precision 'fp64' on a CPU: reference"]
 
 
 # --- torch.compile, and the GPU -----------------------------------------------------------------------------
@@ -252,9 +282,7 @@ def test_the_choice_is_logged_once(monkeypatch, caplog):
 
 @pytest.mark.parametrize("weight", [None, torch.rand(7)])
 def test_opcheck(weight):
-    torch.library.opcheck(
-        torch.ops.slicegpt.gram_.default, (C.clone(), torch.rand(7, 4), weight, "auto", None)
-    )
+    torch.library.opcheck(torch.ops.slicegpt.gram_.default, (C.clone(), torch.rand(7, 4), weight, "auto"))
 
 
 def test_compiles_without_graph_breaks():

@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import choice, cpu_decode, norm_linear, reference
-from slicegpt.ops.norm_linear import is_supported
+from slicegpt.ops import norm_linear
+from slicegpt.ops.contracts import block_sums_of_squares, sumsq_dtype
+from slicegpt.ops.cpu import epilogue as cpu_epilogue
+from slicegpt.ops.cpu import extension as cpu_extension
+from slicegpt.ops.cpu import gemm as cpu_gemm
+from slicegpt.ops.cuda import extension as cuda_extension
+from slicegpt.ops.dispatch import GemmDispatcher
+from slicegpt.ops.norm_linear import DISPATCHER, is_supported
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PLAIN = ["none", "relu", "gelu", "gelu_tanh", "silu"]
@@ -54,7 +60,7 @@ def assert_close(actual, h, weight, bias, n_scaled, activation, divisor, eps) ->
     largest_pre = magnitude * scale + (0 if bias is None else bias.double().norm())
     room = largest_pre**2 if activation.endswith("_gated") else largest_pre
     room = torch.maximum(room, magnitude) if n_scaled < len(weight) else room
-    accumulated = h.shape[1] * torch.finfo(reference.sumsq_dtype(h.dtype)).eps
+    accumulated = h.shape[1] * torch.finfo(sumsq_dtype(h.dtype)).eps
     tolerance = 8 * torch.finfo(h.dtype).eps + accumulated
     assert actual.dtype == h.dtype
     assert actual.shape == wanted.shape
@@ -79,7 +85,7 @@ def test_against_the_definition(monkeypatch, backend, rows, activation, dtype):
 @pytest.mark.parametrize("rows", [1, 5])
 def test_given_sums_are_used_whatever_their_number(rows, dtype):
     h, weight = normal(rows, 64, dtype=dtype), normal(20, 64, dtype=dtype, seed=1)
-    wide = h.to(reference.sumsq_dtype(dtype))
+    wide = h.to(sumsq_dtype(dtype))
     once = norm_linear(h, weight, None, None, 20, "none", 64.0, 1e-5)
     for parts in (1, 2, 64):
         sums = wide.square().unflatten(1, (parts, -1)).sum(dim=2)
@@ -178,7 +184,7 @@ def test_errors_name_the_argument(changes, message):
 def test_backends_that_cannot_say_so(monkeypatch):
     monkeypatch.setenv("SLICEGPT_BACKEND", "triton")
     with pytest.raises(
-        SliceGPTError, match=r"norm_linear: backend 'triton' does not take .*float32, 3 rows on a CPU"
+        SliceGPTError, match=r"norm_linear: backend 'triton' does not take .*float32, .* rows on a CPU"
     ):
         norm_linear(H, W, None, None, 4, "none", 4.0, 0.0)
 
@@ -188,34 +194,47 @@ def test_backends_that_cannot_say_so(monkeypatch):
 
 @pytest.mark.parametrize("op", ["norm_linear", "rotate_add"])
 def test_auto_takes_cuda_for_decode_and_triton_for_prefill(monkeypatch, op):
-    present = {"cuda", "triton", "epilogue", "torch"}
+    pytest.importorskip("triton")
+    for present in (True, False):
+        monkeypatch.setattr(cuda_extension, "is_available", lambda present=present: present)
+        dispatcher = GemmDispatcher(op)
 
-    def implements(name, op, capability, dtype, rows):
-        return name in present and rows <= {"cuda": 16, "cpu": 32}.get(name, rows)
+        def found(backend, capability, rows, dtype=torch.float16, dispatcher=dispatcher):
+            return dispatcher.find(backend, capability, dtype, rows)
 
-    def chosen(backend, capability, rows):
-        choice._choose.cache_clear()
-        return choice.choose(op, backend, capability, torch.float16, rows)
+        if present:
+            assert [found("auto", (9, 0), rows) for rows in (1, 16, 17)] == ["cuda", "cuda", "triton"]
+            assert [found("cuda", (9, 0), rows) for rows in (1, 16, 17)] == ["cuda", "cuda", "epilogue"]
+            assert [found("auto", (7, 5), rows) for rows in (16, 4000)] == ["cuda", "epilogue"]
+            assert found("auto", (9, 0), 1, torch.float64) == "torch"
+            assert found("cuda", (9, 0), 1, torch.float64) is None
+        else:
+            assert [found("auto", (9, 0), rows) for rows in (1, 17)] == ["triton", "triton"]
+            assert found("auto", (7, 5), 4000) == "torch"
+            with pytest.raises(
+                SliceGPTError,
+                match=rf"{op}: backend 'cuda' does not take .*float16, at most 16 rows on compute",
+            ):
+                dispatcher.choose("cuda", (7, 5), torch.float16, 4)
+        assert found("reference", (9, 0), 4) == "reference"
 
-    monkeypatch.setattr(choice, "_implements", implements)
-    assert chosen("auto", None, 1) == "torch"
-    present.add("cpu")
-    assert chosen("auto", None, 32) == "cpu"
-    assert chosen("auto", None, 33) == "torch"
-    assert chosen("auto", (9, 0), 16) == "cuda"
-    assert chosen("auto", (9, 0), 17) == "triton"
-    assert chosen("cuda", (9, 0), 17) == "epilogue"
-    present.remove("cuda")
-    assert chosen("auto", (9, 0), 1) == "triton"
-    present.remove("triton")
-    assert chosen("auto", (7, 5), 4000) == "epilogue"
-    present.remove("epilogue")
-    assert chosen("auto", (7, 5), 4000) == "torch"
-    with pytest.raises(
-        SliceGPTError, match=rf"{op}: backend 'cuda' does not take .*float16, 4 rows on compute"
-    ):
-        chosen("cuda", (7, 5), 4)
-    choice._choose.cache_clear()
+
+@pytest.mark.parametrize("op", ["norm_linear", "rotate_add"])
+def test_a_cpu_takes_its_kernels_for_few_rows(monkeypatch, op):
+    most = cpu_gemm.most_rows(torch.float32)
+    present = {cpu_gemm: True, cpu_epilogue: True}
+    for kernels, limit in ((cpu_gemm, most), (cpu_epilogue, 1 << 20)):
+        monkeypatch.setattr(
+            kernels,
+            "is_supported",
+            lambda capability, dtype, rows=1, kernels=kernels, limit=limit: (
+                present[kernels] and rows <= limit
+            ),
+        )
+    found = [GemmDispatcher(op).find("auto", None, torch.float32, rows) for rows in (1, most, most + 1)]
+    assert found == ["cpu", "cpu", "cpu-epilogue"]
+    present[cpu_epilogue] = False
+    assert GemmDispatcher(op).find("auto", None, torch.float32, most + 1) == "torch"
 
 
 def test_is_supported():
@@ -227,12 +246,12 @@ def test_is_supported():
 
 
 def test_the_choice_is_logged_once(caplog):
-    choice._choose.cache_clear()
+    DISPATCHER.forget()
     with caplog.at_level(logging.INFO, logger="slicegpt"):
         for _ in range(3):
             norm_linear(H, W, None, None, 4, "none", 4.0, 0.0)
-    name = "torch" if cpu_decode.why_not() else "cpu"
-    most = cpu_decode.most_rows(torch.float32)
+    name = "cpu" if cpu_extension.is_available() else "torch"
+    most = cpu_gemm.most_rows(torch.float32)
     assert caplog.messages == [f"norm_linear: torch.float32, at most {most} rows on a CPU: {name}"]
 
 
@@ -259,7 +278,7 @@ def test_the_choice_is_logged_once(caplog):
 def test_opcheck(activation, rows, n_scaled, bias, sums, dtype):
     h, weight = normal(rows, 40, dtype=dtype), normal(10, 40, dtype=dtype)
     shift = torch.ones(n_scaled, dtype=dtype) if bias else None
-    given = reference.block_sums_of_squares(h.float()) if sums else None
+    given = block_sums_of_squares(h.float()) if sums else None
     arguments = (h, weight, shift, given, n_scaled, activation, 40.0, 1e-5)
     torch.library.opcheck(torch.ops.slicegpt.norm_linear.default, arguments)
 

@@ -1,7 +1,6 @@
 """The `rotate_add` operator: arithmetic on the CPU, argument checks, compilation."""
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import choice, norm_linear, reference, rotate_add
-from slicegpt.ops.rotate_add import is_supported, reads_factor
+from slicegpt.ops import norm_linear, reference, rotate_add
+from slicegpt.ops.contracts import sumsq_dtype
+from slicegpt.ops.cuda import decode as cuda_decode
+from slicegpt.ops.rotate_add import DISPATCHER, is_supported, reads_factor
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -44,7 +45,7 @@ def assert_close(actual, a, weight, h, shortcut, bias) -> None:
         None if shortcut is None else shortcut.abs(),
         None if bias is None else bias.abs(),
     )
-    wide = reference.sumsq_dtype(h.dtype)
+    wide = sumsq_dtype(h.dtype)
     accumulated = (a.shape[1] + h.shape[1]) * torch.finfo(wide).eps
     assert h_next.dtype == h.dtype
     assert (
@@ -117,9 +118,9 @@ def test_only_the_decode_kernels_get_the_factor(monkeypatch, backend):
         seen.append(arguments)
         return reference.rotate_add(*arguments[:5])
 
-    module = SimpleNamespace(rotate_add=record, takes_factor=lambda weight, factor: len(factor) < 10)
-    monkeypatch.setattr(choice, "choose", lambda *_: backend)
-    monkeypatch.setattr(choice, "launchers", lambda *_: module)
+    monkeypatch.setattr(cuda_decode, "takes_factor", lambda weight, factor: len(factor) < 10)
+    monkeypatch.setattr(DISPATCHER, "choose", lambda *_: backend)
+    monkeypatch.setattr(DISPATCHER, "launcher", lambda *_: record)
     monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
     arguments, factor = compact(2, 48, torch.float32)
     rotate_add(*arguments, factor)

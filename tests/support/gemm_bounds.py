@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from slicegpt.ops import reference
+from slicegpt.ops.contracts import GATED, NormLinearInputs, block_sums_of_squares
 
 U = 2.0**-24  # unit roundoff of float32, in which everything is summed
 HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -28,7 +29,7 @@ def sum_error(magnitude: Tensor, terms: int) -> Tensor:
 def norm_linear_bound(h, weight, bias, n_scaled, activation, divisor, eps) -> tuple[Tensor, Tensor]:
     """The result in float64, and how far a kernel's may be from it."""
     exact = [None if t is None else t.double() for t in (h, weight, bias)]
-    expected = reference.norm_linear(*exact, None, n_scaled, activation, divisor, eps)
+    expected = reference.norm_linear(NormLinearInputs(*exact, None, n_scaled, activation, divisor, eps))
     h64, w64, b64 = exact
     inner = h.shape[1]
     magnitude = h64.abs() @ w64.abs().mT
@@ -39,7 +40,7 @@ def norm_linear_bound(h, weight, bias, n_scaled, activation, divisor, eps) -> tu
     pre_error = sum_error(magnitude[:, :n_scaled], inner) * scale + (inner / 2 + 8) * U * pre_size
     # relu, gelu and silu have slopes of at most 1.13; their own arithmetic is off by a few U of |x| + 1.
     act_error = 1.13 * pre_error + 16 * U * (pre_size + 1) * (activation != "none")
-    if activation in reference.GATED:
+    if activation in GATED:
         gate_error, up_error = act_error.chunk(2, dim=1)[0], pre_error.chunk(2, dim=1)[1]
         gate_size, up_size = pre_size.chunk(2, dim=1)
         act_error = gate_error * up_size + up_error * (gate_size + gate_error) + 2 * U * gate_size * up_size
@@ -66,7 +67,7 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
 
 def assert_sums(sumsq: Tensor, h_next: Tensor) -> None:
     """Sums of 32 squares of the stored values: each square and each addition rounds once."""
-    expected = reference.block_sums_of_squares(h_next.double())
+    expected = block_sums_of_squares(h_next.double())
     assert sumsq.shape == expected.shape
     assert ((sumsq.double() - expected).abs() <= 33 * U * expected).all()
 

@@ -32,9 +32,7 @@ def why_not() -> str | None:
         return "torch finds no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     if not built_for((major, minor)):
-        return (
-            f"slicegpt._C was built for {', '.join(module.architectures())}, but the device is sm_{major}{minor}"
-        )
+        return f"slicegpt._C was built for {', '.join(module.architectures())}, but the device is sm_{major}{minor}"
     return None
 
 

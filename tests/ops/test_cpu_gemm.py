@@ -11,13 +11,17 @@ from support.gemm_bounds import assert_sums, assert_within, norm_linear_bound, r
 from support.tiny_models import relative_error, tiny_model
 
 from slicegpt.errors import SliceGPTError
-from slicegpt.ops import choice, cpu_decode, norm_linear, rotate_add
+from slicegpt.ops import norm_linear, rotate_add
+from slicegpt.ops.contracts import NormLinearInputs
+from slicegpt.ops.cpu import extension, gemm
+from slicegpt.ops.dispatch import GemmDispatcher
+from slicegpt.ops.norm_linear import DISPATCHER
 from slicegpt.runtime import Runtime
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.cpu_step import CpuStep
 from slicegpt.runtime.executor import Network
 
-pytestmark = pytest.mark.skipif(cpu_decode.why_not() is not None, reason=str(cpu_decode.why_not()))
+pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
 EPILOGUES = ["none", "relu", "gelu", "gelu_tanh", "silu", "silu_gated", "gelu_gated", "gelu_tanh_gated"]
 
@@ -26,7 +30,7 @@ def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
+@pytest.mark.parametrize("dtype", gemm.DTYPES)
 @pytest.mark.parametrize("rows", [*range(1, 18), 31, 70])
 def test_norm_linear(instruction_set, rows, dtype):
     """Every epilogue; widths below, at and beyond a vector and beyond what is kept in the cache, columns below and
@@ -36,12 +40,14 @@ def test_norm_linear(instruction_set, rows, dtype):
         bias, sums = normal(n_scaled, dtype=dtype, seed=2), h.float().square()
         for activation in EPILOGUES:
             for extra in ((None, None), (bias, sums)):
-                actual = cpu_decode.norm_linear(h, weight, *extra, n_scaled, activation, 90.0, 1e-5)
+                actual = gemm.norm_linear(
+                    NormLinearInputs(h, weight, *extra, n_scaled, activation, 90.0, 1e-5)
+                )
                 bound = norm_linear_bound(h, weight, extra[0], n_scaled, activation, 90.0, 1e-5)
                 assert_within(actual, *bound)
 
 
-@pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
+@pytest.mark.parametrize("dtype", gemm.DTYPES)
 @pytest.mark.parametrize("rows", [*range(1, 18), 31, 70])
 def test_rotate_add(instruction_set, rows, dtype):
     """Dense shortcuts, and none to a boundary as wide or wider; with and without bias."""
@@ -50,7 +56,7 @@ def test_rotate_add(instruction_set, rows, dtype):
         h, dense = normal(rows, d, dtype=dtype, seed=2), normal(N, d, dtype=dtype, seed=3)
         for shortcut in (dense, None) if d <= N else (dense,):
             for bias in (None, normal(N, dtype=dtype, seed=4)):
-                h_next, sums = cpu_decode.rotate_add(a, weight, h, shortcut, bias)
+                h_next, sums = gemm.rotate_add(a, weight, h, shortcut, bias)
                 assert_within(h_next, *rotate_add_bound(a, weight, h, shortcut, bias))
                 assert_sums(sums, h_next)
 
@@ -60,15 +66,15 @@ def test_a_float16_stream_of_60000(instruction_set, rows):
     """Products reach 60000 · 512 · 4: they overflow float16, not float32, and are scaled before they are stored."""
     h = torch.full((rows, 512), 60000.0, dtype=torch.float16)
     weight = normal(9, 512, dtype=torch.float16).abs()
-    actual = cpu_decode.norm_linear(h, weight, None, None, 9, "none", 512.0, 1e-5)
+    actual = gemm.norm_linear(NormLinearInputs(h, weight, None, None, 9, "none", 512.0, 1e-5))
     assert_within(actual, *norm_linear_bound(h, weight, None, 9, "none", 512.0, 1e-5))
     small = torch.full_like(weight, 2.0**-20)
-    h_next, sums = cpu_decode.rotate_add(h, small, h[:, :9], None, None)
+    h_next, sums = gemm.rotate_add(h, small, h[:, :9], None, None)
     assert_within(h_next, *rotate_add_bound(h, small, h[:, :9], None, None))
     assert_sums(sums, h_next)
 
 
-@pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
+@pytest.mark.parametrize("dtype", gemm.DTYPES)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_every_value_is_read_and_rounded_right(instruction_set, rows, dtype):
     """Ones times each float16 or bfloat16 there is, and back: the sums' magnitudes are exact, so are the results.
@@ -86,13 +92,15 @@ def test_every_value_is_read_and_rounded_right(instruction_set, rows, dtype):
     ):
         wanted = values.where(values.abs().float() >= 2.0**-126, 0)
     h = torch.ones(rows, 1, dtype=dtype)
-    actual = cpu_decode.norm_linear(h, values[:, None].contiguous(), None, None, 0, "none", 1.0, 0.0)
+    actual = gemm.norm_linear(
+        NormLinearInputs(h, values[:, None].contiguous(), None, None, 0, "none", 1.0, 0.0)
+    )
     assert torch.equal(actual, wanted.expand(rows, -1))
     # An identity passes the stream and adds what rounds it up, down, to even; infinity at the end of the range.
     if dtype is not torch.float32:
         half_ulps = normal(len(values), 1, dtype=dtype, seed=1)
         stream = values[None].repeat(rows, 1)
-        h_next, _ = cpu_decode.rotate_add(h, half_ulps, stream, None, None)
+        h_next, _ = gemm.rotate_add(h, half_ulps, stream, None, None)
         wanted = (values.float() + half_ulps[:, 0].float()).to(dtype)
         assert torch.equal(h_next, wanted.expand(rows, -1))
 
@@ -105,13 +113,13 @@ def test_many_rows(instruction_set, rows, threads):
     for d, N, n_scaled in ((40, 300, 300), (2048, 70, 40), (4100, 30, 20)):
         h, weight = normal(rows, d, dtype=torch.bfloat16), normal(N, d, dtype=torch.bfloat16, seed=1)
         bias = normal(n_scaled, dtype=torch.bfloat16, seed=2)
-        actual = cpu_decode.norm_linear(h, weight, bias, None, n_scaled, "silu_gated", 90.0, 1e-5)
+        actual = gemm.norm_linear(NormLinearInputs(h, weight, bias, None, n_scaled, "silu_gated", 90.0, 1e-5))
         assert_within(actual, *norm_linear_bound(h, weight, bias, n_scaled, "silu_gated", 90.0, 1e-5))
     for K, N, d in ((40, 300, 280), (33, 290, 2100), (4100, 31, 1050)):
         a, weight = normal(rows, K, dtype=torch.bfloat16), normal(N, K, dtype=torch.bfloat16, seed=1)
         h, dense = normal(rows, d, dtype=torch.bfloat16, seed=2), normal(N, d, dtype=torch.bfloat16, seed=3)
         for shortcut in (dense, None) if d <= N else (dense,):
-            h_next, sums = cpu_decode.rotate_add(a, weight, h, shortcut, None)
+            h_next, sums = gemm.rotate_add(a, weight, h, shortcut, None)
             assert_within(h_next, *rotate_add_bound(a, weight, h, shortcut, None))
             assert_sums(sums, h_next)
 
@@ -121,24 +129,26 @@ def test_tiles_are_given_back(threads):
     threads(2)
     h, weight = normal(40, 100, dtype=torch.bfloat16), normal(70, 100, dtype=torch.bfloat16, seed=1)
     before = h @ weight.mT
-    first = cpu_decode.norm_linear(h, weight, None, None, 0, "none", 1.0, 0.0)
+    first = gemm.norm_linear(NormLinearInputs(h, weight, None, None, 0, "none", 1.0, 0.0))
     for _ in range(3):
         assert torch.equal(h @ weight.mT, before)
-        assert torch.equal(cpu_decode.norm_linear(h, weight, None, None, 0, "none", 1.0, 0.0), first)
+        assert torch.equal(
+            gemm.norm_linear(NormLinearInputs(h, weight, None, None, 0, "none", 1.0, 0.0)), first
+        )
 
 
-@pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
+@pytest.mark.parametrize("dtype", gemm.DTYPES)
 def test_not_a_number_stays(instruction_set, dtype):
     h = torch.ones(2, 40, dtype=dtype)
     h[1, 7] = torch.nan
     weight = normal(20, 40, dtype=dtype)
     for activation in EPILOGUES:
-        y = cpu_decode.norm_linear(h, weight, None, None, 16, activation, 40.0, 1e-5)
+        y = gemm.norm_linear(NormLinearInputs(h, weight, None, None, 16, activation, 40.0, 1e-5))
         assert y[0].isfinite().all()
         assert y[1].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
+@pytest.mark.parametrize("dtype", gemm.DTYPES)
 def test_strided_rows_and_empty_ones(dtype):
     """Through the operators: rows of a wider tensor are read in place, and give what copies give."""
     wide, weight = normal(3, 200, dtype=dtype), normal(70, 67, dtype=dtype, seed=1)
@@ -148,11 +158,14 @@ def test_strided_rows_and_empty_ones(dtype):
     output = normal(67, 50, dtype=dtype, seed=2)
     for one, other in zip(rotate_add(a, output, h), rotate_add(a.clone(), output, h.clone()), strict=True):
         assert torch.equal(one, other)
-    assert cpu_decode.norm_linear(h[:0], weight, None, None, 70, "none", 67.0, 1e-5).shape == (0, 70)
-    assert cpu_decode.rotate_add(a[:0], output, h[:0])[1].shape == (0, 3)
+    assert gemm.norm_linear(NormLinearInputs(h[:0], weight, None, None, 70, "none", 67.0, 1e-5)).shape == (
+        0,
+        70,
+    )
+    assert gemm.rotate_add(a[:0], output, h[:0])[1].shape == (0, 3)
 
 
-@pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
+@pytest.mark.parametrize("dtype", gemm.DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 11, 200])
 def test_the_same_bits_with_any_number_of_threads(threads, rows, dtype):
     h, weight = normal(rows, 300, dtype=dtype), normal(501, 300, dtype=dtype, seed=1)
@@ -160,8 +173,8 @@ def test_the_same_bits_with_any_number_of_threads(threads, rows, dtype):
     results = []
     for count in (1, 1, 2, 3, 5):
         threads(count)
-        y = cpu_decode.norm_linear(h, weight, None, None, 400, "silu_gated", 300.0, 1e-5)
-        results.append((y, *cpu_decode.rotate_add(a, output, h)))
+        y = gemm.norm_linear(NormLinearInputs(h, weight, None, None, 400, "silu_gated", 300.0, 1e-5))
+        results.append((y, *gemm.rotate_add(a, output, h)))
     for other in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
@@ -172,14 +185,15 @@ def test_threads_are_those_of_torch():
     code = """
 import os, torch
 loaded = {os.path.realpath(line.split()[-1]) for line in open("/proc/self/maps") if "gomp" in line or "omp5" in line}
-from slicegpt.ops import cpu_decode
-library = os.path.realpath(cpu_decode._cpu.openmp_library())
+from slicegpt.ops.contracts import NormLinearInputs
+from slicegpt.ops.cpu import extension, gemm
+library = os.path.realpath(extension.module.openmp_library())
 assert loaded == {library}, (loaded, library)
 torch.set_num_threads(1)  # making the weights must not start the pool
 h, weight = torch.ones(1, 4096), torch.ones(2048, 4096)
 def run(threads):
     torch.set_num_threads(threads)
-    cpu_decode.norm_linear(h, weight, None, None, 2048, "none", 1.0, 0.0)
+    gemm.norm_linear(NormLinearInputs(h, weight, None, None, 2048, "none", 1.0, 0.0))
     return len(os.listdir("/proc/self/task"))
 counts = [run(1), run(3), run(2), run(3)]
 torch.set_num_threads(3)
@@ -195,7 +209,7 @@ print(*(count - counts[0] for count in counts[:2]), len(os.listdir("/proc/self/t
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", cpu_decode.DTYPES)
+@pytest.mark.parametrize("dtype", gemm.DTYPES)
 @pytest.mark.parametrize("case", ["llama", "mistral-window", "opt", "phi", "qwen3-tied"])
 @pytest.mark.parametrize("batch", [1, 3, 16, 37])
 def test_a_step(instruction_set, batch, case, dtype):
@@ -270,7 +284,7 @@ def test_where_a_step_is_not_supported():
     ):
         runtime.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
     automatic = Runtime(tiny_model("llama", torch.float32))
-    most = cpu_decode.most_rows(torch.float32)
+    most = gemm.most_rows(torch.float32)
     assert [automatic.decoder_name(batch) for batch in (1, most, most + 1)] == ["fused", "fused", "growing"]
 
 
@@ -281,48 +295,47 @@ def test_where_a_step_is_not_supported():
 @pytest.mark.parametrize("amx", ["nowhere", "in torch", "here"])
 def test_the_kernels_are_chosen_for_a_few_rows(monkeypatch, amx, foreign_mkl):
     """Of bfloat16 for any number of rows, where they have matrix tiles."""
-    monkeypatch.setattr(cpu_decode, "_has_tiles", lambda: amx == "here")
-    monkeypatch.setattr(cpu_decode, "_torch_has_amx", lambda: amx != "nowhere")
-    monkeypatch.setattr(cpu_decode, "_has_foreign_mkl", lambda: foreign_mkl)
-    choice._choose.cache_clear()
+    monkeypatch.setattr(gemm, "_has_tiles", lambda: amx == "here")
+    monkeypatch.setattr(gemm, "_torch_has_amx", lambda: amx != "nowhere")
+    monkeypatch.setattr(gemm, "_has_foreign_mkl", lambda: foreign_mkl)
     for op in ("norm_linear", "rotate_add"):
-        for dtype in cpu_decode.DTYPES:
+        find = GemmDispatcher(op).find
+        for dtype in gemm.DTYPES:
             most = 256 if foreign_mkl and dtype is torch.float32 else 32
             if amx != "nowhere" and dtype is torch.bfloat16:
                 most = 4
                 if amx == "here":
-                    assert choice.choose(op, "auto", None, dtype, 1 << 20) == "cpu"
+                    assert find("auto", None, dtype, 1 << 20) == "cpu"
                     continue
-            assert choice.choose(op, "auto", None, dtype, most) == "cpu"
+            assert find("auto", None, dtype, most) == "cpu"
             other = "torch" if dtype is torch.float16 else "cpu-epilogue"
-            assert choice.choose(op, "auto", None, dtype, most + 1) == other
-        assert choice.choose(op, "auto", None, torch.float64, 1) == "torch"
-    choice._choose.cache_clear()
+            assert find("auto", None, dtype, most + 1) == other
+        assert find("auto", None, torch.float64, 1) == "torch"
 
 
 def test_without_the_module(monkeypatch):
     h, weight = normal(2, 40, dtype=torch.float32), normal(20, 40, dtype=torch.float32)
     with_kernels = norm_linear(h, weight, None, None, 20, "silu", 40.0, 1e-5)
-    monkeypatch.setattr(cpu_decode, "_cpu", None)
-    choice._choose.cache_clear()
+    monkeypatch.setattr(extension, "module", None)
+    DISPATCHER.forget()
     reason = "slicegpt was installed without its CPU part (no C++ compiler was found, or SLICEGPT_CPU=0)"
-    assert cpu_decode.build_info() == {"cpu part": reason}
+    assert extension.build_info() == {"cpu part": reason}
     assert torch.allclose(norm_linear(h, weight, None, None, 20, "silu", 40.0, 1e-5), with_kernels, atol=1e-5)
     assert Runtime(tiny_model("llama", torch.float32)).decoder_name(1) == "growing"
     with pytest.raises(
         SliceGPTError, match="decode step: the CPU kernels are not available: slicegpt was inst"
     ):
-        cpu_decode.new_step(torch.float32)
+        gemm.new_step(torch.float32)
     monkeypatch.undo()
-    choice._choose.cache_clear()
+    DISPATCHER.forget()
 
 
 def test_instruction_sets_by_name():
     with pytest.raises(
         SliceGPTError, match=r"SLICEGPT_CPU_ISA must be none or one of .*portable.*, got 'mmx'"
     ):
-        cpu_decode.use_instruction_set("mmx")
-    code = "from slicegpt.ops import cpu_decode; print(cpu_decode.build_info())"
+        extension.use_instruction_set("mmx")
+    code = "from slicegpt.ops.cpu import extension; print(extension.build_info())"
     for name in ("portable", "none"):
         environment = os.environ | {"SLICEGPT_CPU_ISA": name}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
