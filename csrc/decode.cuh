@@ -149,12 +149,12 @@ constexpr int kBlocksPerProcessor = kAligned && kTokens <= 8 && sizeof(T) == 2 ?
 template <typename T, int kTokens, bool kAligned>
 class WarpWalk {
   public:
-    __device__ WarpWalk(const Product& p, int split, int splits, int64_t low, int64_t high, bool idle)
+    __device__ WarpWalk(const Product& p, int split, int split_k, int64_t low, int64_t high, bool idle)
         : p_(p), low_(low), high_(high) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         lane_ = lane, k_ = lane % 4 * kPieceItems<T>;
-        chunk_ = int(int64_t(p.chunks) * split / splits) + warp % p.column_warps;
-        end_ = idle ? 0 : int(int64_t(p.chunks) * (split + 1) / splits);
+        chunk_ = int(int64_t(p.chunks) * split / split_k) + warp % p.column_warps;
+        end_ = idle ? 0 : int(int64_t(p.chunks) * (split + 1) / split_k);
     }
 
     // Before the tokens' rows may be read: the first chunks on their way into L2. Not into registers: what the previous
@@ -225,20 +225,20 @@ class WarpWalk {
 // of them in the order of the splits, whoever that is. `more`: null, or something to subtract, shaped as `sums`.
 __device__ inline bool add_up(const Product& p, const float* warps, int kept_tokens, const float* more, float* sums) {
     const int rows = kWarpRows * p.row_warps, items = p.tokens * rows;
-    const int tile = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
-    float* const partial = p.partial + (int64_t(tile) * splits) * items;
+    const int tile = blockIdx.x, split = blockIdx.y, split_k = gridDim.y;
+    float* const partial = p.partial + (int64_t(tile) * split_k) * items;
     for (int i = threadIdx.x; i < items; i += blockDim.x) {
         const int token = i / rows, row = i % rows;
         const float* from =
             warps + (row / kWarpRows * p.column_warps * kept_tokens + token) * kSumPitch + row % kWarpRows;
         float sum = more ? -more[i] : 0.f;
         for (int w = 0; w < p.column_warps; ++w) sum += from[w * kept_tokens * kSumPitch];
-        if (splits == 1)
+        if (split_k == 1)
             sums[i] = sum;
         else
             partial[int64_t(split) * items + i] = sum;
     }
-    if (splits == 1) {
+    if (split_k == 1) {
         __syncthreads();
         return true;
     }
@@ -246,7 +246,7 @@ __device__ inline bool add_up(const Product& p, const float* warps, int kept_tok
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = atomicAdd(p.arrivals + tile, 1u) == unsigned(splits - 1);
+        last = atomicAdd(p.arrivals + tile, 1u) == unsigned(split_k - 1);
         if (last) p.arrivals[tile] = 0;  // for the next launch, or the next replay of a CUDA graph
     }
     __syncthreads();
@@ -254,7 +254,7 @@ __device__ inline bool add_up(const Product& p, const float* warps, int kept_tok
     __threadfence();
     for (int i = threadIdx.x; i < items; i += blockDim.x) {
         float sum = 0.f;
-        for (int s = 0; s < splits; ++s) sum += partial[int64_t(s) * items + i];
+        for (int s = 0; s < split_k; ++s) sum += partial[int64_t(s) * items + i];
         sums[i] = sum;
     }
     __syncthreads();

@@ -36,7 +36,7 @@ __global__ __launch_bounds__(kMaxDecodeThreads, kBlocksPerProcessor<T, kTokens, 
     ptx::wait_for_previous_kernels();
     ptx::allow_next_kernel();
     walk.start();
-    // While the first weights are under way.
+    // While the first weights are in flight.
     for (int token = warp; token < a.tokens; token += int(blockDim.x) / 32) {
         const float scale = row_scale<T>(a, token);
         if (lane == 0) scales[token] = scale;

@@ -1,4 +1,4 @@
-// The epilogues of norm_linear and rotate_add alone, behind a library's GEMM that left float32 products: on Turing,
+// The epilogues of norm_linear and rotate_add alone, after a library's GEMM with float32 products: on Turing,
 // whose tensor cores Triton does not reach, and anywhere else. Memory-bound: a block takes some columns of one token.
 #include "activation.cuh"
 #include "device.h"

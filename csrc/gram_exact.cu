@@ -9,7 +9,7 @@
 // triangular products; residues need about (2 b + log2 T + 1) / 7.85 for values of b bits (b by the norm, not
 // by the maximum).
 //   float16 Gaussian, T = 16384: 4 digits, 10 products; residues of 63 bits, 8 products
-//   bfloat16 Gaussian:           5 digits, 15 products; about 74 bits, 10 products (9 to 11, by tile)
+//   bfloat16 Gaussian:           5 digits, 15 products; about 71 bits, 9 products (10, 11 in some tiles)
 //   float16, whole range:        6 digits, 21 products; 94 bits, 12 products
 // and the number stays linear in the span, so that float32 fits as well (13 to 16). The count is taken per
 // pair of column groups from the measured norms, on the device: blocks of unneeded moduli leave at once.

@@ -249,7 +249,7 @@ __device__ __forceinline__ void wgmma_fence(int (&d)[128]) {
     asm volatile("wgmma.fence.sync.aligned;" : SLICEGPT_REGISTERS_128(d)::"memory");
 }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// At most kPending groups are still under way; with 0 the accumulators hold the sums.
+// At most kPending groups are still in flight; with 0 the accumulators hold the sums.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait(int (&d)[128]) {
     asm volatile("wgmma.wait_group.sync.aligned %128;" : SLICEGPT_REGISTERS_128(d) : "n"(kPending) : "memory");

@@ -30,7 +30,7 @@ namespace {
 constexpr int kSums = 128;  // accumulators of a thread: 64 x 256 over 128 threads
 constexpr int kConsumerWarps = 8;
 constexpr int kThreads = 32 * (kConsumerWarps + 1);
-constexpr int kStages = 8;  // 192 KB: several thousand cycles of copies under way
+constexpr int kStages = 8;  // 192 KB: several thousand cycles of copies in flight
 constexpr int kGroupBytes = kPlaneColumns * kPlaneTokens;
 constexpr int kStageBytes = (kTileTall + 1) * kGroupBytes;  // the tile's rows, then its columns
 constexpr int kPatternBytes = 8 * kPlaneTokens;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void sum_stages(int (&sums)[kSums], int token_blocks,
             ptx::wgmma_m64n256k32_s8(sums, columns + offset, rows + offset);
         }
         ptx::wgmma_commit();
-        // One stage's instructions stay under way, so that the tensor cores never wait for this loop; those of
+        // One stage's instructions stay in flight, so that the tensor cores never wait for this loop; those of
         // the stage before are done. Each warp says so for itself: it waited for its own share of them.
         ptx::wgmma_wait<1>(sums);
         if (it == 0) continue;

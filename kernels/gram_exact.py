@@ -11,7 +11,7 @@ Why not digits: `s` digits of 7 bits need s(s+1)/2 products (squares trick), res
     bits of n        24 (bf16 normal data)   27 (fp16)   40 (any fp16)   47 (fp32 normal data)
     digit products   10                      10          21              28
     residue products  8                       9          13              14
-Those are typical columns; a tile takes the planes of its widest one: 11, 9 and 14 for the normal data above.
+Those are typical columns; a tile takes the planes of its widest one: 10 of bf16, 9 of fp16 and 14 of fp32.
 The squares trick also sums terms that cancel, which costs accuracy in float64; the residues need one sum.
 
 The number of planes follows the measured span of each pair of column blocks. A tile that would need more

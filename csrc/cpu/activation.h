@@ -1,4 +1,4 @@
-// The activations of float32 values, a vector at a time. Included into an unnamed namespace behind a Vec.
+// The activations of float32 values, a vector at a time. Included into an unnamed namespace after a Vec.
 #pragma once
 
 // x = f(x)

@@ -1,4 +1,4 @@
-// Attention of one new token a row, over a cache that it joins. Included into an unnamed namespace behind product.h and
+// Attention of one new token a row, over a cache that it joins. Included into an unnamed namespace after product.h and
 // activation.h.
 #pragma once
 

@@ -1,5 +1,5 @@
 // The operations of an instruction set for every stored dtype, all multiplied as floats. Included into an unnamed
-// namespace behind kernels.h and attention.h.
+// namespace after kernels.h and attention.h.
 #pragma once
 
 // Calls body(Fixed<T>) with T the type that a dtype stands for.

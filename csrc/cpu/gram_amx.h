@@ -1,5 +1,5 @@
 // "fast" products of bfloat16 without weights in matrix tiles, for `gram_` and `cross_gram_`. Included into an unnamed
-// namespace behind tiles.h.
+// namespace after tiles.h.
 //
 // A pair of neighbouring tokens is a 32-bit item. The right operand of a tile's product has 16 pairs of tokens by 16
 // columns, the left one 16 columns by 16 pairs, its transpose; a panel holds both, since it is the left one of some

@@ -1,5 +1,5 @@
 // Packing and multiplying for `gram_` and `cross_gram_`, over a vector V of doubles or floats. Included into an unnamed
-// namespace behind a simd_*.h.
+// namespace after a simd_*.h.
 #pragma once
 
 inline double to_float(double x) { return x; }

@@ -1,5 +1,5 @@
 // norm_linear and rotate_add over a way P of multiplying rows (`RowProduct`; tiles.h has another), and the sums of
-// squares. Included into an unnamed namespace behind product.h and activation.h.
+// squares. Included into an unnamed namespace after product.h and activation.h.
 #pragma once
 
 // Columns of an output that are finished together: their products stay in the first-level cache for the epilogue.
@@ -56,19 +56,19 @@ inline float norm_scale(const NormLinear& op, int64_t token) {
 }
 
 // out = the activation of products * scale + bias, for `count` columns from the n-th on, times the others where they
-// are gated. `products` and `others` give up to kLanes of them: (how many columns further on, how many are left).
+// are gated. `products` and `others` give up to kLanes of them: (how many columns further on, how many remain).
 template <typename D, typename Activate, typename Products, typename Others>
 inline void finish_row(const NormLinear& op, Activate activate, D* out, int64_t n, int64_t count, float scale,
                        Products products, Others others) {
     const auto* bias = static_cast<const D*>(op.bias);
     const Vec by = Vec::all(scale);
-    const auto shifted = [&](Vec product, int64_t column, int64_t left) {
-        return Vec::fma(product, by, bias ? read_some(bias + column, left) : Vec::zero());
+    const auto shifted = [&](Vec product, int64_t column, int64_t remaining) {
+        return Vec::fma(product, by, bias ? read_some(bias + column, remaining) : Vec::zero());
     };
-    write_row(out, count, [&](int64_t i, int64_t left) {
-        const Vec value = activate(shifted(products(i, left), n + i, left));
+    write_row(out, count, [&](int64_t i, int64_t remaining) {
+        const Vec value = activate(shifted(products(i, remaining), n + i, remaining));
         if (!op.gated) return value;
-        return Vec::product(value, shifted(others(i, left), op.n_scaled / 2 + n + i, left));
+        return Vec::product(value, shifted(others(i, remaining), op.n_scaled / 2 + n + i, remaining));
     });
 }
 
@@ -175,10 +175,10 @@ void rotate_add_rows(const RotateAdd& op, int thread, int threads) {
             const float* values = P::rows(sums, count, tokens, begin, block, rows);
             for (int64_t t = begin; t < least(begin + group, tokens); ++t, values += block) {
                 const D* stream = h + t * op.h_stride + n;
-                write_row(h_next + t * op.h_next_stride + n, count, [&](int64_t i, int64_t left) {
+                write_row(h_next + t * op.h_next_stride + n, count, [&](int64_t i, int64_t remaining) {
                     Vec value = Vec::load(values + i);
                     if (i < kept) value = Vec::plus(value, read_some(stream + i, kept - i));
-                    return bias ? Vec::plus(value, read_some(bias + n + i, left)) : value;
+                    return bias ? Vec::plus(value, read_some(bias + n + i, remaining)) : value;
                 });
             }
         }
@@ -201,7 +201,7 @@ void rotate_add(const RotateAdd& op, int thread, int threads) {
     }
 }
 
-// `norm_linear` behind a library's product h Wᵀ, [tokens, N]; without gates y may be the same memory.
+// `norm_linear` after a library's product h Wᵀ, [tokens, N]; without gates y may be the same memory.
 template <typename D>
 void finish_norm_linear(const NormLinear& op, const void* product, int64_t stride, int thread, int threads) {
     const int64_t up = op.n_scaled / 2, columns = op.gated ? up : op.n_scaled;
@@ -212,8 +212,8 @@ void finish_norm_linear(const NormLinear& op, const void* product, int64_t strid
             D* y = static_cast<D*>(op.y) + t * op.y_stride;
             finish_row(
                 op, activate, y, 0, columns, norm_scale<D>(op, t),
-                [&](int64_t i, int64_t left) { return read_some(row + i, left); },
-                [&](int64_t i, int64_t left) { return read_some(row + up + i, left); });
+                [&](int64_t i, int64_t remaining) { return read_some(row + i, remaining); },
+                [&](int64_t i, int64_t remaining) { return read_some(row + up + i, remaining); });
             if (y != row) std::memcpy(y + columns, row + op.n_scaled, (op.N - op.n_scaled) * sizeof(D));
         }
     });

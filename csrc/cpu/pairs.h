@@ -1,6 +1,6 @@
 // Products of bfloat16 as it is stored, two of them a lane and instruction, summed in float32: twice float32's rate,
 // and nothing to convert. Each is exact in float32 but for numbers below 2^-126, which count as 0. Included into an
-// unnamed namespace behind simd_avx512.h, for processors with AVX512-BF16.
+// unnamed namespace after simd_avx512.h, for processors with AVX512-BF16.
 #pragma once
 
 struct Pairs {

@@ -1,5 +1,5 @@
 // Products of a few rows x with many rows of weights: out[t][n] = Σ_k w[n][k] x[t][k], summed in float32. Included
-// into an unnamed namespace behind a Vec and its Values, see values.h.
+// into an unnamed namespace after a Vec and its Values, see values.h.
 #pragma once
 
 // What a product is computed in: V::kChunk items of V::Stored become V::kParts vectors V::Factor of V::Item, which x is
@@ -81,7 +81,7 @@ inline void pack(const typename V::Stored* x, int64_t count, typename V::Item* o
     }
 }
 
-// Up to kLanes items as floats, zeros behind them.
+// Up to kLanes items as floats, zeros after them.
 template <typename D>
 inline Vec read_some(const D* p, int64_t count) {
     Vec x;
@@ -108,7 +108,7 @@ inline void write_row(D* out, int64_t count, F value) {
 
 template <typename D>
 inline void store_row(D* out, const float* values, int64_t count) {
-    write_row(out, count, [&](int64_t i, int64_t left) { return read_some(values + i, left); });
+    write_row(out, count, [&](int64_t i, int64_t remaining) { return read_some(values + i, remaining); });
 }
 
 template <typename D>
@@ -209,14 +209,14 @@ void product(const typename V::Stored* w, int64_t w_stride, int64_t rows, int64_
             for (int64_t t = 0; t < tokens;) {
                 const auto* values = x + t * x_stride + k / kStoredPerItem<V>;
                 float* target = out + t * out_stride + first;
-                const int64_t left = tokens - t;
-                if (left >= 8) {
+                const int64_t remaining = tokens - t;
+                if (remaining >= 8) {
                     tile_rows<V, 8>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
                     t += 8;
-                } else if (left >= 4) {
+                } else if (remaining >= 4) {
                     tile_rows<V, 4>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
                     t += 4;
-                } else if (left >= 2) {
+                } else if (remaining >= 2) {
                     tile_rows<V, 2>(panel, w_stride, count, columns, values, x_stride, target, out_stride, more);
                     t += 2;
                 } else {

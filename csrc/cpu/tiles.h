@@ -1,4 +1,4 @@
-// Products of bfloat16 in AMX's matrix tiles, summed in float32. Included into an unnamed namespace behind
+// Products of bfloat16 in AMX's matrix tiles, summed in float32. Included into an unnamed namespace after
 // simd_avx512.h and kernels.h.
 //
 // A tile is 16 rows of 64 bytes. Weights are the left operand, which is read as it is stored: 16 rows of 32 items. The

@@ -34,9 +34,9 @@ def decode_attention_(
 
     Args:
         rows: [batch, v | k | q | anything] float16, bfloat16, float32 or float64, `key_heads`, `key_heads` and `heads`
-            times head_dim columns and any more; unit column stride. q is overwritten, the columns behind it are left.
+            times head_dim columns and any more; unit column stride. q is overwritten, the columns after it are not.
         keys, values: [batch, key_heads, capacity, head_dim], rows' dtype, of the same strides, that of head_dim 1.
-            Position `slot` is written, those behind it are not read.
+            Position `slot` is written, those after it are not read.
         valid: [batch, capacity] bool, False where the cache holds padding. The new token sees itself in any case.
         slot: [1] int64, below capacity (not checked: it is on the device).
         cos, sin: [batch, 1, rotary_dim], rows' dtype, contiguous, the first half of the sines negative; None without

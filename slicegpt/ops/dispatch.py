@@ -207,7 +207,7 @@ class GemmDispatcher(Dispatcher):
             "cpu-epilogue": "ops.cpu.epilogue",
             "triton": f"kernels.{self.op}",
         }
-        return getattr(importlib.import_module(f"slicegpt.{modules[name]}"), self.op)
+        return _function(f"slicegpt.{modules[name]}", self.op)
 
     @staticmethod
     def _cuda(kernels) -> Callable[[Capability, torch.dtype, int], bool]:
@@ -221,6 +221,11 @@ class GemmDispatcher(Dispatcher):
             return False
         module = importlib.import_module(f"slicegpt.kernels.{self.op}")
         return module.is_supported(capability, dtype)
+
+
+@lru_cache
+def _function(module: str, name: str) -> Callable:
+    return getattr(importlib.import_module(module), name)
 
 
 def few_rows(capability: Capability, dtype: torch.dtype) -> int:

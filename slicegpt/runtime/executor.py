@@ -7,24 +7,17 @@ from torch import Tensor
 from slicegpt import ops
 from slicegpt.ops import torch_gemm
 from slicegpt.ops.contracts import NormLinearInputs
-from slicegpt.ops.cpu import epilogue as cpu_epilogue
-from slicegpt.ops.cpu import gemm as cpu_gemm
 from slicegpt.ops.dispatch import requested_backend
+from slicegpt.ops.norm_linear import DISPATCHER as NORM_LINEAR
+from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
 from slicegpt.runtime.cache import Step
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
 
 
-def _kernels(dtype: torch.dtype, rows: int):
-    """The module of a CPU's kernels for so many rows; None: there is none."""
-    for kernels in (cpu_gemm, cpu_epilogue):
-        if kernels.is_supported(None, dtype, rows):
-            return kernels
-    return None
-
-
 def _norm_linear_on_cpu(*arguments) -> Tensor:
     inputs = NormLinearInputs(*arguments)
-    return (_kernels(inputs.h.dtype, len(inputs.h)) or torch_gemm).norm_linear(inputs)
+    name = NORM_LINEAR.choose("auto", None, inputs.h.dtype, len(inputs.h))
+    return torch_gemm.norm_linear(inputs) if name == "torch" else NORM_LINEAR.launcher(name)(inputs)
 
 
 def _rotate_add_on_cpu(
@@ -36,10 +29,10 @@ def _rotate_add_on_cpu(
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The library's form leaves the sums of squares to the next norm. `factor` is for GPUs."""
-    kernels = _kernels(a.dtype, len(a))
-    if kernels is None:
+    name = ROTATE_ADD.choose("auto", None, a.dtype, len(a))
+    if name == "torch":
         return torch_gemm.rotate(a, weight, h, shortcut, bias), None
-    return kernels.rotate_add(a, weight, h, shortcut, bias)
+    return ROTATE_ADD.launcher(name)(a, weight, h, shortcut, bias)
 
 
 class Network:

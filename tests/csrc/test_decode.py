@@ -185,7 +185,7 @@ def test_norm_linear(run, module, activation, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 @pytest.mark.parametrize("tokens", range(1, 17))
 def test_tokens(run, tokens, dtype):
-    """Each number of rows, sums of squares from h, no bias, more chunks than are under way at a time."""
+    """Each number of rows, sums of squares from h, no bias, more chunks than are in flight at a time."""
     skip_unless_supported(run, dtype, tokens)
     arguments = norm_linear_arguments(tokens, 328, 33, 30, "silu_gated", dtype, bias=False, sumsq=False)
     check_norm_linear(run(cuda_decode.norm_linear, *arguments), *arguments)

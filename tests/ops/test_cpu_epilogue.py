@@ -1,4 +1,4 @@
-"""The CPU's epilogues behind its library's GEMM, with every instruction set of this processor, against float64."""
+"""The CPU's epilogues after its library's GEMM, with every instruction set of this processor, against float64."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ EPILOGUES = ["none", "relu", "gelu", "gelu_tanh", "silu", "silu_gated", "gelu_ga
 
 
 def product_rounding(h, weight, bias, n_scaled, activation):
-    """What rounding the product to bfloat16 moves the result by: half a unit of each, times the slopes behind it.
+    """What rounding the product to bfloat16 moves the result by: half a unit of each, times the slopes after it.
 
     Scaled products of these inputs stay below 8 and their activations' slopes below 1.13; a gate and its values move
     each other's error by less than 8.

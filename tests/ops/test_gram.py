@@ -210,7 +210,11 @@ def test_auto_precision_follows_the_device_and_the_shape():
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_expected_planes_are_those_of_gaussian_activations(dtype):
-    """The rules of both kernels for two groups of 128 columns: bits of a sum, and 8-bit moduli that carry them."""
+    """The rules of both kernels for two groups of 128 columns: bits of a sum, and 8-bit moduli that carry them.
+
+    float16's smallest numbers bound the bits. Those of the other dtypes are decided by the smallest of two million
+    numbers a group: one plane more or less.
+    """
     x = normal(1 << 14, 256, dtype).double()
     mantissa, exponent = torch.frexp(x)
     # |x| is an odd integer times 2^lowest: 53 bits of mantissa hold every 24-bit one.
@@ -225,8 +229,9 @@ def test_expected_planes_are_those_of_gaussian_activations(dtype):
     carried = moduli.double().log2().cumsum(0)  # bits of twice a sum's magnitude
     triton = [int((carried < i + j + 14 + 1).sum()) + 1 for i in group[0] for j in group[0]]
     cuda = [int((carried < i + j + 1).sum()) + 1 for i in group[1] for j in group[1]]
-    assert np.median(triton) == EXPECTED_PLANES["triton"][dtype]
-    assert np.median(cuda) == EXPECTED_PLANES["cuda"][dtype]
+    spread = 0 if dtype == torch.float16 else 1
+    assert abs(np.median(triton) - EXPECTED_PLANES["triton"][dtype]) <= spread
+    assert abs(np.median(cuda) - EXPECTED_PLANES["cuda"][dtype]) <= spread
 
 
 def test_each_backend_is_estimated_by_its_own_planes():

@@ -31,7 +31,7 @@ CHUNK_BYTES = 128
 PIECE_BYTES = 16
 # Of L2, what a factor may take to be still there in `rotate_add`: the rest is for what was read around it.
 L2_SHARE = 0.5
-# Warps that a multiprocessor needs: each has 2 to 4 KB of weights under way, so that 16 cover 4.8 TB/s times 0.7 µs.
+# Warps that a multiprocessor needs: each has 2 to 4 KB of weights in flight, so that 16 cover 4.8 TB/s times 0.7 µs.
 WARPS_PER_PROCESSOR = 16
 # Chunks that a warp has in flight, and those below which a split of K costs more (adding it up) than it saves.
 CHUNKS_IN_FLIGHT = 2

@@ -60,7 +60,7 @@ struct Warpgroup {
 struct Accumulators {
     bool fenced = false;
     int issued = 0;
-    int* registers = nullptr;  // of the instructions under way
+    int* registers = nullptr;  // of the instructions in flight
     int sums[128];
     std::vector<Product> open;
     std::vector<std::vector<Product>> groups;
@@ -155,14 +155,14 @@ inline void check_unchanged(const Operands& operands) {
         fail("shared memory changed under a wgmma");
 }
 
-// While instructions are under way a register holds its own number, negative: a kernel that reads one gets a wrong
+// While instructions are in flight a register holds its own number, negative: a kernel that reads one gets a wrong
 // result, and one that writes is found out.
 inline int rubbish(int register_) { return -1 - register_; }
 
 inline void hide(Accumulators& state, int (&d)[128]) {
     if (state.registers && state.registers != d) fail("wgmma: emulated for one set of accumulators at a time");
     for (int i = 0; i < 128; ++i) {
-        if (state.registers && d[i] != rubbish(i)) fail("wgmma: accumulators were written while it was under way");
+        if (state.registers && d[i] != rubbish(i)) fail("wgmma: accumulators were written while it was in flight");
         if (!state.registers) state.sums[i] = d[i];
         d[i] = rubbish(i);
     }
