@@ -74,12 +74,15 @@ def check_alike(
     op: str, first: str, like: Tensor, others: Mapping[str, Tensor | None], dtype: bool = True
 ) -> None:
     """The other tensors are on the first one's device and, with `dtype`, of its dtype."""
-    whose = f"{first}'" if first.endswith("s") else f"{first}'s"
     for name, tensor in others.items():
         if dtype and tensor is not None and tensor.dtype != like.dtype:
-            raise bad(op, name, f"have {whose} dtype {like.dtype}", tensor.dtype)
+            raise bad(op, name, f"have {_of(first)} dtype {like.dtype}", tensor.dtype)
         if tensor is not None and tensor.device != like.device:
-            raise bad(op, name, f"be on {whose} device {like.device}", tensor.device)
+            raise bad(op, name, f"be on {_of(first)} device {like.device}", tensor.device)
+
+
+def _of(name: str) -> str:
+    return f"{name}'" if name.endswith("s") else f"{name}'s"
 
 
 def check_sum(op: str, C: Tensor) -> None:

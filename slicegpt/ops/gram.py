@@ -81,7 +81,8 @@ def is_supported(
 # --- choosing -----------------------------------------------------------------------------------------------
 
 # Residue planes that "exact" multiplies for Gaussian activations: those of the median tile, which are those of its
-# widest column, in a block of 16384 tokens. Triton bounds a product by the columns' largest magnitudes, CUDA by their norms.
+# widest column, in a block of 16384 tokens. Triton bounds a product by the columns' largest magnitudes, CUDA by their
+# norms.
 EXPECTED_PLANES = {
     "cuda": {torch.float16: 8, torch.bfloat16: 9, torch.float32: 14},
     "triton": {torch.float16: 9, torch.bfloat16: 10, torch.float32: 14},
