@@ -7,6 +7,7 @@ result is rounded once to its format, to U of its magnitude, or by half of float
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.ops.contracts import NormLinearInputs
 from slicegpt.ops.cuda import decode as cuda_decode
 from slicegpt.ops.cuda import epilogue as cuda_epilogue
-from slicegpt.ops.cuda.decode import DecodeConfig
+from slicegpt.ops.cuda.decode import DecodeConfig, DecodeDevice
 
+# What stands for a device in the emulation.
+SMALL = DecodeDevice(multiprocessors=3, l2_bytes=1 << 20, overlap=False)
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [F16, BF16, F32]
 NAMES = ["float16", "bfloat16", "float32"]
@@ -39,8 +42,7 @@ DIVISOR, EPS = 96.0, 1e-5
 def run(backend, target, monkeypatch):
     """A function that calls a launcher on the backend's device with copies that keep their strides."""
     if backend.device == "cpu":
-        monkeypatch.setattr(cuda_decode, "_processors", lambda like: 3)
-        monkeypatch.setattr(cuda_decode, "_l2_bytes", lambda like: 1 << 20)
+        monkeypatch.setattr(cuda_decode, "decode_device", lambda device: SMALL)
 
     def call(launcher, *arguments):
         moved = [backend._move(x) if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -247,7 +249,8 @@ def test_factor_is_left_alone(run, inner, rank, change, dtype, monkeypatch):
     if change == "columns apart":
         factor = factor.repeat_interleave(2, dim=1)[:, ::2]
     if change == "little L2":
-        monkeypatch.setattr(cuda_decode, "_l2_bytes", lambda like: 2 * factor.nbytes - 1)
+        little = replace(SMALL, l2_bytes=2 * factor.nbytes - 1)
+        monkeypatch.setattr(cuda_decode, "decode_device", lambda device: little)
     actual = run(cuda_decode.rotate_add, *arguments, spoilt(factor, 0))
     check_rotate_add(actual, *arguments)
     assert all(map(torch.equal, actual, run(cuda_decode.rotate_add, *arguments)))

@@ -1,5 +1,7 @@
 """The decode kernels at real sizes and in conditions that only a GPU can show."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -132,7 +134,7 @@ def test_graph_trees():
         return ops.rotate_add(a, weight, h, None, None)[0] * 2
 
     a, weight, h, _, _ = block(1, 1536, 576, torch.float16)  # so narrow that K is split
-    cuda_decode._arrivals_of.cache_clear()
+    cuda_decode.arrivals_of.cache_clear()
     for seed in range(6):
         h = gaussian(1, 576, dtype=torch.float16, seed=seed)
         actual = compiled(a, h).clone()
@@ -141,9 +143,10 @@ def test_graph_trees():
 
 def test_overlapping_launches(monkeypatch):
     """With and without programmatic dependent launch: the same bits, also behind a kernel that is still writing."""
-    results = []
+    results, here = [], cuda_decode.decode_device(torch.device("cuda", torch.cuda.current_device()))
     for overlap in (False, torch.cuda.get_device_capability() >= (9, 0)):
-        monkeypatch.setattr(cuda_decode, "_overlap", lambda like, overlap=overlap: overlap)
+        device = replace(here, overlap=overlap)
+        monkeypatch.setattr(cuda_decode, "decode_device", lambda _, device=device: device)
         arguments = list(inputs(1, 3072, 4096, 4096, torch.float16))
         arguments[0] = torch.zeros_like(arguments[0])
         torch.cuda._sleep(20_000_000)

@@ -21,8 +21,8 @@ def kernels(backend, monkeypatch):
     """The backend, if it is the emulation: on a GPU the runtime's own tests go through the kernels."""
     if backend.device != "cpu":
         pytest.skip("tests/runtime does this on a GPU")
-    monkeypatch.setattr(cuda_decode, "_processors", lambda like: 3)
-    monkeypatch.setattr(cuda_decode, "_l2_bytes", lambda like: 1 << 20)
+    small = cuda_decode.DecodeDevice(multiprocessors=3, l2_bytes=1 << 20, overlap=False)
+    monkeypatch.setattr(cuda_decode, "decode_device", lambda device: small)
     return backend
 
 
@@ -63,12 +63,12 @@ def test_counters_are_allocated_by_another_thread(monkeypatch):
 
     monkeypatch.setattr(torch, "zeros", recorded)
     monkeypatch.setattr(extension, "current_stream", lambda like: 7)
-    arrivals, like = cuda_decode._Arrivals(torch.device("cpu")), torch.ones(1)
+    arrivals, like = cuda_decode.Arrivals(torch.device("cpu")), torch.ones(1)
     first = arrivals.take(100, like)
     assert len(threads) == 2  # the pool for captured launches, and this stream's
     assert get_ident() not in threads
     assert arrivals.take(1024, like) == first
-    monkeypatch.setattr(cuda_decode, "_capturing", lambda like: True)
+    monkeypatch.setattr(cuda_decode, "capturing", lambda like: True)
     captured = [arrivals.take(10, like) for _ in range(3)]
     assert [address - captured[0] for address in captured] == [0, 40, 80]
     assert len(threads) == 2

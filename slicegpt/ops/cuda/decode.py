@@ -64,26 +64,50 @@ class DecodeConfig:
         return -(-n_scaled // self.tile_n) + -(-(N - n_scaled) // self.tile_n)
 
 
+@dataclass(frozen=True)
+class DecodeDevice:
+    """What launches depend on.
+
+    Attributes:
+        multiprocessors, l2_bytes: of the device.
+        overlap: programmatic dependent launch, from compute capability 9.0 on; SLICEGPT_PDL=0 turns it off.
+    """
+
+    multiprocessors: int
+    l2_bytes: int
+    overlap: bool
+
+
 @lru_cache
-def norm_linear_config(processors: int, tokens: int, N: int, d: int, itemsize: int) -> DecodeConfig:
+def decode_device(device: torch.device) -> DecodeDevice:
+    """The facts of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    overlap = properties.major >= 9 and os.environ.get("SLICEGPT_PDL", "1") != "0"
+    return DecodeDevice(properties.multi_processor_count, properties.L2_cache_size, overlap)
+
+
+@lru_cache
+def norm_linear_config(multiprocessors: int, tokens: int, N: int, d: int, itemsize: int) -> DecodeConfig:
     """For weights [N, d] on a device with so many multiprocessors."""
     # The tokens' rows come from L2 once for each block: with 16 rows of weights a block they are tokens / 16 of the
     # weights' bytes. Wider tiles keep that at a quarter of what DRAM delivers.
     row_warps = 1 if tokens <= 4 else 2 if tokens <= 8 else 4
-    return _config(processors, row_warps, N, -(-d * itemsize // CHUNK_BYTES))
+    return _config(multiprocessors, row_warps, N, -(-d * itemsize // CHUNK_BYTES))
 
 
 @lru_cache
-def rotate_add_config(processors: int, tokens: int, N: int, K: int, d: int, itemsize: int) -> DecodeConfig:
+def rotate_add_config(
+    multiprocessors: int, tokens: int, N: int, K: int, d: int, itemsize: int
+) -> DecodeConfig:
     """For weights [N, K] and a shortcut [N, d]; d = 0 where there is none."""
     # At least the 32 columns of one sum of squares.
     chunks = -(-K * itemsize // CHUNK_BYTES) + -(-d * itemsize // CHUNK_BYTES)
-    return _config(processors, 2 if tokens <= 8 else 4, N, chunks)
+    return _config(multiprocessors, 2 if tokens <= 8 else 4, N, chunks)
 
 
-def _config(processors: int, row_warps: int, N: int, chunks: int) -> DecodeConfig:
+def _config(multiprocessors: int, row_warps: int, N: int, chunks: int) -> DecodeConfig:
     tiles = -(-N // (WARP_ROWS * row_warps))
-    needed = WARPS_PER_PROCESSOR * processors
+    needed = WARPS_PER_PROCESSOR * multiprocessors
     warps = 8 if tiles * 8 >= 2 * needed else 16
     column_warps = min(warps // row_warps, _power_of_two(max(1, chunks // CHUNKS_IN_FLIGHT)))
     # Adding up splits costs a round trip through L2: only where a quarter of the multiprocessors would have no work.
@@ -114,7 +138,7 @@ def norm_linear(inputs: NormLinearInputs) -> Tensor:
     y = inputs.output()
     if y.numel() == 0:
         return y
-    config = norm_linear_config(_processors(h), h.shape[0], N, d, h.element_size())
+    config = norm_linear_config(decode_device(h.device).multiprocessors, h.shape[0], N, d, h.element_size())
     arguments = norm_linear_arguments(inputs, y)
     with extension.on_device(h):
         launch, _partial = _launch(config, config.tiles(N, inputs.n_scaled, inputs.gated), h)
@@ -143,7 +167,9 @@ def rotate_add(
     arguments = rotate_add_arguments(a, weight, h, shortcut, bias, factor, h_next, sumsq)
     (tokens, K), N = a.shape, weight.shape[0]
     K -= 0 if factor is None else factor.shape[0]
-    config = rotate_add_config(_processors(a), tokens, N, K, columns, a.element_size())
+    config = rotate_add_config(
+        decode_device(a.device).multiprocessors, tokens, N, K, columns, a.element_size()
+    )
     with extension.on_device(a):
         launch, _partial = _launch(config, config.tiles(N), a)
         extension.check_status("rotate_add", extension.module.decode_rotate_add(arguments, launch))
@@ -158,7 +184,7 @@ def takes_factor(weight: Tensor, factor: Tensor) -> bool:
     """
     inner_bytes = (weight.shape[1] - factor.shape[0]) * weight.element_size()
     return (
-        0 < factor.nbytes <= L2_SHARE * _l2_bytes(factor)
+        0 < factor.nbytes <= L2_SHARE * decode_device(factor.device).l2_bytes
         and factor.stride(1) == 1
         and inner_bytes % PIECE_BYTES == 0
     )
@@ -232,13 +258,13 @@ def _launch(config: DecodeConfig, tiles: int, like: Tensor):
         split_k=config.split_k,
         partial=address(partial),
         arrivals=arrivals,
-        overlap=_overlap(like),
+        overlap=decode_device(like.device).overlap,
         stream=extension.current_stream(like),
     )
     return launch, partial
 
 
-class _Arrivals:
+class Arrivals:
     """Zeros that the blocks of a launch count their arrivals in, and leave zero.
 
     Two launches that may run at the same time need different ones. Those on one stream follow each other and share;
@@ -264,7 +290,7 @@ class _Arrivals:
             return self._take(count, like)
 
     def _take(self, count: int, like: Tensor) -> int:
-        if _capturing(like):
+        if capturing(like):
             if self.pool is None or self.used + count > self.POOL:
                 # No zeros from before the capture: they become a node of the graph.
                 self.kept.append(torch.zeros(count, dtype=torch.int32, device=self.device))
@@ -294,46 +320,16 @@ class _Arrivals:
 
 
 @lru_cache
-def _arrivals_of(device: torch.device) -> _Arrivals:
-    return _Arrivals(device)
+def arrivals_of(device: torch.device) -> Arrivals:
+    return Arrivals(device)
 
 
-def _arrivals(like: Tensor) -> _Arrivals:
-    return _arrivals_of(like.device)
+def _arrivals(like: Tensor) -> Arrivals:
+    return arrivals_of(like.device)
 
 
-def _capturing(like: Tensor) -> bool:
+def capturing(like: Tensor) -> bool:
     return like.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-@lru_cache
-def _processors_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _processors(like: Tensor) -> int:
-    return _processors_of(like.device)
-
-
-@lru_cache
-def _l2_bytes_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).L2_cache_size
-
-
-def _l2_bytes(like: Tensor) -> int:
-    return _l2_bytes_of(like.device)
-
-
-@lru_cache
-def _overlaps(device: torch.device) -> bool:
-    if os.environ.get("SLICEGPT_PDL", "1") == "0":
-        return False
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _overlap(like: Tensor) -> bool:
-    """Programmatic dependent launch, from compute capability 9.0 on; SLICEGPT_PDL=0 turns it off."""
-    return _overlaps(like.device)
 
 
 def _check_rows(op: str, rows: Tensor) -> None:
