@@ -148,18 +148,18 @@ def test_training_modes_come_back(model, tiny_tokenizer, documents):
 
 
 def test_text_shorter_than_a_window(model, tiny_tokenizer):
-    with pytest.raises(SliceGPTError, match=r"perplexity: the text has \d+ tokens, .* seqlen=2048"):
+    with pytest.raises(SliceGPTError, match=r"documents: the text has \d+ tokens, .* seqlen=2048"):
         perplexity(model, tiny_tokenizer, ["A short text."])
 
 
 @pytest.mark.parametrize(("argument", "value"), [("seqlen", 1), ("batch_size", 0), ("max_windows", 0)])
 def test_arguments_out_of_range(argument, value, model, tiny_tokenizer, documents):
-    with pytest.raises(SliceGPTError, match=f"perplexity: {argument} must be at least .*, got {value}"):
+    with pytest.raises(SliceGPTError, match=f"{argument}: must be at least .*, got {value}"):
         perplexity(model, tiny_tokenizer, documents, **{argument: value})
 
 
 def test_window_beyond_the_positions(tiny_tokenizer, documents):
-    with pytest.raises(SliceGPTError, match="seqlen=64 is beyond the model's 32 positions"):
+    with pytest.raises(SliceGPTError, match="seqlen: 64 is beyond the model's 32 positions"):
         perplexity(llama(max_position_embeddings=32), tiny_tokenizer, documents, seqlen=64)
 
 
@@ -172,7 +172,7 @@ def test_loss_that_is_not_finite_names_the_window(batch_size, model, tiny_tokeni
     first = next(i for i, row in enumerate(windows.tolist()) if token in row[:-1])
     assert bad == first > 0
     model.model.embed_tokens.weight.data[token] = float("nan")
-    with pytest.raises(SliceGPTError, match=f"perplexity: the loss of window {first} is nan"):
+    with pytest.raises(SliceGPTError, match=f"model: the loss of window {first} is nan"):
         perplexity(model, tiny_tokenizer, documents, seqlen=32, batch_size=batch_size, max_windows=12)
 
 
