@@ -123,7 +123,7 @@ class ZeroShotTasks:
             raise SliceGPTError(
                 f"the data of {name!r} cannot be had: {first_line(error)}."
                 " The published tasks come from the Hugging Face hub; tasks on local files"
-                " (--include-path) need no network",
+                " (include_path) need no network",
                 "tasks",
             ) from error
 

@@ -55,10 +55,10 @@ def test_errors_carry_the_argument():
         "width",
     )
     assert (str(SliceGPTError("broken")), SliceGPTError("broken").argument) == ("broken", None)
-    with pytest.raises(SliceGPTError, match="^params: must be 3, got 4$") as caught, renamed(width="params"):
+    with pytest.raises(SliceGPTError, match=r"^params: must be 3, got 4$") as caught, renamed(width="params"):
         raise error
     assert caught.value.__cause__ is error
-    with pytest.raises(SliceGPTError, match="^width") as caught, renamed(height="params"):
+    with pytest.raises(SliceGPTError, match=r"^width") as caught, renamed(height="params"):
         raise error
     assert caught.value is error
 

@@ -18,8 +18,8 @@ from transformers import (
 
 from slicegpt.calibration import encode_text
 from slicegpt.errors import SliceGPTError
-from slicegpt.evaluation import perplexity as evaluate
 from slicegpt.evaluation.perplexity import perplexity
+from slicegpt.modeling import losses
 
 VOCABULARY = 512
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -68,7 +68,7 @@ def test_matches_plain_cross_entropy(name, tiny_tokenizer, documents, monkeypatc
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()
     # 50 positions at a time: pieces end inside windows, and the last piece of a batch is shorter.
-    monkeypatch.setattr(evaluate, "_LOGITS_AT_ONCE", 50 * VOCABULARY)
+    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 50 * VOCABULARY)
     expected = plain_nll(model, windows_of(documents, tiny_tokenizer, 64)[:7])
     result = perplexity(model, tiny_tokenizer, documents, seqlen=64, batch_size=3, max_windows=7)
     # Both are float64 sums of 441 losses of about 6: rounding is below 441 * 2^-53 relative.
@@ -111,7 +111,7 @@ def test_batch_size_does_not_matter(model, tiny_tokenizer, documents):
 
 
 def test_the_head_sees_few_positions_at_a_time(model, tiny_tokenizer, documents, monkeypatch):
-    monkeypatch.setattr(evaluate, "_LOGITS_AT_ONCE", 20 * VOCABULARY)
+    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 20 * VOCABULARY)
     rows = []
     model.lm_head.register_forward_hook(lambda _, args, __: rows.append(args[0].numel() // 32))
     perplexity(model, tiny_tokenizer, documents, seqlen=64, batch_size=2, max_windows=2)
@@ -124,7 +124,7 @@ def test_softmax_is_not_in_float32():
     torch.manual_seed(0)
     logits, targets = 10 * torch.randn(64, 49152), torch.randint(49152, (64,))
     expected = logits.double().logsumexp(-1) - logits.double()[range(64), targets]
-    torch.testing.assert_close(evaluate._losses(logits, targets), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(losses._losses(logits, targets), expected, rtol=1e-13, atol=0)
 
 
 def test_dropout_is_off(tiny_tokenizer, documents):
