@@ -359,7 +359,11 @@ class Recipe:
         """The recipe as YAML, one line a choice."""
         import yaml
 
-        return f"# {_HEADER}\n{yaml.safe_dump(self.choices(), sort_keys=False, allow_unicode=True)}"
+        class Dumper(yaml.SafeDumper):
+            pass
+
+        Dumper.add_implicit_resolver(*_YAML_EXPONENT)
+        return f"# {_HEADER}\n{yaml.dump(self.choices(), None, Dumper, sort_keys=False, allow_unicode=True)}"
 
 
 NAMES = tuple(choice.name for choice in fields(Recipe))
@@ -375,20 +379,24 @@ def _read_toml(text: str, file: Path) -> dict[str, Any]:
         raise SliceGPTError(f"{file} is not TOML: {first_line(error)}", "recipe") from error
 
 
+# 1.5e9 is a number, as YAML 1.2 and everybody has it; PyYAML wants 1.5e+9. Texts that look so are then quoted.
+_YAML_EXPONENT = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
 def _read_yaml(text: str, file: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Takes 1.5e9 for a number, as YAML 1.2 and everybody does; PyYAML wants 1.5e+9."""
+        pass
 
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
+    Loader.add_implicit_resolver(*_YAML_EXPONENT)
     try:
         content = yaml.load(text, Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
         raise SliceGPTError(f"{file} is not YAML: {first_line(error)}", "recipe") from error
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise SliceGPTError(

@@ -160,7 +160,7 @@ def test_errors_before_any_model_is_loaded(capsys, monkeypatch):
     # The tests have no hub: the paper's first task says so.
     line = bad(capsys, "m", "--tasks", "paper")
     assert "the data of 'piqa' cannot be had" in line
-    assert "--include-path" in line
+    assert "include_path" in line
 
 
 def test_missing_extra(capsys, monkeypatch):
