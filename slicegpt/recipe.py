@@ -363,7 +363,7 @@ class Recipe:
             pass
 
         Dumper.add_implicit_resolver(*_YAML_EXPONENT)
-        return f"# {_HEADER}\n{yaml.dump(self.choices(), None, Dumper, sort_keys=False, allow_unicode=True)}"
+        return f"# {_HEADER}\n{yaml.dump(self.choices(), None, Dumper, sort_keys=False)}"
 
 
 NAMES = tuple(choice.name for choice in fields(Recipe))
