@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TextIO
@@ -32,3 +33,17 @@ class Progress:
         if not self.quiet and not live:
             seconds = time.perf_counter() - start
             print(f"{name}: {total} {unit} in {seconds:.1f} s", file=self.stream, flush=True)
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """A stage of one step, such as loading a file."""
+        with self.stage(name, 1, "step") as advance:
+            yield
+            advance(1)
+
+    def warn(self, message: str) -> None:
+        """Say what the user should know before results are trusted; a quiet one hands it to Python's `warnings`."""
+        if self.quiet:
+            warnings.warn(message, stacklevel=3)
+        else:
+            print(f"warning: {message}", file=self.stream, flush=True)

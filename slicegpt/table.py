@@ -48,7 +48,7 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise SliceGPTError(f"write_json: cannot write {path}: {error.strerror}") from error
+        raise SliceGPTError(f"cannot write {path}: {error.strerror}", "path") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -16,10 +16,13 @@ from pathlib import Path
 
 from slicegpt.bench.harness.record import write_results
 from slicegpt.checkpoint.loading import load_dense
-from slicegpt.cli import main as slicegpt
-from slicegpt.conversion.plan import constant_widths, plan
-from slicegpt.evaluation.frontier import BASES, METHODS, describe_widths, loss_ratio, plan_point, untied
+from slicegpt.conversion.plan import Shape, constant_widths, plan
+from slicegpt.evaluation.frontier import loss_ratio
+from slicegpt.evaluation.frontier_run import FrontierOptions, measure_frontier
+from slicegpt.evaluation.methods import BASES, METHODS, describe_widths, plan_point, untied
 from slicegpt.families import canonical_fields
+from slicegpt.progress import Progress
+from slicegpt.recipe import Recipe
 from slicegpt.table import format_table
 
 # (basis, nominal size) -> largest fraction of the published method's loss, in and out of the calibration's domain.
@@ -45,7 +48,7 @@ def published_size(fields: dict, nominal: float, basis: str) -> float:
     shape = untied(fields) if fields["tie_word_embeddings"] else fields
     below = plan_point(method, fields, nominal, basis, step).boundary_widths[0]
     sizes = [
-        count(plan(shape, constant_widths(shape, width), method.shape)) / whole
+        count(plan(shape, constant_widths(shape, width), Shape.of(method.recipe()))) / whole
         for width in (below, below + step)
     ]
     return min(sizes, key=lambda size: abs(size - nominal))
@@ -86,18 +89,29 @@ def compare(content: dict, method: str, fields: dict, round_to: int) -> list[dic
 
 
 def measure(options: argparse.Namespace, fields: dict) -> None:
-    """Run `slicegpt frontier` for every basis, at the published method's sizes."""
-    rerun = options.rerun
+    """Measure the frontier for every basis, at the published method's sizes."""
+    recipe = Recipe(
+        model=options.model,
+        calibration=options.calibration,
+        nsamples=options.nsamples,
+        seqlen=options.seqlen,
+        round_to=options.round_to,
+        dtype="float32",
+    )
+    rerun = [name for name in options.rerun.split(",") if name]
     for basis in options.bases.split(","):
         sizes = [published_size(fields, nominal, basis) for of, nominal in TARGETS if of == basis]
-        arguments = ["frontier", options.model, "--basis", basis, "--sizes", ",".join(map(repr, sizes))]
-        for name in ("method", "calibration", "data", "nsamples", "seqlen", "windows", "output"):
-            arguments += [f"--{name}", str(getattr(options, name))]
-        arguments += ["--round-to", str(options.round_to), "--dtype", "float32"]
-        arguments += ["--rerun", rerun] if rerun else []
-        if code := slicegpt(arguments):
-            raise SystemExit(code)
-        rerun = ""  # the second basis may share points with the first
+        what = FrontierOptions(
+            options.data,
+            options.output,
+            sizes,
+            options.method.split(","),
+            basis,
+            windows=options.windows,
+            rerun=rerun,
+        )
+        print(measure_frontier(what, recipe, progress=Progress()))
+        rerun = []  # the second basis may share points with the first
 
 
 def merge(folders: list[str]) -> dict:

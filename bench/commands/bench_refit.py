@@ -13,12 +13,13 @@ import torch
 
 from slicegpt.bench.harness.record import write_results
 from slicegpt.bench.harness.timing import synchronise
-from slicegpt.calibration import load_sources, sample_sources
 from slicegpt.checkpoint.loading import load_dense
-from slicegpt.conversion.plan import Shape, constant_widths, plan, width_for_slice
+from slicegpt.conversion.plan import plan_recipe
 from slicegpt.families import canonical_fields
 from slicegpt.progress import Progress
-from slicegpt.slicing import SlicingOptions, slice_model
+from slicegpt.recipe import Recipe
+from slicegpt.slicing import SlicingOptions
+from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_drawn
 from slicegpt.table import format_table
 
 
@@ -38,22 +39,21 @@ def main() -> None:
 
     device, progress = torch.device(options.device), Progress()
     model, tokenizer = load_dense(options.model)
-    drawn = sample_sources(
-        load_sources(options.calibration),
-        tokenizer,
-        options.nsamples,
-        options.seqlen,
-        model=model,
-        device=device,
+    recipe = Recipe(
+        slice=options.slice,
+        round_to=options.round_to,
+        calibration=options.calibration,
+        nsamples=options.nsamples,
+        seqlen=options.seqlen,
     )
-    fields = canonical_fields(model)
-    width = width_for_slice(fields["dense_hidden_size"], options.slice, options.round_to)
-    config = plan(fields, constant_widths(fields, width), Shape(round_to=options.round_to))
+    drawn = draw_samples(recipe, calibration_sources(recipe), model, tokenizer, device)
+    config = plan_recipe(recipe, canonical_fields(model), model.dtype)
+    width = config.boundary_widths[0]
     rows = []
     for refit in (False, True):
-        settings = SlicingOptions(model.dtype, device, refit=refit)
+        settings = SlicingOptions.of(recipe.override(refit=refit), model.dtype, device)
         begin = time.perf_counter()
-        _, report = slice_model(model, config, drawn.batches, settings, progress, drawn.held_out)
+        _, report = slice_drawn(model, config, drawn, settings, progress)
         synchronise(device)
         seconds = time.perf_counter() - begin
         rows.append({"slicing": "with refit" if refit else "without", **report.seconds, "in all": seconds})

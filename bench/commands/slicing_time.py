@@ -19,10 +19,11 @@ from slicegpt.bench.harness.timing import synchronise
 from slicegpt.bench.models.architectures import MODELS, random_dense
 from slicegpt.calibration import CalibrationBatch, load_documents, sample_batches
 from slicegpt.checkpoint.loading import load_dense
-from slicegpt.conversion.plan import Shape, constant_widths, plan, width_for_slice
+from slicegpt.conversion.plan import plan_recipe
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.progress import Progress
+from slicegpt.recipe import Recipe
 from slicegpt.slicing import SlicingOptions, slice_model
 
 # Samples and batch sizes of the trials that choose the dense pass's batch size.
@@ -32,17 +33,15 @@ TRIAL_BATCHES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class SlicingTimeOptions:
-    """What is sliced, by how much, and on which tokens; see `slicegpt slice`."""
+    """What is sliced, and how.
 
-    model: str | None = None
+    Attributes:
+        recipe: of the run, with a size; `recipe.model` is the dense model.
+        shape_name: random weights of a known shape in the place of a model.
+    """
+
+    recipe: Recipe
     shape_name: str | None = None
-    fraction: float = 0.25
-    calibration: str = "python-reference"
-    nsamples: int = 128
-    seqlen: int = 2048
-    batch_size: int = 8
-    seed: int = 42
-    refit: bool = True
 
 
 def load(
@@ -52,14 +51,15 @@ def load(
 
     A shape gets random weights and random tokens.
     """
-    if (options.model is None) == (options.shape_name is None):
+    recipe = options.recipe
+    if (recipe.model is None) == (options.shape_name is None):
         raise SliceGPTError("--model, --shape: one of them is needed, and not both")
     if options.shape_name is None:
-        documents = load_documents(options.calibration, "train")
-        model, tokenizer = load_dense(options.model, dtype)
+        documents = load_documents(recipe.calibration, "train")
+        model, tokenizer = load_dense(recipe.model, dtype)
 
         def batches(nsamples: int, size: int) -> list[CalibrationBatch]:
-            return sample_batches(documents, tokenizer, nsamples, options.seqlen, size, options.seed)
+            return sample_batches(documents, tokenizer, nsamples, recipe.seqlen, size, recipe.seed)
 
         return model, batches
     if options.shape_name not in MODELS:
@@ -68,8 +68,8 @@ def load(
     model = random_dense(config, dtype or torch.float32, torch.device("cpu"))
 
     def random_batches(nsamples: int, size: int) -> list[CalibrationBatch]:
-        generator = torch.Generator().manual_seed(options.seed)
-        ids = torch.randint(config.vocab_size, (nsamples, options.seqlen), generator=generator)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        ids = torch.randint(config.vocab_size, (nsamples, recipe.seqlen), generator=generator)
         return [CalibrationBatch(part, torch.ones_like(part)) for part in ids.split(size)]
 
     return model, random_batches
@@ -96,7 +96,6 @@ def rows_of(seconds: dict[str, float], dense: float | None) -> list[dict]:
 
 def measure_slicing(
     options: SlicingTimeOptions,
-    shape: Shape,
     dtype: torch.dtype | None,
     device: torch.device,
     record: Record,
@@ -114,18 +113,17 @@ def measure_slicing(
         advance(1)
     loading = time.perf_counter() - began
 
-    fields = canonical_fields(model)
-    width = width_for_slice(fields["dense_hidden_size"], options.fraction, shape.round_to)
-    config = plan(fields, constant_widths(fields, width), shape)
-    batches = batches_of(options.nsamples, options.batch_size)
+    recipe = options.recipe
+    config = plan_recipe(recipe, canonical_fields(model), model.dtype)
+    width, batches = config.boundary_widths[0], batches_of(recipe.nsamples, recipe.batch_size)
 
     def dense_seconds(stage: str, size: int) -> float:
-        with progress.stage(stage, options.nsamples, "samples") as advance:
+        with progress.stage(stage, recipe.nsamples, "samples") as advance:
             model.to(device)
-            seconds = dense_pass(model, batches_of(options.nsamples, size), device)
+            seconds = dense_pass(model, batches_of(recipe.nsamples, size), device)
             model.to("cpu")
             release_unused_memory(device)
-            advance(options.nsamples)
+            advance(recipe.nsamples)
         return seconds
 
     with progress.stage("choosing the dense pass's batch size", len(TRIAL_BATCHES), "sizes") as advance:
@@ -133,7 +131,7 @@ def measure_slicing(
         dense_pass(model, batches_of(1, 1), device)  # warms up
         trials = {}
         for size in TRIAL_BATCHES:
-            trials[size] = dense_pass(model, batches_of(min(TRIAL_SAMPLES, options.nsamples), size), device)
+            trials[size] = dense_pass(model, batches_of(min(TRIAL_SAMPLES, recipe.nsamples), size), device)
             advance(1)
     best = min(trials, key=trials.get)
     dense = [dense_seconds("dense pass", best)]
@@ -144,13 +142,8 @@ def measure_slicing(
     level = bytes_in_use(device)
     start_peak(device)
     began = time.perf_counter()
-    sliced, report = slice_model(
-        model,
-        config,
-        batches,
-        SlicingOptions(model.dtype, device, seed=options.seed, refit=options.refit),
-        progress,
-    )
+    settings = SlicingOptions.of(recipe, model.dtype, device)
+    sliced, report = slice_model(model, config, batches, settings, progress)
     synchronise(device)
     total = time.perf_counter() - began
     peak = peak_bytes(device)

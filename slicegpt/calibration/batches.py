@@ -100,7 +100,7 @@ def check_positive(**values: int) -> None:
     """One clear error for the first of `values` that is below 1."""
     for name, value in values.items():
         if value < 1:
-            raise SliceGPTError(f"sample_batches: {name} must be at least 1, got {value}")
+            raise SliceGPTError(f"must be at least 1, got {value}", name)
 
 
 def _draw_windows(
@@ -115,8 +115,9 @@ def _draw_windows(
     available = len(ids) // seqlen
     if available < nsamples:
         raise SliceGPTError(
-            f"sample_batches: {nsamples} samples of {seqlen} tokens need {nsamples * seqlen:,} tokens;"
-            f" the text has {len(ids):,}, enough for {available} (lower nsamples or seqlen or add text)"
+            f"{nsamples} samples of {seqlen} tokens need {nsamples * seqlen:,} tokens;"
+            f" the text has {len(ids):,}, enough for {available} (lower nsamples or seqlen or add text)",
+            "nsamples",
         )
     windows = ids[: available * seqlen].view(available, seqlen)
     return list(windows[torch.randperm(available, generator=generator)[: nsamples + spare]])
@@ -132,8 +133,9 @@ def _draw_documents(
     order = [i for i in torch.randperm(len(documents), generator=generator).tolist() if documents[i].strip()]
     if len(order) < nsamples:
         raise SliceGPTError(
-            f"sample_batches: varied_seqlen takes one document per sample; {nsamples} samples were asked,"
-            f" the text has {len(order)} documents that are not empty"
+            f"varied lengths take one document per sample; {nsamples} samples were asked,"
+            f" the text has {len(order)} documents that are not empty",
+            "nsamples",
         )
     drawn = [documents[i] for i in order[:nsamples]]
     encoded = tokenizer(drawn, truncation=True, max_length=seqlen, return_attention_mask=False).input_ids

@@ -67,18 +67,18 @@ def calibration_warnings(figures: dict) -> list[str]:
         warnings.append(
             f"the calibration text is small: {figures['tokens']:,} tokens are {figures['tokens_per_column']:.1f} for "
             f"each column of the model, at least {TOKENS_PER_COLUMN} are needed to tell principal axes from chance; "
-            "raise --nsamples or --seqlen"
+            "raise nsamples or seqlen"
         )
     elif figures["unseen_mass"] > UNSEEN_MASS:
         warnings.append(
             f"the calibration text is small: {figures['unseen_mass']:.0%} of the tokens in more text of this kind "
-            f"would be ones that it does not show (at most {UNSEEN_MASS:.0%} is sound); raise --nsamples or --seqlen"
+            f"would be ones that it does not show (at most {UNSEEN_MASS:.0%} is sound); raise nsamples or seqlen"
         )
     growth = figures["growth"]
     if growth is not None and growth < GROWTH and figures["vocabulary"] < VOCABULARY_SHOWN:
         warnings.append(
             f"the calibration text is narrow: it shows {figures['vocabulary']:.1%} of the vocabulary and hardly "
             f"brings new tokens any more (growth {growth:.2f}, open text has 0.5); the model will be worse on other "
-            "text: mix in another source, such as --calibration TEXT:3,self:1"
+            "text: mix in another source, such as TEXT:3,self:1"
         )
     return warnings

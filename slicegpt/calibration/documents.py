@@ -31,13 +31,13 @@ def load_documents(spec: str, split: Split = "train", text_column: str | None = 
         SliceGPTError: one line naming the file, and the line or column at fault.
     """
     if split not in ("train", "test"):
-        raise SliceGPTError(f"load_documents: split must be 'train' or 'test', got {split!r}")
+        raise SliceGPTError(f"must be 'train' or 'test', got {split!r}", "split")
     if not spec:
-        raise SliceGPTError("load_documents: the name of the text is empty")
+        raise SliceGPTError("must name a text, got an empty name", "spec")
     reads_columns = Path(spec).suffix in (".jsonl", ".parquet")
     if text_column is not None and not reads_columns:
         raise SliceGPTError(
-            f"load_documents: {spec} has no columns: text_column={text_column!r} does not apply"
+            f"{spec} has no columns: text_column={text_column!r} does not apply", "text_column"
         )
     column = text_column or "text"
     if spec == "python-reference":
@@ -50,12 +50,10 @@ def load_documents(spec: str, split: Split = "train", text_column: str | None = 
         documents = _read_file(Path(spec), column)
     else:
         names = ", ".join(["python-reference", *HUB_DATASETS])
-        raise SliceGPTError(
-            f"load_documents: {spec} is no file or folder, and none of the built-in texts ({names})"
-        )
+        raise SliceGPTError(f"{spec} is no file or folder, and none of the built-in texts ({names})", "spec")
     with_text = [document for document in documents if document.strip()]
     if not with_text:
-        raise SliceGPTError(f"load_documents: {spec} holds no text")
+        raise SliceGPTError(f"{spec} holds no text", "spec")
     return with_text if split == "train" else documents
 
 
@@ -65,7 +63,7 @@ def _read_file(file: Path, column: str) -> list[str]:
     if file.suffix == ".parquet":
         return _read_parquet(file, column)
     if file.suffix == ".json":
-        raise SliceGPTError(f"load_documents: {file}: expected .jsonl, one JSON object a line, got .json")
+        raise SliceGPTError(f"{file}: expected .jsonl, one JSON object a line, got .json", "spec")
     return [_read_text(file)]
 
 
@@ -73,19 +71,19 @@ def _read_text(file: Path) -> str:
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise SliceGPTError(f"load_documents: cannot read {file}: {error.strerror}") from error
+        raise SliceGPTError(f"cannot read {file}: {error.strerror}", "spec") from error
     except UnicodeDecodeError as error:
         byte = f"byte {error.start:,} is {error.object[error.start]:#04x}"
-        raise SliceGPTError(f"load_documents: {file} is not UTF-8 text ({byte})") from error
+        raise SliceGPTError(f"{file} is not UTF-8 text ({byte})", "spec") from error
     if "\0" in text:
-        raise SliceGPTError(f"load_documents: {file} is not text (a zero byte at {text.index(chr(0)):,})")
+        raise SliceGPTError(f"{file} is not text (a zero byte at {text.index(chr(0)):,})", "spec")
     return text.replace("\r\n", "\n")
 
 
 def _read_folder(folder: Path) -> list[str]:
     files = sorted(folder.glob("*.txt"))
     if not files:
-        raise SliceGPTError(f"load_documents: the folder {folder} has no .txt files")
+        raise SliceGPTError(f"the folder {folder} has no .txt files", "spec")
     return [_read_text(file) for file in files]
 
 
@@ -97,17 +95,17 @@ def _read_jsonl(file: Path, column: str) -> list[str]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise SliceGPTError(f"load_documents: {file} line {number} is not JSON: {error}") from error
+            raise SliceGPTError(f"{file} line {number} is not JSON: {error}", "spec") from error
         if not isinstance(row, dict):
             raise SliceGPTError(
-                f"load_documents: {file} line {number} must be a JSON object, got {type(row).__name__}"
+                f"{file} line {number} must be a JSON object, got {type(row).__name__}", "spec"
             )
         if column not in row:
             raise _missing_column(f"{file} line {number}", column, row)
         if not isinstance(row[column], str):
             raise SliceGPTError(
-                f"load_documents: {file} line {number}: column {column!r} must be text,"
-                f" got {type(row[column]).__name__}"
+                f"{file} line {number}: column {column!r} must be text, got {type(row[column]).__name__}",
+                "text_column",
             )
         documents.append(row[column])
     return documents
@@ -124,13 +122,13 @@ def _read_parquet(file: Path, column: str) -> list[str]:
             raise _missing_column(file, column, schema.names)
         kind = schema.field(column).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise SliceGPTError(f"load_documents: {file}: column {column!r} must be text, got {kind}")
+            raise SliceGPTError(f"{file}: column {column!r} must be text, got {kind}", "text_column")
         documents = parquet.read_table(file, columns=[column])[column].to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise SliceGPTError(f"load_documents: cannot read {file}: {first_line(error)}") from error
+        raise SliceGPTError(f"cannot read {file}: {first_line(error)}", "spec") from error
     if None in documents:
         raise SliceGPTError(
-            f"load_documents: {file}: column {column!r} has no text in row {documents.index(None)}"
+            f"{file}: column {column!r} has no text in row {documents.index(None)}", "text_column"
         )
     return documents
 
@@ -218,8 +216,9 @@ def _read_hub(spec: str, split: Split) -> list[str]:
         )
     except Exception as error:  # the network stack raises whatever its HTTP library raises
         raise SliceGPTError(
-            f"load_documents: the Hugging Face hub did not give {spec} ({source.path}): {first_line(error)};"
-            " a local .txt, .jsonl or .parquet file works offline"
+            f"the Hugging Face hub did not give {spec} ({source.path}): {first_line(error)};"
+            " a local .txt, .jsonl or .parquet file works offline",
+            "spec",
         ) from error
     if spec == "alpaca":
         rows = _alpaca_split(rows, split)
@@ -240,8 +239,8 @@ def _alpaca_split(rows: Any, split: Split) -> Any:
 
 def _need(package: str, extra: str, purpose: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise SliceGPTError(f"load_documents: {purpose} needs {package}: pip install 'slicegpt[{extra}]'")
+        raise SliceGPTError(f"{purpose} needs {package}: pip install 'slicegpt[{extra}]'", "spec")
 
 
 def _missing_column(where: object, column: str, existing: Any) -> SliceGPTError:
-    return SliceGPTError(f"load_documents: {where} has no column {column!r}; it has: {', '.join(existing)}")
+    return SliceGPTError(f"{where} has no column {column!r}; it has: {', '.join(existing)}", "text_column")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slicegpt.calibration.batches import CalibrationBatch, check_positive, collate, draw_samples
 from slicegpt.calibration.documents import load_documents
 from slicegpt.calibration.self_sampling import generate_samples, ordinary_tokens
-from slicegpt.errors import SliceGPTError
+from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.hardware.offload import moved
 from slicegpt.progress import Progress
 
@@ -93,32 +93,33 @@ def parse_sources(spec: str) -> list[tuple[str, float]]:
                 weight = float(match[2])
             except ValueError:
                 raise SliceGPTError(
-                    f"--calibration: the weight of {name} must be a number, got {match[2]!r} "
-                    r"(write \: for a colon in a name)"
+                    f"the weight of {name} must be a number, got {match[2]!r} "
+                    r"(write \: for a colon in a name)",
+                    "calibration",
                 ) from None
             if not 0 < weight < float("inf"):
-                raise SliceGPTError(f"--calibration: the weight of {name} must be above 0, got {match[2]}")
+                raise SliceGPTError(f"the weight of {name} must be above 0, got {match[2]}", "calibration")
         name = _unescape(name)
         if not name:
-            raise SliceGPTError(f"--calibration: a source without a name in {spec!r}")
+            raise SliceGPTError(f"a source without a name in {spec!r}", "calibration")
         sources.append((name, weight))
     names = [name for name, _ in sources]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise SliceGPTError(f"--calibration: {twice} is named twice; give it one weight")
+        raise SliceGPTError(f"{twice} is named twice; give it one weight", "calibration")
     return sources
 
 
-def split_names(option: str, spec: str) -> list[str]:
+def split_names(spec: str, argument: str) -> list[str]:
     r"""Return the names of `NAME[,NAME]...`, which have no weights; `\,` stands for a comma of a name.
 
     Raises:
-        SliceGPTError: a name is empty or given twice; the message begins with `option`.
+        SliceGPTError: a name is empty or given twice; the message names `argument`.
     """
     names = [part if Path(part).exists() else _unescape(part) for part in _split(spec)]
     for name in names:
         if not name or names.count(name) > 1:
-            raise SliceGPTError(f"{option}: every name must be given once, got {spec!r}")
+            raise SliceGPTError(f"every name must be given once, got {spec!r}", argument)
     return names
 
 
@@ -131,7 +132,7 @@ def _unescape(name: str) -> str:
 
 
 def load_sources(spec: str, text_column: str | None = None) -> list[Source]:
-    """Read the documents of a `--calibration` value; what the model will write comes later.
+    """Read the documents that a `calibration` choice names; what the model will write comes later.
 
     Args:
         text_column: of the `.jsonl` and `.parquet` files among the sources.
@@ -139,17 +140,18 @@ def load_sources(spec: str, text_column: str | None = None) -> list[Source]:
     sources = parse_sources(spec)
     columns = [name for name, _ in sources if Path(name).suffix in (".jsonl", ".parquet")]
     if text_column is not None and not columns:
-        raise SliceGPTError(f"--text-column: {spec} has no .jsonl or .parquet file, got {text_column!r}")
-    return [
-        Source(
-            name,
-            weight,
-            None
-            if name in GENERATED
-            else load_documents(name, "train", text_column if name in columns else None),
-        )
-        for name, weight in sources
-    ]
+        raise SliceGPTError(f"{spec} has no .jsonl or .parquet file, got {text_column!r}", "text_column")
+    with renamed(spec="calibration"):
+        return [
+            Source(
+                name,
+                weight,
+                None
+                if name in GENERATED
+                else load_documents(name, "train", text_column if name in columns else None),
+            )
+            for name, weight in sources
+        ]
 
 
 def share_out(nsamples: int, weights: Sequence[float]) -> list[int]:
@@ -198,12 +200,12 @@ def sample_sources(
     for source, share, spare, other in zip(sources, shares, spares, others, strict=True):
         if not share:
             raise SliceGPTError(
-                f"--calibration: {source.name}'s weight leaves it none of {nsamples} samples; "
-                "raise it, or nsamples"
+                f"{source.name}'s weight leaves it none of {nsamples} samples; raise it, or nsamples",
+                "calibration",
             )
         if source.name == SELF:
             if model is None:
-                raise SliceGPTError("sample_sources: the source 'self' needs the dense model, got None")
+                raise SliceGPTError("the source 'self' needs the dense model, got None", "model")
             with moved(model, device):
                 samples = list(
                     generate_samples(model, tokenizer, share + spare, seqlen, seed, progress=progress)
@@ -216,7 +218,9 @@ def sample_sources(
                     source.documents, tokenizer, share, seqlen, seed, varied_seqlen, spare + other
                 )
             except SliceGPTError as error:
-                raise SliceGPTError(f"{source.name}: {error}" if len(sources) > 1 else str(error)) from error
+                if len(sources) == 1:
+                    raise
+                raise SliceGPTError(f"{source.name}: {error.reason}", error.argument) from error
         seen, spared = samples[:share], samples[share : share + spare]
         drawn.append(seen)
         held_out += spared

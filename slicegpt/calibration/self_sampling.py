@@ -34,11 +34,11 @@ class SamplingSettings:
 
     def __post_init__(self):
         if not 0 < self.temperature < float("inf"):
-            raise SliceGPTError(f"SamplingSettings: temperature must be above 0, got {self.temperature}")
+            raise SliceGPTError(f"must be above 0, got {self.temperature}", "temperature")
         if not 0 <= self.min_p < 1:
-            raise SliceGPTError(f"SamplingSettings: min_p must lie in [0, 1), got {self.min_p}")
+            raise SliceGPTError(f"must lie in [0, 1), got {self.min_p}", "min_p")
         if self.batch_size < 1:
-            raise SliceGPTError(f"SamplingSettings: batch_size must be at least 1, got {self.batch_size}")
+            raise SliceGPTError(f"must be at least 1, got {self.batch_size}", "batch_size")
 
 
 class _PreallocatedLayer(DynamicLayer):

@@ -7,6 +7,7 @@ from slicegpt.checkpoint.model_card import model_card
 from slicegpt.checkpoint.saving import read_record
 from slicegpt.checkpoint.self_contained import is_self_contained
 from slicegpt.errors import SliceGPTError
+from slicegpt.recipe import FILE_NAME
 
 
 def push_folder(
@@ -36,12 +37,12 @@ def push_folder(
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise SliceGPTError(f"push: {folder} is no folder")
+        raise SliceGPTError(f"{folder} is no folder", "folder")
     check_folder(folder)
     record = read_record(folder)
     if record is None:
-        raise SliceGPTError(f"push: {folder} has no slicing.json: it was not written by slicegpt slice")
-    card = model_card(record, repo_id, is_self_contained(folder)).encode()
+        raise SliceGPTError(f"{folder} has no slicing.json: it was not written by slicegpt slice", "folder")
+    card = model_card(record, repo_id, is_self_contained(folder), (folder / FILE_NAME).is_file()).encode()
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != "README.md")
     operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file)) for file in files]
     operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card))
@@ -53,5 +54,5 @@ def push_folder(
         )
     except Exception as error:  # the hub's own errors, and those of the network below it
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SliceGPTError(f"push: the hub did not take {repo_id!r}: {reason[:300]}") from error
+        raise SliceGPTError(f"the hub did not take {repo_id!r}: {reason[:300]}", "repo_id") from error
     return commit.commit_url

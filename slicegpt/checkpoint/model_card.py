@@ -3,6 +3,7 @@
 import math
 
 from slicegpt.modeling.sizes import describe_neurons, format_bytes
+from slicegpt.recipe import FILE_NAME
 
 _CARD = """---
 library_name: transformers
@@ -26,7 +27,7 @@ deleted along the principal components of the residual stream{with_neurons}. All
 
 Removed: {removed:.1%} of all parameters, shortcuts and head counted. Slicing (1 - d / D): {slicing:.1%}.
 Shortcuts: {shortcuts}.
-Calibration: {tokens:,} tokens of {calibration}, seed {seed}.
+Calibration: {tokens:,} tokens of {calibration}, seed {seed}.{recipe}
 {finetuning}
 ```python
 {imports}
@@ -67,13 +68,14 @@ def _describe_finetuning(run: dict | None) -> str:
     )
 
 
-def model_card(record: dict, name: str, self_contained: bool = False) -> str:
+def model_card(record: dict, name: str, self_contained: bool = False, recipe: bool = False) -> str:
     """Markdown with a metadata header, as the Hugging Face hub shows it.
 
     Args:
         record: `slicing.json`.
         name: of the folder or the hub repository, as `from_pretrained` takes it.
         self_contained: the modelling code is beside the weights, and is loaded with `trust_remote_code`.
+        recipe: the choices that made the model are beside them.
     """
     size, calibration = record["size"], record["calibration"]
     widths = [boundary["width"] for boundary in record["boundaries"]]
@@ -99,5 +101,6 @@ def model_card(record: dict, name: str, self_contained: bool = False) -> str:
         tokens=calibration["tokens"],
         calibration=calibration["source"],
         seed=calibration["seed"],
+        recipe=f" All choices: `{FILE_NAME}`." if recipe else "",
         finetuning=_describe_finetuning(record.get("finetuning")),
     )

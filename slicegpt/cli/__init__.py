@@ -17,6 +17,7 @@ from slicegpt.cli import (
     serving,
     slicing,
 )
+from slicegpt.cli.messages import message_of
 from slicegpt.errors import SliceGPTError
 
 COMMANDS = (
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except SliceGPTError as error:
-        print(f"slicegpt {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"slicegpt {options.command}: error: {message_of(error, options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written under the final name", file=sys.stderr)

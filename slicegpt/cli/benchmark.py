@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from slicegpt.recipe import NAMES, Recipe
+
 from .benchmark_options import SHORTCUTS, dtypes, fraction, fractions, memory, names, settings_of
 from .options import add_device, add_json, positive, resolve_device, resolve_dtype
 from .prediction import add_predict
@@ -314,24 +316,14 @@ def add_slicing(benchmarks) -> None:
 
 def run_slicing(options: argparse.Namespace) -> None:
     from slicegpt.bench.commands.slicing_time import SlicingTimeOptions, measure_slicing
-    from slicegpt.conversion.plan import Shape
     from slicegpt.progress import Progress
 
+    recipe = Recipe(**{name: value for name, value in vars(options).items() if name in NAMES})
     device = resolve_device(options.device)
-    shape = Shape(options.shortcut, round_to=options.round_to)
     record = record_of(options, device)
-    what = SlicingTimeOptions(
-        options.model,
-        options.shape,
-        options.slice,
-        options.calibration,
-        options.nsamples,
-        options.seqlen,
-        options.batch_size,
-        refit=options.refit,
-    )
+    what = SlicingTimeOptions(recipe, options.shape)
     with measuring(record, options):
-        measure_slicing(what, shape, resolve_dtype(options.dtype), device, record, Progress())
+        measure_slicing(what, resolve_dtype(options.dtype), device, record, Progress())
 
 
 def add_report(benchmarks) -> None:

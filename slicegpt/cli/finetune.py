@@ -112,6 +112,7 @@ def run(options: argparse.Namespace) -> None:
     import dataclasses
 
     from slicegpt.calibration import load_documents
+    from slicegpt.errors import renamed
     from slicegpt.finetune import TARGETS, AdapterOptions, Schedule, TrainingOptions, finetune
     from slicegpt.progress import Progress
     from slicegpt.table import write_json
@@ -143,7 +144,8 @@ def run(options: argparse.Namespace) -> None:
     )
     held_out = None
     if options.eval_data is not None:
-        held_out = load_documents(options.eval_data, "test", None)
+        with renamed(spec="eval_data"):
+            held_out = load_documents(options.eval_data, "test", None)
     result = finetune(
         options.model,
         load_documents(options.data, "train", options.text_column),

@@ -1,11 +1,11 @@
 """`slicegpt frontier`: perplexity over true size, several methods side by side."""
 
 import argparse
-from pathlib import Path
 
-from .options import add_device, positive, resolve_device, resolve_dtype, step
+from slicegpt.errors import SliceGPTError
+from slicegpt.recipe import NAMES, Recipe
 
-SPARSEGPT = "sparsegpt-2:4"
+from .options import add_device, positive
 
 
 def add_parser(commands) -> None:
@@ -31,8 +31,7 @@ def add_parser(commands) -> None:
         default="ours,published",
         metavar="NAME,NAME",
         help="ours, equal (ours, as many neurons in every layer), columns (ours, no neurons deleted), compact (no "
-        "refit either), published (dense shortcuts, untied "
-        f"head), {SPARSEGPT}",
+        "refit either), published (dense shortcuts, untied head), sparsegpt-2:4",
     )
     parser.add_argument(
         "--data",
@@ -73,123 +72,34 @@ def add_parser(commands) -> None:
 
 def read_sizes(text: str) -> list[float]:
     """The fractions of `--sizes`."""
-    from slicegpt.errors import SliceGPTError
-
     try:
-        sizes = [float(part) for part in text.split(",")]
+        return [float(part) for part in text.split(",")]
     except ValueError:
-        raise SliceGPTError(f"--sizes: expected numbers between commas, got {text!r}") from None
-    for size in sizes:
-        if not 0 < size <= 1:
-            raise SliceGPTError(f"--sizes: a size must lie in (0, 1], got {size:g}")
-    return sorted(set(sizes), reverse=True)
+        raise SliceGPTError(f"expected numbers between commas, got {text!r}", "sizes") from None
 
 
-def read_methods(option: str, text: str) -> list[str]:
-    """The names of a list of methods."""
-    from slicegpt.errors import SliceGPTError
-    from slicegpt.evaluation.frontier import METHODS
-
-    known = [*METHODS, SPARSEGPT]
-    methods = [part for part in text.split(",") if part]
-    for method in methods:
-        if method not in known:
-            raise SliceGPTError(f"{option}: must be among {', '.join(known)}, got {method!r}")
-    return list(dict.fromkeys(methods))
-
-
-def name_texts(specs: list[str]) -> list[str]:
-    """A short name for every text: its file's name without the ending, where that tells them apart."""
-    stems = [Path(spec).stem for spec in specs]
-    return [stem if stems.count(stem) == 1 else spec for stem, spec in zip(stems, specs, strict=True)]
+def names_in(text: str) -> list[str]:
+    """Names between commas."""
+    return [part for part in text.split(",") if part]
 
 
 def run(options: argparse.Namespace) -> None:
-    import sys
+    sizes = read_sizes(options.sizes)
+    recipe = Recipe(**{name: value for name, value in vars(options).items() if name in NAMES})
 
-    from slicegpt.calibration import load_documents, load_sources, sample_sources
-    from slicegpt.calibration.mixture import split_names
-    from slicegpt.checkpoint.loading import load_dense
-    from slicegpt.errors import SliceGPTError
-    from slicegpt.evaluation.frontier import METHODS, Frontier, cut_text, plan_point, run_frontier, table_rows
-    from slicegpt.evaluation.plots import plot_frontier
-    from slicegpt.evaluation.sparsegpt import check_interpreter, sparsegpt_2_4
-    from slicegpt.families import canonical_fields
+    from slicegpt.evaluation.frontier_run import FrontierOptions, measure_frontier
     from slicegpt.progress import Progress
-    from slicegpt.slicing import SlicingOptions
-    from slicegpt.table import format_table
 
-    sizes, methods = read_sizes(options.sizes), read_methods("--method", options.method)
-    again, device, progress = (
-        read_methods("--rerun", options.rerun),
-        resolve_device(options.device),
-        Progress(),
+    what = FrontierOptions(
+        options.data,
+        options.output,
+        sizes,
+        names_in(options.method),
+        options.basis,
+        options.split,
+        options.windows,
+        names_in(options.rerun),
+        options.overwrite,
+        options.sparsegpt_python,
     )
-    if not methods:
-        raise SliceGPTError("--method: no method given")
-    python = options.sparsegpt_python or sys.executable
-    if SPARSEGPT in methods:
-        check_interpreter(python)
-    specs = split_names("--data", options.data)
-    documents = {
-        name: load_documents(
-            spec, options.split, options.text_column if Path(spec).suffix in COLUMNS else None
-        )
-        for name, spec in zip(name_texts(specs), specs, strict=True)
-    }
-    sources = load_sources(options.calibration, options.text_column)
-    folder = Path(options.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SliceGPTError(f"--output: cannot make {folder}: {error.strerror}") from error
-    file = folder / "frontier.json"
-    if options.overwrite:
-        file.unlink(missing_ok=True)
-
-    with step(progress, f"loading {options.model}"):
-        model, tokenizer = load_dense(options.model, resolve_dtype(options.dtype))
-    with step(progress, f"tokenising {', '.join(documents)}"):
-        texts = [
-            cut_text(name, text, tokenizer, options.seqlen, options.windows)
-            for name, text in documents.items()
-        ]
-    for method in methods:  # a size that cannot be reached is told before anything is computed
-        for size in sizes if method in METHODS else ():
-            plan_point(METHODS[method], canonical_fields(model), size, options.basis, options.round_to)
-    calibration = sample_sources(
-        sources,
-        tokenizer,
-        options.nsamples,
-        options.seqlen,
-        options.batch_size,
-        options.seed,
-        model=model,
-        progress=progress,
-        device=device,
-    )
-    settings = {"model": options.model, "calibration": options.calibration}
-    shared = SlicingOptions(model.dtype, device, seed=options.seed, neuron_multiple=options.round_to)
-    frontier = Frontier(
-        model, tokenizer, calibration, texts, options.seqlen, shared, settings, file, progress
-    )
-    frontier.forget(again)
-    sparse = None
-    if SPARSEGPT in methods:
-        methods.remove(SPARSEGPT)
-
-        def sparse():
-            return sparsegpt_2_4(model, tokenizer, calibration.batches, python, progress)
-
-    points = run_frontier(frontier, methods, sizes, options.basis, options.round_to, sparse)
-    rows = table_rows(points, options.basis)
-    table = format_table(rows, list(dict.fromkeys(column for row in rows for column in row)))
-    (folder / f"frontier-{options.basis}.txt").write_text(table + "\n", encoding="utf-8")
-    print(table)
-    try:
-        plot_frontier(points, options.basis, folder / f"frontier-{options.basis}.png")
-    except SliceGPTError as error:  # the figures are there; only matplotlib is not
-        print(f"no plot: {error}", file=sys.stderr)
-
-
-COLUMNS = (".jsonl", ".parquet")
+    print(measure_frontier(what, recipe, options.device, Progress()))

@@ -3,7 +3,9 @@
 import argparse
 import time
 
-from .options import add_device, add_json, positive, resolve_device, resolve_dtype
+from slicegpt.errors import SliceGPTError
+
+from .options import add_device, add_json, positive
 
 
 def add_parser(commands) -> None:
@@ -32,35 +34,33 @@ def add_parser(commands) -> None:
 
 def encode(tokenizer, prompt: str, chat: bool):
     """Token ids and mask of the prompt; an error where there is nothing to continue or no chat template."""
-    from slicegpt.errors import SliceGPTError
-
     if chat:
         if not tokenizer.chat_template:
-            raise SliceGPTError("--chat: the model's tokenizer has no chat template")
+            raise SliceGPTError("the model's tokenizer has no chat template", "chat")
         messages = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[1]:
-        raise SliceGPTError("--prompt: must hold at least one token, got an empty one")
+        raise SliceGPTError("must hold at least one token, got an empty one", "prompt")
     return inputs
 
 
 def run(options: argparse.Namespace) -> None:
+    # What can be checked without the model is checked before anything heavy is imported.
+    if options.sample and not options.temperature > 0:
+        raise SliceGPTError(f"must be above 0, got {options.temperature}", "temperature")
+    if options.sample and not 0 < options.top_p <= 1:
+        raise SliceGPTError(f"must lie in (0, 1], got {options.top_p}", "top_p")
+
     from transformers import TextStreamer
 
-    from slicegpt.checkpoint.loading import load_dense
-    from slicegpt.errors import SliceGPTError
+    from slicegpt.api import load
     from slicegpt.table import write_json
 
-    if options.sample and not options.temperature > 0:
-        raise SliceGPTError(f"--temperature: must be above 0, got {options.temperature}")
-    if options.sample and not 0 < options.top_p <= 1:
-        raise SliceGPTError(f"--top-p: must lie in (0, 1], got {options.top_p}")
-    device = resolve_device(options.device)
-    model, tokenizer = load_dense(options.model, resolve_dtype(options.dtype), device)
-    inputs = encode(tokenizer, options.prompt, options.chat).to(device)
+    model, tokenizer = load(options.model, options.dtype, options.device)
+    inputs = encode(tokenizer, options.prompt, options.chat).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generate = _fused if options.runtime == "fused" else _plain
     new_tokens, seconds = generate(options, model, tokenizer, inputs, streamer)

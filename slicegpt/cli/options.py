@@ -1,8 +1,7 @@
 """Options that several commands share."""
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -27,28 +26,16 @@ def add_device(parser: argparse.ArgumentParser, dtypes: Callable[[str], list[str
 
 def resolve_device(name: str):
     """`--device` as a torch device; an error where it cannot be had."""
-    import torch
+    from slicegpt.hardware.devices import find_device
 
-    from slicegpt.errors import SliceGPTError
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SliceGPTError(f"--device: expected cpu or cuda[:N], got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SliceGPTError(
-            f"--device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices"
-        )
-    return device
+    return find_device(name)
 
 
 def resolve_dtype(name: str):
     """`--dtype` as a torch dtype, None for auto."""
-    import torch
+    from slicegpt.hardware.devices import find_dtype
 
-    return None if name == "auto" else getattr(torch, name)
+    return find_dtype(name)
 
 
 def positive(text: str) -> int:
@@ -57,11 +44,3 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-@contextmanager
-def step(progress, name: str) -> Iterator[None]:
-    """A stage of one step, such as loading a file."""
-    with progress.stage(name, 1, "step") as advance:
-        yield
-        advance(1)

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from slicegpt.errors import SliceGPTError
+import torch
+
+from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig, factor_rank
 from slicegpt.modeling.sizes import stored_parameters
-
-SHORTCUT_MODES = ("compact", "dense")
-ORIENTATIONS = ("aligned", "random", "pca")
+from slicegpt.recipe import AUTO, ORIENTATIONS, SHORTCUT_MODES, Recipe
 
 # MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: about the ratio of
 # the least loss on held-out calibration text, at 90 and at 80 % of SmolLM2-135M's decoder (docs/quality.md).
@@ -37,22 +37,27 @@ class Shape:
 
     def __post_init__(self):
         if self.neurons is not None and not 0 <= self.neurons < 1:
-            raise SliceGPTError(f"--neurons: the fraction to delete must lie in [0, 1), got {self.neurons}")
+            raise SliceGPTError(f"must lie in [0, 1), got {self.neurons}", "neurons")
         if self.shortcut not in SHORTCUT_MODES:
-            raise SliceGPTError(
-                f"--shortcut: must be one of {', '.join(SHORTCUT_MODES)}, got {self.shortcut!r}"
-            )
+            allowed = ", ".join(SHORTCUT_MODES)
+            raise SliceGPTError(f"must be one of {allowed}, got {self.shortcut!r}", "shortcut")
         if self.orientation not in ORIENTATIONS:
-            raise SliceGPTError(
-                f"--orientation: must be one of {', '.join(ORIENTATIONS)}, got {self.orientation!r}"
-            )
+            allowed = ", ".join(ORIENTATIONS)
+            raise SliceGPTError(f"must be one of {allowed}, got {self.orientation!r}", "orientation")
         if self.shortcut == "compact" and self.orientation != "aligned":
             raise SliceGPTError(
-                f"--orientation: compact shortcuts need 'aligned' bases, got {self.orientation!r}; "
-                "use --shortcut dense with it"
+                f"compact shortcuts need 'aligned' bases, got {self.orientation!r}; dense ones take it",
+                "orientation",
             )
         if self.round_to < 1:
-            raise SliceGPTError(f"--round-to: must be at least 1, got {self.round_to}")
+            raise SliceGPTError(f"must be at least 1, got {self.round_to}", "round_to")
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Shape":
+        """The shape that a recipe asks for."""
+        recipe = recipe.resolved()
+        neurons = None if recipe.neurons == AUTO else recipe.neurons
+        return cls(recipe.shortcut, recipe.orientation, recipe.slice_head, recipe.round_to, neurons)
 
 
 def width_for_slice(dense_width: int, fraction: float, round_to: int) -> int:
@@ -62,7 +67,7 @@ def width_for_slice(dense_width: int, fraction: float, round_to: int) -> int:
     of 0 keeps every column.
     """
     if not 0 <= fraction < 1:
-        raise SliceGPTError(f"--slice: the fraction must lie in [0, 1), got {fraction}")
+        raise SliceGPTError(f"must lie in [0, 1), got {fraction}", "slice")
     if fraction == 0:
         return dense_width
     # Nine decimals: 0.3 * 4096 is not a float, and a last-bit error must not cost a multiple.
@@ -96,16 +101,17 @@ def check_widths(fields: dict, widths: Sequence[int]) -> None:
     """One clear error for widths that cannot be: their number, their range, or less than one attention head."""
     needed, dense_width, head = len(constant_widths(fields, 0)), fields["dense_hidden_size"], head_dim(fields)
     if len(widths) != needed:
-        raise SliceGPTError(f"--widths: {needed} widths are needed (one a boundary), got {len(widths)}")
+        raise SliceGPTError(f"must be {needed}, one a boundary, got {len(widths)}", "widths")
     for boundary, width in enumerate(widths):
         if isinstance(width, bool) or not isinstance(width, int) or width > dense_width:
             raise SliceGPTError(
-                f"--widths: boundary {boundary} must be a whole number up to {dense_width}, got {width!r}"
+                f"boundary {boundary} must be a whole number up to {dense_width}, got {width!r}", "widths"
             )
         if width < head:
             raise SliceGPTError(
-                f"width: boundary {boundary} would keep {width} of {dense_width} columns, less than one attention "
-                f"head ({head}); slice less, or round to a smaller multiple"
+                f"boundary {boundary} would keep {width} of {dense_width} columns, less than one attention head "
+                f"({head}); slice less, or round to a smaller multiple",
+                "widths",
             )
 
 
@@ -158,6 +164,29 @@ def plan(
     )
 
 
+def plan_recipe(recipe: Recipe, fields: dict, dtype: torch.dtype) -> SlicedConfig:
+    """The configuration of the sliced model that a recipe asks for.
+
+    Args:
+        recipe: with a size.
+        fields: `slicegpt.families.canonical_fields` of the dense model.
+        dtype: of the weights, which `target_bytes` are counted in.
+
+    Raises:
+        SliceGPTError: the recipe has no size, or the model cannot have it; the argument is the size's name.
+    """
+    shape, size = Shape.of(recipe), recipe.size
+    with renamed(slice=size, widths=size, target=size):
+        if size == "widths":
+            return plan(fields, recipe.widths, shape)
+        if size == "slice":
+            width = width_for_slice(fields["dense_hidden_size"], recipe.slice, recipe.round_to)
+            return plan(fields, constant_widths(fields, width, recipe.slice_head), shape)
+        if size == "params":
+            return plan_for_parameters(fields, int(recipe.params * fields["source_parameters"]), shape)
+        return plan_for_parameters(fields, int(recipe.target_bytes / dtype.itemsize), shape)
+
+
 def plan_for_parameters(
     fields: dict, target: int, shape: Shape, count: Callable[[SlicedConfig], int] = stored_parameters
 ) -> SlicedConfig:
@@ -180,8 +209,9 @@ def plan_for_parameters(
 
     if not fits(smallest := at(widths[0])):
         raise SliceGPTError(
-            f"size: {target} elements cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
-            f"holds an attention head, the model stores {count(smallest)}"
+            f"{target} elements cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
+            f"holds an attention head, the model stores {count(smallest)}",
+            "target",
         )
     # At full width the projections and shortcuts vanish, so D may store less than the width before it; below, every
     # column costs its rows in the linear layers, which is more than a compact shortcut ever saves by it.

@@ -7,8 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration import Calibration, calibration_hash, encode_text
 from slicegpt.checkpoint.record import versions
-from slicegpt.conversion.plan import Shape, constant_widths, plan, plan_for_parameters
+from slicegpt.conversion.plan import constant_widths, plan
 from slicegpt.errors import SliceGPTError
+from slicegpt.evaluation.methods import METHODS, describe_widths, plan_point
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.sparsegpt import sparse_sizes
 from slicegpt.families import canonical_fields
@@ -25,52 +25,14 @@ from slicegpt.hardware.offload import layer_by_layer, moved
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import decoder_parameters, format_bytes, stored_parameters
 from slicegpt.progress import Progress
-from slicegpt.slicing import SlicingOptions, slice_model
+from slicegpt.recipe import Recipe
+from slicegpt.slicing import SlicingOptions
+from slicegpt.slicing.pipeline import slice_drawn
 from slicegpt.table import write_json
 
-BASES = {"total": stored_parameters, "decoder": decoder_parameters}
-
 
 @dataclass(frozen=True)
-class Method:
-    """A way to slice.
-
-    Attributes:
-        title: for tables and plots.
-        shape: of the sliced model, but for `round_to`.
-        untied: the head is stored apart from the embedding table, both sliced.
-        slicing: what differs from the defaults of `SlicingOptions`.
-        round_to: its own multiple for widths; None takes the caller's.
-    """
-
-    title: str
-    shape: Shape
-    untied: bool = False
-    slicing: dict = field(default_factory=dict)
-    round_to: int | None = None
-
-
-# What the published code (microsoft/TransformerCompression) stores: dense shortcuts behind every block, a head that
-# is untied even where the model's is tied and stays D wide, widths in multiples of 8, random final orientation. Its
-# covariance is that of the stream before the norm, as here. Left out is what only harms it: it subtracts the mean
-# from the embeddings of RMSNorm models, too, which changes their function.
-METHODS = {
-    "ours": Method("ours", Shape(neurons=None), slicing={"refit": True}),
-    "equal": Method("ours, equal layers", Shape(neurons=None), slicing={"refit": True, "allocate": False}),
-    "columns": Method("ours, columns alone", Shape(), slicing={"refit": True}),
-    "compact": Method("compact shortcuts only", Shape(), slicing={"refit": False, "vocabulary_prior": 0.0}),
-    "published": Method(
-        "published SliceGPT",
-        Shape("dense", "random"),
-        untied=True,
-        slicing={"refit": False, "vocabulary_prior": 0.0, "orientation": "random"},
-        round_to=8,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class TestText:
+class EvaluationText:
     """A text to evaluate on, cut to what is needed of it.
 
     Attributes:
@@ -92,7 +54,7 @@ def cut_text(
     tokenizer: PreTrainedTokenizerBase,
     seqlen: int,
     windows: int,
-) -> TestText:
+) -> EvaluationText:
     """The beginning of a text that holds `windows` windows of `seqlen` tokens, so that it is encoded quickly."""
     text, needed = "\n\n".join(documents), windows * seqlen
     # Hardly any text has 16 characters a token; where it has, all of it is encoded. The margin of a window keeps
@@ -103,44 +65,9 @@ def cut_text(
         head, ids = text, encode_text(text, tokenizer)
     windows = min(windows, len(ids) // seqlen)
     if not windows:
-        raise SliceGPTError(f"--data: {name} has {len(ids):,} tokens, less than one window of {seqlen}")
+        raise SliceGPTError(f"{name} has {len(ids):,} tokens, less than one window of {seqlen}", "documents")
     digest = hashlib.sha256(ids[: windows * seqlen].numpy().astype("<i8").tobytes())
-    return TestText(name, [head], windows, digest.hexdigest())
-
-
-def untied(fields: dict) -> dict:
-    """The same model with its head stored apart: it then absorbs the final norm."""
-    return fields | {
-        "tie_word_embeddings": False,
-        "lm_head_bias": fields["lm_head_bias"] or fields["final_norm_bias"],
-        "final_norm_bias": False,
-    }
-
-
-def plan_point(method: Method, fields: dict, size: float, basis: str, round_to: int) -> SlicedConfig:
-    """The widest model of a method that stores at most `size` of the dense model's elements.
-
-    Args:
-        size: a fraction of all parameters ("total"), or of the decoder layers' weights ("decoder").
-        round_to: widths are multiples of it, where the method does not bring its own.
-    """
-    if not 0 < size <= 1:
-        raise SliceGPTError(f"--sizes: a size must lie in (0, 1], got {size}")
-    dense = plan(fields, constant_widths(fields, fields["dense_hidden_size"]))
-    count = BASES[basis]
-    whole = fields["source_parameters"] if basis == "total" else count(dense)
-    shape = replace(method.shape, round_to=method.round_to or round_to)
-    fields = untied(fields) if method.untied and fields["tie_word_embeddings"] else fields
-    return plan_for_parameters(fields, round(size * whole), shape, count)
-
-
-def describe_widths(config: SlicedConfig) -> str:
-    """Widths run by run: "504" where all but the last are the same, else "448 x 12, 512 x 49"; and neurons cut."""
-    runs = [(width, len(list(same))) for width, same in groupby(config.boundary_widths[:-1])]
-    widths = str(runs[0][0]) if len(runs) == 1 else ", ".join(f"{width} x {count}" for width, count in runs)
-    if config.intermediate_size == config.dense_intermediate_size:
-        return widths
-    return f"{widths}; {config.intermediate_size} neurons"
+    return EvaluationText(name, [head], windows, digest.hexdigest())
 
 
 class Frontier:
@@ -151,7 +78,8 @@ class Frontier:
         calibration: the samples that every method sees.
         texts: to evaluate on; the first is the calibration's own domain.
         seqlen: tokens of an evaluated window.
-        options: dtype, device and seed of every slicing run.
+        recipe: the choices that all methods share, but for their own (`METHODS`).
+        device: where slicing and evaluation run.
         settings: what else the results depend on, for the file.
         file: JSON; results in it are taken over where they were measured with the same settings.
 
@@ -163,9 +91,10 @@ class Frontier:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         calibration: Calibration,
-        texts: Sequence[TestText],
+        texts: Sequence[EvaluationText],
         seqlen: int,
-        options: SlicingOptions,
+        recipe: Recipe,
+        device: torch.device,
         settings: dict,
         file: Path,
         progress: Progress | None = None,
@@ -173,11 +102,11 @@ class Frontier:
         self.model, self.tokenizer = model, tokenizer
         self.fields = canonical_fields(model)
         self.calibration, self.texts, self.seqlen = calibration, texts, seqlen
-        self.options, self.file = options, file
+        self.recipe, self.device, self.file = recipe, device, file
         self.progress = progress or Progress(quiet=True)
         self.settings = settings | {
             "dense_parameters": self.fields["source_parameters"],
-            "dtype": str(options.dtype).removeprefix("torch."),
+            "dtype": str(model.dtype).removeprefix("torch."),
             "calibration_sha256": calibration_hash(calibration.batches),
             "texts": [{key: getattr(t, key) for key in ("name", "windows", "sha256")} for t in texts],
             "eval_seqlen": seqlen,
@@ -191,12 +120,13 @@ class Frontier:
             content = json.loads(self.file.read_text(encoding="utf-8"))
             there, points = content["settings"], content["points"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SliceGPTError(f"{self.file} is not a frontier's JSON file: {error!r}") from error
+            raise SliceGPTError(f"{self.file} is not a frontier's JSON file: {error!r}", "file") from error
         for name, value in self.settings.items():
             if there.get(name) != value:
                 raise SliceGPTError(
                     f"{self.file} holds results of other settings ({name}: {there.get(name)!r} there, "
-                    f"{value!r} asked); take another --output, or --overwrite it"
+                    f"{value!r} asked); take another folder, or overwrite it",
+                    "file",
                 )
         return points
 
@@ -224,7 +154,7 @@ class Frontier:
 
     def measure_on_device(self, model: PreTrainedModel) -> dict[str, float]:
         """`measure`, on the slicing's device where the model fits there, and back."""
-        with moved(model, torch.device(self.options.device)):
+        with moved(model, self.device):
             return self.measure(model)
 
     def record(
@@ -246,7 +176,7 @@ class Frontier:
 
     def sizes(self, config: SlicedConfig) -> dict:
         """True sizes of a planned model."""
-        total, decoder, width = stored_parameters(config), decoder_parameters(config), self.options.dtype
+        total, decoder, width = stored_parameters(config), decoder_parameters(config), self.model.dtype
         return {
             "parameters": total,
             "bytes": total * width.itemsize,
@@ -263,15 +193,14 @@ class Frontier:
         config = plan(self.fields, constant_widths(self.fields, self.fields["dense_hidden_size"]))
         sizes = self.sizes(config)
         sizes["parameters"] = self.fields["source_parameters"]
-        sizes["bytes"] = sizes["parameters"] * self.options.dtype.itemsize
+        sizes["bytes"] = sizes["parameters"] * self.model.dtype.itemsize
         start = time.perf_counter()
         nll = self.measure_on_device(self.model)
         return self.record("dense", widths, {}, sizes, time.perf_counter() - start, nll)
 
     def slicing_options(self, method: str) -> SlicingOptions:
         """The options of a method's slicing run."""
-        own = {name: getattr(self.options, name) for name in self.options.__dataclass_fields__}
-        return SlicingOptions(**(own | METHODS[method].slicing))
+        return SlicingOptions.of(METHODS[method].recipe(self.recipe), self.model.dtype, self.device)
 
     def sparse_point(self, make: Callable[[], PreTrainedModel]) -> dict:
         """SparseGPT's 2:4 model: half of the decoder's weights, and where they are (2 bits each)."""
@@ -301,9 +230,8 @@ class Frontier:
         if found:
             return found
         start = time.perf_counter()
-        seen, held_out = self.calibration.batches, self.calibration.held_out
-        sliced, report = slice_model(self.model, config, seen, slicing, self.progress, held_out)
-        with layer_by_layer(sliced, torch.device(self.options.device)):
+        sliced, report = slice_drawn(self.model, config, self.calibration, slicing, self.progress)
+        with layer_by_layer(sliced, self.device):
             nll = self.measure(sliced)
         neurons = {} if sliced.config.layer_neurons is None else {"neurons": sliced.config.layer_neurons}
         ridge = {"ridge": report.refit[0]["ridge"]} if report.refit else {}

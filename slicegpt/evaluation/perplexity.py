@@ -60,20 +60,20 @@ def perplexity(
     limits = {"seqlen": (seqlen, 2), "batch_size": (batch_size, 1), "max_windows": (max_windows, 1)}
     for name, (value, least) in limits.items():
         if value is not None and value < least:
-            raise SliceGPTError(f"perplexity: {name} must be at least {least}, got {value}")
+            raise SliceGPTError(f"must be at least {least}, got {value}", name)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
-        raise SliceGPTError(f"perplexity: seqlen={seqlen} is beyond the model's {positions} positions")
+        raise SliceGPTError(f"{seqlen} is beyond the model's {positions} positions", "seqlen")
     ids = encode_text("\n\n".join(documents), tokenizer)
     windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:max_windows]
     if not len(windows):
         raise SliceGPTError(
-            f"perplexity: the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}"
+            f"the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}", "documents"
         )
     start = time.perf_counter()
     total = sum(window_losses(model, windows, batch_size, progress))
     tokens = len(windows) * (seqlen - 1)
     nll = total / tokens
     if nll > 700:  # exp() overflows; a model that guesses evenly among a million tokens has 14
-        raise SliceGPTError(f"perplexity: the mean loss of a token is {nll:.4g} nats: the model is broken")
+        raise SliceGPTError(f"the mean loss of a token is {nll:.4g} nats: the model is broken", "model")
     return PerplexityResult(math.exp(nll), tokens, nll, len(windows), time.perf_counter() - start)

@@ -41,11 +41,12 @@ def check_interpreter(python: str) -> None:
     try:
         done = subprocess.run([python, "-c", "import llmcompressor"], capture_output=True, text=True)
     except OSError as error:
-        raise SliceGPTError(f"--sparsegpt-python: cannot run {python}: {error.strerror}") from error
+        raise SliceGPTError(f"cannot run {python}: {error.strerror}", "python") from error
     if done.returncode:
         raise SliceGPTError(
-            f"--sparsegpt-python: {python} has no llmcompressor (it pins its own transformers, so give it an "
-            f"environment: {INSTALL}); got: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+            f"{python} has no llmcompressor (it pins its own transformers, so give it an "
+            f"environment: {INSTALL}); got: {(done.stderr.strip().splitlines() or ['no message'])[-1]}",
+            "python",
         )
 
 

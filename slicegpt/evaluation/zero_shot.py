@@ -92,9 +92,9 @@ class ZeroShotTasks:
     ) -> None:
         for argument, value, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1)):
             if value is not None and value < least:
-                raise SliceGPTError(f"zero_shot: {argument} must be at least {least}, got {value}")
+                raise SliceGPTError(f"must be at least {least}, got {value}", argument)
         if include_path is not None and not Path(include_path).is_dir():
-            raise SliceGPTError(f"zero_shot: include_path: {include_path} is not a folder")
+            raise SliceGPTError(f"{include_path} is not a folder", "include_path")
         _check_lm_eval()
         self.num_fewshot, self.limit = num_fewshot, limit
         with _quiet_lm_eval():
@@ -107,12 +107,12 @@ class ZeroShotTasks:
         """The names with `paper` expanded and duplicates dropped, all of them known to lm-eval."""
         expanded = _expanded(names)
         if not expanded:
-            raise SliceGPTError("zero_shot: tasks: at least one name is needed")
+            raise SliceGPTError("at least one name is needed", "tasks")
         for name in expanded:
             if name not in self.manager.all_tasks:
                 near = difflib.get_close_matches(name, self.manager.all_tasks, n=3)
                 hint = f"; similar names: {', '.join(near)}" if near else ""
-                raise SliceGPTError(f"zero_shot: tasks: {name!r} is no task of lm-eval{hint}")
+                raise SliceGPTError(f"{name!r} is no task of lm-eval{hint}", "tasks")
         return list(dict.fromkeys(expanded))
 
     def _load(self, name: str) -> None:
@@ -121,9 +121,10 @@ class ZeroShotTasks:
             self.manager.load([name])
         except Exception as error:  # the network stack, datasets and YAML each raise their own
             raise SliceGPTError(
-                f"zero_shot: tasks: the data of {name!r} cannot be had: {first_line(error)}."
+                f"the data of {name!r} cannot be had: {first_line(error)}."
                 " The published tasks come from the Hugging Face hub; tasks on local files"
-                " (--include-path) need no network"
+                " (include_path) need no network",
+                "tasks",
             ) from error
 
     def score(
@@ -135,7 +136,7 @@ class ZeroShotTasks:
             SliceGPTError: the batch size is below 1, or a log-likelihood is not finite.
         """
         if batch_size < 1:
-            raise SliceGPTError(f"zero_shot: batch_size must be at least 1, got {batch_size}")
+            raise SliceGPTError(f"must be at least 1, got {batch_size}", "batch_size")
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -177,13 +178,13 @@ def _task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
 
 def _check_lm_eval() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise SliceGPTError('zero_shot: tasks need lm-eval: pip install "slicegpt[eval]"')
+        raise SliceGPTError('need lm-eval: pip install "slicegpt[eval]"', "tasks")
     version = importlib.metadata.version("lm_eval")
     numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
     if numbers < _OLDEST:
         wanted = ".".join(map(str, _OLDEST))
         raise SliceGPTError(
-            f'zero_shot: lm-eval must be {wanted} or later, got {version}: pip install "slicegpt[eval]"'
+            f'lm-eval must be {wanted} or later, got {version}: pip install "slicegpt[eval]"', "tasks"
         )
 
 
@@ -237,6 +238,6 @@ def _log_likelihoods(task: str, asked: list[dict[str, Any]]) -> list[list[float]
         rows.append([float(answer[0]) for answer in answers])
         if not all(map(math.isfinite, rows[-1])):
             raise SliceGPTError(
-                f"zero_shot: a log-likelihood of question {sample['doc_id']} of {task} is not finite"
+                f"a log-likelihood of question {sample['doc_id']} of {task} is not finite", "model"
             )
     return rows

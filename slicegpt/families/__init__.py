@@ -68,7 +68,7 @@ def family_of(config: PreTrainedConfig) -> Family:
             what = "an already sliced model"
         elif config.model_type in _NORMS_BEHIND_BLOCKS:
             why = ", whose blocks normalise what they write,"
-        raise SliceGPTError(f"model: {what}{why} is not supported; supported are {supported}")
+        raise SliceGPTError(f"{what}{why} is not supported; supported are {supported}", "model")
     return family
 
 

@@ -15,7 +15,9 @@ def cohere_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that a Cohere config determines."""
     if config.use_qk_norm:
         raise SliceGPTError(
-            "cohere: use_qk_norm=True (Command R+) is not supported: it normalises every head by a LayerNorm of its own"
+            "cohere: use_qk_norm=True (Command R+) is not supported: it normalises every head by a LayerNorm of its "
+            "own",
+            "model",
         )
     return llama_facts(config, config.layer_norm_eps) | {"parallel_blocks": True}
 

@@ -19,7 +19,7 @@ def gemma_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that a Gemma config determines; the stream is carried in units of `sqrt(D)`."""
     if getattr(config, "use_bidirectional_attention", None):
         raise SliceGPTError(
-            "gemma: use_bidirectional_attention=True is not supported: attention must be causal"
+            "gemma: use_bidirectional_attention=True is not supported: attention must be causal", "model"
         )
     return llama_facts(config, config.rms_norm_eps / config.hidden_size)
 

@@ -13,7 +13,8 @@ def olmo_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that an OLMo config determines."""
     if config.clip_qkv is not None:
         raise SliceGPTError(
-            f"olmo: clip_qkv={config.clip_qkv} is not supported: queries, keys and values must not be clipped"
+            f"olmo: clip_qkv={config.clip_qkv} is not supported: queries, keys and values must not be clipped",
+            "model",
         )
     return llama_facts(config, 1e-5)  # fixed in transformers' OlmoLayerNorm; the config has no such field
 

@@ -12,15 +12,17 @@ def opt_facts(config: PreTrainedConfig) -> dict:
     if not config.do_layer_norm_before:
         raise SliceGPTError(
             "opt: do_layer_norm_before=False (OPT-350m) is not supported: its norms come after the residual "
-            "addition, so rotating the stream between blocks would change the network's function"
+            "addition, so rotating the stream between blocks would change the network's function",
+            "model",
         )
     if config.word_embed_proj_dim != config.hidden_size:
         raise SliceGPTError(
-            f"opt: word_embed_proj_dim must equal hidden_size {config.hidden_size}, got {config.word_embed_proj_dim}"
+            f"opt: word_embed_proj_dim must equal hidden_size {config.hidden_size}, got {config.word_embed_proj_dim}",
+            "model",
         )
     if config._remove_final_layer_norm:
         raise SliceGPTError(
-            "opt: a model without a final LayerNorm (_remove_final_layer_norm) is not supported"
+            "opt: a model without a final LayerNorm (_remove_final_layer_norm) is not supported", "model"
         )
     return {
         "dense_hidden_size": config.hidden_size,

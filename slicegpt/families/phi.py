@@ -12,7 +12,7 @@ def phi_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that a Phi config determines."""
     if config.qk_layernorm:
         raise SliceGPTError(
-            "phi: qk_layernorm=True is not supported (Phi-1, Phi-1.5 and Phi-2 do not use it)"
+            "phi: qk_layernorm=True is not supported (Phi-1, Phi-1.5 and Phi-2 do not use it)", "model"
         )
     return llama_facts(config, config.layer_norm_eps) | {"parallel_blocks": True}
 

@@ -15,7 +15,8 @@ def stablelm_facts(config: PreTrainedConfig) -> dict:
     if config.qk_layernorm:
         raise SliceGPTError(
             "stablelm: qk_layernorm=True (StableLM 2 12B) is not supported: it normalises every head by a LayerNorm "
-            "of its own"
+            "of its own",
+            "model",
         )
     return llama_facts(config, config.layer_norm_eps) | {"parallel_blocks": config.use_parallel_residual}
 

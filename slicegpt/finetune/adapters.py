@@ -46,11 +46,11 @@ class AdapterOptions:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise SliceGPTError(f"finetune: rank must be at least 1, got {self.rank}")
+            raise SliceGPTError(f"must be at least 1, got {self.rank}", "rank")
         if not self.alpha > 0:
-            raise SliceGPTError(f"finetune: alpha must be above 0, got {self.alpha}")
+            raise SliceGPTError(f"must be above 0, got {self.alpha}", "alpha")
         if not 0 <= self.dropout < 1:
-            raise SliceGPTError(f"finetune: dropout must lie in [0, 1), got {self.dropout}")
+            raise SliceGPTError(f"must lie in [0, 1), got {self.dropout}", "dropout")
 
 
 def attach(model: SlicedForCausalLM, options: AdapterOptions) -> PeftModel:
@@ -65,7 +65,7 @@ def attach(model: SlicedForCausalLM, options: AdapterOptions) -> PeftModel:
 
     shortcuts = _trainable_shortcuts(model)
     if options.train_shortcuts and not shortcuts:
-        raise SliceGPTError("finetune: train_shortcuts: all shortcuts of this model are identities")
+        raise SliceGPTError("all shortcuts of this model are identities", "train_shortcuts")
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
@@ -99,8 +99,8 @@ def target_modules(model: SlicedForCausalLM, options: AdapterOptions) -> list[st
     if isinstance(options.targets, str):
         if options.targets not in TARGETS:
             raise SliceGPTError(
-                f"finetune: targets must be one of {', '.join(TARGETS)} or names of linear layers,"
-                f" got {options.targets!r}"
+                f"must be one of {', '.join(TARGETS)} or names of linear layers, got {options.targets!r}",
+                "targets",
             )
         chosen = TARGETS[options.targets]
         # Without a gate the MLP has no gate_proj.
@@ -108,8 +108,9 @@ def target_modules(model: SlicedForCausalLM, options: AdapterOptions) -> list[st
     unknown = sorted(set(options.targets) - linear)
     if unknown or not options.targets:
         raise SliceGPTError(
-            f"finetune: targets: {', '.join(unknown) or 'an empty list'}: this model's linear layers are"
-            f" {', '.join(sorted(linear))}"
+            f"{', '.join(unknown) or 'an empty list'}: this model's linear layers are"
+            f" {', '.join(sorted(linear))}",
+            "targets",
         )
     return sorted(set(options.targets))
 

@@ -47,13 +47,13 @@ def check_settings(folder: Path, settings: dict) -> None:
         begun = json.loads((folder / _SETTINGS).read_bytes())
     except (OSError, ValueError) as error:
         raise SliceGPTError(
-            f"finetune: cannot resume: {folder / _SETTINGS} cannot be read; pass overwrite to begin anew"
+            f"{folder / _SETTINGS} cannot be read; overwrite it to begin anew", "resume"
         ) from error
     for name, value in json.loads(json.dumps(settings)).items():
         if begun.get(name) != value:
             raise SliceGPTError(
-                f"finetune: cannot resume: the run in {folder} was begun with {name} = {begun.get(name)!r},"
-                f" now it is {value!r}"
+                f"the run in {folder} was begun with {name} = {begun.get(name)!r}, now it is {value!r}",
+                "resume",
             )
 
 

@@ -69,22 +69,23 @@ def training_text(
         ("eval_samples", eval_samples, 1),
     ):
         if value is not None and value < least:
-            raise SliceGPTError(f"finetune: {name} must be at least {least}, got {value}")
+            raise SliceGPTError(f"must be at least {least}, got {value}", name)
     windows = _windows(documents, tokenizer, seqlen, seed, "data")
     if eval_documents is not None:
         held_out = _windows(eval_documents, tokenizer, seqlen, seed, "eval_data")[:eval_samples]
     else:
         if len(windows) < 2:
             raise SliceGPTError(
-                f"finetune: data: one window of {seqlen} tokens cannot be split into text to train on and text"
-                " to evaluate on; add text, lower seqlen, or give eval_data"
+                f"one window of {seqlen} tokens cannot be split into text to train on and text"
+                " to evaluate on; add text, lower seqlen, or give eval_data",
+                "data",
             )
         count = min(eval_samples, max(1, len(windows) // 10))
         held_out, windows = windows[:count], windows[count:]
     if nsamples is not None and nsamples > len(windows):
         raise SliceGPTError(
-            f"finetune: nsamples={nsamples} windows of {seqlen} tokens were asked for; the text has"
-            f" {len(windows)} to train on"
+            f"{nsamples} windows of {seqlen} tokens were asked for; the text has {len(windows)} to train on",
+            "nsamples",
         )
     return TrainingText(Windows(windows[:nsamples]), Windows(held_out))
 
@@ -96,7 +97,7 @@ def _windows(
     count = len(ids) // seqlen
     if not count:
         raise SliceGPTError(
-            f"finetune: {name}: the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}"
+            f"the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}", name
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return ids[: count * seqlen].view(count, seqlen)[order]

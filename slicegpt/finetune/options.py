@@ -57,15 +57,15 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "epochs", "eval_every", "patience"):
             if getattr(self, name) < 1:
-                raise SliceGPTError(f"finetune: {name} must be at least 1, got {getattr(self, name)}")
+                raise SliceGPTError(f"must be at least 1, got {getattr(self, name)}", name)
         if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
-            raise SliceGPTError(f"finetune: max_minutes must be above 0, got {self.max_minutes}")
+            raise SliceGPTError(f"must be above 0, got {self.max_minutes}", "max_minutes")
         for name in ("weight_decay", "shortcut_scale"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise SliceGPTError(f"finetune: {name} must be at least 0, got {getattr(self, name)}")
+                raise SliceGPTError(f"must be at least 0, got {getattr(self, name)}", name)
         if not 0 <= self.teacher_weight <= 1:
-            raise SliceGPTError(f"finetune: teacher_weight must lie in [0, 1], got {self.teacher_weight}")
+            raise SliceGPTError(f"must lie in [0, 1], got {self.teacher_weight}", "teacher_weight")
         if self.precision not in PRECISIONS:
             raise SliceGPTError(
-                f"finetune: precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+                f"must be one of {', '.join(PRECISIONS)}, got {self.precision!r}", "precision"
             )

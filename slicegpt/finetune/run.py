@@ -19,8 +19,9 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from slicegpt.checkpoint.folders import check_output
 from slicegpt.checkpoint.loading import load_dense
-from slicegpt.checkpoint.saving import check_output, read_record, save_sliced
+from slicegpt.checkpoint.saving import read_record, save_sliced
 from slicegpt.errors import SliceGPTError
 from slicegpt.finetune import checkpoints
 from slicegpt.finetune.adapters import AdapterOptions, attach, merge
@@ -139,17 +140,17 @@ def _sliced_record(folder: str | Path) -> dict:
     record = read_record(folder) if Path(folder).is_dir() else None
     if record is None:
         raise SliceGPTError(
-            f"finetune: {folder} is not a folder that `slicegpt slice` wrote (no slicing.json)"
+            f"{folder} is not a folder that `slicegpt slice` wrote (no slicing.json)", "folder"
         )
     return record
 
 
 def _check_fits(model: PreTrainedModel, options: TrainingOptions) -> None:
     if not isinstance(model.config, SlicedConfig):
-        raise SliceGPTError(f"finetune: expected a sliced model, got {type(model).__name__}")
+        raise SliceGPTError(f"must be a sliced model, got {type(model).__name__}", "folder")
     positions = model.config.max_position_embeddings
     if options.seqlen > positions:
-        raise SliceGPTError(f"finetune: seqlen={options.seqlen} is beyond the model's {positions} positions")
+        raise SliceGPTError(f"{options.seqlen} is beyond the model's {positions} positions", "seqlen")
 
 
 def _training_arguments(
@@ -248,7 +249,8 @@ def _prepare(work: Path, settings: dict, resume: bool, overwrite: bool) -> Path 
         checkpoints.check_settings(work, settings)
     elif checkpoint is not None and not overwrite:
         raise SliceGPTError(
-            f"finetune: {work} holds an unfinished run; pass --resume to go on with it, or --overwrite to start anew"
+            f"{work} holds an unfinished run; resume it, or overwrite it to start anew",
+            "output",
         )
     else:
         checkpoint = None
@@ -282,8 +284,9 @@ def _load_teacher(name: str | None, model: PreTrainedModel, dtype: torch.dtype) 
     teacher, _ = load_dense(name, dtype)
     if teacher.config.vocab_size != model.config.vocab_size:
         raise SliceGPTError(
-            f"finetune: teacher: {name} has {teacher.config.vocab_size} tokens in its vocabulary, the sliced model"
-            f" {model.config.vocab_size}"
+            f"{name} has {teacher.config.vocab_size} tokens in its vocabulary, the sliced model"
+            f" {model.config.vocab_size}",
+            "teacher",
         )
     return teacher
 
@@ -293,8 +296,8 @@ def _with_advice(error: NonFinite, work: Path) -> SliceGPTError:
     state = (
         "no checkpoint was saved before it" if checkpoint is None else f"the last good state is {checkpoint}"
     )
-    then = "begin again" if checkpoint is None else "pass --resume"
-    return SliceGPTError(f"finetune: {error}; {state}; {then} with a lower --learning-rate")
+    then = "begin again" if checkpoint is None else "resume"
+    return SliceGPTError(f"{error}; {state}; {then} with a lower learning rate")
 
 
 class _Report(TrainerCallback):

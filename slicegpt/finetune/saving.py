@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slicegpt.checkpoint.folders import atomic_folder
 from slicegpt.checkpoint.record import versions
-from slicegpt.checkpoint.saving import atomic_folder
 from slicegpt.finetune.adapters import ADAPTER, AdapterOptions
 from slicegpt.finetune.data import TrainingText
 from slicegpt.finetune.options import TrainingOptions

@@ -34,13 +34,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not 0 < self.peak < math.inf:
-            raise SliceGPTError(f"finetune: learning_rate must be above 0, got {self.peak}")
+            raise SliceGPTError(f"must be above 0, got {self.peak}", "learning_rate")
         if not 0 <= self.warmup < 1:
-            raise SliceGPTError(f"finetune: warmup must lie in [0, 1), got {self.warmup}")
+            raise SliceGPTError(f"must lie in [0, 1), got {self.warmup}", "warmup")
         if self.kind not in SCHEDULES:
-            raise SliceGPTError(
-                f"finetune: schedule must be one of {', '.join(SCHEDULES)}, got {self.kind!r}"
-            )
+            raise SliceGPTError(f"must be one of {', '.join(SCHEDULES)}, got {self.kind!r}", "schedule")
 
     def rate(self, progress: float) -> float:
         """The learning rate at `progress` in [0, 1] through the run."""

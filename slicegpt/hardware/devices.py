@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slicegpt.errors import SliceGPTError
+
 # Compute capabilities with double-precision tensor cores at half of the float32 rate or more. sm_86, 89,
 # 103 and 120 compute in float64 at 1/64 of it.
 FP64_TENSOR_CORES = frozenset({(8, 0), (9, 0), (10, 0)})
@@ -31,6 +33,39 @@ RATES = {
 }
 # A device unknown here is most likely one without float64 units.
 UNKNOWN = RATES[8, 9]
+
+
+def find_device(device: str | torch.device | None = "auto") -> torch.device:
+    """The torch device that is meant: None and "auto" take the first GPU where there is one.
+
+    Raises:
+        SliceGPTError: no such device, or none on this machine.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise SliceGPTError(f"expected cpu or cuda[:N], got {device!r}", "device") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise SliceGPTError(
+            f"{device} is not there; this machine has {torch.cuda.device_count()} CUDA devices", "device"
+        )
+    return found
+
+
+def find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The floating torch dtype that is meant ("bfloat16", `torch.bfloat16`); None for None and "auto".
+
+    Raises:
+        SliceGPTError: no such dtype.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise SliceGPTError(f"must be a floating dtype such as float16, got {dtype!r}", "dtype")
+    return found
 
 
 def rates_of(capability: tuple[int, int]) -> Rates:

@@ -35,7 +35,7 @@ def window_losses(
                 advance(len(batch))
                 bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
                 if bad is not None:
-                    raise SliceGPTError(f"perplexity: the loss of window {bad} is {losses[bad]}")
+                    raise SliceGPTError(f"the loss of window {bad} is {losses[bad]}", "model")
     return losses
 
 

@@ -64,18 +64,16 @@ class Runtime:
         decoder: str = "auto",
     ):
         if decoder not in ("auto", *DECODERS):
-            raise SliceGPTError(
-                f"Runtime: decoder must be one of auto, {', '.join(DECODERS)}, got {decoder!r}"
-            )
+            raise SliceGPTError(f"must be one of auto, {', '.join(DECODERS)}, got {decoder!r}", "decoder")
         if prefill_chunk < 1:
-            raise SliceGPTError(f"Runtime: prefill_chunk must be at least 1, got {prefill_chunk}")
+            raise SliceGPTError(f"must be at least 1, got {prefill_chunk}", "prefill_chunk")
         canonical = to_canonical(model)
         self.config = canonical.config
         limit, reason = position_limit(self.config)
         if max_length is not None and max_length < 1:
-            raise SliceGPTError(f"Runtime: max_length must be at least 1, got {max_length}")
+            raise SliceGPTError(f"must be at least 1, got {max_length}", "max_length")
         if max_length is not None and max_length > limit and reason is not None:
-            raise SliceGPTError(f"Runtime: max_length must be at most {limit}, {reason}, got {max_length}")
+            raise SliceGPTError(f"must be at most {limit}, {reason}, got {max_length}", "max_length")
         self.max_length = max_length or limit
         self.prefill_chunk = prefill_chunk
         self.network = Network(pack(canonical, self.max_length, release or canonical is not model))
@@ -183,7 +181,7 @@ class Runtime:
             SliceGPTError: shapes, padding on the right, or more tokens than `max_length`.
         """
         if max_new_tokens < 1:
-            raise SliceGPTError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}")
+            raise SliceGPTError(f"must be at least 1, got {max_new_tokens}", "max_new_tokens")
         input_ids, mask = self._checked(input_ids, attention_mask, max_new_tokens)
         return self._stream(
             input_ids, mask, max_new_tokens, sampling or Sampling(), seed, () if ignore_eos else self.stop_ids
@@ -259,9 +257,10 @@ class Runtime:
             return "graph" if self.device.type == "cuda" else "fused" if fused else "growing"
         if self.decoder == "fused" and not fused:
             raise SliceGPTError(
-                f"Runtime: decoder 'fused' needs the CPU's kernels ({cpu_extension.why_not() or 'they are there'}), "
+                f"'fused' needs the CPU's kernels ({cpu_extension.why_not() or 'they are there'}), "
                 f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and "
-                f"{cpu_gemm.rows_text(cpu_gemm.most_rows(dtype))}, got {batch} of {dtype} on {self.device}"
+                f"{cpu_gemm.rows_text(cpu_gemm.most_rows(dtype))}, got {batch} of {dtype} on {self.device}",
+                "decoder",
             )
         return self.decoder
 
@@ -275,33 +274,33 @@ class Runtime:
         """Ids on the device, and the mask as bool; None where nothing is padded."""
         if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
             raise SliceGPTError(
-                f"generate: input_ids must be integers [batch, tokens], at least one, got {list(input_ids.shape)} "
-                f"of {input_ids.dtype}"
+                f"must be integers [batch, tokens], at least one, got {list(input_ids.shape)} "
+                f"of {input_ids.dtype}",
+                "input_ids",
             )
         length = input_ids.shape[1]
         if length + new_tokens > self.max_length:
             raise SliceGPTError(
-                f"generate: {length} tokens and {new_tokens} new ones exceed max_length {self.max_length}"
+                f"{length} tokens and {new_tokens} new ones exceed max_length {self.max_length}",
+                "max_new_tokens",
             )
         vocabulary = self.config.vocab_size
         if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocabulary:
             raise SliceGPTError(
-                f"generate: input_ids must lie in [0, {vocabulary}), got {int(input_ids.min())} "
-                f"to {int(input_ids.max())}"
+                f"must lie in [0, {vocabulary}), got {int(input_ids.min())} to {int(input_ids.max())}",
+                "input_ids",
             )
         input_ids = input_ids.to(self.device, torch.long)
         if attention_mask is None:
             return input_ids, None
         if attention_mask.shape != input_ids.shape:
             raise SliceGPTError(
-                f"generate: attention_mask must be {list(input_ids.shape)} as input_ids, "
-                f"got {list(attention_mask.shape)}"
+                f"must be {list(input_ids.shape)} as input_ids, got {list(attention_mask.shape)}",
+                "attention_mask",
             )
         mask = attention_mask.to(self.device).bool()
         if not bool(mask[:, -1].all() and (mask[:, 1:] | ~mask[:, :-1]).all()):
-            raise SliceGPTError(
-                "generate: attention_mask must be padded on the left only, got another pattern"
-            )
+            raise SliceGPTError("must be padded on the left only, got another pattern", "attention_mask")
         return input_ids, None if bool(mask.all()) else mask
 
 

@@ -35,7 +35,7 @@ def fuse_layers(model: SlicedForCausalLM, release: bool = False) -> SlicedForCau
     """
     if not isinstance(model, SlicedForCausalLM):
         raise SliceGPTError(
-            f"fuse_layers: model must be a SlicedForCausalLM, got {type(model).__name__}; see to_canonical"
+            f"must be a SlicedForCausalLM, got {type(model).__name__}; see to_canonical", "model"
         )
     check_one_device("fuse_layers", model)
     for layer in model.model.layers:

@@ -157,7 +157,7 @@ def check_one_device(what: str, model: nn.Module) -> None:
     """Refuse a model that is spread over devices, or in part offloaded: its layers' hooks would not be called."""
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
-        raise SliceGPTError(f"{what}: the model must be on one device, got {', '.join(devices)}")
+        raise SliceGPTError(f"must be on one device, got {', '.join(devices)}", "model")
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
     if trunk.rotary_emb is not None:
         if trunk.rotary_emb.rope_type in UNSUPPORTED_ROPE:
             raise SliceGPTError(
-                f"runtime: rope type {trunk.rotary_emb.rope_type!r} is not supported; use the plain model"
+                f"rope type {trunk.rotary_emb.rope_type!r} is not supported; use the plain model", "model"
             )
         rotary = rotary_table(trunk.rotary_emb, embedding, max_positions or position_limit(config)[0])
     blocks: list[PackedBlock] = []
@@ -215,7 +215,7 @@ def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...
     if config.hidden_act not in ACTIVATION_NAMES or (config.gated_mlp and config.hidden_act == "relu"):
         gated = "gated " if config.gated_mlp else ""
         raise SliceGPTError(
-            f"runtime: {gated}activation {config.hidden_act!r} is not supported; use the plain model"
+            f"{gated}activation {config.hidden_act!r} is not supported; use the plain model", "model"
         )
     if config.parallel_blocks:
         parts = [(layer.input_norm, (layer.self_attn, layer.mlp), layer.shortcut)]

@@ -26,11 +26,11 @@ class Sampling:
 
     def __post_init__(self):
         if not self.temperature > 0:
-            raise SliceGPTError(f"generate: temperature must be above 0, got {self.temperature}")
+            raise SliceGPTError(f"must be above 0, got {self.temperature}", "temperature")
         if self.top_k < 0:
-            raise SliceGPTError(f"generate: top_k must be at least 0, got {self.top_k}")
+            raise SliceGPTError(f"must be at least 0, got {self.top_k}", "top_k")
         if not 0 < self.top_p <= 1:
-            raise SliceGPTError(f"generate: top_p must lie in (0, 1], got {self.top_p}")
+            raise SliceGPTError(f"must lie in (0, 1], got {self.top_p}", "top_p")
 
     def filtered(self, logits: Tensor) -> Tensor:
         """Float32 logits [batch, vocab_size] at this temperature, minus infinity where a filter drops the token."""

@@ -19,16 +19,14 @@ def check_vllm() -> None:
     """An error where vLLM is missing, or would not load our plugin."""
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
-        raise SliceGPTError(f"serve: vLLM is not installed here: {INSTALL}")
+        raise SliceGPTError(f"vLLM is not installed here: {INSTALL}")
     if not any(point.name == PLUGIN for point in entry_points(group=PLUGIN_GROUP)):
         raise SliceGPTError(
-            "serve: this slicegpt is not installed, only importable, so vLLM cannot find its plugin: pip install it"
+            "this slicegpt is not installed, only importable, so vLLM cannot find its plugin: pip install it"
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
-        raise SliceGPTError(
-            f"serve: VLLM_PLUGINS={allowed!r} leaves out {PLUGIN!r}; add it or unset the variable"
-        )
+        raise SliceGPTError(f"VLLM_PLUGINS={allowed!r} leaves out {PLUGIN!r}; add it or unset the variable")
 
 
 def server_command(model: str, options: list[str]) -> list[str]:
@@ -39,8 +37,8 @@ def server_command(model: str, options: list[str]) -> list[str]:
     """
     folder = Path(model)
     if folder.exists() and not (folder / "config.json").is_file():
-        raise SliceGPTError(f"serve: {model} has no config.json: it is not a Hugging Face model folder")
+        raise SliceGPTError(f"{model} has no config.json: it is not a Hugging Face model folder", "model")
     if not folder.exists() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
-        raise SliceGPTError(f"serve: {model} does not exist (and cannot be a hub id)")
+        raise SliceGPTError(f"{model} does not exist (and cannot be a hub id)", "model")
     check_vllm()
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]

@@ -6,8 +6,6 @@ import torch
 
 from slicegpt.ops import gram_
 
-SIGNALS = ("residual", "normalized")
-
 
 class Covariance:
     """`C = Σ xᵀ x` over all tokens that are not padding (paper section 3.4, equation 8).

@@ -118,5 +118,5 @@ def held_out_warning(check: dict) -> str | None:
     )
     return (
         f"the calibration text is small: on windows of it that were held out the model loses {check['held_out']:.3f} "
-        f"nats a token, {compared}{flattered}; raise --nsamples or --seqlen"
+        f"nats a token, {compared}{flattered}; raise nsamples or seqlen"
     )

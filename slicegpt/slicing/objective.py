@@ -54,11 +54,9 @@ class Objective:
 
     def __post_init__(self):
         if not self.ridges or min(self.ridges) <= 0 or list(self.ridges) != sorted(set(self.ridges)):
-            raise SliceGPTError(f"Objective: ridges must be above 0 and ascending, got {self.ridges}")
+            raise SliceGPTError(f"must be above 0 and ascending, got {self.ridges}", "ridges")
         if self.unjudged_ridge not in self.ridges:
-            raise SliceGPTError(
-                f"Objective: unjudged_ridge must be one of {self.ridges}, got {self.unjudged_ridge}"
-            )
+            raise SliceGPTError(f"must be one of {self.ridges}, got {self.unjudged_ridge}", "unjudged_ridge")
 
     # --- tokens ------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,13 @@
 """How to slice, and what slicing saw."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 import torch
 
-from slicegpt.conversion.plan import ORIENTATIONS
 from slicegpt.errors import SliceGPTError
-from slicegpt.slicing.covariance import SIGNALS
+from slicegpt.recipe import AUTO, ORIENTATIONS, SIGNALS, Recipe
 from slicegpt.slicing.streams import STORAGES
 
 
@@ -47,22 +48,40 @@ class SlicingOptions:
 
     def __post_init__(self):
         for name, value, allowed in (
-            ("--orientation", self.orientation, ORIENTATIONS),
-            ("--signal", self.signal, SIGNALS),
-            ("--activation-storage", self.activation_storage, STORAGES),
+            ("orientation", self.orientation, ORIENTATIONS),
+            ("signal", self.signal, SIGNALS),
+            ("activation_storage", self.activation_storage, STORAGES),
         ):
             if value not in allowed:
-                raise SliceGPTError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
+                raise SliceGPTError(f"must be one of {', '.join(allowed)}, got {value!r}", name)
         if not 0 <= self.vocabulary_prior < float("inf"):
-            raise SliceGPTError(
-                f"--vocabulary-prior: must be a weight of at least 0, got {self.vocabulary_prior}"
-            )
+            raise SliceGPTError(f"must be at least 0, got {self.vocabulary_prior}", "vocabulary_prior")
         if self.ridge is not None and not 0 < self.ridge < float("inf"):
-            raise SliceGPTError(f"--ridge: must be above 0, got {self.ridge}")
+            raise SliceGPTError(f"must be above 0, got {self.ridge}", "ridge")
         if self.neuron_multiple < 1:
-            raise SliceGPTError(f"neuron_multiple: must be at least 1, got {self.neuron_multiple}")
+            raise SliceGPTError(f"must be at least 1, got {self.neuron_multiple}", "neuron_multiple")
         if not 0 < self.fitted <= 1:
-            raise SliceGPTError(f"--refit-share: must lie in (0, 1], got {self.fitted}")
+            raise SliceGPTError(f"must lie in (0, 1], got {self.fitted}", "fitted")
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, dtype: torch.dtype, device: torch.device, activation_storage: str = "auto"
+    ) -> SlicingOptions:
+        """What a recipe says of how to slice; the rest is the machine's."""
+        return cls(
+            dtype,
+            device,
+            recipe.orientation,
+            recipe.signal,
+            activation_storage,
+            recipe.seed,
+            recipe.vocabulary_prior,
+            refit=recipe.refit,
+            ridge=None if recipe.ridge == AUTO else recipe.ridge,
+            fitted=recipe.refit_share,
+            allocate=recipe.allocate,
+            neuron_multiple=recipe.round_to,
+        )
 
 
 @dataclass

@@ -32,7 +32,7 @@ def check_finite(sums: Covariance | Moments, block: Block | None) -> None:
         where = "the embedding" if block is None else f"layer {block.layer} ({' and '.join(block.parts)})"
         raise SliceGPTError(
             f"activations: NaN or infinity in the stream after {where}; if the model is sound, the dtype "
-            "overflows: try --dtype float32 or bfloat16"
+            "overflows: try dtype float32 or bfloat16"
         )
 
 

@@ -87,7 +87,7 @@ class Slicer:
         self.remaining: list[tuple[int, dict[float, float | None]]] = []
         self.prunes = deletes_neurons(config)
         if self.prunes and not options.refit:
-            raise SliceGPTError("--neurons: which of them to delete is decided by the refit, got --no-refit")
+            raise SliceGPTError("which of them to delete is decided by the refit, which is off", "neurons")
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
         self.carried = ridges[0]
@@ -162,7 +162,7 @@ class Slicer:
             return None
         config, options = self.config, self.options
         if not len(self.propagation.streams):
-            raise SliceGPTError(f"batches: boundary {boundary} needs calibration tokens, got none")
+            raise SliceGPTError(f"boundary {boundary} needs calibration tokens, got none", "batches")
         return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
     # --- steps -------------------------------------------------------------------------------------------------

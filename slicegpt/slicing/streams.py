@@ -30,9 +30,8 @@ def choose_storage(activation_storage: str, stream_bytes: int, device: torch.dev
         SliceGPTError: `activation_storage` is none of these.
     """
     if activation_storage not in STORAGES:
-        raise SliceGPTError(
-            f"--activation-storage: must be one of {', '.join(STORAGES)}, got {activation_storage!r}"
-        )
+        allowed = ", ".join(STORAGES)
+        raise SliceGPTError(f"must be one of {allowed}, got {activation_storage!r}", "activation_storage")
     if device.type != "cuda" or activation_storage == "device":
         return device
     if activation_storage == "host":

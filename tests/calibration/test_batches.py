@@ -199,5 +199,5 @@ def test_text_too_short(tiny_tokenizer, documents):
 
 @pytest.mark.parametrize("argument", ["nsamples", "seqlen", "batch_size"])
 def test_arguments_out_of_range(argument, tiny_tokenizer, documents):
-    with pytest.raises(SliceGPTError, match=f"sample_batches: {argument} must be at least 1, got 0"):
+    with pytest.raises(SliceGPTError, match=f"{argument}: must be at least 1, got 0"):
         sample_batches(documents, tiny_tokenizer, **{argument: 0})

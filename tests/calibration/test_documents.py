@@ -107,9 +107,9 @@ def test_what_names_nothing(tmp_path):
         load_documents(str(tmp_path / "absent.txt"))
     with pytest.raises(SliceGPTError, match=r"has no \.txt files"):
         load_documents(str(tmp_path))
-    with pytest.raises(SliceGPTError, match="the name of the text is empty"):
+    with pytest.raises(SliceGPTError, match="spec: must name a text, got an empty name"):
         load_documents("")
-    with pytest.raises(SliceGPTError, match="split must be 'train' or 'test', got 'validation'"):
+    with pytest.raises(SliceGPTError, match="split: must be 'train' or 'test', got 'validation'"):
         load_documents("python-reference", "validation")
     with pytest.raises(SliceGPTError, match="python-reference has no columns: text_column='body'"):
         load_documents("python-reference", text_column="body")

@@ -99,7 +99,7 @@ def test_refusals_are_one_line(hub, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(["push", str(folder), "someone/small"]) == 2
     error = capsys.readouterr().err
-    assert "push: the hub did not take 'someone/small'" in error
+    assert "USER/NAME: the hub did not take 'someone/small'" in error
     assert len(error.strip().splitlines()) == 1
     assert not hub.files
 

@@ -15,6 +15,7 @@ from support.command_line import bad
 from support.tiny_models import relative_error, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
+import slicegpt.checkpoint.folders
 import slicegpt.checkpoint.saving
 from slicegpt.cli import main
 
@@ -253,24 +254,30 @@ def test_ridge_is_chosen_unless_given(folder, text, tmp_path, ridge, chosen):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("--slice", "1.0"), r"--slice: the fraction must lie in \[0, 1\), got 1.0"),
+        (("--slice", "1.0"), r"--slice: must lie in \[0, 1\), got 1.0"),
         (("--slice", "-0.25"), "got -0.25"),
         (("--slice", "nan"), "got nan"),
-        (("--slice", "0.9"), "less than one attention head"),
-        (("--params", "0"), "--params: the fraction of parameters to keep"),
-        (("--params", "0.1"), "cannot be reached"),
+        (("--slice", "0.9"), "--slice: boundary 0 .* less than one attention head"),
+        (("--params", "0"), r"--params: must lie in \(0, 1\], got 0.0"),
+        (("--params", "0.1"), "--params: .* cannot be reached"),
         (("--target-bytes", "nan"), "--target-bytes"),
         (("--widths", "no/such.json"), "--widths: cannot read"),
         (
             ("--slice", "0.25", "--neurons", "1"),
-            r"--neurons: the fraction to delete must lie in \[0, 1\), got 1.0",
+            r"--neurons: must lie in \[0, 1\) or be auto, got 1.0",
         ),
-        (("--slice", "0.25", "--neurons", "0.5", "--no-refit"), "--neurons: .*got --no-refit"),
+        (("--slice", "0.25", "--neurons", "0.5", "--no-refit"), "--neurons: .*got 0.5 without it"),
         (("--slice", "0.25", "--ridge", "0.1", "--no-refit"), "--ridge: needs the output refit, got 0.1"),
         (("--slice", "0.25", "--refit-share", "0.5", "--no-refit"), "--refit-share: needs the output refit"),
         (("--slice", "0.25", "--refit-share", "0"), r"--refit-share: must lie in \(0, 1\], got 0"),
-        (("--slice", "0.25", "--nsamples", "100000"), "100000 samples of 32 tokens need 3,200,000 tokens"),
-        (("--slice", "0.25", "--orientation", "pca", "--shortcut", "compact"), "compact shortcuts need"),
+        (
+            ("--slice", "0.25", "--nsamples", "100000"),
+            "--nsamples: 100000 samples of 32 tokens need 3,200,000 tokens",
+        ),
+        (
+            ("--slice", "0.25", "--orientation", "pca", "--shortcut", "compact"),
+            "--orientation: compact shortcuts need",
+        ),
         (("--slice", "0.25", "--device", "cuda:77"), "--device: cuda:77 is not there"),
         (("--slice", "0.25", "--device", "tpu9"), "--device: expected cpu or cuda"),
     ],
@@ -327,7 +334,10 @@ def test_existing_output(folder, text, result, tmp_path, capsys):
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").write_text("kept")
-    assert_error(bad(capsys, *slice_into(folder, text, output)), "exists already.*--overwrite")
+    assert_error(
+        bad(capsys, *slice_into(folder, text, output)),
+        "--output: .*exists already; choose another folder, or overwrite it",
+    )
     assert (output / "precious").read_text() == "kept"
     assert main([*map(str, slice_into(folder, text, output)), "--overwrite"]) == 0
     assert not (output / "precious").exists()
@@ -372,7 +382,7 @@ def test_non_finite_activations(tiny_tokenizer, text, tmp_path, capsys):
 
 def test_no_space_before_slicing(folder, text, tmp_path, capsys, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(slicegpt.checkpoint.saving.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(slicegpt.checkpoint.folders.shutil, "disk_usage", lambda _: usage)
     assert_error(bad(capsys, *slice_into(folder, text, tmp_path / "out")), "--output: no space left")
     assert not list(tmp_path.iterdir())
 

@@ -30,7 +30,7 @@ def test_width_for_slice(dense, fraction, multiple, width):
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
 def test_fraction_out_of_range(fraction):
-    with pytest.raises(SliceGPTError, match=r"--slice: the fraction must lie in \[0, 1\), got"):
+    with pytest.raises(SliceGPTError, match=r"slice: must lie in \[0, 1\), got"):
         width_for_slice(576, fraction, 8)
 
 
@@ -78,14 +78,14 @@ def test_plan_for_parameters_is_the_widest_that_fits(fields, fraction):
 
 
 def test_unreachable_size():
-    with pytest.raises(SliceGPTError, match="size: 1000 elements cannot be reached; at width 16"):
+    with pytest.raises(SliceGPTError, match="target: 1000 elements cannot be reached; at width 16"):
         plan_for_parameters(FIELDS, 1000, Shape(round_to=8))
 
 
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ([40] * 5, "7 widths are needed"),
+        ([40] * 5, "widths: must be 7, one a boundary, got 5"),
         ([40] * 6 + [49], "boundary 6 must be a whole number up to 48, got 49"),
         ([40.0] * 7, "boundary 0 must be a whole number"),
         ([40] * 3 + [8] + [40] * 3, "boundary 3 would keep 8 of 48 columns, less than one attention head"),

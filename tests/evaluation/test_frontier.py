@@ -21,15 +21,8 @@ from slicegpt.checkpoint.loading import load_dense
 from slicegpt.cli import main
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.errors import SliceGPTError
-from slicegpt.evaluation.frontier import (
-    METHODS,
-    cut_text,
-    describe_widths,
-    loss_ratio,
-    plan_point,
-    table_rows,
-    untied,
-)
+from slicegpt.evaluation.frontier import cut_text, loss_ratio, table_rows
+from slicegpt.evaluation.methods import BASES, METHODS, describe_widths, plan_point, untied
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.sparsegpt import check_2_4, decoder_linears, sparse_sizes, sparsegpt_2_4
 from slicegpt.families import canonical_fields
@@ -112,12 +105,14 @@ def test_untied_is_the_same_network(family):
 def test_the_widest_that_fits(folder, basis, method):
     fields = canonical_fields(load_dense(str(folder))[0])
     config = plan_point(METHODS[method], fields, 0.8, basis, 4)
-    count = slicegpt.evaluation.frontier.BASES[basis]
+    count = BASES[basis]
     dense = plan(fields, constant_widths(fields, fields["dense_hidden_size"]))
     limit = 0.8 * (fields["source_parameters"] if basis == "total" else count(dense))
     step = METHODS[method].round_to or 4
     own = untied(fields) if METHODS[method].untied else fields
-    wider = plan(own, constant_widths(own, config.boundary_widths[0] + step), METHODS[method].shape)
+    wider = plan(
+        own, constant_widths(own, config.boundary_widths[0] + step), Shape.of(METHODS[method].recipe())
+    )
     assert count(config) <= limit + 0.5 < count(wider)
 
 
@@ -151,7 +146,7 @@ def test_points_are_what_slicing_and_evaluating_give(folder, text, tmp_path, cap
 def test_resumes_and_reruns(folder, text, tmp_path, monkeypatch, capsys):
     """An interrupted run keeps its points; the same command measures the rest only; --rerun one method only."""
     sliced = []
-    real = slicegpt.evaluation.frontier.slice_model
+    real = slicegpt.evaluation.frontier.slice_drawn
 
     def interrupted(model, config, *rest):
         if len(sliced) == 2:
@@ -160,7 +155,7 @@ def test_resumes_and_reruns(folder, text, tmp_path, monkeypatch, capsys):
         return real(model, config, *rest)
 
     command = arguments(folder, text, tmp_path, "--method", "published,ours")
-    monkeypatch.setattr(slicegpt.evaluation.frontier, "slice_model", interrupted)
+    monkeypatch.setattr(slicegpt.evaluation.frontier, "slice_drawn", interrupted)
     assert main(command) == 130
     kept = json.loads((tmp_path / "frontier.json").read_text())["points"]
     assert len(kept) == 3
@@ -208,7 +203,7 @@ def test_table_and_ratio():
             "--method: must be among ours, equal, columns, compact, published, sparsegpt-2:4, got 'theirs'",
         ),
         ("--data", "python-reference,", "--data: every name must be given once"),
-        ("--sizes", "0.01", "size: .* cannot be reached"),
+        ("--sizes", "0.01", "--sizes: .* cannot be reached"),
     ],
 )
 def test_bad_input(folder, text, tmp_path, capsys, option, value, message):

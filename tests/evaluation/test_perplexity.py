@@ -18,8 +18,8 @@ from transformers import (
 
 from slicegpt.calibration import encode_text
 from slicegpt.errors import SliceGPTError
-from slicegpt.evaluation import perplexity as evaluate
 from slicegpt.evaluation.perplexity import perplexity
+from slicegpt.modeling import losses
 
 VOCABULARY = 512
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -68,7 +68,7 @@ def test_matches_plain_cross_entropy(name, tiny_tokenizer, documents, monkeypatc
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()
     # 50 positions at a time: pieces end inside windows, and the last piece of a batch is shorter.
-    monkeypatch.setattr(evaluate, "_LOGITS_AT_ONCE", 50 * VOCABULARY)
+    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 50 * VOCABULARY)
     expected = plain_nll(model, windows_of(documents, tiny_tokenizer, 64)[:7])
     result = perplexity(model, tiny_tokenizer, documents, seqlen=64, batch_size=3, max_windows=7)
     # Both are float64 sums of 441 losses of about 6: rounding is below 441 * 2^-53 relative.
@@ -111,7 +111,7 @@ def test_batch_size_does_not_matter(model, tiny_tokenizer, documents):
 
 
 def test_the_head_sees_few_positions_at_a_time(model, tiny_tokenizer, documents, monkeypatch):
-    monkeypatch.setattr(evaluate, "_LOGITS_AT_ONCE", 20 * VOCABULARY)
+    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 20 * VOCABULARY)
     rows = []
     model.lm_head.register_forward_hook(lambda _, args, __: rows.append(args[0].numel() // 32))
     perplexity(model, tiny_tokenizer, documents, seqlen=64, batch_size=2, max_windows=2)
@@ -124,7 +124,7 @@ def test_softmax_is_not_in_float32():
     torch.manual_seed(0)
     logits, targets = 10 * torch.randn(64, 49152), torch.randint(49152, (64,))
     expected = logits.double().logsumexp(-1) - logits.double()[range(64), targets]
-    torch.testing.assert_close(evaluate._losses(logits, targets), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(losses._losses(logits, targets), expected, rtol=1e-13, atol=0)
 
 
 def test_dropout_is_off(tiny_tokenizer, documents):
@@ -148,18 +148,18 @@ def test_training_modes_come_back(model, tiny_tokenizer, documents):
 
 
 def test_text_shorter_than_a_window(model, tiny_tokenizer):
-    with pytest.raises(SliceGPTError, match=r"perplexity: the text has \d+ tokens, .* seqlen=2048"):
+    with pytest.raises(SliceGPTError, match=r"documents: the text has \d+ tokens, .* seqlen=2048"):
         perplexity(model, tiny_tokenizer, ["A short text."])
 
 
 @pytest.mark.parametrize(("argument", "value"), [("seqlen", 1), ("batch_size", 0), ("max_windows", 0)])
 def test_arguments_out_of_range(argument, value, model, tiny_tokenizer, documents):
-    with pytest.raises(SliceGPTError, match=f"perplexity: {argument} must be at least .*, got {value}"):
+    with pytest.raises(SliceGPTError, match=f"{argument}: must be at least .*, got {value}"):
         perplexity(model, tiny_tokenizer, documents, **{argument: value})
 
 
 def test_window_beyond_the_positions(tiny_tokenizer, documents):
-    with pytest.raises(SliceGPTError, match="seqlen=64 is beyond the model's 32 positions"):
+    with pytest.raises(SliceGPTError, match="seqlen: 64 is beyond the model's 32 positions"):
         perplexity(llama(max_position_embeddings=32), tiny_tokenizer, documents, seqlen=64)
 
 
@@ -172,7 +172,7 @@ def test_loss_that_is_not_finite_names_the_window(batch_size, model, tiny_tokeni
     first = next(i for i, row in enumerate(windows.tolist()) if token in row[:-1])
     assert bad == first > 0
     model.model.embed_tokens.weight.data[token] = float("nan")
-    with pytest.raises(SliceGPTError, match=f"perplexity: the loss of window {first} is nan"):
+    with pytest.raises(SliceGPTError, match=f"model: the loss of window {first} is nan"):
         perplexity(model, tiny_tokenizer, documents, seqlen=32, batch_size=batch_size, max_windows=12)
 
 

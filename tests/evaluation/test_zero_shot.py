@@ -150,7 +150,7 @@ def test_errors_before_any_model_is_loaded(capsys, monkeypatch):
     assert "--limit needs --tasks" in bad(capsys, "m", "--data", "x.txt", "--limit", "3")
     assert "--max-windows need --data" in bad(capsys, "m", "--tasks", "piqa", "--max-windows", "3")
     assert "not a folder" in bad(capsys, "m", "--tasks", TASK, "--include-path", "no/such/folder")
-    assert "num_fewshot must be at least 0" in bad(capsys, "m", "--tasks", TASK, "--num-fewshot", "-1")
+    assert "--num-fewshot: must be at least 0" in bad(capsys, "m", "--tasks", TASK, "--num-fewshot", "-1")
     index = TaskManager(include_path=str(FOLDER))  # takes seconds: once
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: index)
     assert set(PAPER_TASKS) <= set(index.all_subtasks)
@@ -160,7 +160,7 @@ def test_errors_before_any_model_is_loaded(capsys, monkeypatch):
     # The tests have no hub: the paper's first task says so.
     line = bad(capsys, "m", "--tasks", "paper")
     assert "the data of 'piqa' cannot be had" in line
-    assert "--include-path" in line
+    assert "include_path" in line
 
 
 def test_missing_extra(capsys, monkeypatch):

@@ -256,9 +256,7 @@ def test_killed_run_resumes_to_the_same_weights(sliced, text, tmp_path, capsys):
     assert {path.name for path in work.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
 
     line = bad(capsys, *arguments[1:])
-    assert (
-        "killed.checkpoints holds an unfinished run; pass --resume to go on with it, or --overwrite" in line
-    )
+    assert "killed.checkpoints holds an unfinished run; resume it, or overwrite it" in line
     line = bad(capsys, *arguments[1:], "--resume", "--rank", "2")
     assert "was begun with adapters.rank = 4, now it is 2" in line
     facts = tune(sliced, text, output, "--resume")
@@ -292,7 +290,7 @@ def test_diverged_run_keeps_the_last_good_state(sliced, text, tmp_path, capsys, 
         patch.setattr(RecoveryTrainer, "compute_loss", spoiled)
         line = bad(capsys, sliced, "--data", text, "--output", output, *QUICK)
     assert re.search(
-        r"the gradient of step 5 is not finite; the last good state is .*checkpoint-3; pass --resume", line
+        r"the gradient of step 5 is not finite; the last good state is .*checkpoint-3; resume", line
     )
     assert not output.exists()
     saved = load_file(tmp_path / "tuned.checkpoints/checkpoint-3/adapter_model.safetensors")
@@ -384,7 +382,7 @@ def test_targets():
         SliceGPTError, match=r"targets: lm_head: this model's linear layers are attention_shortcut"
     ):
         names("llama", ("q_proj", "lm_head"))
-    with pytest.raises(SliceGPTError, match="targets must be one of inputs, qv, all-linear or names"):
+    with pytest.raises(SliceGPTError, match="targets: must be one of inputs, qv, all-linear or names"):
         names("llama", "everything")
 
 
@@ -419,19 +417,19 @@ def test_windows_are_dealt_once(tiny_tokenizer, documents):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("--rank", "0"), "rank must be at least 1, got 0"),
-        (("--alpha", "0"), "alpha must be above 0"),
-        (("--dropout", "1"), r"dropout must lie in \[0, 1\)"),
-        (("--learning-rate", "nan"), "learning_rate must be above 0, got nan"),
-        (("--warmup", "1"), r"warmup must lie in \[0, 1\)"),
-        (("--max-minutes", "0"), "max_minutes must be above 0"),
-        (("--batch-size", "0"), "batch_size must be at least 1"),
-        (("--teacher-weight", "2"), r"teacher_weight must lie in \[0, 1\]"),
-        (("--seqlen", "4096"), "seqlen=4096 is beyond the model's 64 positions"),
-        (("--nsamples", "100000"), "nsamples=100000 windows of 32 tokens were asked for"),
-        (("--targets", "q_proj,head"), "targets: head: this model's linear layers are"),
+        (("--rank", "0"), "--rank: must be at least 1, got 0"),
+        (("--alpha", "0"), "--alpha: must be above 0"),
+        (("--dropout", "1"), r"--dropout: must lie in \[0, 1\)"),
+        (("--learning-rate", "nan"), "--learning-rate: must be above 0, got nan"),
+        (("--warmup", "1"), r"--warmup: must lie in \[0, 1\)"),
+        (("--max-minutes", "0"), "--max-minutes: must be above 0"),
+        (("--batch-size", "0"), "--batch-size: must be at least 1"),
+        (("--teacher-weight", "2"), r"--teacher-weight: must lie in \[0, 1\]"),
+        (("--seqlen", "4096"), "--seqlen: 4096 is beyond the model's 64 positions"),
+        (("--nsamples", "100000"), "--nsamples: 100000 windows of 32 tokens were asked for"),
+        (("--targets", "q_proj,head"), "--targets: head: this model's linear layers are"),
         (("--teacher", "no/such/model"), "does not exist|no local folder"),
-        (("--data", "no/such/text"), "no/such/text"),
+        (("--data", "no/such/text"), "--data: no/such/text"),
         (("--device", "cuda:77"), "--device: cuda:77 is not there"),
     ],
 )

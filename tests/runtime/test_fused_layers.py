@@ -69,7 +69,7 @@ def test_saving_and_releasing(tmp_path):
 
 
 def test_errors():
-    with pytest.raises(SliceGPTError, match="model must be a SlicedForCausalLM, got LlamaForCausalLM"):
+    with pytest.raises(SliceGPTError, match="model: must be a SlicedForCausalLM, got LlamaForCausalLM"):
         fuse_layers(tiny_model("llama"))
     model = fuse_layers(network("llama", "compact"))
     with pytest.raises(SliceGPTError, match=r"must run under torch.no_grad\(\)"):
@@ -83,5 +83,5 @@ def test_errors():
 def test_a_model_in_several_places_is_refused(use):
     plain = network("llama", "compact", torch.float32)
     plain.model.layers[1].to("meta")  # what an offloaded layer looks like
-    with pytest.raises(SliceGPTError, match="the model must be on one device, got cpu, meta"):
+    with pytest.raises(SliceGPTError, match="model: must be on one device, got cpu, meta"):
         use(plain)

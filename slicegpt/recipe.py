@@ -1,0 +1,405 @@
+"""A recipe: all choices of a slicing run in one value, which a TOML or YAML file holds and which repeats the run.
+
+Nothing heavy is imported here: a wrong choice is found before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from slicegpt.errors import SliceGPTError, first_line
+
+SIZES = ("params", "slice", "target_bytes", "widths")
+SHORTCUT_MODES = ("compact", "dense")
+ORIENTATIONS = ("aligned", "random", "pca")
+SIGNALS = ("residual", "normalized")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+
+AUTO = "auto"
+# The calibration of a run whose documents were handed over as such: no file can name them.
+IN_MEMORY = "documents in memory"
+# A recipe's name in the folder of the model that it made.
+FILE_NAME = "recipe.toml"
+
+_HEADER = (
+    f"The choices that made this model: `slicegpt slice --recipe {FILE_NAME} --output DIR` repeats the run."
+)
+
+
+# --- what a choice may be -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a choice may be.
+
+    Attributes:
+        kind: of value, for the message.
+        convert: to the plain type that is stored; TypeError where it is of another kind.
+        bounds: what `holds` asks, for the message.
+        optional: None may stand for a choice that is not made.
+    """
+
+    kind: str
+    convert: Callable[[Any], Any]
+    bounds: str = ""
+    holds: Callable[[Any], bool] = lambda value: True
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> Any:
+        if value is None and self.optional:
+            return None
+        try:
+            value = self.convert(value)
+        except TypeError:
+            raise SliceGPTError(f"must be {self.kind}, got {value!r}", name) from None
+        if not self.holds(value):
+            raise SliceGPTError(f"must {self.bounds}, got {value!r}", name)
+        return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError
+    return int(value)
+
+
+def _number_or_auto(value: Any) -> float | str:
+    return AUTO if isinstance(value, str) and value == AUTO else _number(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError
+    return os.fspath(value)
+
+
+def _whole_numbers(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError
+    return tuple(map(_whole, value))
+
+
+def _one_of(names: Sequence[str], optional: bool = False) -> _Rule:
+    allowed = f"one of {', '.join(names)}"
+    return _Rule(allowed, _text, f"be {allowed}", lambda value: value in names, optional)
+
+
+_POSITIVE = _Rule("a whole number", _whole, "be at least 1", lambda value: value >= 1)
+_FLAG = _Rule("true or false", _flag)
+
+
+def _choice(group: str, default: Any, rule: _Rule) -> Any:
+    return field(default=default, metadata={"rule": rule, "group": group})
+
+
+# --- the recipe ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All choices of a slicing run; what belongs to the machine (device, output folder, shard size) is none of them.
+
+    The same recipe gives the same safetensors, bit for bit, on the same machine with the same versions and number of
+    threads.
+
+    Attributes:
+        model: what is sliced: `smollm2-135m`, a folder, a `.gguf` file or a hub id; None: given with the call.
+        params: fraction of all parameters to keep, in (0, 1]: the true size. At most one of the four sizes is given.
+        slice: fraction of columns to delete, in [0, 1): the paper's percentage.
+        target_bytes: bytes that the weights may take.
+        widths: columns at every boundary, one whole number each.
+        round_to: widths and numbers of neurons are multiples of it.
+        shortcut: "compact" or "dense"; None is compact where the orientation allows it.
+        orientation: "aligned", "random" or "pca": the basis inside each subspace; compact shortcuts need aligned ones.
+        slice_head: slice the last boundary, which the head reads, too.
+        neurons: fraction of MLP neurons to delete, in [0, 1), or "auto", in step with the columns. None is auto where
+            a true size is asked for (`params`, `target_bytes`) and the refit is on, else 0.
+        allocate: layers keep more or fewer neurons as deleting them costs; else all the same.
+        signal: "residual" or "normalized": what the covariance is taken of.
+        refit: fit every block's output weights to the dense model's stream.
+        ridge: λ of the refit, above 0, relative to the mean diagonal; or "auto": by the loss on held-out windows.
+        refit_share: share of the calibration samples that the refit fits to, in (0, 1].
+        calibration: `DATA[:WEIGHT],...`: text files, folders, `.jsonl`, `.parquet`, `python-reference`, `wikitext2`,
+            `ptb`, `c4`, `alpaca`, `self` (the model writes it), `random-tokens`.
+        vocabulary_prior: the embedding's basis counts the whole vocabulary, this much beside the text.
+        text_column: of `.jsonl` and `.parquet` files; None is "text".
+        nsamples: calibration samples.
+        seqlen: tokens of a sample.
+        batch_size: samples of a batch; sums are taken batch by batch, so it decides about last bits.
+        seed: of the samples and of the random orientation.
+        varied_seqlen: a sample is one document, padded; else a window of the joined text.
+        dtype: of the weights: "float32", "float16", "bfloat16", "float64", or "auto" for the stored one.
+
+    Raises:
+        SliceGPTError: a choice of the wrong kind or out of range, or choices that contradict each other.
+
+    Example:
+        >>> recipe = Recipe(params=0.9, calibration="train.txt")
+        >>> recipe.override(slice=0.25).params is None  # one size takes the place of the other
+        True
+    """
+
+    model: str | None = _choice("", None, _Rule("text", _text, optional=True))
+
+    params: float | None = _choice(
+        "size", None, _Rule("a number", _number, "lie in (0, 1]", lambda value: 0 < value <= 1, True)
+    )
+    slice: float | None = _choice(
+        "size", None, _Rule("a number", _number, "lie in [0, 1)", lambda value: 0 <= value < 1, True)
+    )
+    target_bytes: float | None = _choice(
+        "size", None, _Rule("a number", _number, "lie in [1, 1e18)", lambda value: 1 <= value < 1e18, True)
+    )
+    widths: tuple[int, ...] | None = _choice(
+        "size", None, _Rule("a list of whole numbers", _whole_numbers, "hold one at least", bool, True)
+    )
+
+    round_to: int = _choice("shape", 64, _POSITIVE)
+    shortcut: str | None = _choice("shape", None, _one_of(SHORTCUT_MODES, optional=True))
+    orientation: str = _choice("shape", "aligned", _one_of(ORIENTATIONS))
+    slice_head: bool = _choice("shape", False, _FLAG)
+    neurons: float | str | None = _choice(
+        "shape",
+        None,
+        _Rule(
+            f"a number or {AUTO}",
+            _number_or_auto,
+            f"lie in [0, 1) or be {AUTO}",
+            lambda value: value == AUTO or 0 <= value < 1,
+            True,
+        ),
+    )
+    allocate: bool = _choice("shape", True, _FLAG)
+    signal: str = _choice("shape", "residual", _one_of(SIGNALS))
+
+    refit: bool = _choice("output refit", True, _FLAG)
+    ridge: float | str = _choice(
+        "output refit",
+        AUTO,
+        _Rule(
+            f"a number or {AUTO}",
+            _number_or_auto,
+            f"be above 0 or {AUTO}",
+            lambda value: value == AUTO or 0 < value < math.inf,
+        ),
+    )
+    refit_share: float = _choice(
+        "output refit", 1.0, _Rule("a number", _number, "lie in (0, 1]", lambda value: 0 < value <= 1)
+    )
+
+    calibration: str = _choice("calibration", "wikitext2", _Rule("text", _text, "name a text", bool))
+    vocabulary_prior: float = _choice(
+        "calibration", 0.0, _Rule("a number", _number, "be at least 0", lambda value: 0 <= value < math.inf)
+    )
+    text_column: str | None = _choice("calibration", None, _Rule("text", _text, optional=True))
+    nsamples: int = _choice("calibration", 128, _POSITIVE)
+    seqlen: int = _choice("calibration", 2048, _POSITIVE)
+    batch_size: int = _choice("calibration", 8, _POSITIVE)
+    seed: int = _choice(
+        "calibration",
+        42,
+        _Rule("a whole number", _whole, "lie in [-2^63, 2^63)", lambda value: -(1 << 63) <= value < 1 << 63),
+    )
+    varied_seqlen: bool = _choice("calibration", False, _FLAG)
+
+    dtype: str = _choice("weights", AUTO, _one_of(DTYPES))
+
+    def __post_init__(self):
+        for choice in fields(self):
+            value = choice.metadata["rule"].check(choice.name, getattr(self, choice.name))
+            object.__setattr__(self, choice.name, value)
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SliceGPTError(f"only one size can be asked for, got {' and '.join(given)}", "size")
+        if self.shortcut == "compact" and self.orientation != "aligned":
+            raise SliceGPTError(
+                f"compact shortcuts need 'aligned' bases, got {self.orientation!r}; dense ones take it",
+                "orientation",
+            )
+        if not self.refit:
+            self._check_without_refit()
+
+    def _check_without_refit(self) -> None:
+        if self.neurons not in (None, 0):
+            raise SliceGPTError(
+                f"which of them to delete is decided by the refit, got {self.neurons} without it", "neurons"
+            )
+        if self.ridge != AUTO:
+            raise SliceGPTError(f"needs the output refit, got {self.ridge:g} without it", "ridge")
+        if self.refit_share != 1:
+            raise SliceGPTError(f"needs the output refit, got {self.refit_share:g} without it", "refit_share")
+
+    # --- choices made from others ---
+
+    @property
+    def size(self) -> str:
+        """The name of the size that is asked for.
+
+        Raises:
+            SliceGPTError: none is.
+        """
+        name = next((name for name in SIZES if getattr(self, name) is not None), None)
+        if name is None:
+            raise SliceGPTError(f"one of {', '.join(SIZES)} is needed, got none", "size")
+        return name
+
+    def override(self, **choices: Any) -> Recipe:
+        """Return the recipe with other choices; a size takes the place of whatever size there was.
+
+        Raises:
+            SliceGPTError: a name that is no choice, and as the class does.
+        """
+        for name in choices:
+            if name not in NAMES:
+                near = difflib.get_close_matches(name, NAMES, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"the choices are {', '.join(NAMES)}"
+                raise SliceGPTError(f"is no choice of a recipe, got {choices[name]!r}; {hint}", name)
+        if any(choices.get(name) is not None for name in SIZES):
+            choices = dict.fromkeys(SIZES) | choices
+        return replace(self, **choices)
+
+    def resolved(self) -> Recipe:
+        """Return the recipe with the choices filled in that follow from others, so that no default can change them."""
+        shortcut, neurons = self.shortcut, self.neurons
+        if shortcut is None:
+            shortcut = "compact" if self.orientation == "aligned" else "dense"
+        if neurons is None:
+            # The paper's percentage is of columns alone; a true size is best reached both ways.
+            true_size = self.params is not None or self.target_bytes is not None
+            neurons = AUTO if true_size and self.refit else 0.0
+        return replace(self, shortcut=shortcut, neurons=neurons)
+
+    # --- files ---
+
+    def choices(self) -> dict[str, Any]:
+        """The choices that are made, by name, as plain values; those that are None are left out."""
+        values = {name: getattr(self, name) for name in NAMES}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a `.toml`, `.yaml` or `.yml` file, or from the folder of a sliced model.
+
+        Raises:
+            SliceGPTError: one line naming the file, and the key at fault, its value and what was expected.
+        """
+        file = Path(path)
+        file = file / FILE_NAME if file.is_dir() else file
+        if file.suffix.lower() not in (".toml", ".yaml", ".yml"):
+            raise SliceGPTError(f"must be a .toml or .yaml file, got {str(file)!r}", "recipe")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise SliceGPTError(f"cannot read {file}: {reason}", "recipe") from error
+        content = _read_toml(text, file) if file.suffix.lower() == ".toml" else _read_yaml(text, file)
+        try:
+            return cls().override(**content)
+        except SliceGPTError as error:
+            raise SliceGPTError(f"{file}: {error}", "recipe") from error
+
+    def write(self, path: str | Path) -> None:
+        """Write the choices that are made into a `.toml`, `.yaml` or `.yml` file.
+
+        Raises:
+            SliceGPTError: another ending, or a file that cannot be written.
+        """
+        file = Path(path)
+        if file.suffix.lower() not in (".toml", ".yaml", ".yml"):
+            raise SliceGPTError(f"must be a .toml or .yaml file, got {str(file)!r}", "recipe")
+        text = self.to_toml() if file.suffix.lower() == ".toml" else self.to_yaml()
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise SliceGPTError(f"cannot write {file}: {error.strerror}", "recipe") from error
+
+    def to_toml(self) -> str:
+        """The recipe as TOML: one line a choice, with a blank line between groups."""
+        import tomlkit
+
+        document = tomlkit.document()
+        document.add(tomlkit.comment(_HEADER))
+        group = None
+        groups = {choice.name: choice.metadata["group"] for choice in fields(self)}
+        for name, value in self.choices().items():
+            if groups[name] != group:
+                group = groups[name]
+                document.add(tomlkit.nl())
+                if group:
+                    document.add(tomlkit.comment(group))
+            document.add(name, value)
+        return tomlkit.dumps(document)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, one line a choice."""
+        import yaml
+
+        class Dumper(yaml.SafeDumper):
+            pass
+
+        Dumper.add_implicit_resolver(*_YAML_EXPONENT)
+        return f"# {_HEADER}\n{yaml.dump(self.choices(), None, Dumper, sort_keys=False)}"
+
+
+NAMES = tuple(choice.name for choice in fields(Recipe))
+
+
+def _read_toml(text: str, file: Path) -> dict[str, Any]:
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
+
+    try:
+        return tomlkit.parse(text).unwrap()
+    except TOMLKitError as error:
+        raise SliceGPTError(f"{file} is not TOML: {first_line(error)}", "recipe") from error
+
+
+# 1.5e9 is a number, as YAML 1.2 and everybody has it; PyYAML wants 1.5e+9. Texts that look so are then quoted.
+_YAML_EXPONENT = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _read_yaml(text: str, file: Path) -> dict[str, Any]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(*_YAML_EXPONENT)
+    try:
+        content = yaml.load(text, Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
+        raise SliceGPTError(f"{file} is not YAML: {first_line(error)}", "recipe") from error
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        raise SliceGPTError(
+            f"{file} must hold names with a value each, got {type(content).__name__}", "recipe"
+        )
+    return dict(content)

@@ -1,0 +1,78 @@
+"""The steps of a slicing run as a recipe has them: `slicegpt.api.slice` takes all of them, others the ones they need.
+
+sources = calibration_sources(recipe)                                  text; nothing is loaded yet
+config = plan_recipe(recipe, canonical_fields(model), model.dtype)     slicegpt.conversion.plan
+drawn = draw_samples(recipe, sources, model, tokenizer, device)        tokens
+sliced, report = slice_drawn(model, config, drawn, SlicingOptions.of(recipe, model.dtype, device))
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slicegpt.calibration import Calibration, Source, load_sources, sample_sources
+from slicegpt.errors import SliceGPTError
+from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.progress import Progress
+from slicegpt.recipe import IN_MEMORY, Recipe
+from slicegpt.slicing.driver import slice_model
+from slicegpt.slicing.options import SlicingOptions, SlicingReport
+
+
+def calibration_sources(recipe: Recipe, documents: Sequence[str] | None = None) -> list[Source]:
+    """The text that a recipe calibrates on, read.
+
+    Args:
+        documents: in place of what the recipe names.
+
+    Raises:
+        SliceGPTError: a source that is not there, or a recipe whose documents only its own run had.
+    """
+    if documents is not None:
+        return [Source(IN_MEMORY, documents=documents)]
+    if recipe.calibration == IN_MEMORY:
+        raise SliceGPTError(
+            "the recipe's run had documents that no file holds; give them, or name a text", "calibration"
+        )
+    return load_sources(recipe.calibration, recipe.text_column)
+
+
+def draw_samples(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Calibration samples, as many and as long as a recipe says; see `slicegpt.calibration.sample_sources`."""
+    return sample_sources(
+        sources,
+        tokenizer,
+        recipe.nsamples,
+        recipe.seqlen,
+        recipe.batch_size,
+        recipe.seed,
+        recipe.varied_seqlen,
+        model,
+        progress,
+        device,
+    )
+
+
+def slice_drawn(
+    model: PreTrainedModel,
+    config: SlicedConfig,
+    drawn: Calibration,
+    options: SlicingOptions,
+    progress: Progress | None = None,
+) -> tuple[SlicedForCausalLM, SlicingReport]:
+    """Slice by drawn samples; the held-out windows among them choose the refit's λ. See `slice_model`.
+
+    The sliced model generates as the dense one does: it gets the same generation config.
+    """
+    sliced, report = slice_model(model, config, drawn.batches, options, progress, drawn.held_out)
+    if model.generation_config is not None:
+        sliced.generation_config = model.generation_config
+    return sliced, report

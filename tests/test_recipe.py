@@ -1,0 +1,246 @@
+"""Recipes: what a choice may be, files that hold them, and the choices that follow from others."""
+
+import dataclasses
+import importlib.util
+import re
+import string
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from slicegpt.errors import SliceGPTError
+from slicegpt.recipe import AUTO, DTYPES, NAMES, ORIENTATIONS, SIGNALS, SIZES, Recipe
+
+below_one = st.floats(0, 1, exclude_max=True)
+above_zero = st.floats(0, 1, exclude_min=True)
+whole = st.integers(1, 2**40)
+# Whatever a path may hold, quotes, control characters and other scripts among it; no lone surrogates.
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+SIZE_VALUES = {
+    "params": above_zero,
+    "slice": below_one,
+    "target_bytes": st.floats(1, 1e18, exclude_max=True),
+    "widths": st.lists(whole, min_size=1, max_size=5).map(tuple),
+}
+
+
+@st.composite
+def recipes(draw) -> Recipe:
+    choices = {
+        "model": draw(st.none() | text),
+        "round_to": draw(whole),
+        "slice_head": draw(st.booleans()),
+        "allocate": draw(st.booleans()),
+        "signal": draw(st.sampled_from(SIGNALS)),
+        "calibration": draw(text),
+        "vocabulary_prior": draw(st.floats(0, 1e300)),
+        "text_column": draw(st.none() | text),
+        "nsamples": draw(whole),
+        "seqlen": draw(whole),
+        "batch_size": draw(whole),
+        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
+        "varied_seqlen": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "orientation": draw(st.sampled_from(ORIENTATIONS)),
+        "refit": draw(st.booleans()),
+    }
+    choices["shortcut"] = draw(
+        st.sampled_from([None, "dense", *(["compact"] if choices["orientation"] == "aligned" else [])])
+    )
+    if choices["refit"]:
+        choices["neurons"] = draw(st.none() | below_one | st.just(AUTO))
+        choices["ridge"] = draw(st.just(AUTO) | st.floats(1e-300, 1e300))
+        choices["refit_share"] = draw(above_zero)
+    size = draw(st.sampled_from([None, *SIZES]))
+    if size is not None:
+        choices[size] = draw(SIZE_VALUES[size])
+    return Recipe(**choices)
+
+
+@given(recipe=recipes())
+@example(recipe=Recipe(model="1e100", calibration="\x7f\x85\r\n'\"", text_column="no"))
+@settings(deadline=None, max_examples=50)
+def test_files_give_back_what_was_written(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipes")
+    for name in ("recipe.toml", "recipe.yaml"):
+        recipe.write(folder / name)
+        assert Recipe.read(folder / name) == recipe
+    assert Recipe.read(folder) == recipe  # the TOML file's name in a sliced folder
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+@given(recipe=recipes())
+@settings(deadline=None, max_examples=50)
+def test_other_readers_take_the_same_from_them(recipe):
+    import tomllib
+
+    assert tomllib.loads(recipe.to_toml()) == recipe.choices()
+    assert yaml.safe_load(recipe.to_yaml()) == recipe.choices()  # YAML 1.1
+
+
+@given(recipe=recipes())
+@settings(deadline=None, max_examples=50)
+def test_resolving_leaves_nothing_to_defaults(recipe):
+    resolved = recipe.resolved()
+    assert resolved.shortcut is not None
+    assert resolved.neurons is not None
+    assert resolved.resolved() == resolved
+    given = {name: value for name, value in recipe.choices().items() if name not in ("shortcut", "neurons")}
+    assert given.items() <= resolved.choices().items()
+
+
+@pytest.mark.parametrize(
+    ("choices", "shortcut", "neurons"),
+    [
+        ({"slice": 0.25}, "compact", 0),
+        ({"widths": [48]}, "compact", 0),
+        ({"params": 0.9}, "compact", AUTO),
+        ({"target_bytes": 1e6}, "compact", AUTO),
+        ({"params": 0.9, "refit": False}, "compact", 0),
+        ({"params": 0.9, "neurons": 0.1}, "compact", 0.1),
+        ({"slice": 0.25, "orientation": "pca"}, "dense", 0),
+        ({"slice": 0.25, "shortcut": "dense"}, "dense", 0),
+    ],
+)
+def test_what_follows_from_other_choices(choices, shortcut, neurons):
+    resolved = Recipe(**choices).resolved()
+    assert (resolved.shortcut, resolved.neurons) == (shortcut, neurons)
+
+
+def test_a_size_takes_the_place_of_another():
+    recipe = Recipe(params=0.9, nsamples=3)
+    assert recipe.override(slice=0.25).choices() == Recipe(slice=0.25, nsamples=3).choices()
+    assert recipe.override(seed=1).params == 0.9
+    assert recipe.size == "params"
+    assert recipe.params == 0.9  # frozen: the first is as it was
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.params = 0.8
+
+
+def test_plain_values():
+    recipe = Recipe(params=1, widths=None, neurons=0)
+    assert (recipe.params, type(recipe.params)) == (1.0, float)
+    assert recipe.choices().keys() <= set(NAMES)
+    assert Recipe(widths=[40, 48]).choices()["widths"] == [40, 48]
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"params": 1.5}, "params: must lie in (0, 1], got 1.5"),
+        ({"params": 0}, "params: must lie in (0, 1], got 0.0"),
+        ({"params": "0.9"}, "params: must be a number, got '0.9'"),
+        ({"params": True}, "params: must be a number, got True"),
+        ({"slice": 1}, "slice: must lie in [0, 1), got 1.0"),
+        ({"slice": float("nan")}, "slice: must lie in [0, 1), got nan"),
+        ({"target_bytes": 0.5}, "target_bytes: must lie in [1, 1e18), got 0.5"),
+        ({"widths": [4, 4.5]}, "widths: must be a list of whole numbers, got [4, 4.5]"),
+        ({"widths": "444"}, "widths: must be a list of whole numbers, got '444'"),
+        ({"widths": []}, "widths: must hold one at least, got ()"),
+        ({"params": 0.9, "slice": 0.1}, "size: only one size can be asked for, got params and slice"),
+        ({"round_to": 0}, "round_to: must be at least 1, got 0"),
+        ({"round_to": 8.0}, "round_to: must be a whole number, got 8.0"),
+        ({"shortcut": "short"}, "shortcut: must be one of compact, dense, got 'short'"),
+        ({"orientation": None}, "orientation: must be one of aligned, random, pca, got None"),
+        ({"neurons": 1}, "neurons: must lie in [0, 1) or be auto, got 1.0"),
+        ({"neurons": "some"}, "neurons: must be a number or auto, got 'some'"),
+        ({"allocate": 1}, "allocate: must be true or false, got 1"),
+        ({"ridge": 0}, "ridge: must be above 0 or auto, got 0.0"),
+        ({"calibration": ""}, "calibration: must name a text, got ''"),
+        ({"calibration": ["a"]}, "calibration: must be text, got ['a']"),
+        ({"seed": 1 << 63}, f"seed: must lie in [-2^63, 2^63), got {1 << 63}"),
+        ({"dtype": "int8"}, "dtype: must be one of auto, float32, float16, bfloat16, float64, got 'int8'"),
+        (
+            {"orientation": "pca", "shortcut": "compact"},
+            "orientation: compact shortcuts need 'aligned' bases, got 'pca'; dense ones take it",
+        ),
+        (
+            {"refit": False, "neurons": 0.1},
+            "neurons: which of them to delete is decided by the refit, got 0.1 without it",
+        ),
+        ({"refit": False, "ridge": 0.1}, "ridge: needs the output refit, got 0.1 without it"),
+        ({"refit": False, "refit_share": 0.5}, "refit_share: needs the output refit, got 0.5 without it"),
+        ({"sed": 3}, "sed: is no choice of a recipe, got 3; did you mean seed?"),
+        ({"zzz": 3}, "zzz: is no choice of a recipe, got 3; the choices are model, params, "),
+    ],
+)
+def test_errors_name_key_value_and_what_was_expected(choices, message, tmp_path):
+    with pytest.raises(SliceGPTError) as error:
+        Recipe().override(**choices)
+    assert str(error.value).startswith(message)
+    assert error.value.argument == message.split(":")[0]
+    # The same from a file, which is named as well. TOML and YAML have no value for some of these.
+    if all(value is None or isinstance(value, int | str | list) for value in choices.values()):
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(choices))
+        with pytest.raises(SliceGPTError, match=re.escape(f"recipe: {tmp_path / 'r.yaml'}: {message}")):
+            Recipe.read(tmp_path / "r.yaml")
+
+
+def test_no_size():
+    with pytest.raises(SliceGPTError, match="size: one of params, slice, target_bytes, widths is needed"):
+        Recipe().size  # noqa: B018
+
+
+def test_numbers_of_yaml(tmp_path):
+    (tmp_path / "r.yml").write_text("target_bytes: 1.5e9\nridge: 1e-1\nneurons: auto\nseed: 7\n")
+    assert Recipe.read(tmp_path / "r.yml") == Recipe(target_bytes=1.5e9, ridge=0.1, neurons=AUTO, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.toml", "params = ", "is not TOML"),
+        ("r.toml", "params = 0.9\nparams = 0.8", "is not TOML"),
+        ("r.toml", "[calibration]\nseed = 1", "calibration: must be text, got {'seed': 1}"),
+        ("r.yaml", "params: [", "is not YAML"),
+        ("r.yaml", "- params", "must hold names with a value each, got list"),
+        ("r.yaml", "3: 4", "must hold names with a value each"),
+        ("r.yaml", "when: 2026-01-01", "when: is no choice of a recipe"),
+        ("r.json", "{}", "must be a .toml or .yaml file, got"),
+        ("r.toml", b"\xff\xfe", "it is not UTF-8 text"),
+        ("r.toml", None, "cannot read .*No such file"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SliceGPTError, match=message if ".*" in message else re.escape(message)) as error:
+        Recipe.read(file)
+    assert error.value.argument == "recipe"
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_unwritable(tmp_path):
+    with pytest.raises(SliceGPTError, match=r"recipe: must be a \.toml or \.yaml file"):
+        Recipe().write(tmp_path / "recipe.json")
+    with pytest.raises(SliceGPTError, match=r"recipe: cannot write .*: No such file"):
+        Recipe().write(tmp_path / "no" / "recipe.toml")
+
+
+def test_every_choice_is_documented():
+    documented = re.findall(r"^        (\w+): ", Recipe.__doc__, re.MULTILINE)
+    assert [name for name in documented if name in NAMES] == list(NAMES)
+    assert all(set(name) <= set(string.ascii_lowercase + "_") for name in NAMES)
+
+
+def test_nothing_heavy_is_imported(tmp_path):
+    """A wrong choice is told before torch is loaded; the package around it is left out, which may import it."""
+    package = importlib.util.find_spec("slicegpt").submodule_search_locations[0]
+    script = f"""
+import sys, types
+sys.modules["slicegpt"] = types.ModuleType("slicegpt")
+sys.modules["slicegpt"].__path__ = [{package!r}]
+from slicegpt.recipe import Recipe
+from slicegpt.checkpoint import folders
+Recipe.read(sys.argv[1])
+print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)))
+"""
+    file = tmp_path / "recipe.toml"
+    Recipe(params=0.9).write(file)
+    command = [sys.executable, "-c", script, str(file)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
