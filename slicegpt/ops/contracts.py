@@ -136,6 +136,15 @@ def _byte_range(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
+def _copies_of(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Contiguous copies of those that are not; mostly none."""
+    return {
+        name: tensor.contiguous()
+        for name, tensor in tensors.items()
+        if tensor is not None and not tensor.is_contiguous()
+    }
+
+
 # --- norm_linear --------------------------------------------------------------------------------------------
 
 
@@ -167,14 +176,11 @@ class NormLinearInputs:
 
     def contiguous(self) -> "NormLinearInputs":
         """What the kernels take: rows of consecutive items, and all but h contiguous."""
-        h, weight, bias, sumsq = self.h, self.weight, self.bias, self.sumsq
-        return replace(
-            self,
-            h=h if h.stride(1) == 1 else h.contiguous(),
-            weight=weight.contiguous(),
-            bias=None if bias is None else bias.contiguous(),
-            sumsq=None if sumsq is None else sumsq.contiguous(),
-        )
+        others = {"weight": self.weight, "bias": self.bias, "sumsq": self.sumsq}
+        copies = _copies_of(others)
+        if self.h.stride(1) != 1:
+            copies["h"] = self.h.contiguous()
+        return replace(self, **copies) if copies else self
 
     def check(self) -> None:
         """Raises SliceGPTError for an argument of a wrong shape, dtype, device or value."""
@@ -257,10 +263,8 @@ class DecodeAttentionInputs:
 
     def contiguous(self) -> "DecodeAttentionInputs":
         """What the kernel takes: contiguous angles and scales."""
-        small = {"cos": self.cos, "sin": self.sin, "norm": self.norm}
-        return replace(
-            self, **{name: None if one is None else one.contiguous() for name, one in small.items()}
-        )
+        copies = _copies_of({"cos": self.cos, "sin": self.sin, "norm": self.norm})
+        return replace(self, **copies) if copies else self
 
     def check(self) -> None:
         """Raises SliceGPTError for an argument of a wrong shape, dtype, device or value."""
