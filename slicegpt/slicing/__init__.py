@@ -2,6 +2,7 @@
 
 The files, in the order in which a run goes through them:
 
+    pipeline     the steps of a run as a recipe has them: text, samples, slicing
     options      how to slice, and what slicing saw
     driver       `slice_model`: allocation, one run of slicing, the choice of λ
     allocation   how many MLP neurons each layer keeps, by what deleting them costs in the dense model

@@ -17,7 +17,7 @@ class Unweighted(Objective):
 
 @dataclass(frozen=True)
 class PerColumn(Objective):
-    """Every column of the activations is penalised by its own energy (to the unit of the column it is then alike)."""
+    """Every column of the activations is penalised in proportion to its own energy, not to the mean of all."""
 
     def penalty(self, moments, ridge: float, intercept: bool) -> torch.Tensor:
         diagonal = moments.gram.diagonal()
