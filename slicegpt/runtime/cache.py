@@ -14,7 +14,7 @@ from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import decode_attention_
 from slicegpt.ops.torch_attention import attention_states, one_query_attention
 from slicegpt.runtime.attention import causal_mask, prompt_attention
-from slicegpt.runtime.packing import Attention
+from slicegpt.runtime.packing import PackedAttention
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,18 @@ class KVCache:
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return cls(keys, values, torch.ones((batch, capacity), dtype=torch.bool, device=device))
 
+    @torch.inference_mode()
+    def mark(self, mask: Tensor | None) -> None:
+        """Let `valid` hide what `mask` [batch, tokens] does, and nothing else; None: nothing."""
+        self.valid.fill_(True)
+        if mask is not None:
+            self.valid[:, : mask.shape[1]] = mask
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.keys, self.values, self.valid))
+
     @property
     def batch(self) -> int:
         return self.keys.shape[1]
@@ -43,7 +55,7 @@ class KVCache:
         return self.keys.shape[3]
 
 
-class Step:
+class CacheStep:
     """One pass through the network: `attend` is called once a layer.
 
     Args:
@@ -57,12 +69,12 @@ class Step:
         self.tokens = tokens
         self.angles = angles
 
-    def attend(self, attention: Attention, rows: Tensor) -> Tensor:
+    def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
         """[batch * tokens, v | k | q | z] to [batch * tokens, attended | z]; overwrites q in `rows`."""
         raise NotImplementedError
 
 
-class GrowingStep(Step):
+class GrowingStep(CacheStep):
     """A pass whose first slot in the cache is a Python number.
 
     Args:
@@ -86,7 +98,7 @@ class GrowingStep(Step):
         if tokens == 1:  # views of all layers at once: a token's cost on a CPU is the number of calls
             self._new = (cache.keys[:, :, :, start].unbind(), cache.values[:, :, :, start].unbind())
 
-    def attend(self, attention: Attention, rows: Tensor) -> Tensor:
+    def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
         heads, key_heads, size = attention.heads, attention.key_heads, attention.head_dim
         cos, sin = (None, None) if self.angles is None else self.angles
         values, states = attention_states(
@@ -114,7 +126,7 @@ class GrowingStep(Step):
             )
         return self._views[window]
 
-    def _attend(self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend(self, attention: PackedAttention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Write keys and values, return [batch * tokens, heads * head_dim]."""
         layer = attention.layer
         if self.tokens == 1:
@@ -157,7 +169,7 @@ class GrowingStep(Step):
         return seen[None, None]
 
 
-class StaticStep(Step):
+class StaticStep(CacheStep):
     """A pass of one token a row whose slot is known on the device only, so that it can be captured in a CUDA graph.
 
     Args:
@@ -170,7 +182,7 @@ class StaticStep(Step):
         super().__init__(cache, 1, angles)
         self.slot = slot
 
-    def attend(self, attention: Attention, rows: Tensor) -> Tensor:
+    def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
         cache, layer = self.cache, attention.layer
         cos, sin = (None, None) if self.angles is None else self.angles
         decode_attention_(

@@ -6,27 +6,32 @@ On a GPU a step is captured once in a CUDA graph and replayed, so that a token c
 The graph has not been run on a GPU yet; `StaticDecoder.step`, what it captures, is tested on the CPU.
 """
 
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from slicegpt.runtime.cache import GrowingStep, KVCache, StaticStep, Step
+from slicegpt.runtime.cache import CacheStep, GrowingStep, KVCache, StaticStep
 from slicegpt.runtime.cpu_step import CpuStep
-from slicegpt.runtime.executor import Network
+from slicegpt.runtime.executor import Executor
 from slicegpt.runtime.sampling import Sampling
 
 # Steps launched before the host reads the oldest token: enough to hide a launch, few enough to be thrown away when
 # that token ends the text.
 RUN_AHEAD = 4
 
+# One capture at a time: the memory pools of captures are the process's.
+_CAPTURE = threading.Lock()
 
-class Decoder:
+
+class BatchDecoder:
     """Next tokens of a batch; `start` gives the first, every `step` one more.
 
     Args:
-        network: what computes logits.
+        executor: computes logits.
         cache: filled up to the prompt's length by the time of `start`.
         sampling: how tokens are chosen.
         stop_ids: token ids that end a row; after one, a row gets `pad_id`.
@@ -35,16 +40,16 @@ class Decoder:
 
     def __init__(
         self,
-        network: Network,
+        executor: Executor,
         cache: KVCache,
         sampling: Sampling,
         stop_ids: tuple[int, ...],
         pad_id: int,
         generator: torch.Generator,
     ):
-        self.network, self.cache, self.sampling = network, cache, sampling
+        self.executor, self.cache, self.sampling = executor, cache, sampling
         self.generator = generator
-        device, batch = network.packed.device, cache.batch
+        device, batch = executor.packed.device, cache.batch
         self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
         self.pad_id = torch.tensor(pad_id, dtype=torch.long, device=device)
         self.token = torch.zeros(batch, dtype=torch.long, device=device)
@@ -62,9 +67,9 @@ class Decoder:
         """Put the last token through the network; returns the next one, [batch], a buffer that the next step reuses."""
         raise NotImplementedError
 
-    def _advance(self, step: Step) -> None:
-        stream = self.network.embed(self.token[:, None], self.position[:, None])
-        self._choose(self.network.logits(*self.network.blocks(stream, step)))
+    def _advance(self, step: CacheStep) -> None:
+        stream = self.executor.embed(self.token[:, None], self.position[:, None])
+        self._choose(self.executor.logits(*self.executor.blocks(stream, step)))
         self.position += 1
 
     def _choose(self, logits: Tensor) -> None:
@@ -75,7 +80,7 @@ class Decoder:
         self.token.copy_(token)
 
 
-class GrowingDecoder(Decoder):
+class GrowingDecoder(BatchDecoder):
     """For the CPU: attention reads what the cache holds, no more."""
 
     @torch.inference_mode()
@@ -85,7 +90,7 @@ class GrowingDecoder(Decoder):
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        angles = self.network.angles(self.position)
+        angles = self.executor.angles(self.position)
         self._advance(GrowingStep(self.cache, 1, angles, self.slot, self.padded))
         self.slot += 1
         return self.token
@@ -96,19 +101,19 @@ class FusedDecoder(GrowingDecoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.blocks = CpuStep(self.network.packed, self.cache)
+        self.blocks = CpuStep(self.executor.packed, self.cache)
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        stream = self.network.embed(self.token[:, None], self.position[:, None])
+        stream = self.executor.embed(self.token[:, None], self.position[:, None])
         stream = self.blocks.run(stream, self.position, self.slot, self.padded)
-        self._choose(self.network.logits(stream, None))
+        self._choose(self.executor.logits(stream, None))
         self.position += 1
         self.slot += 1
         return self.token
 
 
-class StaticDecoder(Decoder):
+class StaticDecoder(BatchDecoder):
     """Every number that changes lives on the device: the same launches for every token."""
 
     def __init__(self, *arguments):
@@ -122,7 +127,7 @@ class StaticDecoder(Decoder):
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        angles = self.network.angles(self.position)
+        angles = self.executor.angles(self.position)
         self._advance(StaticStep(self.cache, angles, self.slot))
         self.slot += 1
         return self.token
@@ -143,7 +148,8 @@ class GraphDecoder(StaticDecoder):
         torch.cuda.current_stream(self.token.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
-        with torch.cuda.graph(self.graph, stream=stream):  # the cache's device may not be the current one
+        # The cache's device may not be the current one. Other threads may allocate memory meanwhile.
+        with _CAPTURE, torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             super().step()
 
     def step(self) -> Tensor:
@@ -151,8 +157,18 @@ class GraphDecoder(StaticDecoder):
         return self.token
 
 
-def tokens_on_host(decoder: Decoder, first: Tensor, count: int) -> Iterator[Tensor]:
-    """Yield `count` tokens [batch] on the host, the first being `first`; steps run ahead of what is read."""
+def tokens_on_host(
+    decoder: BatchDecoder,
+    first: Tensor,
+    count: int,
+    on_stream: Callable[[], AbstractContextManager] = nullcontext,
+) -> Iterator[Tensor]:
+    """Yield `count` tokens [batch] on the host, the first being `first`; on a GPU, steps run ahead of what is read.
+
+    Args:
+        on_stream: gives a context in which the decoder's CUDA stream is current; the caller's may change between two
+            tokens.
+    """
     if first.device.type == "cpu":
         yield first.clone()
         for _ in range(count - 1):
@@ -160,11 +176,12 @@ def tokens_on_host(decoder: Decoder, first: Tensor, count: int) -> Iterator[Tens
         return
     waiting: deque[tuple[Tensor, torch.cuda.Event]] = deque()
     for index in range(count):
-        token = first if index == 0 else decoder.step()
-        copy = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
-        copy.copy_(token, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(first.device))
+        with on_stream():
+            token = first if index == 0 else decoder.step()
+            copy = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
+            copy.copy_(token, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(first.device))
         waiting.append((copy, event))
         if len(waiting) > RUN_AHEAD:
             yield _arrived(*waiting.popleft())

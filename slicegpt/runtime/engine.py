@@ -1,6 +1,7 @@
 """`Runtime`: prefill in chunks, then generation, on packed weights and a preallocated cache."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -15,24 +16,22 @@ from slicegpt.ops.cpu import gemm as cpu_gemm
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.cpu_step import CpuStep
 from slicegpt.runtime.decoding import (
-    Decoder,
+    BatchDecoder,
     FusedDecoder,
     GraphDecoder,
     GrowingDecoder,
     StaticDecoder,
     tokens_on_host,
 )
-from slicegpt.runtime.executor import Network
+from slicegpt.runtime.executor import Executor
+from slicegpt.runtime.leases import CacheLease, CachePool
 from slicegpt.runtime.packing import pack, position_limit
 from slicegpt.runtime.sampling import Sampling
 
 DECODERS = {"growing": GrowingDecoder, "fused": FusedDecoder, "static": StaticDecoder, "graph": GraphDecoder}
 
-# The cache grows by so many tokens, so that prompts of similar lengths share one, and a captured graph.
+# Capacities of caches are multiples of it, so that prompts of similar lengths share a cache and a captured graph.
 CAPACITY_STEP = 64
-# Batch sizes whose caches and captured graphs are kept; the one that was made first goes first.
-MAX_BATCH_SIZES = 4
-MAX_DECODERS = 4
 
 
 class Runtime:
@@ -40,6 +39,11 @@ class Runtime:
 
     Same function as the plain model: its logits up to rounding. On a GPU a token is one CUDA graph; batches are padded
     on the left.
+
+    Any number of generations may run at once, interleaved or from threads. Each holds a cache of its own from its
+    first token to its end, `new_cache(batch, tokens).bytes` of memory; a stream that is not read to its end gives its
+    cache back when it is closed or collected. Between calls up to four caches are kept. On a GPU a generation stays on
+    the CUDA stream that was current when it was called.
 
     Args:
         model: `SlicedForCausalLM`, or a dense Hugging Face model (its norms are folded first, which takes a copy).
@@ -76,12 +80,11 @@ class Runtime:
             raise SliceGPTError(f"must be at most {limit}, {reason}, got {max_length}", "max_length")
         self.max_length = max_length or limit
         self.prefill_chunk = prefill_chunk
-        self.network = Network(pack(canonical, self.max_length, release or canonical is not model))
-        self.device = self.network.packed.device
+        self.executor = Executor(pack(canonical, self.max_length, release or canonical is not model))
+        self.device = self.executor.packed.device
         self.decoder = decoder
-        self._caches: dict[int, KVCache] = {}
-        self._decoders: dict[int, dict[tuple, Decoder]] = {}  # of each batch size
-        self._generator = torch.Generator(self.device)
+        self._pool = CachePool(self.device)
+        self._seeds = torch.Generator()
         generation = getattr(model, "generation_config", None)
         self.stop_ids = _as_ids(getattr(generation, "eos_token_id", None), self.config.eos_token_id)
         pads = _as_ids(getattr(generation, "pad_token_id", None), self.config.pad_token_id)
@@ -89,7 +92,7 @@ class Runtime:
 
     def bytes_per_token(self, batch: int = 1) -> int:
         """Bytes of weights that one step of `batch` sequences moves from memory, head included, cache not."""
-        return self.network.packed.bytes_per_token(batch)
+        return self.executor.packed.bytes_per_token(batch)
 
     # --- logits ------------------------------------------------------------------------------------------------
 
@@ -97,12 +100,13 @@ class Runtime:
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [batch, tokens, vocab_size] of every position; those of padding mean nothing."""
         input_ids, mask = self._checked(input_ids, attention_mask, 0)
-        cache = self._cache_for(len(input_ids), input_ids.shape[1], mask)
-        pieces = [
-            self.network.logits(stream, sums).unflatten(0, (len(input_ids), -1))
-            for stream, sums in self._prefill(input_ids, mask, cache)
-        ]
-        return torch.cat(pieces, dim=1)
+        with self._pool.lease(*input_ids.shape, self.new_cache, self._current_stream()) as lease:
+            lease.cache.mark(mask)
+            pieces = [
+                self.executor.logits(stream, sums).unflatten(0, (len(input_ids), -1))
+                for stream, sums in self._prefill(input_ids, mask, lease.cache)
+            ]
+            return torch.cat(pieces, dim=1)
 
     def _prefill(
         self, input_ids: Tensor, mask: Tensor | None, cache: KVCache
@@ -113,10 +117,10 @@ class Runtime:
         for start in range(0, length, self.prefill_chunk):
             columns = slice(start, min(start + self.prefill_chunk, length))
             ids, places = input_ids[:, columns], positions[:, columns]
-            angles = self.network.angles(places)
+            angles = self.executor.angles(places)
             step = GrowingStep(cache, ids.shape[1], angles, start, mask is not None)
             with kernels_for_new_shapes(self.device):
-                past = self.network.blocks(self.network.embed(ids, places), step)
+                past = self.executor.blocks(self.executor.embed(ids, places), step)
             yield past
 
     @torch.inference_mode()
@@ -125,7 +129,7 @@ class Runtime:
             last = stream.unflatten(0, (len(input_ids), -1))[:, -1]
             # A CPU's kernels, called without the operator's checks, read sums of consecutive rows.
             last_sums = None if sums is None else sums.unflatten(0, (len(input_ids), -1))[:, -1].contiguous()
-        return self.network.logits(last, last_sums)
+        return self.executor.logits(last, last_sums)
 
     # --- generation --------------------------------------------------------------------------------------------
 
@@ -149,10 +153,11 @@ class Runtime:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         new = []
-        for token in tokens:
-            if streamer is not None:
-                streamer.put(token)
-            new.append(token)
+        with closing(tokens):  # the streamer may raise
+            for token in tokens:
+                if streamer is not None:
+                    streamer.put(token)
+                new.append(token)
         if streamer is not None:
             streamer.end()
         return torch.cat((input_ids.to(self.device), torch.stack(new, dim=1).to(self.device)), dim=1)
@@ -174,8 +179,8 @@ class Runtime:
             max_new_tokens: at least 1. It ends earlier once every row has met an end-of-sequence token; rows that
                 have get padding.
             sampling: greedy where not given.
-            seed: of the draws; None continues where the last call ended.
-            ignore_eos: go on behind end-of-sequence tokens.
+            seed: of the draws; None: they follow from the seed of the call before, and differ from its draws.
+            ignore_eos: go on after end-of-sequence tokens.
 
         Raises:
             SliceGPTError: shapes, padding on the right, or more tokens than `max_length`.
@@ -183,9 +188,13 @@ class Runtime:
         if max_new_tokens < 1:
             raise SliceGPTError(f"must be at least 1, got {max_new_tokens}", "max_new_tokens")
         input_ids, mask = self._checked(input_ids, attention_mask, max_new_tokens)
+        stop_ids = () if ignore_eos else self.stop_ids
         return self._stream(
-            input_ids, mask, max_new_tokens, sampling or Sampling(), seed, () if ignore_eos else self.stop_ids
+            input_ids, mask, max_new_tokens, sampling or Sampling(), seed, stop_ids, self._current_stream()
         )
+
+    def _current_stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
     def _stream(
         self,
@@ -195,64 +204,70 @@ class Runtime:
         sampling: Sampling,
         seed: int | None,
         stop_ids: tuple[int, ...],
+        stream: torch.cuda.Stream | None,
     ) -> Iterator[Tensor]:
         batch, length = input_ids.shape
-        cache = self._cache_for(batch, length + count, mask)
-        decoder = self._decoder_for(cache, sampling, stop_ids)
-        if seed is not None:
-            self._generator.manual_seed(seed)
+        with self._pool.lease(batch, length + count, self.new_cache, stream) as lease:
+            with lease.on_stream():
+                decoder, first = self._started(lease, input_ids, mask, sampling, seed, stop_ids)
+            finished = torch.zeros(batch, dtype=torch.bool)
+            stops = torch.tensor(stop_ids, dtype=torch.long)
+            for token in tokens_on_host(decoder, first, count, lease.on_stream):
+                yield token
+                if stop_ids:
+                    finished |= torch.isin(token, stops)
+                    if finished.all():
+                        return
+
+    def _started(
+        self,
+        lease: CacheLease,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        sampling: Sampling,
+        seed: int | None,
+        stop_ids: tuple[int, ...],
+    ) -> tuple[BatchDecoder, Tensor]:
+        """The lease's decoder after the prompt, and the first token [batch]."""
+        cache = lease.cache
+        decoder = lease.decoder(
+            (sampling, stop_ids), lambda: self.new_decoder(cache, sampling, stop_ids, lease.generator)
+        )
+        # Each lease draws for itself, so that a seed gives the same tokens whatever else is being generated.
+        if seed is None:
+            seed = int(torch.randint(1 << 62, (1,), generator=self._seeds))
+        else:
+            self._seeds.manual_seed(seed)
+        lease.generator.manual_seed(seed)
+        # A decoder that was just captured has left traces in the cache: the mask and the prompt come after it.
+        cache.mark(mask)
         logits = self._last_logits(input_ids, mask, cache)
         position = _positions(input_ids, mask)[:, -1] + 1
-        first = decoder.start(logits, position, length, mask is not None)
-        finished = torch.zeros(batch, dtype=torch.bool)
-        stops = torch.tensor(stop_ids, dtype=torch.long)
-        for token in tokens_on_host(decoder, first, count):
-            yield token
-            if stop_ids:
-                finished |= torch.isin(token, stops)
-                if finished.all():
-                    return
+        return decoder, decoder.start(logits, position, input_ids.shape[1], mask is not None)
 
-    # --- what is kept between calls ----------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def _cache_for(self, batch: int, length: int, mask: Tensor | None) -> KVCache:
-        """The batch size's cache, of at least this capacity, whose `valid` says what `mask` does."""
-        cache = self._caches.get(batch)
-        if cache is None or cache.capacity < length:
-            # Captured graphs point into the cache they were made with.
-            self._forget(batch)
-            if len(self._caches) >= MAX_BATCH_SIZES:
-                self._forget(next(iter(self._caches)))
-            cache = self.new_cache(batch, length)
-            self._caches[batch], self._decoders[batch] = cache, {}
-        cache.valid.fill_(True)
-        if mask is not None:
-            cache.valid[:, : mask.shape[1]] = mask
-        return cache
-
-    def _decoder_for(self, cache: KVCache, sampling: Sampling, stop_ids: tuple[int, ...]) -> Decoder:
-        decoders, key = self._decoders[cache.batch], (sampling, stop_ids)
-        if key not in decoders:
-            if len(decoders) >= MAX_DECODERS:
-                decoders.pop(next(iter(decoders)))
-            decoders[key] = self.new_decoder(cache, sampling, stop_ids)
-        return decoders[key]
+    # --- what works for one generation -------------------------------------------------------------------------
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` rows of at least `length` tokens."""
         capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
-        return KVCache.allocate(self.config, batch, capacity, self.network.packed.dtype, self.device)
+        return KVCache.allocate(self.config, batch, capacity, self.executor.packed.dtype, self.device)
 
-    def new_decoder(self, cache: KVCache, sampling: Sampling, stop_ids: tuple[int, ...] = ()) -> Decoder:
-        """What generates into this cache."""
+    def new_decoder(
+        self,
+        cache: KVCache,
+        sampling: Sampling,
+        stop_ids: tuple[int, ...] = (),
+        generator: torch.Generator | None = None,
+    ) -> BatchDecoder:
+        """A decoder that generates into this cache; it draws from `generator`, on the runtime's device."""
         make = DECODERS[self.decoder_name(cache.batch)]
-        return make(self.network, cache, sampling, stop_ids, self.pad_id, self._generator)
+        generator = generator or torch.Generator(self.device)
+        return make(self.executor, cache, sampling, stop_ids, self.pad_id, generator)
 
     def decoder_name(self, batch: int) -> str:
         """Which of `DECODERS` generates for so many rows."""
-        dtype = self.network.packed.dtype
-        fused = not self.network.through_operators and CpuStep.is_supported(self.network.packed, batch)
+        dtype = self.executor.packed.dtype
+        fused = not self.executor.through_operators and CpuStep.is_supported(self.executor.packed, batch)
         if self.decoder == "auto":
             return "graph" if self.device.type == "cuda" else "fused" if fused else "growing"
         if self.decoder == "fused" and not fused:
@@ -263,10 +278,6 @@ class Runtime:
                 "decoder",
             )
         return self.decoder
-
-    def _forget(self, batch: int) -> None:
-        self._caches.pop(batch, None)
-        self._decoders.pop(batch, None)
 
     def _checked(
         self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int

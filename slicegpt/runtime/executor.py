@@ -10,7 +10,7 @@ from slicegpt.ops.contracts import NormLinearInputs
 from slicegpt.ops.dispatch import requested_backend
 from slicegpt.ops.norm_linear import DISPATCHER as NORM_LINEAR
 from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
-from slicegpt.runtime.cache import Step
+from slicegpt.runtime.cache import CacheStep
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
 
 
@@ -35,7 +35,7 @@ def _rotate_add_on_cpu(
     return ROTATE_ADD.launcher(name)(a, weight, h, shortcut, bias)
 
 
-class Network:
+class Executor:
     """Runs a `PackedNetwork`.
 
     Args:
@@ -74,7 +74,7 @@ class Network:
             stream = stream + F.embedding(positions.flatten().clamp(min=-offset) + offset, packed.positions)
         return stream
 
-    def blocks(self, stream: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+    def blocks(self, stream: Tensor, step: CacheStep) -> tuple[Tensor, Tensor | None]:
         """The stream past all blocks, and its rows' sums of squares (None: to be computed from it)."""
         sums = None
         for block in self.packed.blocks:
@@ -82,7 +82,7 @@ class Network:
         return stream, sums
 
     def _block(
-        self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: Step
+        self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: CacheStep
     ) -> tuple[Tensor, Tensor | None]:
         pieces = []
         for projection in block.inputs:

@@ -32,7 +32,7 @@ UNSUPPORTED_ROPE = ("dynamic",)
 
 
 @dataclass(frozen=True)
-class Attention:
+class PackedAttention:
     """What attention needs besides its rows: the heads, and what is done to queries and keys.
 
     Attributes:
@@ -58,7 +58,7 @@ class Projection:
     bias: Tensor | None
     n_scaled: int
     activation: str
-    attention: Attention | None = None
+    attention: PackedAttention | None = None
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection
         key_scale = module.k_norm.weight.expand(config.num_key_value_heads, -1)
         query_scale = module.q_norm.weight.expand(config.num_attention_heads, -1)
         norm = torch.cat((key_scale, query_scale))
-    attention = Attention(
+    attention = PackedAttention(
         layer=module.layer_idx,
         heads=config.num_attention_heads,
         key_heads=config.num_key_value_heads,
