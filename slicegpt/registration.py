@@ -32,6 +32,12 @@ _WATCHED = re.compile(r"(transformers|slicegpt\.modeling)(\.|$)")
 _CONFIGURATION_AUTO = "transformers.models.auto.configuration_auto"
 _MODELING_AUTO = "transformers.models.auto.modeling_auto"
 
+# Of each Auto class of models, which of our classes it makes, and the module in slicegpt.modeling that defines it.
+_MODELS = {
+    "AutoModel": ("network", "SlicedModel"),
+    "AutoModelForCausalLM": ("network", "SlicedForCausalLM"),
+}
+
 _log = logging.getLogger(__name__)
 
 
@@ -95,12 +101,11 @@ class _Finder:
                 auto.AutoConfig.register(config.model_type, config, exist_ok=True)
                 self.missing.discard("config")
             auto = sys.modules.get(_MODELING_AUTO)
-            if "models" in self.missing and hasattr(auto, "AutoModelForCausalLM"):
-                network = import_module("slicegpt.modeling.network")
-                auto.AutoModel.register(network.SlicedConfig, network.SlicedModel, exist_ok=True)
-                auto.AutoModelForCausalLM.register(
-                    network.SlicedConfig, network.SlicedForCausalLM, exist_ok=True
-                )
+            if "models" in self.missing and all(hasattr(auto, name) for name in _MODELS):
+                config = import_module("slicegpt.modeling.configuration").SlicedConfig
+                for name, (module, model) in _MODELS.items():
+                    model = getattr(import_module(f"slicegpt.modeling.{module}"), model)
+                    getattr(auto, name).register(config, model, exist_ok=True)
                 self.missing.discard("models")
         except Exception as error:
             # Whoever imports transformers did not ask for us: it must go on. The next import from it tries again.

@@ -1,6 +1,6 @@
 """The canonical network and its configuration.
 
-`slicegpt.registration` makes them known to transformers' Auto classes. The configuration alone needs no torch.
+They are imported at first use; `slicegpt.registration` makes them known to transformers' Auto classes.
 """
 
 from typing import TYPE_CHECKING
