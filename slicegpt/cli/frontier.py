@@ -100,6 +100,8 @@ def methods_in(text: str, argument: str) -> list[str]:
 def run(options: argparse.Namespace) -> None:
     sizes = read_sizes(options.sizes)
     methods, again = methods_in(options.method, "methods"), methods_in(options.rerun, "rerun")
+    if not methods:
+        raise SliceGPTError("at least one is needed, got none", "methods")
     recipe = Recipe(**{name: value for name, value in vars(options).items() if name in NAMES})
     check_name(recipe.model, "model")
     check_device(options.device)
