@@ -25,7 +25,7 @@ def check_name(name: str, argument: str = "name") -> None:
     """
     path, reason = Path(name), None
     if not name:
-        reason = "is empty"
+        reason = "must name a model, got an empty one"
     elif name.lower() == SHIPPED_MODEL:
         return
     elif path.is_file() and path.suffix.lower() != ".gguf":
