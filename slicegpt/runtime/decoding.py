@@ -1,12 +1,13 @@
-"""One token after another: the state of a generation on its device, advanced without waiting for the device.
+"""Decoding one token after another: the state of a generation stays on the device, and the host does not wait for it.
 
 On a GPU a step is captured once in a CUDA graph and replayed, so that a token costs one launch. What a step decides
-(the next token, who is finished) stays on the device; the host reads tokens a few steps later.
+(the next token, which rows have finished) stays on the device; the host reads tokens a few steps later.
 
-The graph has not been run on a GPU yet; `StaticDecoder.step`, what it captures, is tested on the CPU.
+`StaticDecoder.step`, which the graph captures, is tested on the CPU; the graph itself has not been run on a GPU yet.
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,23 +20,23 @@ from slicegpt.runtime.cpu_step import CpuStep
 from slicegpt.runtime.executor import Executor
 from slicegpt.runtime.sampling import Sampling
 
-# Steps launched before the host reads the oldest token: enough to hide a launch, few enough to be thrown away when
-# that token ends the text.
+# Steps launched before the host reads the oldest token: enough to hide the latency of a launch, and few enough to waste
+# when that token ends the text.
 RUN_AHEAD = 4
 
-# One capture at a time: the memory pools of captures are the process's.
+# Captures of several threads take turns: PyTorch's allocator routes allocations to the pools that are being captured.
 _CAPTURE = threading.Lock()
 
 
-class BatchDecoder:
-    """Next tokens of a batch; `start` gives the first, every `step` one more.
+class BatchDecoder(ABC):
+    """Generates tokens for a batch: `start` returns the first, every `step` the next.
 
     Args:
         executor: computes logits.
-        cache: filled up to the prompt's length by the time of `start`.
+        cache: holds the prompt by the time of `start`.
         sampling: how tokens are chosen.
-        stop_ids: token ids that end a row; after one, a row gets `pad_id`.
-        generator: on the network's device.
+        stop_ids: token ids that end a row; from then on it gets `pad_id`.
+        generator: of the draws, on the network's device.
     """
 
     def __init__(
@@ -57,15 +58,21 @@ class BatchDecoder:
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
 
     def start(self, logits: Tensor, position: Tensor, slot: int, padded: bool) -> Tensor:
-        """Take the prompt's last logits; `position` [batch] and `slot` are those of the token they give."""
+        """Choose the first token [batch] from the prompt's last logits.
+
+        Args:
+            logits: [batch, vocab_size].
+            position, slot: of that first token: its position in each row, int64 [batch], and its cache slot.
+            padded: whether any entry of `cache.valid` is False.
+        """
         self.finished.zero_()
         self.position.copy_(position)
         self._choose(logits)
         return self.token
 
+    @abstractmethod
     def step(self) -> Tensor:
-        """Put the last token through the network; returns the next one, [batch], a buffer that the next step reuses."""
-        raise NotImplementedError
+        """Run the last token through the network; returns the next, [batch], in a buffer that the next step reuses."""
 
     def _advance(self, step: CacheStep) -> None:
         stream = self.executor.embed(self.token[:, None], self.position[:, None])
@@ -81,7 +88,7 @@ class BatchDecoder:
 
 
 class GrowingDecoder(BatchDecoder):
-    """For the CPU: attention reads what the cache holds, no more."""
+    """For the CPU: attention reads the filled part of the cache only."""
 
     @torch.inference_mode()
     def start(self, logits: Tensor, position: Tensor, slot: int, padded: bool) -> Tensor:
@@ -97,7 +104,7 @@ class GrowingDecoder(BatchDecoder):
 
 
 class FusedDecoder(GrowingDecoder):
-    """For the CPU where the compiled kernels are there: a token passes all blocks in one call."""
+    """For the CPU with compiled kernels: all blocks of a token are one call."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -114,7 +121,7 @@ class FusedDecoder(GrowingDecoder):
 
 
 class StaticDecoder(BatchDecoder):
-    """Every number that changes lives on the device: the same launches for every token."""
+    """Every number that changes is in device memory, so that every token takes the same launches."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -134,21 +141,22 @@ class StaticDecoder(BatchDecoder):
 
 
 class GraphDecoder(StaticDecoder):
-    """`StaticDecoder` captured in a CUDA graph when it is made; warming up leaves traces only in the cache's slot 0."""
+    """`StaticDecoder` captured in a CUDA graph when it is made; the warm-up writes to the cache's slot 0 only."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         stream = torch.cuda.Stream(self.token.device)
         stream.wait_stream(torch.cuda.current_stream(self.token.device))
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels, allocates workspaces
+            for _ in range(2):  # kernels are compiled and workspaces allocated before the capture
                 self.slot.zero_()
                 self.position.zero_()
                 super().step()
         torch.cuda.current_stream(self.token.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
-        # The cache's device may not be the current one. Other threads may allocate memory meanwhile.
+        # The stream is named because the cache's device may not be the current one. "thread_local" lets other threads
+        # allocate memory during the capture.
         with _CAPTURE, torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             super().step()
 
@@ -166,8 +174,8 @@ def tokens_on_host(
     """Yield `count` tokens [batch] on the host, the first being `first`; on a GPU, steps run ahead of what is read.
 
     Args:
-        on_stream: gives a context in which the decoder's CUDA stream is current; the caller's may change between two
-            tokens.
+        on_stream: returns a context in which the decoder's CUDA stream is current; the caller's current stream may
+            change between two tokens.
     """
     if first.device.type == "cpu":
         yield first.clone()

@@ -30,30 +30,31 @@ from slicegpt.runtime.sampling import Sampling
 
 DECODERS = {"growing": GrowingDecoder, "fused": FusedDecoder, "static": StaticDecoder, "graph": GraphDecoder}
 
-# Capacities of caches are multiples of it, so that prompts of similar lengths share a cache and a captured graph.
+# Cache capacities are multiples of it, so that prompts of similar lengths share a cache and a captured graph.
 CAPACITY_STEP = 64
 
 
 class Runtime:
-    """Generates with a sliced model, or a dense one of a supported family, faster than the plain form.
+    """Generates with a sliced model, or a dense one of a supported family, faster than transformers' `generate`.
 
-    Same function as the plain model: its logits up to rounding. On a GPU a token is one CUDA graph; batches are padded
-    on the left.
+    The logits are those of the plain model up to rounding. On a GPU a token is one launch of a CUDA graph. Batches are
+    padded on the left.
 
-    Any number of generations may run at once, interleaved or from threads. Each holds a cache of its own from its
-    first token to its end, `new_cache(batch, tokens).bytes` of memory; a stream that is not read to its end gives its
-    cache back when it is closed or collected. Between calls up to four caches are kept. On a GPU a generation stays on
-    the CUDA stream that was current when it was called.
+    Any number of generations may run at once, interleaved or in threads. Each holds a cache of its own from its first
+    token to its end: 2 * layers * batch * key heads * capacity * head_dim numbers (`KVCache.bytes`). A stream that is
+    not read to its end returns its cache when it is closed or garbage-collected. Up to four unused caches are kept for
+    later calls. On a GPU a generation stays on the CUDA stream that was current when it was called.
 
     Args:
         model: `SlicedForCausalLM`, or a dense Hugging Face model (its norms are folded first, which takes a copy).
         max_length: tokens of prompt and answer together; the model's `max_position_embeddings` where not given, or the
             length up to which its LongRoPE keeps its frequencies.
-        prefill_chunk: tokens of a row that pass the network at a time.
-        release: take the layers' weights out of `model` while they are packed, which saves a copy; `model` cannot be
-            used afterwards.
+        prefill_chunk: tokens of each row in one forward pass over a prompt.
+        release: free each layer's weights in `model` once they are packed, so that they are never held twice; `model`
+            cannot be used afterwards.
         decoder: "auto", "growing", "fused", "static" or "graph"; see `slicegpt.runtime.decoding`. "auto" is "graph" on
-            a GPU; on a CPU "fused" where its kernels are built and for batches they are fastest at, else "growing".
+            a GPU; on a CPU "fused" where its kernels are built, up to the batch size at which they are fastest, else
+            "growing".
 
     Raises:
         SliceGPTError: a model that the fused operators cannot run.
@@ -111,7 +112,7 @@ class Runtime:
     def _prefill(
         self, input_ids: Tensor, mask: Tensor | None, cache: KVCache
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Fill the cache chunk by chunk; yields the last boundary's stream [batch * chunk, d] and its sums."""
+        """Fill the cache chunk by chunk; yields `Executor.blocks` of each: stream [batch * chunk, d] and its sums."""
         length = input_ids.shape[1]
         positions = _positions(input_ids, mask)
         for start in range(0, length, self.prefill_chunk):
@@ -127,7 +128,7 @@ class Runtime:
     def _last_logits(self, input_ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         for stream, sums in self._prefill(input_ids, mask, cache):
             last = stream.unflatten(0, (len(input_ids), -1))[:, -1]
-            # A CPU's kernels, called without the operator's checks, read sums of consecutive rows.
+            # The CPU's kernels, which are called without the operator's checks, read contiguous sums.
             last_sums = None if sums is None else sums.unflatten(0, (len(input_ids), -1))[:, -1].contiguous()
         return self.executor.logits(last, last_sums)
 
@@ -179,7 +180,7 @@ class Runtime:
             max_new_tokens: at least 1. It ends earlier once every row has met an end-of-sequence token; rows that
                 have get padding.
             sampling: greedy where not given.
-            seed: of the draws; None: they follow from the seed of the call before, and differ from its draws.
+            seed: of the draws; None continues the sequence of seeds that the last given one began.
             ignore_eos: go on after end-of-sequence tokens.
 
         Raises:
@@ -233,19 +234,19 @@ class Runtime:
         decoder = lease.decoder(
             (sampling, stop_ids), lambda: self.new_decoder(cache, sampling, stop_ids, lease.generator)
         )
-        # Each lease draws for itself, so that a seed gives the same tokens whatever else is being generated.
+        # Every lease has a generator of its own, so that a seed gives the same tokens whatever else is running.
         if seed is None:
             seed = int(torch.randint(1 << 62, (1,), generator=self._seeds))
         else:
             self._seeds.manual_seed(seed)
         lease.generator.manual_seed(seed)
-        # A decoder that was just captured has left traces in the cache: the mask and the prompt come after it.
+        # After the decoder was made: capturing its graph writes to the cache.
         cache.mark(mask)
         logits = self._last_logits(input_ids, mask, cache)
         position = _positions(input_ids, mask)[:, -1] + 1
         return decoder, decoder.start(logits, position, input_ids.shape[1], mask is not None)
 
-    # --- what works for one generation -------------------------------------------------------------------------
+    # --- parts of a generation ---------------------------------------------------------------------------------
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` rows of at least `length` tokens."""
@@ -259,13 +260,13 @@ class Runtime:
         stop_ids: tuple[int, ...] = (),
         generator: torch.Generator | None = None,
     ) -> BatchDecoder:
-        """A decoder that generates into this cache; it draws from `generator`, on the runtime's device."""
+        """A decoder of this cache; it draws from `generator`, which is on the runtime's device."""
         make = DECODERS[self.decoder_name(cache.batch)]
         generator = generator or torch.Generator(self.device)
         return make(self.executor, cache, sampling, stop_ids, self.pad_id, generator)
 
     def decoder_name(self, batch: int) -> str:
-        """Which of `DECODERS` generates for so many rows."""
+        """The name in `DECODERS` of what generates for so many rows."""
         dtype = self.executor.packed.dtype
         fused = not self.executor.through_operators and CpuStep.is_supported(self.executor.packed, batch)
         if self.decoder == "auto":
@@ -282,7 +283,7 @@ class Runtime:
     def _checked(
         self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Ids on the device, and the mask as bool; None where nothing is padded."""
+        """The ids on the device, and the mask as bool, or None where nothing is padded."""
         if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
             raise SliceGPTError(
                 f"must be integers [batch, tokens], at least one, got {list(input_ids.shape)} "
@@ -316,14 +317,14 @@ class Runtime:
 
 
 def _positions(input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Positions [batch, tokens] that count what is not padding; padding has -1."""
+    """Positions [batch, tokens], counted from the first token that is not padding; those of padding are -1."""
     if mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     return (mask.long().cumsum(dim=1) - 1).masked_fill(~mask, -1)
 
 
 def _as_ids(*values: int | list[int] | None) -> tuple[int, ...]:
-    """The first of the values that is given, as a tuple of ids."""
+    """The first value that is not None, as a tuple of ids."""
     for value in values:
         if value is not None:
             return tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -28,7 +28,10 @@ def _rotate_add_on_cpu(
     bias: Tensor | None,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The library's form leaves the sums of squares to the next norm. `factor` is for GPUs."""
+    """`rotate_add`; where torch's GEMM runs, the sums of squares are None, and the next norm computes them.
+
+    `factor` is for GPUs, and unused here.
+    """
     name = ROTATE_ADD.choose("auto", None, a.dtype, len(a))
     if name == "torch":
         return torch_gemm.rotate(a, weight, h, shortcut, bias), None
@@ -36,13 +39,13 @@ def _rotate_add_on_cpu(
 
 
 class Executor:
-    """Runs a `PackedNetwork`.
+    """Runs a `PackedNetwork`. It holds no state of a generation, so that several may share it.
 
     Args:
         packed: the weights.
-        through_operators: call the registered operators, which `torch.compile` can trace; False calls the CPU's
-            kernels and GEMMs directly, which saves about 10 µs of dispatch and checks a call. None: directly on a
-            CPU, unless SLICEGPT_BACKEND asks for something.
+        through_operators: True calls the registered operators, which `torch.compile` can trace; False calls the CPU's
+            kernels and GEMMs directly, which saves about 10 µs of dispatch and checks a call. None is False on a CPU,
+            unless SLICEGPT_BACKEND names a backend, and True elsewhere.
     """
 
     def __init__(self, packed: PackedNetwork, through_operators: bool | None = None):
@@ -54,9 +57,9 @@ class Executor:
         self.rotate_add = ops.rotate_add if through_operators else _rotate_add_on_cpu
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and signed sines of these positions, each [positions, 1, rotary_dim]; padding may have negative ones.
+        """Cosines and signed sines of these positions, each [positions, 1, rotary_dim]; None without rotary positions.
 
-        None without rotary positions.
+        Positions of padding may be negative.
         """
         if self.packed.rotary is None:
             return None
@@ -75,7 +78,7 @@ class Executor:
         return stream
 
     def blocks(self, stream: Tensor, step: CacheStep) -> tuple[Tensor, Tensor | None]:
-        """The stream past all blocks, and its rows' sums of squares (None: to be computed from it)."""
+        """The residual stream after all blocks, and its rows' sums of squares (None: not computed)."""
         sums = None
         for block in self.packed.blocks:
             stream, sums = self._block(block, stream, sums, step)
@@ -101,7 +104,7 @@ class Executor:
         return self.rotate_add(a, block.output, stream, block.shortcut, block.output_bias, block.factor)
 
     def logits(self, stream: Tensor, sums: Tensor | None) -> Tensor:
-        """Logits [rows, vocab_size] of rows of the stream behind the last block."""
+        """Logits [rows, vocab_size] of rows of the residual stream after the last block."""
         packed, width = self.packed, stream.shape[1]
         if packed.final_scale is not None:
             if sums is None:

@@ -9,21 +9,21 @@ import torch
 from slicegpt.runtime.cache import KVCache
 from slicegpt.runtime.decoding import BatchDecoder
 
-# Caches that are kept for later generations, with their decoders and captured graphs, and decoders of a cache (one for
-# each way of sampling). The one that has not been used for longest goes first.
+# Unused caches that are kept for later generations, with their decoders and captured graphs, and decoders of a cache
+# (one for each way of sampling). The least recently used goes first.
 MAX_IDLE = 4
 MAX_DECODERS = 4
 
 
 class CacheLease:
-    """A cache and what works on it. One generation at a time has it.
+    """A cache and its decoders. One generation at a time holds it.
 
     Attributes:
         cache: keys and values.
         generator: of the draws; captured graphs refer to it.
 
     Args:
-        ready: on a GPU, what the first launch waits for; None is nothing.
+        ready: on a GPU, an event that the first launch waits for, or None.
     """
 
     def __init__(self, cache: KVCache, device: torch.device, ready: torch.cuda.Event | None):
@@ -49,43 +49,46 @@ class CacheLease:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def begin(self, stream: torch.cuda.Stream | None) -> None:
-        """Launch on this stream from now on, after all that was launched on the one before."""
+        """Launch on this stream from now on, after everything that was launched on the previous one."""
         self._stream = stream
         if stream is not None and self._done is not None:
             stream.wait_event(self._done)
 
     def end(self) -> None:
-        """Mark the end of what was launched: steps that ran ahead of the last token may not have finished."""
+        """Record an event after all launches: steps that ran ahead of the last token may still be running."""
         if self._stream is not None:
             self._done = torch.cuda.Event()
             self._done.record(self._stream)
             self._stream = None
 
     def wait(self) -> None:
-        """Until the device has finished with this memory, which the allocator knows of the first stream only."""
+        """Wait until the device has finished with this memory, before it is freed.
+
+        PyTorch's allocator orders the reuse of memory on the stream that it was allocated on, and on no other.
+        """
         if self._done is not None:
             self._done.synchronize()
 
 
 class CachePool:
-    """Lends caches; where none of the batch size is free, one is allocated.
+    """Lends caches, and allocates one where none of the batch size is free.
 
-    A generation holds one from its first token to its end. Besides these at most `MAX_IDLE` are kept: memory is bounded
-    by how many generations run at once.
+    A generation holds a cache from its first token to its end. At most `MAX_IDLE` others are kept, so that the number
+    of generations that run at once bounds the memory.
 
     Args:
-        device: where the caches are. On a GPU, generations on other streams wait for what the current one has launched
-            by now: the weights are packed on it.
+        device: of the caches. On a GPU, generations on other streams wait for what has been launched on the current
+            one: the weights are packed on it.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._idle: list[CacheLease] = []  # the last one has been used last
+        self._idle: list[CacheLease] = []  # the most recently used comes last
         self._ready: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(device))
-        # Reentrant: a generation to which nothing refers any more ends where Python collects it, at any allocation.
+        # Reentrant, because an abandoned generation ends when it is garbage-collected, which any allocation may start.
         self._lock = threading.RLock()
 
     @contextmanager
@@ -96,11 +99,11 @@ class CachePool:
         allocate: Callable[[int, int], KVCache],
         stream: torch.cuda.Stream | None = None,
     ) -> Iterator[CacheLease]:
-        """A cache of `batch` rows with room for `length` tokens at least; an earlier generation's may be in it.
+        """A cache of `batch` rows with room for at least `length` tokens; it may hold an earlier generation's.
 
         Args:
-            allocate: (batch, length) -> a new cache. Not the pool's own, which would tie the pool to the runtime in a
-                cycle, and keep its memory until Python looks for cycles.
+            allocate: (batch, length) -> a new cache. An argument, because a pool that held a method of the runtime
+                would form a reference cycle with it, and its memory would outlive the last reference to the runtime.
             stream: on a GPU, the CUDA stream that the generation launches on.
         """
         lease = self._take(batch, length)
@@ -120,11 +123,11 @@ class CachePool:
                 one.wait()
 
     def _take(self, batch: int, length: int) -> CacheLease | None:
-        """A free cache. Where there is none that fits, None, and one that is kept goes where there are too many."""
+        """A free cache that fits, or None; then an unused one is dropped where a new one would be one too many."""
         with self._lock:
             same = [lease for lease in self._idle if lease.cache.batch == batch]
             found = next((lease for lease in reversed(same) if lease.cache.capacity >= length), None)
-            # One that is too short makes room for the one that takes its place.
+            # A cache that is too short is replaced, not kept beside the longer one.
             dropped = None if found else next(iter(same), None)
             if found is None and dropped is None and len(self._idle) >= MAX_IDLE:
                 dropped = self._idle[0]
