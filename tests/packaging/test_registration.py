@@ -11,9 +11,9 @@ import textwrap
 import pytest
 import torch
 from support.sliced_models import network
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 import slicegpt
-from slicegpt import registration
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def test_all_names_resolve():
     assert all(getattr(slicegpt, name) is not None for name in slicegpt.__all__)
     assert slicegpt.SlicedConfig.__module__ == "slicegpt.modeling.configuration"
     assert slicegpt.modeling.SlicedForCausalLM is slicegpt.SlicedForCausalLM
-    assert not registration._finder.missing  # this process has loaded both Auto modules
+    assert MODEL_MAPPING[slicegpt.SlicedConfig] is slicegpt.modeling.SlicedModel
+    assert MODEL_FOR_CAUSAL_LM_MAPPING[slicegpt.SlicedConfig] is slicegpt.SlicedForCausalLM
 
 
 LOAD = """
@@ -81,30 +82,43 @@ def test_models_load_in_any_order(folder, imports):
     assert run(f"{imports}\n{textwrap.dedent(LOAD)}", folder)[0] == "SlicedForCausalLM\n"
 
 
-def test_config_alone_then_threads_then_another_process(folder):
-    """AutoConfig knows the config before the network is imported; threads that import at once all find the network;
-    so does a process that is spawned with nothing but a config in its pickled arguments."""
+def test_stand_ins_then_threads_then_another_process(folder):
+    """No import of an Auto class imports our network; threads that import at once from several ends all find it; so
+    does a process that is spawned with nothing but a config in its pickled arguments."""
     code = """
-        import importlib.machinery, multiprocessing, spawned, sys, threading
+        import importlib.machinery, multiprocessing, pickle, spawned, sys, threading
         import transformers
         import slicegpt
 
+        def network():
+            return slicegpt.SlicedForCausalLM.__name__
+
+        def llama():
+            from transformers import LlamaForCausalLM
+            return "SlicedForCausalLM"
+
         if __name__ == "__main__":
-            from transformers import AutoConfig
+            from transformers import AutoConfig, MODEL_FOR_CAUSAL_LM_MAPPING
             config = AutoConfig.from_pretrained(sys.argv[1])
             assert type(config) is slicegpt.SlicedConfig
+            stand_in = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            assert stand_in.__name__ == "SlicedForCausalLM"
             assert "slicegpt.modeling.network" not in sys.modules
-            module = sys.modules["transformers.models.auto.configuration_auto"]
+            module = sys.modules["transformers.models.auto.modeling_auto"]
             assert isinstance(module.__spec__.loader, importlib.machinery.SourceFileLoader)
             assert module.__loader__ is module.__spec__.loader
-            found, wait = [], threading.Barrier(4)
-            def work():
+            found, wait = [], threading.Barrier(6)
+            def work(what):
                 wait.wait()
-                found.append(spawned.build(config))
-            threads = [threading.Thread(target=work) for _ in range(4)]
+                found.append(what())
+            ends = [lambda: spawned.build(config), network, llama] * 2
+            threads = [threading.Thread(target=work, args=(what,)) for what in ends]
             for thread in threads: thread.start()
             for thread in threads: thread.join()
-            assert found == ["SlicedForCausalLM"] * 4, found
+            assert found == ["SlicedForCausalLM"] * 6, found
+            assert MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] is slicegpt.SlicedForCausalLM
+            assert pickle.loads(pickle.dumps(stand_in)) is slicegpt.SlicedForCausalLM
+            assert type(stand_in(config)) is slicegpt.SlicedForCausalLM
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 print(pool.apply(spawned.build, (config,)))
     """
@@ -119,21 +133,22 @@ def test_config_alone_then_threads_then_another_process(folder):
 
 
 def test_broken_packages_are_left_alone(tmp_path):
-    """Whoever imports transformers gets its own error, or the module; of ours, one line in the log."""
+    """Whoever imports transformers gets its own error, or the module; of ours, one line in the log, and at use the
+    error itself."""
     auto = tmp_path / "transformers" / "models" / "auto"
     auto.mkdir(parents=True)
     for package in (auto, auto.parent, auto.parent.parent):
         (package / "__init__.py").write_text("")
-    (auto / "modeling_auto.py").write_text("class AutoModel: pass\nclass AutoModelForCausalLM: pass\n")
-    (auto / "configuration_auto.py").write_text("raise ImportError('half installed')\n")
+    (auto / "configuration_auto.py").write_text("class AutoConfig: pass\n")
+    (auto / "modeling_auto.py").write_text("raise ImportError('half installed')\n")
     (tmp_path / "torch.py").write_text("raise ImportError('no libcuda')\n")
     code = """
         import slicegpt
+        from transformers.models.auto.configuration_auto import AutoConfig
         try:
-            import transformers.models.auto.configuration_auto
+            import transformers.models.auto.modeling_auto
         except ImportError as error:
             assert str(error) == "half installed"
-        from transformers.models.auto.modeling_auto import AutoModel
         try:
             slicegpt.SlicedForCausalLM
         except ImportError as error:
