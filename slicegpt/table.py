@@ -53,6 +53,15 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(option: str, file: str | Path | None) -> None:
+    """Raise `SliceGPTError`, before any work is done, where a result file could not be written; None is no file."""
+    if file is None:
+        return
+    parent = Path(file).absolute().parent
+    if Path(file).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SliceGPTError(f"{option}: cannot write {file}: expected a file in a folder that exists")
+
+
 def _format_cell(value: object) -> str:
     if value is None:
         return "-"

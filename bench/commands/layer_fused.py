@@ -11,7 +11,7 @@ from slicegpt.modeling.sizes import skeleton
 from slicegpt.ops.contracts import block_sums_of_squares, sumsq_dtype
 from slicegpt.runtime import pack
 from slicegpt.runtime.cache import GrowingStep, KVCache
-from slicegpt.runtime.executor import Network
+from slicegpt.runtime.executor import Executor
 from slicegpt.runtime.packing import PackedBlock, Projection
 
 
@@ -23,7 +23,7 @@ def fused(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtype, de
         SliceGPTError: the runtime does not support the network.
     """
     model = random_model(one_layer(config), dtype, device)
-    network = Network(pack(model, seqlen))
+    network = Executor(pack(model, seqlen))
     inputs = layer_inputs(model, batch, seqlen)
     positions = torch.arange(seqlen, device=device).expand(batch, seqlen)
     cache = KVCache.allocate(model.config, batch, seqlen, dtype, device)
@@ -52,7 +52,7 @@ def reason_against(config: SlicedConfig) -> str | None:
     return None
 
 
-def block_operations(network: Network, block: PackedBlock, step: GrowingStep) -> list[Operation]:
+def block_operations(network: Executor, block: PackedBlock, step: GrowingStep) -> list[Operation]:
     """The operations of one block; the last one writes the new stream to "stream" and "output"."""
 
     def read(projection: Projection, index: int) -> Operation:

@@ -15,7 +15,7 @@ import torch
 
 from slicegpt.checkpoint.record import versions
 from slicegpt.errors import SliceGPTError
-from slicegpt.table import write_json
+from slicegpt.table import check_writable, write_json
 
 
 def cpu_name() -> str:
@@ -95,15 +95,6 @@ def write_results(file: str | None, name: str, figures: dict) -> None:
     """Write `figures` of the benchmark `name` with their environment as JSON; does nothing where `file` is None."""
     if file:
         write_json(file, {"benchmark": name, "environment": environment(), **figures})
-
-
-def check_writable(option: str, file: str | Path | None) -> None:
-    """Raise `SliceGPTError`, before anything is measured, where a result file could not be written."""
-    if file is None:
-        return
-    parent = Path(file).absolute().parent
-    if Path(file).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise SliceGPTError(f"{option}: cannot write {file}: expected a file in a folder that exists")
 
 
 def write_csv(file: str | Path, rows: Sequence[Mapping], where: Mapping) -> None:

@@ -205,7 +205,7 @@ class RuntimeDecoder(GreedyDecoder):
     def __init__(self, runtime: Runtime, batch: int, length: int):
         self.runtime = runtime
         self.weight_bytes = runtime.bytes_per_token(batch)
-        self.stored_bytes = runtime.network.packed.stored_bytes()
+        self.stored_bytes = runtime.executor.packed.stored_bytes()
         self.cache = runtime.new_cache(batch, length)
         self.decoder = runtime.new_decoder(self.cache, Sampling())
 
@@ -221,7 +221,7 @@ class RuntimeDecoder(GreedyDecoder):
     def fill(self, context: int) -> None:
         for states in (self.cache.keys, self.cache.values):
             states[:, :, :, :context].normal_()
-        packed = self.runtime.network.packed
+        packed = self.runtime.executor.packed
         self._start(torch.zeros(self.cache.batch, packed.config.vocab_size, device=packed.device), context)
 
     def _start(self, logits: Tensor, context: int) -> None:

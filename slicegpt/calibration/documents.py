@@ -32,13 +32,7 @@ def load_documents(spec: str, split: Split = "train", text_column: str | None = 
     """
     if split not in ("train", "test"):
         raise SliceGPTError(f"must be 'train' or 'test', got {split!r}", "split")
-    if not spec:
-        raise SliceGPTError("must name a text, got an empty name", "spec")
-    reads_columns = Path(spec).suffix in (".jsonl", ".parquet")
-    if text_column is not None and not reads_columns:
-        raise SliceGPTError(
-            f"{spec} has no columns: text_column={text_column!r} does not apply", "text_column"
-        )
+    check_documents(spec, text_column)
     column = text_column or "text"
     if spec == "python-reference":
         documents = _python_reference(split)
@@ -46,15 +40,35 @@ def load_documents(spec: str, split: Split = "train", text_column: str | None = 
         documents = _read_hub(spec, split)
     elif Path(spec).is_dir():
         documents = _read_folder(Path(spec))
-    elif Path(spec).exists():
-        documents = _read_file(Path(spec), column)
     else:
-        names = ", ".join(["python-reference", *HUB_DATASETS])
-        raise SliceGPTError(f"{spec} is no file or folder, and none of the built-in texts ({names})", "spec")
+        documents = _read_file(Path(spec), column)
     with_text = [document for document in documents if document.strip()]
     if not with_text:
         raise SliceGPTError(f"{spec} holds no text", "spec")
     return with_text if split == "train" else documents
+
+
+def check_documents(spec: str, text_column: str | None = None, argument: str = "spec") -> None:
+    """Refuse what `load_documents` could not read, as far as a name tells; nothing is read.
+
+    Args:
+        spec, text_column: as for `load_documents`.
+        argument: what the caller calls `spec`.
+
+    Raises:
+        SliceGPTError: no name, no such text, or a column of what has none.
+    """
+    if not spec:
+        raise SliceGPTError("must name a text, got an empty name", argument)
+    if text_column is not None and Path(spec).suffix not in (".jsonl", ".parquet"):
+        raise SliceGPTError(
+            f"{spec} has no columns: text_column={text_column!r} does not apply", "text_column"
+        )
+    if spec != "python-reference" and spec not in HUB_DATASETS and not Path(spec).exists():
+        names = ", ".join(["python-reference", *HUB_DATASETS])
+        raise SliceGPTError(
+            f"{spec} is no file or folder, and none of the built-in texts ({names})", argument
+        )
 
 
 def _read_file(file: Path, column: str) -> list[str]:

@@ -6,16 +6,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from slicegpt.calibration.batches import CalibrationBatch, check_positive, collate, draw_samples
-from slicegpt.calibration.documents import load_documents
-from slicegpt.calibration.self_sampling import generate_samples, ordinary_tokens
+from slicegpt.calibration.documents import check_documents, load_documents
 from slicegpt.errors import SliceGPTError, renamed
-from slicegpt.hardware.offload import moved
-from slicegpt.progress import Progress
+
+if TYPE_CHECKING:  # sources are named, and their files read, before torch is imported
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slicegpt.calibration.batches import CalibrationBatch
+    from slicegpt.progress import Progress
 
 SELF = "self"  # text sampled from the dense model
 RANDOM_TOKENS = "random-tokens"  # tokens drawn uniformly from the vocabulary
@@ -137,21 +138,33 @@ def load_sources(spec: str, text_column: str | None = None) -> list[Source]:
     Args:
         text_column: of the `.jsonl` and `.parquet` files among the sources.
     """
+    with renamed(spec="calibration"):
+        return [
+            Source(name, weight, None if name in GENERATED else load_documents(name, "train", column))
+            for name, weight, column in _checked_sources(spec, text_column)
+        ]
+
+
+def check_sources(spec: str, text_column: str | None = None) -> None:
+    """Refuse a `calibration` choice whose files are not there; nothing is read.
+
+    Raises:
+        SliceGPTError: a name, weight or column that cannot be, or a text that is not there.
+    """
+    _checked_sources(spec, text_column)
+
+
+def _checked_sources(spec: str, text_column: str | None) -> list[tuple[str, float, str | None]]:
+    """Name, weight and column of every source."""
     sources = parse_sources(spec)
     columns = [name for name, _ in sources if Path(name).suffix in (".jsonl", ".parquet")]
     if text_column is not None and not columns:
         raise SliceGPTError(f"{spec} has no .jsonl or .parquet file, got {text_column!r}", "text_column")
-    with renamed(spec="calibration"):
-        return [
-            Source(
-                name,
-                weight,
-                None
-                if name in GENERATED
-                else load_documents(name, "train", text_column if name in columns else None),
-            )
-            for name, weight in sources
-        ]
+    checked = [(name, weight, text_column if name in columns else None) for name, weight in sources]
+    for name, _, column in checked:
+        if name not in GENERATED:
+            check_documents(name, column, "calibration")
+    return checked
 
 
 def share_out(nsamples: int, weights: Sequence[float]) -> list[int]:
@@ -190,6 +203,12 @@ def sample_sources(
     Raises:
         SliceGPTError: a weight is too small for a single sample, a text is too short, the model is missing.
     """
+    import torch
+
+    from slicegpt.calibration.batches import check_positive, collate, draw_samples
+    from slicegpt.calibration.self_sampling import generate_samples
+    from slicegpt.hardware.offload import moved
+
     check_positive(nsamples=nsamples, seqlen=seqlen, batch_size=batch_size)
     weights = [source.weight for source in sources]
     shares, spares = share_out(nsamples, weights), share_out(HELD_OUT, weights)
@@ -252,6 +271,10 @@ def sample_sources(
 def _random_tokens(
     tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
 ) -> list[torch.Tensor]:
+    import torch
+
+    from slicegpt.calibration.self_sampling import ordinary_tokens
+
     ids = ordinary_tokens(tokenizer)
     generator = torch.Generator().manual_seed(seed)
     return list(ids[torch.randint(len(ids), (nsamples, seqlen), generator=generator)])

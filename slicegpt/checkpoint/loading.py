@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from slicegpt.checkpoint.names import SHIPPED_MODEL, check_name
 from slicegpt.errors import SliceGPTError, first_line
 
-SHIPPED_MODEL = "smollm2-135m"
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,8 +56,7 @@ def load_dense(
     Raises:
         SliceGPTError: one line naming the file or the name that is at fault.
     """
-    if not name:
-        raise SliceGPTError("load_dense: the name of the model is empty")
+    check_name(name)
     device = _checked_device(device)
     with _quiet_transformers():
         if name.lower() == SHIPPED_MODEL:
@@ -68,11 +64,6 @@ def load_dense(
 
             model, tokenizer = load_gguf(shipped_checkpoint(), dtype)
         elif Path(name).is_file():
-            if Path(name).suffix.lower() != ".gguf":
-                raise SliceGPTError(
-                    f"load_dense: {name} is no model: expected a folder, a .gguf file or a hub id"
-                    f" (for {Path(name).name} pass the folder that holds it)"
-                )
             from slicegpt.checkpoint.gguf import load_gguf
 
             model, tokenizer = load_gguf(Path(name), dtype)
@@ -187,8 +178,6 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
     """Bring a hub repository's safetensors (else PyTorch) files into the local cache; return the folder."""
-    if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".safetensors", ".bin")):
-        raise SliceGPTError(f"load_dense: {name} does not exist (and cannot be a hub id)")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.py"] * trust_remote_code

@@ -1,43 +1,38 @@
-"""The command line: `slicegpt COMMAND`, one module a command."""
+"""The command line: `slicegpt COMMAND`, one module a command.
 
-import argparse
-import logging
+Everything is imported inside functions: `main` answers Ctrl-C before it imports anything, and a command imports torch
+only when it has checked what it can check without.
+"""
+
+from __future__ import annotations
+
 import sys
+from typing import TYPE_CHECKING
 
-from slicegpt.cli import (
-    benchmark,
-    demo,
-    env,
-    evaluation,
-    finetune,
-    frontier,
-    generation,
-    info,
-    publishing,
-    serving,
-    slicing,
-)
-from slicegpt.cli.messages import message_of
-from slicegpt.errors import SliceGPTError
+from slicegpt.cli import interrupts
 
-COMMANDS = (
-    slicing,
-    finetune,
-    evaluation,
-    generation,
-    info,
-    frontier,
-    serving,
-    publishing,
-    benchmark,
-    env,
-    demo,
-)
+if TYPE_CHECKING:
+    import argparse
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; nothing heavy is imported before a command runs."""
+    import argparse
+
     from slicegpt import __version__
+    from slicegpt.cli import (
+        benchmark,
+        demo,
+        env,
+        evaluation,
+        finetune,
+        frontier,
+        generation,
+        info,
+        publishing,
+        serving,
+        slicing,
+    )
 
     parser = argparse.ArgumentParser(
         prog="slicegpt",
@@ -46,22 +41,56 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"slicegpt {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log which kernels were chosen, and why")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
+    for command in (
+        slicing,
+        finetune,
+        evaluation,
+        generation,
+        info,
+        frontier,
+        serving,
+        publishing,
+        benchmark,
+        env,
+        demo,
+    ):
         command.add_parser(commands)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns 0, 2 for bad input (one line on stderr), or 130 when interrupted."""
+    """Run one command; returns 0, 2 for bad input (one line on stderr), or 130 when interrupted.
+
+    Args:
+        arguments: those of the process where not given; the process is then taken for the command's own, and SIGINT is
+            answered in its name.
+    """
+    if arguments is None:
+        interrupts.install()
+    try:
+        return _run(arguments)
+    except (KeyboardInterrupt, Exception) as error:
+        if not isinstance(error, KeyboardInterrupt) and not interrupts.received():
+            raise
+        interrupts.ignore()
+        print(interrupts.MESSAGE, file=sys.stderr)
+        return interrupts.EXIT_CODE
+
+
+def _run(arguments: list[str] | None) -> int:
+    import logging
+
+    from slicegpt.cli.messages import message_of
+    from slicegpt.errors import SliceGPTError
+
     options = build_parser().parse_args(arguments)
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("slicegpt").setLevel(logging.DEBUG if options.verbose else logging.WARNING)
     try:
         options.run(options)
     except SliceGPTError as error:
+        if interrupts.received():
+            raise
         print(f"slicegpt {options.command}: error: {message_of(error, options)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written under the final name", file=sys.stderr)
-        return 130
     return 0

@@ -5,9 +5,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import NAMES, Recipe
+from slicegpt.table import check_writable
 
-from .benchmark_options import SHORTCUTS, dtypes, fraction, fractions, memory, names, settings_of
+from .benchmark_options import (
+    SHORTCUTS,
+    check_files,
+    check_networks,
+    dtypes,
+    fraction,
+    fractions,
+    memory,
+    names,
+    settings_of,
+)
 from .options import add_device, add_json, positive, resolve_device, resolve_dtype
 from .prediction import add_predict
 
@@ -88,14 +100,8 @@ def networks_of(options: argparse.Namespace) -> list:
 
 
 def record_of(options: argparse.Namespace, device):
-    """The record of a run, once every file it shall write has been found writable."""
-    from slicegpt.bench.harness.record import Record, check_writable
+    from slicegpt.bench.harness.record import Record
 
-    check_writable("--plot", options.plot)
-    if options.plot:
-        from slicegpt.bench.harness.charts import check_plot
-
-        check_plot("--plot", options.plot)
     return Record(options.benchmark, settings_of(options), device, options.json, options.csv)
 
 
@@ -107,7 +113,6 @@ def measuring(record, options: argparse.Namespace) -> Iterator[None]:
     incomplete.
     """
     from slicegpt.bench.harness.display import print_skipped
-    from slicegpt.errors import SliceGPTError
 
     try:
         yield
@@ -168,6 +173,7 @@ def add_token(benchmarks) -> None:
 
 
 def run_token(options: argparse.Namespace) -> None:
+    check_networks(options)
     from slicegpt.bench.commands.token_time import TokenOptions, check_positions, measure_token_times
     from slicegpt.bench.models.devices import current_device
     from slicegpt.bench.models.engines import benchmark_cases, chosen_engines
@@ -226,6 +232,7 @@ def add_throughput(benchmarks) -> None:
 
 
 def run_throughput(options: argparse.Namespace) -> None:
+    check_networks(options)
     from slicegpt.bench.commands.throughput import ThroughputOptions, measure_throughput
     from slicegpt.bench.models.engines import benchmark_cases, chosen_engines
     from slicegpt.hardware.memory import free_memory
@@ -274,12 +281,11 @@ def add_layers(benchmarks) -> None:
 
 
 def run_layers(options: argparse.Namespace) -> None:
+    check_networks(options)
     from slicegpt.bench.commands.layers import LayersOptions, measure_layers
-    from slicegpt.bench.harness.record import check_writable
     from slicegpt.progress import Progress
 
     networks = networks_of(options)
-    check_writable("--trace", options.trace)
     record = record_of(options, networks[0].device)
     how = LayersOptions(options.batch, options.seqlen, options.repeats, options.cold_l2)
     with measuring(record, options):
@@ -315,6 +321,7 @@ def add_slicing(benchmarks) -> None:
 
 
 def run_slicing(options: argparse.Namespace) -> None:
+    check_networks(options)
     from slicegpt.bench.commands.slicing_time import SlicingTimeOptions, measure_slicing
     from slicegpt.progress import Progress
 
@@ -345,9 +352,9 @@ def add_report(benchmarks) -> None:
 def run_report(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from slicegpt.bench.harness.record import check_writable
     from slicegpt.bench.harness.report import read_results, render
 
+    check_files(options)
     results = read_results(options.folder)
     if options.against:
         print_agreement(results, read_results(options.against, "--against"), options)

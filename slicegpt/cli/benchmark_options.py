@@ -2,9 +2,76 @@
 
 import argparse
 
-from .options import DTYPES
+from slicegpt.checkpoint.names import check_name
+from slicegpt.errors import SliceGPTError
+from slicegpt.table import check_writable
+
+from .options import DTYPES, check_device
 
 SHORTCUTS = ("compact", "dense")
+# The names that slicegpt.bench knows, where torch is needed to know more than the name.
+ENGINES = (
+    "hf",
+    "hf-eager",
+    "hf-static",
+    "hf-compile",
+    "hf-generate",
+    "hf-generate-static",
+    "plain",
+    "plain-compile",
+    "fused",
+)
+SHAPES = (
+    "smollm2-135m",
+    "llama-1b",
+    "llama-2-7b",
+    "llama-2-13b",
+    "llama-2-70b",
+    "llama-3-8b",
+    "llama-3-70b",
+    "opt-125m",
+    "opt-1.3b",
+    "opt-2.7b",
+    "opt-6.7b",
+    "opt-13b",
+    "opt-30b",
+    "opt-66b",
+    "phi-2",
+    "phi-3-mini",
+    "phi-4",
+    "gemma-2b",
+)
+PAPER_DEVICES = ("b200", "h200", "h100", "a100-80", "a100-40", "rtx-4090", "rtx-6000")
+
+
+def check_networks(options: argparse.Namespace) -> None:
+    """What can be told of a benchmark's options before torch is imported."""
+    models = [options.model] if isinstance(options.model, str) else options.model or []
+    if bool(models) == bool(options.shape):
+        raise SliceGPTError("--model, --shape: one of them is needed, and not both")
+    for name in models:
+        check_name(name, "model")
+    check_shape(options.shape)
+    for name in getattr(options, "engines", None) or ():
+        if name not in ENGINES:
+            raise SliceGPTError(f"--engines: must be among {', '.join(ENGINES)}, got {name!r}")
+    check_device(options.device)
+    check_files(options)
+
+
+def check_shape(name: str | None) -> None:
+    if name is not None and name not in SHAPES:
+        raise SliceGPTError(f"--shape: must be one of {', '.join(SHAPES)}, got {name!r}")
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Every file that a benchmark shall write can be written, and is of a kind that it can write."""
+    from slicegpt.bench.harness.charts import check_plot
+
+    for name in ("json", "csv", "plot", "trace", "output"):
+        check_writable(f"--{name}", getattr(options, name, None))
+    if getattr(options, "plot", None):
+        check_plot("--plot", options.plot)
 
 
 def fractions(text: str) -> list[float]:

@@ -4,7 +4,9 @@ import argparse
 import time
 from pathlib import Path
 
+from slicegpt.checkpoint.names import check_name
 from slicegpt.recipe import Recipe
+from slicegpt.table import check_writable
 
 from .options import add_json, positive
 
@@ -45,6 +47,8 @@ def run(options: argparse.Namespace) -> None:
         dtype="float32",
     )
     recipes = [shared.override(params=size) for size in options.params]
+    check_name(options.model, "model")
+    check_writable("--json", options.json)
 
     from slicegpt import api
     from slicegpt.calibration import load_documents

@@ -2,9 +2,12 @@
 
 import argparse
 
+from slicegpt.calibration import load_documents
+from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
+from slicegpt.table import check_writable
 
-from .options import add_device, add_json, positive, resolve_device
+from .options import add_device, add_json, check_device, positive, resolve_device
 
 
 def add_parser(commands) -> None:
@@ -41,7 +44,7 @@ def add_parser(commands) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Something to measure is named, and no option is left without the one that it belongs to."""
+    """What can be told before torch is imported: what is to be measured, of which models."""
     if options.data is None and options.tasks is None:
         raise SliceGPTError("--data or --tasks is needed: a text for perplexity, or names of zero-shot tasks")
     if options.tasks is None:
@@ -50,22 +53,25 @@ def check(options: argparse.Namespace) -> None:
                 raise SliceGPTError(f"--{name.replace('_', '-')} needs --tasks")
     if options.data is None and (options.text_column is not None or options.max_windows is not None):
         raise SliceGPTError("--text-column and --max-windows need --data")
+    check_device(options.device)
+    check_writable("--json", options.json)
+    for name in options.models:
+        check_name(name, "model")
 
 
 def run(options: argparse.Namespace) -> None:
     check(options)
+    documents = tasks = None
+    if options.data is not None:  # read once for all models, and before the first of them
+        documents = load_documents(options.data, options.split, options.text_column)
 
     from slicegpt import api
-    from slicegpt.calibration import load_documents
     from slicegpt.evaluation.report import evaluation_tables
     from slicegpt.evaluation.zero_shot import ZeroShotTasks
     from slicegpt.progress import Progress
     from slicegpt.table import write_json
 
     device, progress = resolve_device(options.device), Progress()
-    documents = tasks = None
-    if options.data is not None:  # read once for all models, and before the first of them
-        documents = load_documents(options.data, options.split, options.text_column)
     if options.tasks is not None:
         names = [name.strip() for name in options.tasks.split(",") if name.strip()]
         with progress.step(f"loading tasks {options.tasks}"):

@@ -2,7 +2,10 @@
 
 import argparse
 
-from .options import add_json, positive, resolve_device
+from slicegpt.checkpoint.names import check_name
+from slicegpt.table import check_writable
+
+from .options import add_json, check_device, positive, resolve_device
 
 
 def add_parser(commands) -> None:
@@ -113,14 +116,13 @@ def run(options: argparse.Namespace) -> None:
 
     from slicegpt.calibration import load_documents
     from slicegpt.errors import renamed
-    from slicegpt.finetune import TARGETS, AdapterOptions, Schedule, TrainingOptions, finetune
-    from slicegpt.progress import Progress
-    from slicegpt.table import write_json
+    from slicegpt.finetune import TARGETS, AdapterOptions, Schedule, TrainingOptions
 
-    # Under torchrun each process takes the device of its rank.
-    device = None if options.device in ("auto", "cuda") else resolve_device(options.device)
-    if options.device == "cuda":
-        resolve_device("cuda")
+    check_device(options.device)
+    check_writable("--json", options.json)
+    check_name(options.model, "folder")
+    if options.teacher is not None:
+        check_name(options.teacher, "teacher")
     named = options.targets in TARGETS or "_" not in options.targets
     targets = options.targets if named else tuple(filter(None, options.targets.replace(" ", "").split(",")))
     adapters = AdapterOptions(targets, options.rank, options.alpha, options.dropout, options.train_shortcuts)
@@ -146,9 +148,19 @@ def run(options: argparse.Namespace) -> None:
     if options.eval_data is not None:
         with renamed(spec="eval_data"):
             held_out = load_documents(options.eval_data, "test", None)
+    documents = load_documents(options.data, "train", options.text_column)
+
+    from slicegpt.finetune import finetune
+    from slicegpt.progress import Progress
+    from slicegpt.table import write_json
+
+    # Under torchrun each process takes the device of its rank.
+    device = None if options.device in ("auto", "cuda") else resolve_device(options.device)
+    if options.device == "cuda":
+        resolve_device("cuda")
     result = finetune(
         options.model,
-        load_documents(options.data, "train", options.text_column),
+        documents,
         options.output,
         adapters,
         training,

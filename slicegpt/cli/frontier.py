@@ -2,10 +2,16 @@
 
 import argparse
 
+from slicegpt.calibration import check_documents, check_sources
+from slicegpt.calibration.mixture import split_names
+from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import NAMES, Recipe
 
-from .options import add_device, positive
+from .options import add_device, check_device, positive
+
+# Those of `slicegpt.evaluation.frontier_run`, which needs torch.
+METHODS = ("ours", "equal", "columns", "compact", "published", "sparsegpt-2:4")
 
 
 def add_parser(commands) -> None:
@@ -73,19 +79,35 @@ def add_parser(commands) -> None:
 def read_sizes(text: str) -> list[float]:
     """The fractions of `--sizes`."""
     try:
-        return [float(part) for part in text.split(",")]
+        sizes = [float(part) for part in text.split(",")]
     except ValueError:
         raise SliceGPTError(f"expected numbers between commas, got {text!r}", "sizes") from None
+    for size in sizes:
+        if not 0 < size <= 1:
+            raise SliceGPTError(f"a size must lie in (0, 1], got {size:g}", "sizes")
+    return sizes
 
 
-def names_in(text: str) -> list[str]:
-    """Names between commas."""
-    return [part for part in text.split(",") if part]
+def methods_in(text: str, argument: str) -> list[str]:
+    """Names of methods between commas."""
+    methods = [part for part in text.split(",") if part]
+    for method in methods:
+        if method not in METHODS:
+            raise SliceGPTError(f"must be among {', '.join(METHODS)}, got {method!r}", argument)
+    return methods
 
 
 def run(options: argparse.Namespace) -> None:
     sizes = read_sizes(options.sizes)
+    methods, again = methods_in(options.method, "methods"), methods_in(options.rerun, "rerun")
+    if not methods:
+        raise SliceGPTError("at least one is needed, got none", "methods")
     recipe = Recipe(**{name: value for name, value in vars(options).items() if name in NAMES})
+    check_name(recipe.model, "model")
+    check_device(options.device)
+    for name in split_names(options.data, "data"):
+        check_documents(name, argument="data")
+    check_sources(recipe.calibration, recipe.text_column)
 
     from slicegpt.evaluation.frontier_run import FrontierOptions, measure_frontier
     from slicegpt.progress import Progress
@@ -94,11 +116,11 @@ def run(options: argparse.Namespace) -> None:
         options.data,
         options.output,
         sizes,
-        names_in(options.method),
+        methods,
         options.basis,
         options.split,
         options.windows,
-        names_in(options.rerun),
+        again,
         options.overwrite,
         options.sparsegpt_python,
     )

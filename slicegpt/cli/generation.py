@@ -3,9 +3,11 @@
 import argparse
 import time
 
+from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
+from slicegpt.table import check_writable
 
-from .options import add_device, add_json, positive
+from .options import add_device, add_json, check_device, positive
 
 
 def add_parser(commands) -> None:
@@ -53,6 +55,9 @@ def run(options: argparse.Namespace) -> None:
         raise SliceGPTError(f"must be above 0, got {options.temperature}", "temperature")
     if options.sample and not 0 < options.top_p <= 1:
         raise SliceGPTError(f"must lie in (0, 1], got {options.top_p}", "top_p")
+    check_device(options.device)
+    check_writable("--json", options.json)
+    check_name(options.model, "model")
 
     from transformers import TextStreamer
 

@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from slicegpt.checkpoint.names import check_name
+from slicegpt.table import check_writable
+
 from .options import add_json
 
 
@@ -66,6 +69,8 @@ def describe(name: str) -> dict:
 
 
 def run(options: argparse.Namespace) -> None:
+    check_name(options.model, "model")
+    check_writable("--json", options.json)
     from slicegpt.checkpoint.model_card import summarise
     from slicegpt.modeling.sizes import describe_neurons, format_bytes
     from slicegpt.table import format_table, write_json

@@ -1,7 +1,12 @@
 """Options that several commands share."""
 
 import argparse
+import re
 from collections.abc import Callable
+
+from slicegpt.errors import SliceGPTError
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -24,8 +29,15 @@ def add_device(parser: argparse.ArgumentParser, dtypes: Callable[[str], list[str
         )
 
 
+def check_device(name: str) -> None:
+    """An error where `--device` is none that there could be; whether it is there, torch knows."""
+    if not _DEVICE.fullmatch(name):
+        raise SliceGPTError(f"expected cpu or cuda[:N], got {name!r}", "device")
+
+
 def resolve_device(name: str):
     """`--device` as a torch device; an error where it cannot be had."""
+    check_device(name)
     from slicegpt.hardware.devices import find_device
 
     return find_device(name)

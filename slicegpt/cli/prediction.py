@@ -2,7 +2,17 @@
 
 import argparse
 
-from .benchmark_options import SHORTCUTS, fraction, fractions, settings_of
+from slicegpt.errors import SliceGPTError
+
+from .benchmark_options import (
+    PAPER_DEVICES,
+    SHORTCUTS,
+    check_files,
+    check_shape,
+    fraction,
+    fractions,
+    settings_of,
+)
 from .options import DTYPES, add_json, positive, resolve_dtype
 
 
@@ -52,19 +62,24 @@ def add_predict(benchmarks) -> None:
 
 
 def run_predict(options: argparse.Namespace) -> None:
+    check_files(options)
     if options.published:
         run_published(options)
         return
+    on_cpu = options.device == "cpu"
+    if not on_cpu and options.device.lower() not in PAPER_DEVICES:
+        raise SliceGPTError(
+            f"--device: must be one of {', '.join(PAPER_DEVICES)} or cpu, got {options.device!r}"
+        )
+    if on_cpu and (options.gpus or 1) > 1:
+        raise SliceGPTError(f"--gpus: must be 1 (or not given) where --device is cpu, got {options.gpus}")
+    check_shape(options.shape)
     import torch
 
     from slicegpt.bench.commands import predict
     from slicegpt.bench.harness.display import print_summary
     from slicegpt.bench.models.devices import device_named, measured_cpu
-    from slicegpt.errors import SliceGPTError
 
-    on_cpu = options.device == "cpu"
-    if on_cpu and (options.gpus or 1) > 1:  # before anything is measured
-        raise SliceGPTError(f"--gpus: must be 1 (or not given) where --device is cpu, got {options.gpus}")
     dtype = resolve_dtype(options.dtype) or (torch.float32 if on_cpu else torch.float16)
     device = measured_cpu(half=dtype) if on_cpu else device_named(options.device)
     record = paper_record("predict", options, None if on_cpu else device.name)

@@ -1,6 +1,9 @@
 """`slicegpt push`: publish a sliced folder on the Hugging Face hub."""
 
 import argparse
+from pathlib import Path
+
+from slicegpt.errors import SliceGPTError
 
 
 def add_parser(commands) -> None:
@@ -17,6 +20,8 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if not Path(options.folder).is_dir():
+        raise SliceGPTError(f"{options.folder} is no folder", "folder")
     from slicegpt.checkpoint.hub import push_folder
 
     print(push_folder(options.folder, options.repo_id, options.private, revision=options.revision))

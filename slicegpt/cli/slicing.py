@@ -4,11 +4,14 @@ import argparse
 import json
 from pathlib import Path
 
+from slicegpt.calibration import check_sources
 from slicegpt.checkpoint.folders import check_output
+from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
-from slicegpt.recipe import NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
+from slicegpt.recipe import IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
+from slicegpt.table import check_writable
 
-from .options import DTYPES, add_json, positive
+from .options import DTYPES, add_json, check_device, positive
 
 
 def add_parser(commands) -> None:
@@ -173,7 +176,12 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
 def run(options: argparse.Namespace) -> None:
     # What can be checked without the model is checked before anything heavy is imported.
     recipe = recipe_from(options)
+    check_name(recipe.model, "model")
+    check_device(options.device)
     check_output(options.output, options.overwrite)
+    check_writable("--json", options.json)
+    if recipe.calibration != IN_MEMORY:  # which the run itself refuses
+        check_sources(recipe.calibration, recipe.text_column)
 
     from slicegpt import api
     from slicegpt.progress import Progress

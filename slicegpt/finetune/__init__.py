@@ -1,19 +1,21 @@
 """Recovery fine-tuning: low-rank adapters trained on a sliced model and merged into its weights (extra: finetune)."""
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.lazy import lazy_exports
 
 for _package in ("peft", "accelerate"):
     if importlib.util.find_spec(_package) is None:
         raise SliceGPTError(f'finetune: needs {_package}: pip install "slicegpt[finetune]"')
 
-from .adapters import TARGETS, AdapterOptions, attach, merge  # noqa: E402
-from .data import TrainingText, training_text  # noqa: E402
-from .options import TrainingOptions  # noqa: E402
-from .run import finetune  # noqa: E402
-from .saving import FinetuneResult  # noqa: E402
-from .trainer import Schedule  # noqa: E402
+if TYPE_CHECKING:
+    from .adapters import attach, merge
+    from .data import TrainingText, training_text
+    from .options import TARGETS, AdapterOptions, Schedule, TrainingOptions
+    from .run import finetune
+    from .saving import FinetuneResult
 
 __all__ = [
     "TARGETS",
@@ -27,3 +29,19 @@ __all__ = [
     "merge",
     "training_text",
 ]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "AdapterOptions": "slicegpt.finetune.options",
+        "FinetuneResult": "slicegpt.finetune.saving",
+        "Schedule": "slicegpt.finetune.options",
+        "TARGETS": "slicegpt.finetune.options",
+        "TrainingOptions": "slicegpt.finetune.options",
+        "TrainingText": "slicegpt.finetune.data",
+        "attach": "slicegpt.finetune.adapters",
+        "finetune": "slicegpt.finetune.run",
+        "merge": "slicegpt.finetune.adapters",
+        "training_text": "slicegpt.finetune.data",
+    },
+)

@@ -3,54 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.finetune.options import TARGETS, AdapterOptions
 from slicegpt.modeling import CompactShortcut, SlicedForCausalLM
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-TARGETS = {
-    "inputs": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
-    "qv": ("q_proj", "v_proj"),
-    "all-linear": None,
-}
-"""Named choices of linear layers; "inputs" (what reads the residual stream) is the paper's for SliceGPT."""
-
 ADAPTER = "default"
-
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """What is trained. Defaults: SliceGPT section 4, "Recovery fine-tuning".
-
-    Attributes:
-        targets: a key of `TARGETS`, or names of linear layers, such as ("q_proj", "o_proj").
-        rank: r, columns of B and rows of A in `W + alpha / r * B A`.
-        alpha: the adapters' scale, before the division by r.
-        dropout: probability of dropping an entry of an adapter's input.
-        train_shortcuts: train the shortcuts too: the compact factors F, or the dense matrices.
-    """
-
-    targets: str | Sequence[str] = "inputs"
-    rank: int = 32
-    alpha: float = 10
-    dropout: float = 0.05
-    train_shortcuts: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise SliceGPTError(f"must be at least 1, got {self.rank}", "rank")
-        if not self.alpha > 0:
-            raise SliceGPTError(f"must be above 0, got {self.alpha}", "alpha")
-        if not 0 <= self.dropout < 1:
-            raise SliceGPTError(f"must lie in [0, 1), got {self.dropout}", "dropout")
 
 
 def attach(model: SlicedForCausalLM, options: AdapterOptions) -> PeftModel:

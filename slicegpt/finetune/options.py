@@ -1,15 +1,81 @@
-"""How a model is fine-tuned: the settings of a run."""
+"""How a model is fine-tuned: the settings of a run, checked without torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slicegpt.errors import SliceGPTError
-from slicegpt.finetune.trainer import Schedule
+
+TARGETS = {
+    "inputs": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+    "qv": ("q_proj", "v_proj"),
+    "all-linear": None,
+}
+"""Named choices of linear layers; "inputs" (what reads the residual stream) is the paper's for SliceGPT."""
 
 PRECISIONS = ("auto", "fp32", "bf16")
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What is trained. Defaults: SliceGPT section 4, "Recovery fine-tuning".
+
+    Attributes:
+        targets: a key of `TARGETS`, or names of linear layers, such as ("q_proj", "o_proj").
+        rank: r, columns of B and rows of A in `W + alpha / r * B A`.
+        alpha: the adapters' scale, before the division by r.
+        dropout: probability of dropping an entry of an adapter's input.
+        train_shortcuts: train the shortcuts too: the compact factors F, or the dense matrices.
+    """
+
+    targets: str | Sequence[str] = "inputs"
+    rank: int = 32
+    alpha: float = 10
+    dropout: float = 0.05
+    train_shortcuts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise SliceGPTError(f"must be at least 1, got {self.rank}", "rank")
+        if not self.alpha > 0:
+            raise SliceGPTError(f"must be above 0, got {self.alpha}", "alpha")
+        if not 0 <= self.dropout < 1:
+            raise SliceGPTError(f"must lie in [0, 1), got {self.dropout}", "dropout")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over a run: a rise over its first `warmup` (a fraction), then a fall to 0, or none.
+
+    Attributes:
+        peak: the highest learning rate.
+        kind: `linear`, `cosine` (half a period) or `constant`.
+    """
+
+    peak: float = 2e-4
+    warmup: float = 0.05
+    kind: str = "linear"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak < math.inf:
+            raise SliceGPTError(f"must be above 0, got {self.peak}", "learning_rate")
+        if not 0 <= self.warmup < 1:
+            raise SliceGPTError(f"must lie in [0, 1), got {self.warmup}", "warmup")
+        if self.kind not in SCHEDULES:
+            raise SliceGPTError(f"must be one of {', '.join(SCHEDULES)}, got {self.kind!r}", "schedule")
+
+    def rate(self, progress: float) -> float:
+        """The learning rate at `progress` in [0, 1] through the run."""
+        if progress < self.warmup:
+            return self.peak * progress / self.warmup
+        if self.kind == "constant":
+            return self.peak
+        left = 1 - min(1.0, (progress - self.warmup) / (1 - self.warmup))
+        return self.peak * (left if self.kind == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 
 @dataclass(frozen=True)

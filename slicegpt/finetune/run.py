@@ -24,9 +24,9 @@ from slicegpt.checkpoint.loading import load_dense
 from slicegpt.checkpoint.saving import read_record, save_sliced
 from slicegpt.errors import SliceGPTError
 from slicegpt.finetune import checkpoints
-from slicegpt.finetune.adapters import AdapterOptions, attach, merge
+from slicegpt.finetune.adapters import attach, merge
 from slicegpt.finetune.data import TrainingText, training_text
-from slicegpt.finetune.options import TrainingOptions
+from slicegpt.finetune.options import AdapterOptions, TrainingOptions
 from slicegpt.finetune.saving import FinetuneResult, run_record, save_adapters
 from slicegpt.finetune.trainer import ELAPSED, Clock, NonFinite, RecoveryTrainer
 from slicegpt.hardware.devices import has_fast_bfloat16

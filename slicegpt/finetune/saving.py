@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.checkpoint.folders import atomic_folder
 from slicegpt.checkpoint.record import versions
-from slicegpt.finetune.adapters import ADAPTER, AdapterOptions
+from slicegpt.finetune.adapters import ADAPTER
 from slicegpt.finetune.data import TrainingText
-from slicegpt.finetune.options import TrainingOptions
+from slicegpt.finetune.options import AdapterOptions, TrainingOptions
 from slicegpt.table import write_json
 
 

@@ -5,49 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.finetune.options import Schedule
 
 # Keys of what the Trainer logs; the log is part of every checkpoint.
 ELAPSED = "elapsed"
-
-SCHEDULES = ("linear", "cosine", "constant")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate over a run: a rise over its first `warmup` (a fraction), then a fall to 0, or none.
-
-    Attributes:
-        peak: the highest learning rate.
-        kind: `linear`, `cosine` (half a period) or `constant`.
-    """
-
-    peak: float = 2e-4
-    warmup: float = 0.05
-    kind: str = "linear"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.peak < math.inf:
-            raise SliceGPTError(f"must be above 0, got {self.peak}", "learning_rate")
-        if not 0 <= self.warmup < 1:
-            raise SliceGPTError(f"must lie in [0, 1), got {self.warmup}", "warmup")
-        if self.kind not in SCHEDULES:
-            raise SliceGPTError(f"must be one of {', '.join(SCHEDULES)}, got {self.kind!r}", "schedule")
-
-    def rate(self, progress: float) -> float:
-        """The learning rate at `progress` in [0, 1] through the run."""
-        if progress < self.warmup:
-            return self.peak * progress / self.warmup
-        if self.kind == "constant":
-            return self.peak
-        left = 1 - min(1.0, (progress - self.warmup) / (1 - self.warmup))
-        return self.peak * (left if self.kind == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 
 def distillation_loss(

@@ -1,10 +1,16 @@
-"""The canonical network and its configuration, registered with transformers' Auto classes."""
+"""The canonical network and its configuration.
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+They are imported at first use; `slicegpt.registration` makes them known to transformers' Auto classes.
+"""
 
-from .configuration import SHORTCUT_KINDS, SlicedConfig, factor_rank
-from .layers import CACHE, CompactShortcut, WeightlessRMSNorm
-from .network import SlicedForCausalLM, SlicedModel
+from typing import TYPE_CHECKING
+
+from slicegpt.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .configuration import SHORTCUT_KINDS, SlicedConfig, factor_rank
+    from .layers import CACHE, CompactShortcut, WeightlessRMSNorm
+    from .network import SlicedForCausalLM, SlicedModel
 
 __all__ = [
     "CACHE",
@@ -17,6 +23,16 @@ __all__ = [
     "factor_rank",
 ]
 
-AutoConfig.register(SlicedConfig.model_type, SlicedConfig)
-AutoModel.register(SlicedConfig, SlicedModel)
-AutoModelForCausalLM.register(SlicedConfig, SlicedForCausalLM)
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "CACHE": "slicegpt.modeling.layers",
+        "SHORTCUT_KINDS": "slicegpt.modeling.configuration",
+        "CompactShortcut": "slicegpt.modeling.layers",
+        "SlicedConfig": "slicegpt.modeling.configuration",
+        "SlicedForCausalLM": "slicegpt.modeling.network",
+        "SlicedModel": "slicegpt.modeling.network",
+        "WeightlessRMSNorm": "slicegpt.modeling.layers",
+        "factor_rank": "slicegpt.modeling.configuration",
+    },
+)

@@ -1,12 +1,19 @@
 """True sizes: what is counted is what is stored, shortcuts, projections and untied heads included."""
 
-import torch
+from __future__ import annotations
 
-from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what describes sizes in words needs neither
+    from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 
 
 def skeleton(config: SlicedConfig) -> SlicedForCausalLM:
     """The model on the meta device: all shapes, no memory."""
+    import torch
+
+    from slicegpt.modeling import SlicedForCausalLM
+
     with torch.device("meta"):
         return SlicedForCausalLM(config)
 

@@ -1,4 +1,4 @@
-"""The fast form of the network: weights packed for the fused operators, a static cache, generation without waiting."""
+"""Fast inference: weights packed for the fused operators, a preallocated cache, generation without host syncs."""
 
 from slicegpt.conversion.canonical import to_canonical
 from slicegpt.runtime.engine import Runtime

@@ -1,4 +1,4 @@
-"""Attention of the tokens of a prompt, by the kernel of PyTorch's that suits the device."""
+"""Attention of a prompt's tokens through PyTorch's `scaled_dot_product_attention`."""
 
 import torch
 import torch.nn.functional as F
@@ -7,18 +7,18 @@ from torch.nn.attention.bias import causal_lower_right
 
 
 def prompt_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(queries keysᵀ / sqrt(head_dim)) values, for the last tokens of a sequence or all of them.
+    """softmax(queries keysᵀ / sqrt(head_dim)) values, for the last tokens of a sequence, or for all of them.
 
     Args:
         queries: [batch, heads, tokens, head_dim].
-        keys, values: [batch, key heads, seen, head_dim], of the tokens and those before them.
-        mask: what each token sees, bool [batch or 1, 1, tokens, seen], or `causal_mask`'s.
+        keys, values: [batch, key heads, seen, head_dim], of these tokens and the ones before them.
+        mask: bool [batch or 1, 1, tokens, seen], True where a token attends, or what `causal_mask` returns.
 
     Returns:
         [batch, heads, tokens, head_dim].
     """
     grouped = queries.shape[1] != keys.shape[1]
-    # On a GPU FlashAttention takes groups of heads but no mask; the next best takes masks but no groups.
+    # On a GPU FlashAttention supports grouped heads but no mask, and the memory-efficient kernel masks but no groups.
     if grouped and type(mask) is Tensor and _on_gpu(queries):
         keys, values = (
             states.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for states in (keys, values)
@@ -30,10 +30,10 @@ def prompt_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
 
 
 def causal_mask(tokens: int, seen: int, like: Tensor) -> Tensor | None:
-    """Where the last `tokens` of `seen` tokens each see all before them: a mask, or what stands for it.
+    """The causal mask of the last `tokens` of `seen` tokens, in a form that `prompt_attention` takes.
 
-    None: there are no others. On a GPU it is a description, by which FlashAttention skips what is not seen; elsewhere
-    bool [1, 1, tokens, seen].
+    None where these are all tokens (`is_causal` then says the same). Else on a GPU PyTorch's `causal_lower_right`, by
+    which FlashAttention skips masked blocks, and elsewhere bool [1, 1, tokens, seen].
     """
     if tokens == seen:
         return None

@@ -1,10 +1,11 @@
 """The key-value cache, and attention of one forward pass on it.
 
-The cache is allocated once. A pass over several tokens of every row (prefill), or over one token where the number of
-cached tokens is known to Python (`GrowingStep`), reads a view of what is filled. A captured pass knows that number on
-the device only (`StaticStep`): its attention is one operator, which asks there.
+The cache is allocated once. Where the number of cached tokens is a Python number (`GrowingStep`: prefill, and decoding
+on a CPU), attention reads a view of the filled part. In a CUDA graph that number is in device memory only
+(`StaticStep`), and attention is one operator that reads it there.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import decode_attention_
 from slicegpt.ops.torch_attention import attention_states, one_query_attention
 from slicegpt.runtime.attention import causal_mask, prompt_attention
-from slicegpt.runtime.packing import Attention
+from slicegpt.runtime.packing import PackedAttention
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,21 @@ class KVCache:
         cls, config: SlicedConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> "KVCache":
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        # Zeros, because what a mask hides is still multiplied by zero, and uninitialised memory may hold NaNs.
+        # Zeros, because masked values are still multiplied by 0, and uninitialised memory may hold NaNs.
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return cls(keys, values, torch.ones((batch, capacity), dtype=torch.bool, device=device))
+
+    @torch.inference_mode()
+    def mark(self, mask: Tensor | None) -> None:
+        """Set `valid` for a new prompt: False where `mask` [batch, tokens] is, True elsewhere and for None."""
+        self.valid.fill_(True)
+        if mask is not None:
+            self.valid[:, : mask.shape[1]] = mask
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.keys, self.values, self.valid))
 
     @property
     def batch(self) -> int:
@@ -43,11 +56,11 @@ class KVCache:
         return self.keys.shape[3]
 
 
-class Step:
-    """One pass through the network: `attend` is called once a layer.
+class CacheStep(ABC):
+    """Attention and cache of one forward pass: `attend` is called once a layer.
 
     Args:
-        cache: written from `start` on.
+        cache: the new tokens' keys and values are written to it.
         tokens: new tokens of each row of the batch.
         angles: cosines and sines [batch * tokens, 1, rotary_dim], or None without rotary positions.
     """
@@ -57,17 +70,17 @@ class Step:
         self.tokens = tokens
         self.angles = angles
 
-    def attend(self, attention: Attention, rows: Tensor) -> Tensor:
-        """[batch * tokens, v | k | q | z] to [batch * tokens, attended | z]; overwrites q in `rows`."""
-        raise NotImplementedError
+    @abstractmethod
+    def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
+        """[batch * tokens, v | k | q | z] to [batch * tokens, attended | z], which overwrites q in `rows`."""
 
 
-class GrowingStep(Step):
-    """A pass whose first slot in the cache is a Python number.
+class GrowingStep(CacheStep):
+    """A pass whose first cache slot is a Python number.
 
     Args:
-        start: tokens that the cache holds already, padding included.
-        padded: whether `cache.valid` hides anything.
+        start: number of tokens in the cache, padding included; the new ones are written from there on.
+        padded: whether any entry of `cache.valid` is False.
     """
 
     def __init__(
@@ -83,17 +96,19 @@ class GrowingStep(Step):
         self.padded = padded
         self._masks: dict[int | None, Tensor | None] = {}
         self._views: dict[int | None, tuple] = {}
-        if tokens == 1:  # views of all layers at once: a token's cost on a CPU is the number of calls
+        if (
+            tokens == 1
+        ):  # views of all layers at once, since the number of calls is what a token costs on a CPU
             self._new = (cache.keys[:, :, :, start].unbind(), cache.values[:, :, :, start].unbind())
 
-    def attend(self, attention: Attention, rows: Tensor) -> Tensor:
+    def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
         heads, key_heads, size = attention.heads, attention.key_heads, attention.head_dim
         cos, sin = (None, None) if self.angles is None else self.angles
         values, states = attention_states(
             rows, key_heads, heads, size, attention.norm, attention.norm_eps, cos, sin
         )
         if states.is_cuda and cos is None and attention.norm is None:
-            # Still a GEMM's rows, of any length: attention's kernels load 16 bytes at a time.
+            # A view of a GEMM's rows, whose stride may be any number; attention kernels load 16 bytes at a time.
             states = states.contiguous()
         attended = rows[:, 2 * key_heads * size :]
         attended[:, : heads * size] = self._attend(
@@ -102,7 +117,7 @@ class GrowingStep(Step):
         return attended
 
     def _seen(self, window: int | None) -> tuple:
-        """What one token sees: keys and values of every layer, and the mask."""
+        """What a single new token attends to: keys and values of every layer, and the mask."""
         if window not in self._views:
             first = 0 if window is None else max(0, self.stop - window)
             seen, cache = slice(first, self.stop), self.cache
@@ -114,7 +129,7 @@ class GrowingStep(Step):
             )
         return self._views[window]
 
-    def _attend(self, attention: Attention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend(self, attention: PackedAttention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Write keys and values, return [batch * tokens, heads * head_dim]."""
         layer = attention.layer
         if self.tokens == 1:
@@ -137,11 +152,11 @@ class GrowingStep(Step):
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _first_seen(self, window: int | None) -> int:
-        """The first slot that any of the new tokens sees: a window bounds the work of a long prompt's chunk."""
+        """The first slot that any new token attends to: a sliding window bounds the work for a chunk of a prompt."""
         return 0 if window is None else max(0, self.start - window + 1)
 
     def _mask(self, window: int | None, first: int) -> Tensor | None:
-        """What each new token sees of the slots from `first` on; see `prompt_attention`."""
+        """The mask of the new tokens over the slots from `first` on; see `prompt_attention`."""
         if not self.padded and (window is None or window >= self.stop):
             return causal_mask(self.tokens, self.stop, self.cache.keys)
         device = self.cache.keys.device
@@ -151,26 +166,26 @@ class GrowingStep(Step):
         if window is not None:
             seen &= key > query - window
         if self.padded:
-            # Padding sees itself: a row of the mask that hides everything would make NaNs.
+            # Padding attends to itself, because the softmax of a fully masked row is NaN.
             seen = (seen & self.cache.valid[:, None, first : self.stop]) | (key == query)
             return seen[:, None]
         return seen[None, None]
 
 
-class StaticStep(Step):
-    """A pass of one token a row whose slot is known on the device only, so that it can be captured in a CUDA graph.
+class StaticStep(CacheStep):
+    """A pass of one token a row whose cache slot is in device memory, so that a CUDA graph can capture it.
 
     Args:
-        slot: int64 [1], where the token goes.
+        slot: int64 [1], the slot that the token is written to.
     """
 
     def __init__(self, cache: KVCache, angles: tuple[Tensor, Tensor] | None, slot: Tensor):
-        # Contiguous once for all layers.
+        # Made contiguous once, not in every layer.
         angles = None if angles is None else tuple(angle.contiguous() for angle in angles)
         super().__init__(cache, 1, angles)
         self.slot = slot
 
-    def attend(self, attention: Attention, rows: Tensor) -> Tensor:
+    def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
         cache, layer = self.cache, attention.layer
         cos, sin = (None, None) if self.angles is None else self.angles
         decode_attention_(

@@ -1,7 +1,7 @@
-"""A decode step on a CPU as one call: all blocks, attention and cache included, in one parallel region.
+"""A decode step on a CPU as one call: all blocks, with attention and cache, in one parallel region.
 
-Between the kernels of a step there is a barrier and nothing else: no dispatch, no allocation, no thread to be woken,
-where a token through SmolLM2-135M would take 150 calls.
+Between two kernels of a step there is only a barrier: no dispatch, no allocation, no waking of threads. One by one, the
+kernels of a token through SmolLM2-135M would be 150 calls.
 """
 
 import torch
@@ -14,16 +14,16 @@ from slicegpt.runtime.packing import PackedBlock, PackedNetwork
 
 
 class CpuStep:
-    """The blocks of a network, bound to a cache and to memory for what passes between them.
+    """The blocks of a network, bound to a cache and to buffers for the activations between them.
 
     Args:
-        packed: on a CPU, see `is_supported`.
-        cache: of the batch size that `run` is to take; written by it.
+        packed: the network, on a CPU; see `is_supported`.
+        cache: `run` takes batches of its size, and writes it.
     """
 
     @staticmethod
     def is_supported(packed: PackedNetwork, batch: int) -> bool:
-        """Whether the kernels take this network (built, dtype, few rows; attention ahead of other inputs)."""
+        """Whether the kernels are built and support this dtype, number of rows and order of a block's inputs."""
         return (
             packed.device.type == "cpu"
             and gemm.is_supported(None, packed.dtype, batch)
@@ -32,8 +32,9 @@ class CpuStep:
 
     def __init__(self, packed: PackedNetwork, cache: KVCache):
         self.packed, self.cache = packed, cache
-        self._held: list[Tensor] = []  # what the step has addresses of, besides the network's and the cache's
-        # Views of three: two streams that take turns, and what the inputs of a block write.
+        # Keeps the tensors alive whose addresses the step holds, besides the network's and the cache's.
+        self._held: list[Tensor] = []
+        # Two buffers for the residual stream, used in turn, and one for the results of a block's input GEMMs.
         self._streams = [self._empty(max(len(block.output) for block in packed.blocks)) for _ in range(2)]
         self._room = self._empty(max(_columns(block) for block in packed.blocks))
         self._step = gemm.new_step(packed.dtype)
@@ -42,10 +43,13 @@ class CpuStep:
         self._result = self._streams[(len(packed.blocks) - 1) % 2][:, : len(packed.blocks[-1].output)]
 
     def run(self, stream: Tensor, positions: Tensor, slot: int, padded: bool) -> Tensor:
-        """The stream [batch, d] at boundary 0 to the one past all blocks: memory that the next call overwrites.
+        """The residual stream after all blocks, [batch, d'], in a buffer that the next call overwrites.
 
-        positions: int64 [batch], contiguous. slot: where the token goes in the cache. padded: whether `cache.valid`
-        hides anything.
+        Args:
+            stream: [batch, d] at boundary 0.
+            positions: int64 [batch], contiguous.
+            slot: the cache slot that the token is written to.
+            padded: whether any entry of `cache.valid` is False.
         """
         valid = self.cache.valid.data_ptr() if padded else 0
         threads = torch.get_num_threads()
@@ -55,7 +59,7 @@ class CpuStep:
     def _add(self, index: int, block: PackedBlock) -> None:
         inputs, attention, begin = [], None, 0
         width = block.inputs[0].weight.shape[1]
-        # Where the step finds this block's stream it says itself; the shape is the network's.
+        # Block 0 reads the stream that `run` is given, so only the shape of `h` matters there.
         h = (self._streams[(index - 1) % 2] if index else self._empty(width))[:, :width]
         for projection in block.inputs:
             weight = self._rows(projection.weight)
@@ -106,7 +110,7 @@ class CpuStep:
         return memory
 
     def _rows(self, weight: Tensor) -> Tensor:
-        """The kernels read rows of consecutive items; a copy is the exception."""
+        """The weight with contiguous rows, as the kernels read it; copied only where it has none."""
         if weight.stride(1) != 1:
             weight = weight.contiguous()
             self._held.append(weight)
@@ -120,5 +124,5 @@ class CpuStep:
 
 
 def _columns(block: PackedBlock) -> int:
-    """What the inputs of a block write, side by side."""
+    """Columns that the input GEMMs of a block write, side by side."""
     return sum(norm_linear_columns(one.weight, one.n_scaled, one.activation) for one in block.inputs)

@@ -1,50 +1,56 @@
-"""One token after another: the state of a generation on its device, advanced without waiting for the device.
+"""Decoding one token after another: the state of a generation stays on the device, and the host does not wait for it.
 
 On a GPU a step is captured once in a CUDA graph and replayed, so that a token costs one launch. What a step decides
-(the next token, who is finished) stays on the device; the host reads tokens a few steps later.
+(the next token, which rows have finished) stays on the device; the host reads tokens a few steps later.
 
-The graph has not been run on a GPU yet; `StaticDecoder.step`, what it captures, is tested on the CPU.
+`StaticDecoder.step`, which the graph captures, is tested on the CPU; the graph itself has not been run on a GPU yet.
 """
 
+import threading
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from slicegpt.runtime.cache import GrowingStep, KVCache, StaticStep, Step
+from slicegpt.runtime.cache import CacheStep, GrowingStep, KVCache, StaticStep
 from slicegpt.runtime.cpu_step import CpuStep
-from slicegpt.runtime.executor import Network
+from slicegpt.runtime.executor import Executor
 from slicegpt.runtime.sampling import Sampling
 
-# Steps launched before the host reads the oldest token: enough to hide a launch, few enough to be thrown away when
-# that token ends the text.
+# Steps launched before the host reads the oldest token: enough to hide the latency of a launch, and few enough to waste
+# when that token ends the text.
 RUN_AHEAD = 4
 
+# Captures of several threads take turns: PyTorch's allocator routes allocations to the pools that are being captured.
+_CAPTURE = threading.Lock()
 
-class Decoder:
-    """Next tokens of a batch; `start` gives the first, every `step` one more.
+
+class BatchDecoder(ABC):
+    """Generates tokens for a batch: `start` returns the first, every `step` the next.
 
     Args:
-        network: what computes logits.
-        cache: filled up to the prompt's length by the time of `start`.
+        executor: computes logits.
+        cache: holds the prompt by the time of `start`.
         sampling: how tokens are chosen.
-        stop_ids: token ids that end a row; after one, a row gets `pad_id`.
-        generator: on the network's device.
+        stop_ids: token ids that end a row; from then on it gets `pad_id`.
+        generator: of the draws, on the network's device.
     """
 
     def __init__(
         self,
-        network: Network,
+        executor: Executor,
         cache: KVCache,
         sampling: Sampling,
         stop_ids: tuple[int, ...],
         pad_id: int,
         generator: torch.Generator,
     ):
-        self.network, self.cache, self.sampling = network, cache, sampling
+        self.executor, self.cache, self.sampling = executor, cache, sampling
         self.generator = generator
-        device, batch = network.packed.device, cache.batch
+        device, batch = executor.packed.device, cache.batch
         self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
         self.pad_id = torch.tensor(pad_id, dtype=torch.long, device=device)
         self.token = torch.zeros(batch, dtype=torch.long, device=device)
@@ -52,19 +58,25 @@ class Decoder:
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
 
     def start(self, logits: Tensor, position: Tensor, slot: int, padded: bool) -> Tensor:
-        """Take the prompt's last logits; `position` [batch] and `slot` are those of the token they give."""
+        """Choose the first token [batch] from the prompt's last logits.
+
+        Args:
+            logits: [batch, vocab_size].
+            position, slot: of that first token: its position in each row, int64 [batch], and its cache slot.
+            padded: whether any entry of `cache.valid` is False.
+        """
         self.finished.zero_()
         self.position.copy_(position)
         self._choose(logits)
         return self.token
 
+    @abstractmethod
     def step(self) -> Tensor:
-        """Put the last token through the network; returns the next one, [batch], a buffer that the next step reuses."""
-        raise NotImplementedError
+        """Run the last token through the network; returns the next, [batch], in a buffer that the next step reuses."""
 
-    def _advance(self, step: Step) -> None:
-        stream = self.network.embed(self.token[:, None], self.position[:, None])
-        self._choose(self.network.logits(*self.network.blocks(stream, step)))
+    def _advance(self, step: CacheStep) -> None:
+        stream = self.executor.embed(self.token[:, None], self.position[:, None])
+        self._choose(self.executor.logits(*self.executor.blocks(stream, step)))
         self.position += 1
 
     def _choose(self, logits: Tensor) -> None:
@@ -75,8 +87,8 @@ class Decoder:
         self.token.copy_(token)
 
 
-class GrowingDecoder(Decoder):
-    """For the CPU: attention reads what the cache holds, no more."""
+class GrowingDecoder(BatchDecoder):
+    """For the CPU: attention reads the filled part of the cache only."""
 
     @torch.inference_mode()
     def start(self, logits: Tensor, position: Tensor, slot: int, padded: bool) -> Tensor:
@@ -85,31 +97,31 @@ class GrowingDecoder(Decoder):
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        angles = self.network.angles(self.position)
+        angles = self.executor.angles(self.position)
         self._advance(GrowingStep(self.cache, 1, angles, self.slot, self.padded))
         self.slot += 1
         return self.token
 
 
 class FusedDecoder(GrowingDecoder):
-    """For the CPU where the compiled kernels are there: a token passes all blocks in one call."""
+    """For the CPU with compiled kernels: all blocks of a token are one call."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.blocks = CpuStep(self.network.packed, self.cache)
+        self.blocks = CpuStep(self.executor.packed, self.cache)
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        stream = self.network.embed(self.token[:, None], self.position[:, None])
+        stream = self.executor.embed(self.token[:, None], self.position[:, None])
         stream = self.blocks.run(stream, self.position, self.slot, self.padded)
-        self._choose(self.network.logits(stream, None))
+        self._choose(self.executor.logits(stream, None))
         self.position += 1
         self.slot += 1
         return self.token
 
 
-class StaticDecoder(Decoder):
-    """Every number that changes lives on the device: the same launches for every token."""
+class StaticDecoder(BatchDecoder):
+    """Every number that changes is in device memory, so that every token takes the same launches."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -122,28 +134,30 @@ class StaticDecoder(Decoder):
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        angles = self.network.angles(self.position)
+        angles = self.executor.angles(self.position)
         self._advance(StaticStep(self.cache, angles, self.slot))
         self.slot += 1
         return self.token
 
 
 class GraphDecoder(StaticDecoder):
-    """`StaticDecoder` captured in a CUDA graph when it is made; warming up leaves traces only in the cache's slot 0."""
+    """`StaticDecoder` captured in a CUDA graph when it is made; the warm-up writes to the cache's slot 0 only."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         stream = torch.cuda.Stream(self.token.device)
         stream.wait_stream(torch.cuda.current_stream(self.token.device))
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels, allocates workspaces
+            for _ in range(2):  # kernels are compiled and workspaces allocated before the capture
                 self.slot.zero_()
                 self.position.zero_()
                 super().step()
         torch.cuda.current_stream(self.token.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
-        with torch.cuda.graph(self.graph, stream=stream):  # the cache's device may not be the current one
+        # The stream is named because the cache's device may not be the current one. "thread_local" lets other threads
+        # allocate memory during the capture.
+        with _CAPTURE, torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             super().step()
 
     def step(self) -> Tensor:
@@ -151,8 +165,18 @@ class GraphDecoder(StaticDecoder):
         return self.token
 
 
-def tokens_on_host(decoder: Decoder, first: Tensor, count: int) -> Iterator[Tensor]:
-    """Yield `count` tokens [batch] on the host, the first being `first`; steps run ahead of what is read."""
+def tokens_on_host(
+    decoder: BatchDecoder,
+    first: Tensor,
+    count: int,
+    on_stream: Callable[[], AbstractContextManager] = nullcontext,
+) -> Iterator[Tensor]:
+    """Yield `count` tokens [batch] on the host, the first being `first`; on a GPU, steps run ahead of what is read.
+
+    Args:
+        on_stream: returns a context in which the decoder's CUDA stream is current; the caller's current stream may
+            change between two tokens.
+    """
     if first.device.type == "cpu":
         yield first.clone()
         for _ in range(count - 1):
@@ -160,11 +184,12 @@ def tokens_on_host(decoder: Decoder, first: Tensor, count: int) -> Iterator[Tens
         return
     waiting: deque[tuple[Tensor, torch.cuda.Event]] = deque()
     for index in range(count):
-        token = first if index == 0 else decoder.step()
-        copy = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
-        copy.copy_(token, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(first.device))
+        with on_stream():
+            token = first if index == 0 else decoder.step()
+            copy = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
+            copy.copy_(token, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(first.device))
         waiting.append((copy, event))
         if len(waiting) > RUN_AHEAD:
             yield _arrived(*waiting.popleft())

@@ -1,6 +1,7 @@
 """`Runtime`: prefill in chunks, then generation, on packed weights and a preallocated cache."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -15,41 +16,45 @@ from slicegpt.ops.cpu import gemm as cpu_gemm
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.cpu_step import CpuStep
 from slicegpt.runtime.decoding import (
-    Decoder,
+    BatchDecoder,
     FusedDecoder,
     GraphDecoder,
     GrowingDecoder,
     StaticDecoder,
     tokens_on_host,
 )
-from slicegpt.runtime.executor import Network
+from slicegpt.runtime.executor import Executor
+from slicegpt.runtime.leases import CacheLease, CachePool
 from slicegpt.runtime.packing import pack, position_limit
 from slicegpt.runtime.sampling import Sampling
 
 DECODERS = {"growing": GrowingDecoder, "fused": FusedDecoder, "static": StaticDecoder, "graph": GraphDecoder}
 
-# The cache grows by so many tokens, so that prompts of similar lengths share one, and a captured graph.
+# Cache capacities are multiples of it, so that prompts of similar lengths share a cache and a captured graph.
 CAPACITY_STEP = 64
-# Batch sizes whose caches and captured graphs are kept; the one that was made first goes first.
-MAX_BATCH_SIZES = 4
-MAX_DECODERS = 4
 
 
 class Runtime:
-    """Generates with a sliced model, or a dense one of a supported family, faster than the plain form.
+    """Generates with a sliced model, or a dense one of a supported family, faster than transformers' `generate`.
 
-    Same function as the plain model: its logits up to rounding. On a GPU a token is one CUDA graph; batches are padded
-    on the left.
+    The logits are those of the plain model up to rounding. On a GPU a token is one launch of a CUDA graph. Batches are
+    padded on the left.
+
+    Any number of generations may run at once, interleaved or in threads. Each holds a cache of its own from its first
+    token to its end: 2 * layers * batch * key heads * capacity * head_dim numbers (`KVCache.bytes`). A stream that is
+    not read to its end returns its cache when it is closed or garbage-collected. Up to four unused caches are kept for
+    later calls. On a GPU a generation stays on the CUDA stream that was current when it was called.
 
     Args:
         model: `SlicedForCausalLM`, or a dense Hugging Face model (its norms are folded first, which takes a copy).
         max_length: tokens of prompt and answer together; the model's `max_position_embeddings` where not given, or the
             length up to which its LongRoPE keeps its frequencies.
-        prefill_chunk: tokens of a row that pass the network at a time.
-        release: take the layers' weights out of `model` while they are packed, which saves a copy; `model` cannot be
-            used afterwards.
+        prefill_chunk: tokens of each row in one forward pass over a prompt.
+        release: free each layer's weights in `model` once they are packed, so that they are never held twice; `model`
+            cannot be used afterwards.
         decoder: "auto", "growing", "fused", "static" or "graph"; see `slicegpt.runtime.decoding`. "auto" is "graph" on
-            a GPU; on a CPU "fused" where its kernels are built and for batches they are fastest at, else "growing".
+            a GPU; on a CPU "fused" where its kernels are built, up to the batch size at which they are fastest, else
+            "growing".
 
     Raises:
         SliceGPTError: a model that the fused operators cannot run.
@@ -76,12 +81,11 @@ class Runtime:
             raise SliceGPTError(f"must be at most {limit}, {reason}, got {max_length}", "max_length")
         self.max_length = max_length or limit
         self.prefill_chunk = prefill_chunk
-        self.network = Network(pack(canonical, self.max_length, release or canonical is not model))
-        self.device = self.network.packed.device
+        self.executor = Executor(pack(canonical, self.max_length, release or canonical is not model))
+        self.device = self.executor.packed.device
         self.decoder = decoder
-        self._caches: dict[int, KVCache] = {}
-        self._decoders: dict[int, dict[tuple, Decoder]] = {}  # of each batch size
-        self._generator = torch.Generator(self.device)
+        self._pool = CachePool(self.device)
+        self._seeds = torch.Generator()
         generation = getattr(model, "generation_config", None)
         self.stop_ids = _as_ids(getattr(generation, "eos_token_id", None), self.config.eos_token_id)
         pads = _as_ids(getattr(generation, "pad_token_id", None), self.config.pad_token_id)
@@ -89,7 +93,7 @@ class Runtime:
 
     def bytes_per_token(self, batch: int = 1) -> int:
         """Bytes of weights that one step of `batch` sequences moves from memory, head included, cache not."""
-        return self.network.packed.bytes_per_token(batch)
+        return self.executor.packed.bytes_per_token(batch)
 
     # --- logits ------------------------------------------------------------------------------------------------
 
@@ -97,35 +101,36 @@ class Runtime:
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [batch, tokens, vocab_size] of every position; those of padding mean nothing."""
         input_ids, mask = self._checked(input_ids, attention_mask, 0)
-        cache = self._cache_for(len(input_ids), input_ids.shape[1], mask)
-        pieces = [
-            self.network.logits(stream, sums).unflatten(0, (len(input_ids), -1))
-            for stream, sums in self._prefill(input_ids, mask, cache)
-        ]
-        return torch.cat(pieces, dim=1)
+        with self._pool.lease(*input_ids.shape, self.new_cache, self._current_stream()) as lease:
+            lease.cache.mark(mask)
+            pieces = [
+                self.executor.logits(stream, sums).unflatten(0, (len(input_ids), -1))
+                for stream, sums in self._prefill(input_ids, mask, lease.cache)
+            ]
+            return torch.cat(pieces, dim=1)
 
     def _prefill(
         self, input_ids: Tensor, mask: Tensor | None, cache: KVCache
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Fill the cache chunk by chunk; yields the last boundary's stream [batch * chunk, d] and its sums."""
+        """Fill the cache chunk by chunk; yields `Executor.blocks` of each: stream [batch * chunk, d] and its sums."""
         length = input_ids.shape[1]
         positions = _positions(input_ids, mask)
         for start in range(0, length, self.prefill_chunk):
             columns = slice(start, min(start + self.prefill_chunk, length))
             ids, places = input_ids[:, columns], positions[:, columns]
-            angles = self.network.angles(places)
+            angles = self.executor.angles(places)
             step = GrowingStep(cache, ids.shape[1], angles, start, mask is not None)
             with kernels_for_new_shapes(self.device):
-                past = self.network.blocks(self.network.embed(ids, places), step)
+                past = self.executor.blocks(self.executor.embed(ids, places), step)
             yield past
 
     @torch.inference_mode()
     def _last_logits(self, input_ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         for stream, sums in self._prefill(input_ids, mask, cache):
             last = stream.unflatten(0, (len(input_ids), -1))[:, -1]
-            # A CPU's kernels, called without the operator's checks, read sums of consecutive rows.
+            # The CPU's kernels, which are called without the operator's checks, read contiguous sums.
             last_sums = None if sums is None else sums.unflatten(0, (len(input_ids), -1))[:, -1].contiguous()
-        return self.network.logits(last, last_sums)
+        return self.executor.logits(last, last_sums)
 
     # --- generation --------------------------------------------------------------------------------------------
 
@@ -149,10 +154,11 @@ class Runtime:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         new = []
-        for token in tokens:
-            if streamer is not None:
-                streamer.put(token)
-            new.append(token)
+        with closing(tokens):  # the streamer may raise
+            for token in tokens:
+                if streamer is not None:
+                    streamer.put(token)
+                new.append(token)
         if streamer is not None:
             streamer.end()
         return torch.cat((input_ids.to(self.device), torch.stack(new, dim=1).to(self.device)), dim=1)
@@ -174,8 +180,8 @@ class Runtime:
             max_new_tokens: at least 1. It ends earlier once every row has met an end-of-sequence token; rows that
                 have get padding.
             sampling: greedy where not given.
-            seed: of the draws; None continues where the last call ended.
-            ignore_eos: go on behind end-of-sequence tokens.
+            seed: of the draws; None continues the sequence of seeds that the last given one began.
+            ignore_eos: go on after end-of-sequence tokens.
 
         Raises:
             SliceGPTError: shapes, padding on the right, or more tokens than `max_length`.
@@ -183,9 +189,13 @@ class Runtime:
         if max_new_tokens < 1:
             raise SliceGPTError(f"must be at least 1, got {max_new_tokens}", "max_new_tokens")
         input_ids, mask = self._checked(input_ids, attention_mask, max_new_tokens)
+        stop_ids = () if ignore_eos else self.stop_ids
         return self._stream(
-            input_ids, mask, max_new_tokens, sampling or Sampling(), seed, () if ignore_eos else self.stop_ids
+            input_ids, mask, max_new_tokens, sampling or Sampling(), seed, stop_ids, self._current_stream()
         )
+
+    def _current_stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
     def _stream(
         self,
@@ -195,64 +205,70 @@ class Runtime:
         sampling: Sampling,
         seed: int | None,
         stop_ids: tuple[int, ...],
+        stream: torch.cuda.Stream | None,
     ) -> Iterator[Tensor]:
         batch, length = input_ids.shape
-        cache = self._cache_for(batch, length + count, mask)
-        decoder = self._decoder_for(cache, sampling, stop_ids)
-        if seed is not None:
-            self._generator.manual_seed(seed)
+        with self._pool.lease(batch, length + count, self.new_cache, stream) as lease:
+            with lease.on_stream():
+                decoder, first = self._started(lease, input_ids, mask, sampling, seed, stop_ids)
+            finished = torch.zeros(batch, dtype=torch.bool)
+            stops = torch.tensor(stop_ids, dtype=torch.long)
+            for token in tokens_on_host(decoder, first, count, lease.on_stream):
+                yield token
+                if stop_ids:
+                    finished |= torch.isin(token, stops)
+                    if finished.all():
+                        return
+
+    def _started(
+        self,
+        lease: CacheLease,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        sampling: Sampling,
+        seed: int | None,
+        stop_ids: tuple[int, ...],
+    ) -> tuple[BatchDecoder, Tensor]:
+        """The lease's decoder after the prompt, and the first token [batch]."""
+        cache = lease.cache
+        decoder = lease.decoder(
+            (sampling, stop_ids), lambda: self.new_decoder(cache, sampling, stop_ids, lease.generator)
+        )
+        # Every lease has a generator of its own, so that a seed gives the same tokens whatever else is running.
+        if seed is None:
+            seed = int(torch.randint(1 << 62, (1,), generator=self._seeds))
+        else:
+            self._seeds.manual_seed(seed)
+        lease.generator.manual_seed(seed)
+        # After the decoder was made: capturing its graph writes to the cache.
+        cache.mark(mask)
         logits = self._last_logits(input_ids, mask, cache)
         position = _positions(input_ids, mask)[:, -1] + 1
-        first = decoder.start(logits, position, length, mask is not None)
-        finished = torch.zeros(batch, dtype=torch.bool)
-        stops = torch.tensor(stop_ids, dtype=torch.long)
-        for token in tokens_on_host(decoder, first, count):
-            yield token
-            if stop_ids:
-                finished |= torch.isin(token, stops)
-                if finished.all():
-                    return
+        return decoder, decoder.start(logits, position, input_ids.shape[1], mask is not None)
 
-    # --- what is kept between calls ----------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def _cache_for(self, batch: int, length: int, mask: Tensor | None) -> KVCache:
-        """The batch size's cache, of at least this capacity, whose `valid` says what `mask` does."""
-        cache = self._caches.get(batch)
-        if cache is None or cache.capacity < length:
-            # Captured graphs point into the cache they were made with.
-            self._forget(batch)
-            if len(self._caches) >= MAX_BATCH_SIZES:
-                self._forget(next(iter(self._caches)))
-            cache = self.new_cache(batch, length)
-            self._caches[batch], self._decoders[batch] = cache, {}
-        cache.valid.fill_(True)
-        if mask is not None:
-            cache.valid[:, : mask.shape[1]] = mask
-        return cache
-
-    def _decoder_for(self, cache: KVCache, sampling: Sampling, stop_ids: tuple[int, ...]) -> Decoder:
-        decoders, key = self._decoders[cache.batch], (sampling, stop_ids)
-        if key not in decoders:
-            if len(decoders) >= MAX_DECODERS:
-                decoders.pop(next(iter(decoders)))
-            decoders[key] = self.new_decoder(cache, sampling, stop_ids)
-        return decoders[key]
+    # --- parts of a generation ---------------------------------------------------------------------------------
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` rows of at least `length` tokens."""
         capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
-        return KVCache.allocate(self.config, batch, capacity, self.network.packed.dtype, self.device)
+        return KVCache.allocate(self.config, batch, capacity, self.executor.packed.dtype, self.device)
 
-    def new_decoder(self, cache: KVCache, sampling: Sampling, stop_ids: tuple[int, ...] = ()) -> Decoder:
-        """What generates into this cache."""
+    def new_decoder(
+        self,
+        cache: KVCache,
+        sampling: Sampling,
+        stop_ids: tuple[int, ...] = (),
+        generator: torch.Generator | None = None,
+    ) -> BatchDecoder:
+        """A decoder of this cache; it draws from `generator`, which is on the runtime's device."""
         make = DECODERS[self.decoder_name(cache.batch)]
-        return make(self.network, cache, sampling, stop_ids, self.pad_id, self._generator)
+        generator = generator or torch.Generator(self.device)
+        return make(self.executor, cache, sampling, stop_ids, self.pad_id, generator)
 
     def decoder_name(self, batch: int) -> str:
-        """Which of `DECODERS` generates for so many rows."""
-        dtype = self.network.packed.dtype
-        fused = not self.network.through_operators and CpuStep.is_supported(self.network.packed, batch)
+        """The name in `DECODERS` of what generates for so many rows."""
+        dtype = self.executor.packed.dtype
+        fused = not self.executor.through_operators and CpuStep.is_supported(self.executor.packed, batch)
         if self.decoder == "auto":
             return "graph" if self.device.type == "cuda" else "fused" if fused else "growing"
         if self.decoder == "fused" and not fused:
@@ -264,14 +280,10 @@ class Runtime:
             )
         return self.decoder
 
-    def _forget(self, batch: int) -> None:
-        self._caches.pop(batch, None)
-        self._decoders.pop(batch, None)
-
     def _checked(
         self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Ids on the device, and the mask as bool; None where nothing is padded."""
+        """The ids on the device, and the mask as bool, or None where nothing is padded."""
         if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
             raise SliceGPTError(
                 f"must be integers [batch, tokens], at least one, got {list(input_ids.shape)} "
@@ -305,14 +317,14 @@ class Runtime:
 
 
 def _positions(input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Positions [batch, tokens] that count what is not padding; padding has -1."""
+    """Positions [batch, tokens], counted from the first token that is not padding; those of padding are -1."""
     if mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     return (mask.long().cumsum(dim=1) - 1).masked_fill(~mask, -1)
 
 
 def _as_ids(*values: int | list[int] | None) -> tuple[int, ...]:
-    """The first of the values that is given, as a tuple of ids."""
+    """The first value that is not None, as a tuple of ids."""
     for value in values:
         if value is not None:
             return tuple(value) if isinstance(value, list | tuple) else (value,)

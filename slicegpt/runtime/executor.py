@@ -10,7 +10,7 @@ from slicegpt.ops.contracts import NormLinearInputs
 from slicegpt.ops.dispatch import requested_backend
 from slicegpt.ops.norm_linear import DISPATCHER as NORM_LINEAR
 from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
-from slicegpt.runtime.cache import Step
+from slicegpt.runtime.cache import CacheStep
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
 
 
@@ -28,21 +28,24 @@ def _rotate_add_on_cpu(
     bias: Tensor | None,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The library's form leaves the sums of squares to the next norm. `factor` is for GPUs."""
+    """`rotate_add`; where torch's GEMM runs, the sums of squares are None, and the next norm computes them.
+
+    `factor` is for GPUs, and unused here.
+    """
     name = ROTATE_ADD.choose("auto", None, a.dtype, len(a))
     if name == "torch":
         return torch_gemm.rotate(a, weight, h, shortcut, bias), None
     return ROTATE_ADD.launcher(name)(a, weight, h, shortcut, bias)
 
 
-class Network:
-    """Runs a `PackedNetwork`.
+class Executor:
+    """Runs a `PackedNetwork`. It holds no state of a generation, so that several may share it.
 
     Args:
         packed: the weights.
-        through_operators: call the registered operators, which `torch.compile` can trace; False calls the CPU's
-            kernels and GEMMs directly, which saves about 10 µs of dispatch and checks a call. None: directly on a
-            CPU, unless SLICEGPT_BACKEND asks for something.
+        through_operators: True calls the registered operators, which `torch.compile` can trace; False calls the CPU's
+            kernels and GEMMs directly, which saves about 10 µs of dispatch and checks a call. None is False on a CPU,
+            unless SLICEGPT_BACKEND names a backend, and True elsewhere.
     """
 
     def __init__(self, packed: PackedNetwork, through_operators: bool | None = None):
@@ -54,9 +57,9 @@ class Network:
         self.rotate_add = ops.rotate_add if through_operators else _rotate_add_on_cpu
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and signed sines of these positions, each [positions, 1, rotary_dim]; padding may have negative ones.
+        """Cosines and signed sines of these positions, each [positions, 1, rotary_dim]; None without rotary positions.
 
-        None without rotary positions.
+        Positions of padding may be negative.
         """
         if self.packed.rotary is None:
             return None
@@ -74,15 +77,15 @@ class Network:
             stream = stream + F.embedding(positions.flatten().clamp(min=-offset) + offset, packed.positions)
         return stream
 
-    def blocks(self, stream: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
-        """The stream past all blocks, and its rows' sums of squares (None: to be computed from it)."""
+    def blocks(self, stream: Tensor, step: CacheStep) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after all blocks, and its rows' sums of squares (None: not computed)."""
         sums = None
         for block in self.packed.blocks:
             stream, sums = self._block(block, stream, sums, step)
         return stream, sums
 
     def _block(
-        self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: Step
+        self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: CacheStep
     ) -> tuple[Tensor, Tensor | None]:
         pieces = []
         for projection in block.inputs:
@@ -101,7 +104,7 @@ class Network:
         return self.rotate_add(a, block.output, stream, block.shortcut, block.output_bias, block.factor)
 
     def logits(self, stream: Tensor, sums: Tensor | None) -> Tensor:
-        """Logits [rows, vocab_size] of rows of the stream behind the last block."""
+        """Logits [rows, vocab_size] of rows of the residual stream after the last block."""
         packed, width = self.packed, stream.shape[1]
         if packed.final_scale is not None:
             if sums is None:

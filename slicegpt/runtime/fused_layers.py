@@ -1,7 +1,7 @@
 """The fused operators inside the plain model: its layers call `norm_linear` and `rotate_add` on packed weights.
 
-For those who want transformers' `generate()`, its caches and `torch.compile(fullgraph=True)` around our operators;
-`Runtime` is faster. Embedding, final norm, head and attention itself stay what they are.
+For use with transformers' `generate()`, its caches and `torch.compile(fullgraph=True)`; `Runtime` is faster. Embedding,
+final norm, head and the attention function stay what they are.
 """
 
 import copy
@@ -18,17 +18,17 @@ from slicegpt.runtime.packing import PackedBlock, check_one_device, pack_layer
 
 @torch.no_grad()
 def fuse_layers(model: SlicedForCausalLM, release: bool = False) -> SlicedForCausalLM:
-    """Let the layers of `model` call the fused operators, in place; returns `model`.
+    """Make the layers of `model` call the fused operators, in place; returns `model`.
 
-    For inference, under `torch.no_grad()`: the operators have no gradients. The packed weights are a copy on the
-    model's present device: what is done to the parameters afterwards is not seen until the next call. The modules and
-    their parameters stay, so `save_pretrained` writes what it did before. Attention probabilities cannot be recorded
-    (`output_attentions`). `unfuse_layers` goes back.
+    For inference under `torch.no_grad()`: the operators have no gradients. The packed weights are a copy on the model's
+    device, so later changes to the parameters have no effect until `fuse_layers` is called again. The modules and their
+    parameters stay, so `save_pretrained` writes what it did before. Attention probabilities cannot be recorded
+    (`output_attentions`). `unfuse_layers` undoes it.
 
     Args:
         model: in float16, bfloat16, float32 or float64.
-        release: take each layer's weights out of `model` once they are packed, so that they are never held twice;
-            then there is no way back, and nothing to save.
+        release: free each layer's weights in `model` once they are packed, so that they are never held twice; the model
+            can then be neither unfused nor saved.
 
     Raises:
         SliceGPTError: not a `SlicedForCausalLM` (see `to_canonical`), or an activation without a fused form.
@@ -47,14 +47,14 @@ def fuse_layers(model: SlicedForCausalLM, release: bool = False) -> SlicedForCau
 
 
 def unfuse_layers(model: SlicedForCausalLM) -> SlicedForCausalLM:
-    """The layers' own forward passes again, in place; returns `model`."""
+    """Undo `fuse_layers`, in place; returns `model`."""
     for layer in model.model.layers:
         layer.__dict__.pop("forward", None)
     return model
 
 
 class _Columns(nn.Module):
-    """Stands for a projection whose result lies in these columns of rows that are computed already."""
+    """Takes the place of a projection whose result has been computed: columns of the given rows."""
 
     def __init__(self, first: int, last: int):
         super().__init__()
@@ -62,14 +62,14 @@ class _Columns(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         columns = rows[..., self.first : self.last]
-        # A GPU's attention loads 16 bytes at a time.
+        # Attention kernels on a GPU load 16 bytes at a time.
         return columns.contiguous() if rows.is_cuda and rows.shape[-1] % 8 else columns
 
 
 def _attention_of_rows(module: SlicedAttention) -> SlicedAttention:
-    """The same attention, of [batch, tokens, v | k | q | z] to [batch, tokens, attended]: no projections of its own."""
+    """The same attention without its projections: [batch, tokens, v | k | q | z] to [batch, tokens, attended]."""
     clone = copy.copy(module)
-    # The copy shares the modules' dictionary; the norms must outlive a release of the original's weights.
+    # A shallow copy would share the dictionary of modules; the norms are copied to survive a release of the weights.
     clone._modules = {name: copy.deepcopy(module._modules[name]) for name in ("q_norm", "k_norm")}
     keys, queries = module.k_proj.out_features, module.q_proj.out_features
     clone.v_proj, clone.k_proj = _Columns(0, keys), _Columns(keys, 2 * keys)

@@ -27,18 +27,18 @@ ACTIVATION_NAMES = {
     "swish": "silu",
 }
 
-# Its frequencies change with every token past a length, so there is no table of angles to prepare.
+# Their frequencies change with the length of the sequence, so the angles cannot be tabulated.
 UNSUPPORTED_ROPE = ("dynamic",)
 
 
 @dataclass(frozen=True)
-class Attention:
-    """What attention needs besides its rows: the heads, and what is done to queries and keys.
+class PackedAttention:
+    """Attention of one layer, apart from its projections: heads, q/k norm and window.
 
     Attributes:
         layer: index into the cache.
-        norm: scales [key heads + query heads, head_dim] of the norm over keys and queries, or None.
-        window: tokens that a token sees, itself included, or None.
+        norm: scales [key heads + query heads, head_dim] of the norm of keys and queries, or None.
+        window: number of tokens that a token attends to, itself included, or None.
     """
 
     layer: int
@@ -52,18 +52,18 @@ class Attention:
 
 @dataclass(frozen=True)
 class Projection:
-    """One `norm_linear`: weight [N, d], bias [n_scaled] or None; `attention` is what its output goes through."""
+    """One `norm_linear`: weight [N, d], bias [n_scaled] or None; `attention` follows it, or None."""
 
     weight: Tensor
     bias: Tensor | None
     n_scaled: int
     activation: str
-    attention: Attention | None = None
+    attention: PackedAttention | None = None
 
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """From one boundary to the next: input GEMMs, and one `rotate_add` of their results side by side.
+    """One block, from its boundary to the next: input GEMMs, and one `rotate_add` of their concatenated results.
 
     Attributes:
         factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
@@ -89,7 +89,7 @@ class PackedNetwork:
         rotary: `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, or None.
         final_scale: [d], the scale that the last norm of a tied model keeps, or None.
         head_projection: from a sliced last boundary to the width of a tied head, or None.
-        head: it reads the last norm; or what `head_projection` gives, as it is: then `n_scaled` is 0.
+        head: reads the last norm, or the output of `head_projection` without a norm (`n_scaled` is then 0).
     """
 
     config: SlicedConfig
@@ -106,14 +106,15 @@ class PackedNetwork:
     head: Projection
 
     def stored_bytes(self) -> int:
-        """Bytes of all weights, both copies of compact factors among them; a tied head is its embedding."""
+        """Bytes of all weights, with both copies of compact factors; a tied head is counted once."""
         tied = self.head.weight.data_ptr() == self.embedding.data_ptr()
         return _bytes([*self._weights(), None if tied else self.embedding, self.positions])
 
     def bytes_per_token(self, rows: int = 1) -> int:
         """Bytes of weights that generating a token for each of `rows` sequences moves from memory.
 
-        Of the embedding, one row. Of a compact factor, both copies; one where `rotate_add` finds it in L2.
+        One row of the embedding is counted, and both copies of a compact factor, or one where `rotate_add` reads the
+        other from L2.
         """
         found = [
             block.output[:, -len(block.factor) :]
@@ -124,7 +125,7 @@ class PackedNetwork:
         return _bytes([*self._weights(), *looked_up]) - _bytes(found)
 
     def _weights(self) -> list[Tensor | None]:
-        """All but the tables that rows are looked up in."""
+        """All weights but the embedding tables."""
         tensors = [self.embed_projection, self.final_scale, self.head.weight, self.head.bias]
         if self.head_projection is not None:
             tensors += [self.head_projection.weight, self.head_projection.bias]
@@ -154,7 +155,7 @@ def position_limit(config: SlicedConfig) -> tuple[int, str | None]:
 
 
 def check_one_device(what: str, model: nn.Module) -> None:
-    """Refuse a model that is spread over devices, or in part offloaded: its layers' hooks would not be called."""
+    """Refuse a model that is split between devices or offloaded: the hooks of its layers would not be called."""
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise SliceGPTError(f"must be on one device, got {', '.join(devices)}", "model")
@@ -162,13 +163,13 @@ def check_one_device(what: str, model: nn.Module) -> None:
 
 @torch.no_grad()
 def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bool = False) -> PackedNetwork:
-    """Lay the weights out anew, on the model's device; embedding and head are shared with the model.
+    """Pack the weights on the model's device; embedding and head are shared with the model.
 
     Args:
         model: in float16, bfloat16, float32 or float64.
         max_positions: rows of the rotary table; `position_limit` where not given.
-        release: take each layer's weights out of `model` once they are packed, so that they are never held twice.
-            The model cannot be used afterwards.
+        release: free each layer's weights in `model` once they are packed, so that they are never held twice. The
+            model cannot be used afterwards.
 
     Errors: `SliceGPTError` for an activation or a rotary variant that the fused operators do not have, and for a model
     that is not on one device.
@@ -280,7 +281,7 @@ def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection
         key_scale = module.k_norm.weight.expand(config.num_key_value_heads, -1)
         query_scale = module.q_norm.weight.expand(config.num_attention_heads, -1)
         norm = torch.cat((key_scale, query_scale))
-    attention = Attention(
+    attention = PackedAttention(
         layer=module.layer_idx,
         heads=config.num_attention_heads,
         key_heads=config.num_key_value_heads,

@@ -13,10 +13,10 @@ class Sampling:
     """How the next token is chosen: the likeliest one, or drawn with the filters of transformers' `generate`.
 
     Attributes:
-        do_sample: draw; otherwise the other attributes do nothing.
+        do_sample: draw; otherwise take the likeliest token, and the other attributes have no effect.
         temperature: divides the logits, above 0.
-        top_k: only the so many likeliest tokens; 0 keeps all.
-        top_p: only the likeliest tokens whose probabilities reach this sum, in (0, 1].
+        top_k: keep only this many likeliest tokens; 0 keeps all.
+        top_p: keep only the likeliest tokens whose probabilities reach this sum, in (0, 1].
     """
 
     do_sample: bool = False
@@ -51,6 +51,7 @@ class Sampling:
         if not self.do_sample:
             return logits.max(dim=-1).indices  # vectorised on a CPU, which argmax is not
         probabilities = self.filtered(logits).softmax(dim=-1)
-        # The first of independent exponential clocks of these rates: a draw without torch.multinomial's waiting.
+        # The smallest of independent exponential variables of these rates is drawn with these probabilities, without
+        # the host sync of torch.multinomial.
         clocks = torch.empty_like(probabilities).exponential_(generator=generator)
         return (probabilities / clocks).max(dim=-1).indices

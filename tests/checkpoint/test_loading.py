@@ -241,7 +241,7 @@ def test_what_names_nothing(name):
 
 
 def test_empty_name():
-    assert error_of("") == "load_dense: the name of the model is empty"
+    assert error_of("") == "name: must name a model, got an empty one"
 
 
 def test_hub_out_of_reach(monkeypatch):

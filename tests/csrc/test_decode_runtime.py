@@ -11,7 +11,7 @@ from slicegpt.ops.contracts import NormLinearInputs
 from slicegpt.ops.cuda import decode as cuda_decode
 from slicegpt.ops.cuda import extension
 from slicegpt.runtime import Runtime
-from slicegpt.runtime.executor import Network
+from slicegpt.runtime.executor import Executor
 
 NEW = 5
 
@@ -44,12 +44,12 @@ def test_tokens(kernels, case):
         return cuda_decode.rotate_add(a, weight, h, shortcut, bias, factor)
 
     runtime = Runtime(plain, prefill_chunk=6, decoder="static")
-    runtime.network = Network(runtime.network.packed, through_operators=True)
-    runtime.network.norm_linear = lambda *arguments: cuda_decode.norm_linear(NormLinearInputs(*arguments))
-    runtime.network.rotate_add = rotate_add
+    runtime.executor = Executor(runtime.executor.packed, through_operators=True)
+    runtime.executor.norm_linear = lambda *arguments: cuda_decode.norm_linear(NormLinearInputs(*arguments))
+    runtime.executor.rotate_add = rotate_add
     assert torch.equal(runtime.generate(ids, max_new_tokens=NEW, ignore_eos=True), expected)
     assert any(read)
-    runtime.network.rotate_add = lambda *arguments: cuda_decode.rotate_add(*arguments[:5])
+    runtime.executor.rotate_add = lambda *arguments: cuda_decode.rotate_add(*arguments[:5])
     assert torch.equal(runtime.generate(ids, max_new_tokens=NEW, ignore_eos=True), expected)
 
 

@@ -19,7 +19,7 @@ from slicegpt.ops.norm_linear import DISPATCHER
 from slicegpt.runtime import Runtime
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.cpu_step import CpuStep
-from slicegpt.runtime.executor import Network
+from slicegpt.runtime.executor import Executor
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
@@ -220,8 +220,8 @@ def test_a_step(instruction_set, batch, case, dtype):
     block. float16's and bfloat16's own caches are what both read.
     """
     runtime = Runtime(tiny_model(case, dtype))
-    packed = runtime.network.packed
-    exact = Network(_widened(packed))
+    packed = runtime.executor.packed
+    exact = Executor(_widened(packed))
     for slot, padded in ((0, False), (5, True), (13, True)):
         cache = KVCache.allocate(runtime.config, batch, 16, dtype, packed.device)
         generator = torch.Generator().manual_seed(slot)
@@ -231,7 +231,7 @@ def test_a_step(instruction_set, batch, case, dtype):
         wide = KVCache(cache.keys.double(), cache.values.double(), cache.valid)
         positions = torch.arange(batch) % (slot + 1)
         ids = torch.arange(batch)[:, None] + 5
-        stream = runtime.network.embed(ids, positions[:, None])
+        stream = runtime.executor.embed(ids, positions[:, None])
         actual = CpuStep(packed, cache).run(stream, positions, slot, padded)
         step = GrowingStep(wide, 1, exact.angles(positions), slot, padded)
         wanted, _ = exact.blocks(stream.double(), step)
@@ -249,7 +249,7 @@ def test_a_step(instruction_set, batch, case, dtype):
 @torch.inference_mode()
 @pytest.mark.parametrize("case", ["llama", "phi"])
 def test_a_step_gives_the_same_bits_with_any_number_of_threads(threads, case):
-    packed = Runtime(tiny_model(case, torch.bfloat16)).network.packed
+    packed = Runtime(tiny_model(case, torch.bfloat16)).executor.packed
     stream, positions = normal(3, packed.embedding.shape[1], dtype=torch.bfloat16), torch.tensor([4, 2, 0])
     results = []
     for count in (1, 2, 3):

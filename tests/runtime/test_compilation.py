@@ -15,7 +15,7 @@ from transformers import StaticCache
 from slicegpt.modeling import CACHE, CompactShortcut
 from slicegpt.runtime import fuse_layers, pack
 from slicegpt.runtime.cache import GrowingStep, KVCache, StaticStep
-from slicegpt.runtime.executor import Network
+from slicegpt.runtime.executor import Executor
 
 BATCH, PROMPT, CAPACITY = 2, 8, 16
 IDS = token_ids(BATCH, PROMPT + 1)
@@ -65,7 +65,7 @@ def test_model_compiles_without_graph_breaks(model, form):
 def test_packed_network_compiles_without_graph_breaks(model):
     """The runtime's passes from token ids to logits, attention and cache included: prefill, and a token after it."""
     packed = pack(model.plain)
-    fused = Network(packed, through_operators=True)
+    fused = Executor(packed, through_operators=True)
     cache = KVCache.allocate(model.plain.config, BATCH, CAPACITY, packed.dtype, packed.device)
 
     def logits(ids, positions, step):

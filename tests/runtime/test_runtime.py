@@ -9,7 +9,7 @@ from slicegpt.bench.models.architectures import random_model
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig
 from slicegpt.runtime import Runtime, Sampling, attention, packing, to_canonical
-from slicegpt.runtime.executor import Network
+from slicegpt.runtime.executor import Executor
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def test_through_the_registered_operators(monkeypatch, case):
     for backend in ("auto", "reference"):
         monkeypatch.setenv("SLICEGPT_BACKEND", backend)
         runtime = Runtime(plain)
-        runtime.network = Network(runtime.network.packed, through_operators=True)
+        runtime.executor = Executor(runtime.executor.packed, through_operators=True)
         assert relative_error(runtime.logits(ids), expected) < 1e-12
 
 
@@ -183,7 +183,7 @@ def test_stored_bytes():
         for shortcut in compact_shortcuts(plain):
             rank, width = shortcut.factor.shape
             expected += rank * (width + shortcut.padding)  # rows of zeros where the next boundary is wider
-        assert Runtime(plain).network.packed.stored_bytes() == 4 * expected
+        assert Runtime(plain).executor.packed.stored_bytes() == 4 * expected
 
 
 def compact_shortcuts(plain):
@@ -197,19 +197,19 @@ def test_rotate_add_is_told_where_norm_linear_reads_the_factor(case, form):
     """A view of its last rows, the very numbers that `rotate_add`'s weight holds; the tokens are the same without."""
     plain = network(case, form, torch.float32)
     runtime, ids = Runtime(plain, decoder="static"), token_ids()
-    runtime.network = Network(runtime.network.packed, through_operators=True)
-    calls, rotate_add = [], runtime.network.rotate_add
+    runtime.executor = Executor(runtime.executor.packed, through_operators=True)
+    calls, rotate_add = [], runtime.executor.rotate_add
 
     def spy(*arguments):
         calls.append(arguments)
         return rotate_add(*arguments)
 
-    runtime.network.rotate_add = spy
+    runtime.executor.rotate_add = spy
     tokens = runtime.generate(ids, max_new_tokens=6, ignore_eos=True)
-    runtime.network.rotate_add = lambda *arguments: rotate_add(*arguments[:5])
+    runtime.executor.rotate_add = lambda *arguments: rotate_add(*arguments[:5])
     assert torch.equal(runtime.generate(ids, max_new_tokens=6, ignore_eos=True), tokens)
 
-    blocks, ranks = runtime.network.packed.blocks, []
+    blocks, ranks = runtime.executor.packed.blocks, []
     for (a, weight, h, _, _, factor), block in zip(calls, blocks * 6, strict=True):
         assert factor is block.factor
         ranks.append(0 if factor is None else len(factor))
@@ -233,7 +233,7 @@ def test_bytes_a_token_reads_with_the_second_copy_in_l2(monkeypatch):
     monkeypatch.setattr(packing, "reads_factor", lambda weight, factor, rows: rows < 17)
     seconds = [
         len(block.output) * len(block.factor)
-        for block in runtime.network.packed.blocks
+        for block in runtime.executor.packed.blocks
         if block.factor is not None
     ]
     assert runtime.bytes_per_token(16) == runtime.bytes_per_token(17) - 4 * sum(seconds)

@@ -1,0 +1,57 @@
+"""Ctrl-C: one line on standard error and exit code 130, at whatever moment it comes."""
+
+import os
+import signal
+from types import FrameType
+
+EXIT_CODE = 130
+MESSAGE = "interrupted; nothing was written under the final name"
+
+_received = False
+
+
+def install() -> None:
+    """Answer SIGINT in a process that is the command's own, from before the first heavy import on.
+
+    Where SIGINT is ignored (a job in the background of a script) or somebody else's, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def received() -> bool:
+    """Whether SIGINT has come: then an error of any kind may be its consequence.
+
+    Libraries turn a KeyboardInterrupt into an exception of their own here and there; C extensions that are being
+    imported make it an ImportError.
+    """
+    return _received
+
+
+def ignore() -> None:
+    """No further SIGINT: the process is ending already."""
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interrupted(signum: int, frame: FrameType | None) -> None:
+    global _received
+    _received = True
+    if _command_is_importing(frame):
+        # Nothing has been written, so there is nothing to clean up. An exception would have to pass through modules
+        # that are half executed, some of which swallow it, and others print a traceback for it.
+        os.write(2, f"{MESSAGE}\n".encode())
+        os._exit(EXIT_CODE)
+    raise KeyboardInterrupt
+
+
+def _command_is_importing(frame: FrameType | None) -> bool:
+    """Whether a module of this package imports something at this moment, rather than the work that it has begun."""
+    importer, in_import_system = None, False
+    while frame is not None:  # from the innermost call to the outermost: the last importer counts
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            in_import_system = True
+        elif in_import_system:
+            importer, in_import_system = frame, False
+        frame = frame.f_back
+    return importer is not None and importer.f_globals.get("__name__", "").startswith("slicegpt.cli")
