@@ -1,4 +1,4 @@
-"""Draw docs/images/gemm-tiling.svg and decode-partition.svg: `python docs/drawings.py`."""
+"""Draw gemm-tiling.svg, decode-partition.svg and block.svg in docs/images: `python docs/drawings.py`."""
 
 from pathlib import Path
 
@@ -139,6 +139,53 @@ def decode_partition() -> None:
     drawing.save("decode-partition.svg")
 
 
+def block() -> None:
+    """An attention block in the runtime: two products, the shortcut in both."""
+    drawing = Drawing(860, 250)
+
+    def row(x: float, y: float, parts: tuple[tuple[str, int, str], ...]) -> None:
+        for words, width, fill in parts:
+            drawing.box(x, y, width, 30, fill)
+            drawing.text(x + width / 2, y + 20, words)
+            x += width
+
+    row(20, 100, (("h", 70, BLUE),))
+    drawing.text(55, 147, "stream [T, d]", size=12)
+    drawing.arrow(95, 115, 140, 115)
+    drawing.box(145, 60, 130, 110)
+    drawing.text(210, 82, "norm_linear", size=14)
+    row(158, 95, (("v", 26, "white"), ("k", 26, "white"), ("q", 26, "white"), ("Fᵀ", 26, GREY)))
+    drawing.text(210, 145, "rows of its weight", size=11)
+    drawing.text(210, 160, "scale: rms of h", size=11)
+    drawing.arrow(275, 115, 300, 115)
+    row(305, 100, (("v", 30, "white"), ("k", 30, "white"), ("q", 40, "white"), ("z", 30, GREY)))
+    drawing.text(370, 90, "its output, one buffer", size=12)
+    drawing.arrow(385, 132, 385, 165)
+    drawing.box(305, 170, 130, 30)
+    drawing.text(370, 190, "attention", size=13)
+    drawing.text(370, 216, "writes its result over q", size=12)
+    drawing.arrow(435, 115, 470, 115)
+    row(475, 100, (("attended", 70, GREEN), ("z", 30, GREY)))
+    drawing.text(525, 90, "read without a copy", size=12)
+    drawing.arrow(575, 115, 600, 115)
+    drawing.box(605, 60, 130, 110)
+    drawing.text(670, 82, "rotate_add", size=14)
+    row(628, 95, (("W_out", 54, "white"), ("-F", 30, GREY)))
+    drawing.text(670, 145, "columns of its weight", size=11)
+    drawing.text(670, 160, "+ h + bias", size=11)
+    drawing.arrow(735, 115, 760, 115)
+    row(765, 100, (("h next", 75, BLUE),))
+    drawing.text(802, 90, "stream [T, d']", size=12)
+    drawing.text(802, 147, "Σ h² of every", size=12)
+    drawing.text(802, 162, "32 columns", size=12)
+    drawing.items.append(
+        f'<path d="M55 100 V36 H670 V52" fill="none" stroke="{INK}" marker-end="url(#head)"/>'
+    )
+    drawing.text(360, 30, "the stream itself is added: S = I - F Fᵀ", size=12)
+    drawing.save("block.svg")
+
+
 if __name__ == "__main__":
     gemm_tiling()
     decode_partition()
+    block()
