@@ -99,12 +99,22 @@ def test_the_readme_s_lines_run_and_print_what_it_shows(monkeypatch, tmp_path):
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     assert masked(printed.getvalue()) == masked(shown)
-    # Which neurons go may hang on roundings: within 5 % of the perplexities that the README shows.
-    numbers = [
-        [float(number) for number in re.findall(r"\b\d+\.\d{2,}\b", text)]
-        for text in (printed.getvalue(), shown)
-    ]
-    assert len(numbers[0]) == len(numbers[1])
+    # Roundings of another processor may decide which neurons go: 0.4 % of perplexity in the demo's runs on two of them.
+    found, recorded = (perplexities(text) for text in (printed.getvalue(), shown))
+    assert len(recorded) == 2
+    assert found == pytest.approx(recorded, rel=0.02)
+
+
+def perplexities(text: str) -> list[float]:
+    """What stands in the columns "perplexity" of the tables in a text."""
+    found, column = [], None
+    for line in text.splitlines():
+        cells = line.split()
+        if "perplexity" in cells:
+            column = cells.index("perplexity")
+        elif column is not None and len(cells) > column and re.fullmatch(r"[\d.]+", cells[column]):
+            found.append(float(cells[column]))
+    return found
 
 
 @pytest.fixture(scope="module")
