@@ -216,15 +216,12 @@ class Frontier:
     def point(self, method: str, config: SlicedConfig) -> dict:
         """A sliced model's point: sliced and evaluated, or taken from the file."""
         widths, slicing = describe_widths(config), self.slicing_options(method)
+        # Where and in what it runs is no choice of the method.
+        machine = ("dtype", "device", "activation_storage")
         options = {
             name: value if value is None or isinstance(value, str | int | float) else str(value)
             for name, value in asdict(slicing).items()
-            if name
-            not in (
-                "dtype",
-                "device",
-                "activation_storage",
-            )  # where and in what it runs is no choice of the method
+            if name not in machine
         }
         found = self.find(method, widths, options)
         if found:
