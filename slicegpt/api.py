@@ -123,9 +123,9 @@ def slice(
         slice: fraction of columns to delete, in [0, 1): the paper's percentage.
         target_bytes: bytes that the weights may take.
         widths: columns at every boundary: one whole number before each block, and one before the head.
-        calibration: the text to calibrate on: `DATA[:WEIGHT],...` of text files, folders, `.jsonl`, `.parquet`,
-            `python-reference`, `wikitext2` (the default), `ptb`, `c4`, `alpaca`, `self` (the model writes it) and
-            `random-tokens`; or the documents themselves, as a list of strings.
+        calibration: the text to calibrate on: `DATA[:WEIGHT],...` of text files, folders, `.jsonl`, `.json`, `.csv`,
+            `.parquet`, `python-reference`, `wikitext2` (the default), `ptb`, `c4`, `alpaca`, `self` (the model writes
+            it) and `random-tokens`; or the documents themselves, as a list of strings.
         output: folder to write: config, safetensors, tokenizer, `slicing.json`, `recipe.toml` and a model card. It
             appears only when it is whole. None: nothing is written.
         recipe: choices to start from: a `Recipe`, a `.toml` or `.yaml` file, or the folder of a sliced model. What is
@@ -176,7 +176,7 @@ def slice(
     choices |= {name: value for name, value in given.items() if value is not None}
     recipe = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
     size = recipe.size
-    path = None if output is None else check_output(output, overwrite)
+    path = None if output is None else check_output(output, overwrite, recipe.model)
     device = find_device(device)
     sources = calibration_sources(recipe, documents)
 
@@ -251,7 +251,7 @@ def evaluate(
         data: a text for the perplexity: a file, a folder, `python-reference`, `wikitext2`, `ptb`, `c4` or `alpaca`;
             or the documents themselves, as a list of strings.
         split: "train" or "test" part of a named text.
-        text_column: of a `.jsonl` or `.parquet` file; None is "text".
+        text_column: of a file with columns; None is "text".
         seqlen: tokens of a window; the windows do not overlap.
         max_windows: only the first so many windows.
         tasks: names of lm-eval's tasks, as a list or between commas; "paper" stands for the five of the paper's
@@ -356,5 +356,6 @@ def _opened(
         raise SliceGPTError("a name, a folder or a transformers model is needed, got none", "model")
     name = os.fspath(_checked_name(recipe.model if model is None else model))
     with progress.step(f"loading {name}"):
-        dense, found = load(name, recipe.dtype)
+        # What cannot be sliced is refused by its config, before weights are downloaded or read.
+        dense, found = load_dense(name, find_dtype(recipe.dtype), sliceable=True)
     yield dense, tokenizer or found, name

@@ -25,7 +25,12 @@ class SliceGPTError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its class name where it has none."""
+    """Return the first line of an exception's message, or its class name where it has none.
+
+    The message of a `KeyError` is its bare key, which says nothing alone.
+    """
+    if type(error) is KeyError and error.args and " " not in str(error.args[0]):
+        return f"unknown key {error.args[0]!r}"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -143,7 +143,7 @@ class Recipe:
         calibration: `DATA[:WEIGHT],...`: text files, folders, `.jsonl`, `.parquet`, `python-reference`, `wikitext2`,
             `ptb`, `c4`, `alpaca`, `self` (the model writes it), `random-tokens`.
         vocabulary_prior: the embedding's basis counts the whole vocabulary, this much beside the text.
-        text_column: of `.jsonl` and `.parquet` files; None is "text".
+        text_column: of files with columns; None is "text".
         nsamples: calibration samples.
         seqlen: tokens of a sample.
         batch_size: samples of a batch; sums are taken batch by batch, so it decides about last bits.

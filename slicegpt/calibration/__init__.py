@@ -10,6 +10,7 @@ from slicegpt.lazy import lazy_exports
 if TYPE_CHECKING:
     from slicegpt.calibration.batches import CalibrationBatch, calibration_hash, sample_batches
     from slicegpt.calibration.documents import check_documents, load_documents
+    from slicegpt.calibration.files import has_columns
     from slicegpt.calibration.mixture import (
         Calibration,
         Source,
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
         sample_sources,
     )
     from slicegpt.calibration.token_coverage import calibration_warnings, coverage
-    from slicegpt.calibration.tokens import encode_text
+    from slicegpt.calibration.tokens import check_fits, encode_text
 
 __all__ = [
     "Calibration",
@@ -28,9 +29,11 @@ __all__ = [
     "calibration_hash",
     "calibration_warnings",
     "check_documents",
+    "check_fits",
     "check_sources",
     "coverage",
     "encode_text",
+    "has_columns",
     "load_documents",
     "load_sources",
     "parse_sources",
@@ -47,9 +50,11 @@ __getattr__, __dir__ = lazy_exports(
         "calibration_hash": "slicegpt.calibration.batches",
         "calibration_warnings": "slicegpt.calibration.token_coverage",
         "check_documents": "slicegpt.calibration.documents",
+        "check_fits": "slicegpt.calibration.tokens",
         "check_sources": "slicegpt.calibration.mixture",
         "coverage": "slicegpt.calibration.token_coverage",
         "encode_text": "slicegpt.calibration.tokens",
+        "has_columns": "slicegpt.calibration.files",
         "load_documents": "slicegpt.calibration.documents",
         "load_sources": "slicegpt.calibration.mixture",
         "parse_sources": "slicegpt.calibration.mixture",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from slicegpt.calibration.files import check_unicode
 from slicegpt.calibration.tokens import encode_text
 from slicegpt.errors import SliceGPTError
 
@@ -138,6 +139,8 @@ def _draw_documents(
             "nsamples",
         )
     drawn = [documents[i] for i in order[:nsamples]]
+    for document in drawn:
+        check_unicode(document, "the text")
     encoded = tokenizer(drawn, truncation=True, max_length=seqlen, return_attention_mask=False).input_ids
     return sorted((torch.tensor(ids, dtype=torch.int64) for ids in encoded), key=len, reverse=True)
 

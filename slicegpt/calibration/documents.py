@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from slicegpt.calibration.files import has_columns, missing_column, need, read_file, read_text
 from slicegpt.errors import SliceGPTError, first_line
 
 Split = Literal["train", "test"]
@@ -20,12 +19,13 @@ def load_documents(spec: str, split: Split = "train", text_column: str | None = 
 
     Args:
         spec: a built-in name (`python-reference`; from the Hugging Face hub `wikitext2`, `ptb`, `c4`,
-            `alpaca`), or a path: a `.jsonl` or `.parquet` file (a document a row), a folder (a document a
-            `.txt` file, by name), or any other file, taken as UTF-8 text and one document.
+            `alpaca`), or a path: a `.jsonl` (or `.ndjson`), `.json`, `.csv`, `.tsv` or `.parquet` file (a document a
+            row), a folder (a document a `.txt` file, by name), or any other file, taken as UTF-8 text and one document.
+            Files may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`); upper case is the same as lower case.
         split: which part of a built-in text. Files are taken whole. Documents without text are dropped for
             "train", where they would be samples of nothing, and kept for "test": the published perplexities
             of WikiText-2 join its many empty lines too.
-        text_column: the column of a `.jsonl` or `.parquet` file that holds the text, "text" by default.
+        text_column: the column that holds the text of a file with columns, "text" by default.
 
     Raises:
         SliceGPTError: one line naming the file, and the line or column at fault.
@@ -41,7 +41,7 @@ def load_documents(spec: str, split: Split = "train", text_column: str | None = 
     elif Path(spec).is_dir():
         documents = _read_folder(Path(spec))
     else:
-        documents = _read_file(Path(spec), column)
+        documents = read_file(Path(spec), column)
     with_text = [document for document in documents if document.strip()]
     if not with_text:
         raise SliceGPTError(f"{spec} holds no text", "spec")
@@ -60,7 +60,7 @@ def check_documents(spec: str, text_column: str | None = None, argument: str = "
     """
     if not spec:
         raise SliceGPTError("must name a text, got an empty name", argument)
-    if text_column is not None and Path(spec).suffix not in (".jsonl", ".parquet"):
+    if text_column is not None and not has_columns(spec):
         raise SliceGPTError(
             f"{spec} has no columns: text_column={text_column!r} does not apply", "text_column"
         )
@@ -71,80 +71,11 @@ def check_documents(spec: str, text_column: str | None = None, argument: str = "
         )
 
 
-def _read_file(file: Path, column: str) -> list[str]:
-    if file.suffix == ".jsonl":
-        return _read_jsonl(file, column)
-    if file.suffix == ".parquet":
-        return _read_parquet(file, column)
-    if file.suffix == ".json":
-        raise SliceGPTError(f"{file}: expected .jsonl, one JSON object a line, got .json", "spec")
-    return [_read_text(file)]
-
-
-def _read_text(file: Path) -> str:
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise SliceGPTError(f"cannot read {file}: {error.strerror}", "spec") from error
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start:,} is {error.object[error.start]:#04x}"
-        raise SliceGPTError(f"{file} is not UTF-8 text ({byte})", "spec") from error
-    if "\0" in text:
-        raise SliceGPTError(f"{file} is not text (a zero byte at {text.index(chr(0)):,})", "spec")
-    return text.replace("\r\n", "\n")
-
-
 def _read_folder(folder: Path) -> list[str]:
     files = sorted(folder.glob("*.txt"))
     if not files:
         raise SliceGPTError(f"the folder {folder} has no .txt files", "spec")
-    return [_read_text(file) for file in files]
-
-
-def _read_jsonl(file: Path, column: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise SliceGPTError(f"{file} line {number} is not JSON: {error}", "spec") from error
-        if not isinstance(row, dict):
-            raise SliceGPTError(
-                f"{file} line {number} must be a JSON object, got {type(row).__name__}", "spec"
-            )
-        if column not in row:
-            raise _missing_column(f"{file} line {number}", column, row)
-        if not isinstance(row[column], str):
-            raise SliceGPTError(
-                f"{file} line {number}: column {column!r} must be text, got {type(row[column]).__name__}",
-                "text_column",
-            )
-        documents.append(row[column])
-    return documents
-
-
-def _read_parquet(file: Path, column: str) -> list[str]:
-    _need("pyarrow", "parquet", f"reading {file}")
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        schema = parquet.read_schema(file)
-        if column not in schema.names:
-            raise _missing_column(file, column, schema.names)
-        kind = schema.field(column).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise SliceGPTError(f"{file}: column {column!r} must be text, got {kind}", "text_column")
-        documents = parquet.read_table(file, columns=[column])[column].to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise SliceGPTError(f"cannot read {file}: {first_line(error)}", "spec") from error
-    if None in documents:
-        raise SliceGPTError(
-            f"{file}: column {column!r} has no text in row {documents.index(None)}", "text_column"
-        )
-    return documents
+    return [read_text(file) for file in files]
 
 
 def _python_reference(split: Split) -> list[str]:
@@ -216,7 +147,7 @@ HUB_DATASETS = {
 
 
 def _read_hub(spec: str, split: Split) -> list[str]:
-    _need("datasets", "hub", f"the dataset {spec}")
+    need("datasets", "'slicegpt[hub]'", f"the dataset {spec}")
     import datasets
 
     source = HUB_DATASETS[spec]
@@ -239,7 +170,7 @@ def _read_hub(spec: str, split: Split) -> list[str]:
     if source.draw and source.draw[split] < len(rows):
         rows = rows.shuffle(seed=42).select(range(source.draw[split]))
     if source.column not in rows.column_names:
-        raise _missing_column(spec, source.column, rows.column_names)
+        raise missing_column(spec, source.column, rows.column_names)
     return list(rows[source.column])
 
 
@@ -249,12 +180,3 @@ def _alpaca_split(rows: Any, split: Split) -> Any:
     if split == "train":
         return parts["train"]
     return parts["test"].train_test_split(test_size=0.5, seed=42)["train"]
-
-
-def _need(package: str, extra: str, purpose: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise SliceGPTError(f"{purpose} needs {package}: pip install 'slicegpt[{extra}]'", "spec")
-
-
-def _missing_column(where: object, column: str, existing: Any) -> SliceGPTError:
-    return SliceGPTError(f"{where} has no column {column!r}; it has: {', '.join(existing)}", "text_column")

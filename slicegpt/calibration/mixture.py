@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slicegpt.calibration.documents import check_documents, load_documents
+from slicegpt.calibration.files import COLUMN_FILES, has_columns
 from slicegpt.errors import SliceGPTError, renamed
 
 if TYPE_CHECKING:  # sources are named, and their files read, before torch is imported
@@ -136,7 +137,7 @@ def load_sources(spec: str, text_column: str | None = None) -> list[Source]:
     """Read the documents that a `calibration` choice names; what the model will write comes later.
 
     Args:
-        text_column: of the `.jsonl` and `.parquet` files among the sources.
+        text_column: of the files with columns among the sources.
     """
     with renamed(spec="calibration"):
         return [
@@ -157,9 +158,9 @@ def check_sources(spec: str, text_column: str | None = None) -> None:
 def _checked_sources(spec: str, text_column: str | None) -> list[tuple[str, float, str | None]]:
     """Name, weight and column of every source."""
     sources = parse_sources(spec)
-    columns = [name for name, _ in sources if Path(name).suffix in (".jsonl", ".parquet")]
+    columns = [name for name, _ in sources if has_columns(name)]
     if text_column is not None and not columns:
-        raise SliceGPTError(f"{spec} has no .jsonl or .parquet file, got {text_column!r}", "text_column")
+        raise SliceGPTError(f"{spec} has no {COLUMN_FILES}, got {text_column!r}", "text_column")
     checked = [(name, weight, text_column if name in columns else None) for name, weight in sources]
     for name, _, column in checked:
         if name not in GENERATED:
@@ -197,7 +198,7 @@ def sample_sources(
 
     Args:
         varied_seqlen: a document a sample, where a source has documents.
-        model: the dense model, needed by the source "self".
+        model: the dense model, needed by the source "self"; what does not fit into it is refused.
         device: where the model writes; it is brought there and back. None: where it is.
 
     Raises:
@@ -207,6 +208,7 @@ def sample_sources(
 
     from slicegpt.calibration.batches import check_positive, collate, draw_samples
     from slicegpt.calibration.self_sampling import generate_samples
+    from slicegpt.calibration.tokens import check_fits
     from slicegpt.hardware.offload import moved
 
     check_positive(nsamples=nsamples, seqlen=seqlen, batch_size=batch_size)
@@ -230,7 +232,8 @@ def sample_sources(
                     generate_samples(model, tokenizer, share + spare, seqlen, seed, progress=progress)
                 )
         elif source.name == RANDOM_TOKENS:
-            samples = _random_tokens(tokenizer, share, seqlen, seed)
+            rows = None if model is None else model.get_input_embeddings().weight.shape[0]
+            samples = _random_tokens(tokenizer, share, seqlen, seed, rows)
         else:
             try:
                 samples = draw_samples(
@@ -253,6 +256,8 @@ def sample_sources(
     samples = [drawn[i][j] for _, i, j in sorted(places)]
     if varied_seqlen:
         samples.sort(key=len, reverse=True)
+    if model is not None:
+        check_fits(model, torch.cat(samples), max(map(len, samples)))
     record = [
         {
             "name": source.name,
@@ -269,7 +274,7 @@ def sample_sources(
 
 
 def _random_tokens(
-    tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int, rows: int | None
 ) -> list[torch.Tensor]:
     import torch
 

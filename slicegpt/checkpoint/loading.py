@@ -14,13 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
+from slicegpt.checkpoint.checks import check_loaded, check_shapes, parameters_of, some
 from slicegpt.checkpoint.names import SHIPPED_MODEL, check_name
 from slicegpt.errors import SliceGPTError, first_line
+from slicegpt.families import FAMILIES, facts_of
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors call them
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -38,6 +49,7 @@ def load_dense(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    sliceable: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -49,6 +61,7 @@ def load_dense(
         device: where the weights end up.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the Python code that a checkpoint brings along.
+        sliceable: refuse a model that cannot be sliced by its config alone, before weights are downloaded or read.
 
     Returns:
         The model in eval mode, its weights plain tensors, and the tokenizer.
@@ -68,8 +81,9 @@ def load_dense(
 
             model, tokenizer = load_gguf(Path(name), dtype)
         else:
-            folder = Path(name) if Path(name).is_dir() else _download(name, revision, trust_remote_code)
-            model, tokenizer = _load_folder(folder, dtype, trust_remote_code)
+            local = Path(name).is_dir()
+            folder = Path(name) if local else _download(name, revision, trust_remote_code, sliceable)
+            model, tokenizer = _load_folder(folder, dtype, trust_remote_code, sliceable)
     return model.eval().to(device), tokenizer
 
 
@@ -77,26 +91,65 @@ def check_folder(folder: Path) -> list[Path]:
     """Return the weight files of a checkpoint folder after checking that they are there and whole.
 
     Raises:
-        SliceGPTError: no config.json, quantised or no weights, a missing shard, a truncated safetensors file.
+        SliceGPTError: no config.json, an adapter beside it, quantised or no weights, a missing shard, a truncated
+            safetensors file.
     """
-    if not (folder / "config.json").is_file():
-        raise SliceGPTError(f"load_dense: {folder} has no config.json: it is not a Hugging Face model folder")
-    quantised = _read_json(folder / "config.json").get("quantization_config")
-    if quantised is not None:
-        raise SliceGPTError(
-            f"load_dense: {folder} is quantised ({quantised.get('quant_method', 'unknown method')}):"
-            " give the checkpoint that it was made from"
-        )
+    _check_kind(folder)
     files = _weight_files(folder)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise SliceGPTError(
-            f"load_dense: {folder} lacks {len(missing)} of {len(files)} weight files: {_some(missing)}"
+            f"load_dense: {folder} lacks {len(missing)} of {len(files)} weight files: {some(missing)}"
         )
     for file in files:
         if file.suffix == ".safetensors":
-            read_safetensors_header(file)
+            _check_dtypes(folder, read_safetensors_header(file))
     return files
+
+
+def _check_shapes(folder: Path, config: PreTrainedConfig) -> None:
+    """Compare the config with the files' headers: transformers would allocate what is too large, and fill it.
+
+    Raises:
+        SliceGPTError: more layers than tensors, a weight of another shape, a model that cannot be made.
+    """
+    files = [file for file in _weight_files(folder) if file.suffix == ".safetensors"]
+    stored = {name: entry["shape"] for file in files for name, entry in read_safetensors_header(file).items()}
+    if not stored:
+        return
+    if config.num_hidden_layers > len(stored):
+        raise SliceGPTError(
+            f"load_dense: {folder} lacks weights: {len(stored)} tensors cannot be num_hidden_layers ="
+            f" {config.num_hidden_layers} layers"
+        )
+    check_shapes(f"load_dense: {folder}", parameters_of(config, f"load_dense: {folder}"), stored)
+
+
+def _check_kind(folder: Path) -> None:
+    """What the small files of a folder tell: whether it holds a whole model whose weights are plain numbers."""
+    # With peft installed transformers puts the adapter into the model while loading, and without it forgets it.
+    if (folder / "adapter_config.json").is_file():
+        raise SliceGPTError(
+            f"load_dense: {folder} holds an adapter (adapter_config.json): merge it into its model first"
+        )
+    if not (folder / "config.json").is_file():
+        raise SliceGPTError(f"load_dense: {folder} has no config.json: it is not a Hugging Face model folder")
+    quantised = _read_json(folder / "config.json").get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise SliceGPTError(
+            f"load_dense: {folder} is quantised ({method or 'unknown method'}):"
+            " give the checkpoint that it was made from"
+        )
+
+
+def _check_dtypes(folder: Path, header: dict[str, dict[str, Any]]) -> None:
+    for name, entry in header.items():
+        if name.endswith(".weight") and entry.get("dtype") not in _DTYPES:
+            raise SliceGPTError(
+                f"load_dense: {folder}: {name} is stored as {entry.get('dtype')}, expected one of"
+                f" {', '.join(_DTYPES)}: give the checkpoint that was quantised"
+            )
 
 
 def read_safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -114,7 +167,10 @@ def read_safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, AttributeError, LookupError, TypeError) as error:
+            sizes = [number for entry in header.values() for number in entry["shape"]]
+            if not all(isinstance(number, int) and number >= 0 for number in [*sizes, end]):
+                raise ValueError("sizes must be whole numbers")
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
             raise SliceGPTError(f"{file}: corrupt, or not a safetensors file (unreadable header)") from error
     if size != end:
         raise SliceGPTError(f"{file}: truncated or corrupt: its header promises {end} bytes, it has {size}")
@@ -122,9 +178,14 @@ def read_safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _load_folder(
-    folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
+    folder: Path, dtype: torch.dtype | None, trust_remote_code: bool, sliceable: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    _check_kind(folder)
+    config = read_config(folder, trust_remote_code, sliceable)
     check_folder(folder)
+    # A class that a checkpoint brings along may bear the name of a family of ours, and be made in its own way.
+    if config.model_type in FAMILIES and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        _check_shapes(folder, config)
     # Without any of these, transformers 5 makes an empty tokenizer up instead of failing.
     if not trust_remote_code and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise SliceGPTError(f"load_dense: {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
@@ -141,16 +202,27 @@ def _load_folder(
         )
     except Exception as error:  # safetensors, zipfile, pickle and transformers each have their own
         raise SliceGPTError(f"load_dense: cannot load {folder}: {first_line(error)}") from error
-    # transformers fills what is missing or does not fit with random numbers.
-    if info["missing_keys"]:
-        names = _some(sorted(info["missing_keys"]))
-        raise SliceGPTError(f"load_dense: {folder} lacks weights of {type(model).__name__}: {names}")
-    if info["mismatched_keys"]:
-        weight, stored, expected = min(info["mismatched_keys"])
-        raise SliceGPTError(
-            f"load_dense: {folder}: {weight} must be {list(expected)} by config.json, got {list(stored)}"
-        )
+    check_loaded(f"load_dense: {folder}", model, info)
     return model, tokenizer
+
+
+def read_config(folder: Path, trust_remote_code: bool = False, sliceable: bool = False) -> PreTrainedConfig:
+    """Return the config of a folder; nothing else in it is read.
+
+    Raises:
+        SliceGPTError: transformers cannot read it, or (with `sliceable`) it describes no model that can be sliced.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # every config class validates in its own way
+        raise SliceGPTError(
+            f"load_dense: transformers cannot read {folder / 'config.json'}: {first_line(error)}"
+        ) from error
+    if sliceable:
+        facts_of(config)
+    return config
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -162,30 +234,43 @@ def _weight_files(folder: Path) -> list[Path]:
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise SliceGPTError(f"load_dense: {index} has no weight_map")
-            return [folder / shard for shard in sorted(set(weight_map.values()))]
+            shards = list(weight_map.values())
+            if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
+                raise SliceGPTError(f"load_dense: {index}: weight_map must name files of the same folder")
+            return [folder / shard for shard in sorted(set(shards))]
     raise SliceGPTError(f"load_dense: {folder} has no weights (no {' or '.join(_WEIGHTS)}, whole or sharded)")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SliceGPTError(f"load_dense: {file} is not readable JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise SliceGPTError(f"load_dense: {file} must hold a JSON object, got {type(content).__name__}")
     return content
 
 
-def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """Bring a hub repository's safetensors (else PyTorch) files into the local cache; return the folder."""
+def _download(name: str, revision: str | None, trust_remote_code: bool, sliceable: bool) -> Path:
+    """Bring a hub repository's safetensors (else PyTorch) files into the local cache; return the folder.
+
+    The config comes first: what it rules out is not downloaded.
+    """
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.py"] * trust_remote_code
+    code = ["*.py"] * trust_remote_code
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *code]
     common = {"revision": revision, "ignore_patterns": ["*/*"]}
+    small = ["config.json", "adapter_config.json", *code]
     try:
+        folder = Path(snapshot_download(name, allow_patterns=small, **common))
+        _check_kind(folder)
+        read_config(folder, trust_remote_code, sliceable)
         folder = Path(snapshot_download(name, allow_patterns=[*patterns, "model*.safetensors"], **common))
         if not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"], **common))
+    except SliceGPTError:
+        raise
     except Exception as error:  # the network stack raises whatever its HTTP library raises
         raise SliceGPTError(
             f"load_dense: {name!r} is no local folder, and the Hugging Face hub did not give it:"
@@ -202,10 +287,6 @@ def _checked_device(device: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SliceGPTError(f"load_dense: device {str(device)!r} needs an NVIDIA GPU, and none is visible")
     return device
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import argparse
 from slicegpt.checkpoint.names import check_name
 from slicegpt.table import check_writable
 
-from .options import add_json, check_device, positive, resolve_device
+from .options import add_json, check_device, positive, resolve_device, seed
 
 
 def add_parser(commands) -> None:
@@ -32,12 +32,17 @@ def add_parser(commands) -> None:
 
     data = parser.add_argument_group("text")
     data.add_argument(
-        "--data", required=True, metavar="DATA", help="to train on: whatever slice --calibration takes"
+        "--data",
+        required=True,
+        metavar="DATA[:W],...",
+        help="to train on: whatever slice --calibration takes, but text that the model writes",
     )
     data.add_argument(
         "--eval-data", metavar="DATA", help="to evaluate on (default: windows of --data held out)"
     )
-    data.add_argument("--text-column", metavar="NAME", help="column of .jsonl and .parquet files (text)")
+    data.add_argument(
+        "--text-column", metavar="NAME", help="column of .jsonl, .json, .csv and .parquet files (text)"
+    )
     data.add_argument("--seqlen", type=positive, default=1024)
     data.add_argument("--nsamples", type=positive, metavar="N", help="windows to train on (all of the text)")
     data.add_argument(
@@ -95,7 +100,7 @@ def add_parser(commands) -> None:
     training.add_argument(
         "--teacher-weight", type=float, default=0.5, metavar="F", help="its share of the loss (0.5)"
     )
-    training.add_argument("--seed", type=int, default=42)
+    training.add_argument("--seed", type=seed, default=42)
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -114,7 +119,7 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     import dataclasses
 
-    from slicegpt.calibration import load_documents
+    from slicegpt.calibration import has_columns, load_documents, load_sources, parse_sources
     from slicegpt.errors import renamed
     from slicegpt.finetune import TARGETS, AdapterOptions, Schedule, TrainingOptions
 
@@ -144,11 +149,17 @@ def run(options: argparse.Namespace) -> None:
         teacher_weight=options.teacher_weight,
         seed=options.seed,
     )
-    held_out = None
-    if options.eval_data is not None:
-        with renamed(spec="eval_data"):
-            held_out = load_documents(options.eval_data, "test", None)
-    documents = load_documents(options.data, "train", options.text_column)
+    column, held_out = options.text_column, None
+    with renamed(calibration="data"):
+        names = [name for name, _ in parse_sources(options.data)]
+        if options.eval_data is not None:
+            # One column for both texts, or for the one that has columns.
+            of_eval = column if has_columns(options.eval_data) else None
+            with renamed(spec="eval_data"):
+                held_out = load_documents(options.eval_data, "test", of_eval)
+            if of_eval is not None and not any(map(has_columns, names)):
+                column = None
+        sources = load_sources(options.data, column)
 
     from slicegpt.finetune import finetune
     from slicegpt.progress import Progress
@@ -160,7 +171,7 @@ def run(options: argparse.Namespace) -> None:
         resolve_device("cuda")
     result = finetune(
         options.model,
-        documents,
+        sources,
         options.output,
         adapters,
         training,

@@ -8,7 +8,7 @@ from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import NAMES, Recipe
 
-from .options import add_device, check_device, positive
+from .options import add_device, check_device, positive, seed
 
 # Those of `slicegpt.evaluation.frontier_run`, which needs torch.
 METHODS = ("ours", "equal", "columns", "compact", "published", "sparsegpt-2:4")
@@ -65,7 +65,7 @@ def add_parser(commands) -> None:
     data.add_argument("--nsamples", type=positive, default=128)
     data.add_argument("--seqlen", type=positive, default=2048)
     data.add_argument("--batch-size", type=positive, default=8)
-    data.add_argument("--seed", type=int, default=42)
+    data.add_argument("--seed", type=seed, default=42)
 
     machine = parser.add_argument_group("machine")
     add_device(machine)

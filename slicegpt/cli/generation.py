@@ -7,7 +7,7 @@ from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
 from slicegpt.table import check_writable
 
-from .options import add_device, add_json, check_device, positive
+from .options import add_device, add_json, check_device, positive, seed
 
 
 def add_parser(commands) -> None:
@@ -23,7 +23,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=positive, default=50)
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=seed, default=42)
     parser.add_argument(
         "--runtime",
         choices=("plain", "fused"),
@@ -36,6 +36,9 @@ def add_parser(commands) -> None:
 
 def encode(tokenizer, prompt: str, chat: bool):
     """Token ids and mask of the prompt; an error where there is nothing to continue or no chat template."""
+    from slicegpt.calibration.files import check_unicode
+
+    check_unicode(prompt, "the prompt", "prompt")
     if chat:
         if not tokenizer.chat_template:
             raise SliceGPTError("the model's tokenizer has no chat template", "chat")
@@ -51,8 +54,9 @@ def encode(tokenizer, prompt: str, chat: bool):
 
 def run(options: argparse.Namespace) -> None:
     # What can be checked without the model is checked before anything heavy is imported.
-    if options.sample and not options.temperature > 0:
-        raise SliceGPTError(f"must be above 0, got {options.temperature}", "temperature")
+    # Logits divided by less are beyond float32.
+    if options.sample and not options.temperature >= 1e-6:
+        raise SliceGPTError(f"must be at least 1e-6, got {options.temperature}", "temperature")
     if options.sample and not 0 < options.top_p <= 1:
         raise SliceGPTError(f"must lie in (0, 1], got {options.top_p}", "top_p")
     check_device(options.device)
@@ -62,10 +66,12 @@ def run(options: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from slicegpt.api import load
+    from slicegpt.calibration import check_fits
     from slicegpt.table import write_json
 
     model, tokenizer = load(options.model, options.dtype, options.device)
     inputs = encode(tokenizer, options.prompt, options.chat).to(model.device)
+    check_fits(model, inputs["input_ids"], inputs["input_ids"].shape[1] + options.max_new_tokens)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generate = _fused if options.runtime == "fused" else _plain
     new_tokens, seconds = generate(options, model, tokenizer, inputs, streamer)

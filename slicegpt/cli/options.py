@@ -56,3 +56,19 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def seed(text: str) -> int:
+    """An argparse type: a whole number that torch's generators take."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must lie in [-2^63, 2^63), got {value}")
+    return value
+
+
+def shard_size(text: str) -> str:
+    """An argparse type: bytes of a weight file at most, as `save_pretrained` takes them."""
+    match = re.fullmatch(r"([0-9]+) ?([KMGT]B)", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number and KB, MB, GB or TB, got {text!r}")
+    return f"{match[1]}{match[2].upper()}"

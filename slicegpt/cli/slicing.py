@@ -11,7 +11,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
 from slicegpt.table import check_writable
 
-from .options import DTYPES, add_json, check_device, positive
+from .options import DTYPES, add_json, check_device, positive, shard_size
 
 
 def add_parser(commands) -> None:
@@ -79,8 +79,8 @@ def add_parser(commands) -> None:
     data.add_argument(
         "--calibration",
         metavar="DATA[:W],...",
-        help="text file, folder, .jsonl, .parquet, python-reference; wikitext2 (default), ptb, c4, alpaca; self (the "
-        "model writes it), random-tokens; or several of them with weights, a.txt:2,self:1",
+        help="text file, folder, .jsonl, .json, .csv, .parquet, python-reference; wikitext2 (default), ptb, c4, "
+        "alpaca; self (the model writes it), random-tokens; or several of them with weights, a.txt:2,self:1",
     )
     data.add_argument(
         "--vocabulary-prior",
@@ -88,7 +88,9 @@ def add_parser(commands) -> None:
         metavar="W",
         help="the embedding's basis also counts the whole vocabulary, W times as much as the text (0)",
     )
-    data.add_argument("--text-column", metavar="NAME", help="column of .jsonl and .parquet files (text)")
+    data.add_argument(
+        "--text-column", metavar="NAME", help="column of .jsonl, .json, .csv and .parquet files"
+    )
     data.add_argument("--nsamples", type=positive, metavar="N", help="samples (128)")
     data.add_argument("--seqlen", type=positive, metavar="N", help="tokens of a sample (2048)")
     data.add_argument("--batch-size", type=positive, metavar="N", help="samples of a batch (8)")
@@ -114,7 +116,7 @@ def add_parser(commands) -> None:
         "on the device where they take at most half of its free memory",
     )
     machine.add_argument("--signals", **storage, help=argparse.SUPPRESS)  # the option's former name
-    machine.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
+    machine.add_argument("--max-shard-size", type=shard_size, default="5GB", metavar="SIZE")
     parser.set_defaults(json=None)
     add_json(parser)
 
@@ -178,7 +180,7 @@ def run(options: argparse.Namespace) -> None:
     recipe = recipe_from(options)
     check_name(recipe.model, "model")
     check_device(options.device)
-    check_output(options.output, options.overwrite)
+    check_output(options.output, options.overwrite, recipe.model)
     check_writable("--json", options.json)
     if recipe.calibration != IN_MEMORY:  # which the run itself refuses
         check_sources(recipe.calibration, recipe.text_column)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slicegpt.calibration import load_documents
+from slicegpt.calibration import has_columns, load_documents
 from slicegpt.calibration.mixture import split_names
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.errors import SliceGPTError, renamed
@@ -25,8 +25,6 @@ from slicegpt.table import format_table
 SPARSEGPT = "sparsegpt-2:4"
 # Of all methods, in the order of the help.
 KNOWN_METHODS = (*METHODS, SPARSEGPT)
-
-_COLUMNS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,7 @@ def measure_frontier(
     specs = split_names(options.data, "data")
     with renamed(spec="data"):
         documents = {
-            name: load_documents(
-                spec, options.split, recipe.text_column if Path(spec).suffix in _COLUMNS else None
-            )
+            name: load_documents(spec, options.split, recipe.text_column if has_columns(spec) else None)
             for name, spec in zip(name_texts(specs), specs, strict=True)
         }
     sources = calibration_sources(recipe)
@@ -117,7 +113,7 @@ def measure_frontier(
         file.unlink(missing_ok=True)
 
     with progress.step(f"loading {recipe.model}"):
-        model, tokenizer = load_dense(recipe.model, find_dtype(recipe.dtype))
+        model, tokenizer = load_dense(recipe.model, find_dtype(recipe.dtype), sliceable=True)
     with progress.step(f"tokenising {', '.join(documents)}"):
         texts = [
             cut_text(name, text, tokenizer, recipe.seqlen, options.windows)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slicegpt.calibration.tokens import encode_text
+from slicegpt.calibration.tokens import check_fits, encode_text
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling.losses import window_losses
 from slicegpt.progress import Progress
@@ -70,6 +70,7 @@ def perplexity(
         raise SliceGPTError(
             f"the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}", "documents"
         )
+    check_fits(model, windows)
     start = time.perf_counter()
     total = sum(window_losses(model, windows, batch_size, progress))
     tokens = len(windows) * (seqlen - 1)

@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slicegpt.errors import SliceGPTError
 
 from .base import Checkpoint, DenseLayer, Family, LayerNames, Linear, Norm
+from .checks import check_config, check_facts
 from .cohere import COHERE
 from .gemma import GEMMA
 from .gpt_neox import GPT_NEOX
@@ -29,6 +30,7 @@ __all__ = [
     "Norm",
     "canonical_fields",
     "checkpoint_of",
+    "facts_of",
     "family_of",
 ]
 
@@ -53,7 +55,22 @@ FAMILIES = {
 }
 
 # They scale what a block writes by its own length, which neither a linear layer nor a sliced stream can know.
-_NORMS_BEHIND_BLOCKS = ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3")
+_NORMS_AFTER_BLOCKS = (
+    "exaone4",
+    "flex_olmo",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "gemma3n",
+    "gemma3n_text",
+    "gemma4",
+    "gemma4_text",
+    "glm4",
+    "hyperclovax",
+    "olmo2",
+    "olmo3",
+    "olmo_hybrid",
+)
 
 _TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
 
@@ -66,15 +83,44 @@ def family_of(config: PreTrainedConfig) -> Family:
         what, why = f"model_type {config.model_type!r}", ""
         if config.model_type == "slicegpt":
             what = "an already sliced model"
-        elif config.model_type in _NORMS_BEHIND_BLOCKS:
+        elif config.model_type in _NORMS_AFTER_BLOCKS:
             why = ", whose blocks normalise what they write,"
         raise SliceGPTError(f"{what}{why} is not supported; supported are {supported}", "model")
     return family
 
 
+def facts_of(config: PreTrainedConfig) -> dict:
+    """The fields of `SlicedConfig` that a Hugging Face config determines.
+
+    Raises:
+        SliceGPTError: no family of ours, a variant of one that the canonical network cannot represent, or numbers that
+            describe no network; the line names the config's field.
+    """
+    family = family_of(config)
+    check_config(config)
+    facts = family.facts(config)
+    check_facts(config, facts)
+    return facts
+
+
 def checkpoint_of(model: PreTrainedModel) -> Checkpoint:
-    """A loaded Hugging Face model's tensors by their canonical names (no copies)."""
-    return Checkpoint(family_of(model.config), model.state_dict(), model.config)
+    """A loaded Hugging Face model's tensors by their canonical names (no copies).
+
+    Raises:
+        SliceGPTError: the model is of no family of ours, or has tensors that its family has no place for.
+    """
+    family = family_of(model.config)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise SliceGPTError("model: an adapter is loaded into it; merge it into the weights first")
+    checkpoint = Checkpoint(family, model.state_dict(), model.config)
+    unread = checkpoint.unread()
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        raise SliceGPTError(
+            f"model: {type(model).__name__} has weights that {family.architectures[0]} has no place for:"
+            f" {', '.join(unread[:3])}{more}"
+        )
+    return checkpoint
 
 
 def canonical_fields(model: PreTrainedModel) -> dict:
@@ -82,13 +128,14 @@ def canonical_fields(model: PreTrainedModel) -> dict:
 
     Which biases exist is read off its tensors: a norm's shift becomes a bias of the layers that read it.
     """
-    config, checkpoint = model.config, checkpoint_of(model)
+    config = model.config
+    facts, checkpoint = facts_of(config), checkpoint_of(model)
     layer, head, norm = checkpoint.layer(0), checkpoint.head, checkpoint.final_norm
-    tied = bool(config.tie_word_embeddings)
+    tied = checkpoint.tied
     fields = {name: getattr(config, name) for name in _TOKEN_FIELDS if hasattr(config, name)}
     return (
         fields
-        | checkpoint.family.facts(config)
+        | facts
         | {
             "tie_word_embeddings": tied,
             "attention_bias": layer.q.bias is not None or layer.attention_norm.bias is not None,

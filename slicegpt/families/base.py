@@ -1,5 +1,6 @@
 """What a family is: where a Hugging Face checkpoint keeps its weights, and the few facts its config carries."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -126,9 +127,36 @@ class Checkpoint:
     @property
     def head(self) -> Linear:
         """Language-modelling head; a tied one is the embedding table."""
-        name, tied = self.family.head, self.config.tie_word_embeddings
-        weight = self.embedding if tied else self.tensors[f"{name}.weight"]
+        name = self.family.head
+        weight = self.embedding if self.tied else self.tensors[f"{name}.weight"]
         return Linear(weight, self._get(f"{name}.bias"))
+
+    @functools.cached_property
+    def tied(self) -> bool:
+        """Whether the head is the embedding table.
+
+        The config's flag alone does not say so: where a file holds a head of its own beside the flag (training that
+        saved both leaves it), transformers keeps both.
+        """
+        if not self.config.tie_word_embeddings:
+            return False
+        own, table = self._get(f"{self.family.head}.weight"), self.embedding
+        return own is None or own is table or own.is_meta or torch.equal(own, table)
+
+    def unread(self) -> list[str]:
+        """Names of the tensors that the family has no place for: slicing would drop them."""
+        family, names = self.family, self.family.layer
+        weights = (names.q_norm, names.k_norm)
+        whole = {value for name, value in vars(names).items() if name not in ("q_norm", "k_norm")}
+        parts = {f"{part}.{kind}" for part in whole - {None} for kind in ("weight", "bias")}
+        parts |= {f"{part}.weight" for part in weights if part is not None}
+        known = {f"{family.embedding}.weight", f"{family.positions}.weight"}
+        known |= {
+            f"{part}.{kind}" for part in (family.final_norm, family.head) for kind in ("weight", "bias")
+        }
+        for index in range(self.config.num_hidden_layers):
+            known |= {f"{family.layers.format(index)}.{part}" for part in parts}
+        return sorted(set(self.tensors) - known)
 
     def layer(self, index: int) -> DenseLayer:
         names, root = self.family.layer, self.family.layers.format(index)

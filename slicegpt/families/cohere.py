@@ -1,5 +1,6 @@
 """Command R (Cohere): attention and MLP in parallel on one LayerNorm, rotary pairs of neighbours, scaled logits."""
 
+import math
 from dataclasses import replace
 
 from transformers import PreTrainedConfig
@@ -19,6 +20,8 @@ def cohere_facts(config: PreTrainedConfig) -> dict:
             "own",
             "model",
         )
+    if not 0 < abs(config.logit_scale) < math.inf:
+        raise SliceGPTError(f"cohere: logit_scale must be finite and not 0, got {config.logit_scale}")
     return llama_facts(config, config.layer_norm_eps) | {"parallel_blocks": True}
 
 

@@ -6,13 +6,19 @@ import torch
 from transformers import PreTrainedConfig
 
 from .base import DenseLayer, Family, LayerNames
+from .checks import check_head_dim
 from .llama import llama_facts
 from .rewriting import take_rows
 
 
 def gpt_neox_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that a GPT-NeoX config determines."""
-    return llama_facts(config, config.layer_norm_eps) | {"parallel_blocks": config.use_parallel_residual}
+    check_head_dim(config)
+    facts = llama_facts(config, config.layer_norm_eps, partial_rotary=True)
+    own_keys = {
+        "num_key_value_heads": config.num_attention_heads
+    }  # it has no grouped heads, whatever a field says
+    return facts | own_keys | {"parallel_blocks": config.use_parallel_residual}
 
 
 def split_heads(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:

@@ -3,6 +3,7 @@
 from transformers import PreTrainedConfig
 
 from .base import Family, LayerNames
+from .checks import rotary_parameters
 
 LLAMA_LAYER = LayerNames(
     attention_norm="input_layernorm",
@@ -21,22 +22,29 @@ LLAMA_LAYER = LayerNames(
 
 def head_dim_of(config: PreTrainedConfig) -> int:
     """Entries of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if head_dim is None else head_dim
 
 
-def llama_facts(config: PreTrainedConfig, eps: float | None = None) -> dict:
-    """Fields of `SlicedConfig` that a Llama-like config determines; `eps` where the config has no `rms_norm_eps`."""
+def llama_facts(config: PreTrainedConfig, eps: float | None = None, partial_rotary: bool = False) -> dict:
+    """Fields of `SlicedConfig` that a Llama-like config determines.
+
+    Args:
+        eps: where the config has no `rms_norm_eps`.
+        partial_rotary: the family obeys `partial_rotary_factor`.
+    """
+    head_dim = head_dim_of(config)
     return {
         "dense_hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "head_dim": head_dim_of(config),
+        "head_dim": head_dim,
         "hidden_act": config.hidden_act,
         "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": dict(config.rope_parameters),
-        "rms_norm_eps": config.rms_norm_eps if eps is None else eps,
+        "rope_parameters": rotary_parameters(config, head_dim, partial_rotary),
+        "rms_norm_eps": getattr(config, "rms_norm_eps", None) if eps is None else eps,
         "attention_dropout": config.attention_dropout,
     }
 

@@ -14,7 +14,7 @@ def phi_facts(config: PreTrainedConfig) -> dict:
         raise SliceGPTError(
             "phi: qk_layernorm=True is not supported (Phi-1, Phi-1.5 and Phi-2 do not use it)", "model"
         )
-    return llama_facts(config, config.layer_norm_eps) | {"parallel_blocks": True}
+    return llama_facts(config, config.layer_norm_eps, partial_rotary=True) | {"parallel_blocks": True}
 
 
 PHI = Family(

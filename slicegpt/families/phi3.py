@@ -5,9 +5,13 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from .base import DenseLayer
-from .llama import LLAMA, LLAMA_LAYER, head_dim_of
-from .mistral import mistral_facts
+from .llama import LLAMA, LLAMA_LAYER, head_dim_of, llama_facts
 from .rewriting import split_rows
+
+
+def phi3_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Phi-3 config determines."""
+    return llama_facts(config, partial_rotary=True) | {"sliding_window": config.sliding_window}
 
 
 def split_projections(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
@@ -23,7 +27,7 @@ PHI3 = replace(
     LLAMA,
     model_type="phi3",
     architectures=("Phi3ForCausalLM",),
-    facts=mistral_facts,
+    facts=phi3_facts,
     layer=replace(
         LLAMA_LAYER,
         q="self_attn.qkv_proj",

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from slicegpt.errors import SliceGPTError
 
 from .base import DenseLayer
+from .checks import check_head_dim
 from .llama import LLAMA, llama_facts
 
 
@@ -18,7 +19,9 @@ def stablelm_facts(config: PreTrainedConfig) -> dict:
             "of its own",
             "model",
         )
-    return llama_facts(config, config.layer_norm_eps) | {"parallel_blocks": config.use_parallel_residual}
+    check_head_dim(config)
+    facts = llama_facts(config, config.layer_norm_eps, partial_rotary=True)
+    return facts | {"parallel_blocks": config.use_parallel_residual}
 
 
 def share_norm(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:

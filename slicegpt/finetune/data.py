@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from slicegpt.calibration import encode_text
+from slicegpt.calibration import Source, encode_text
+from slicegpt.calibration.mixture import share_out
 from slicegpt.errors import SliceGPTError
 
 
@@ -44,7 +45,7 @@ class TrainingText:
 
 
 def training_text(
-    documents: Sequence[str],
+    documents: Sequence[str] | Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
     seqlen: int = 1024,
     nsamples: int | None = None,
@@ -55,6 +56,7 @@ def training_text(
     """Cut the joined documents into windows of `seqlen` tokens that do not overlap, and deal them out at random.
 
     Args:
+        documents: texts, or sources of text: as many windows as their weights allow are taken of each.
         nsamples: windows to train on (the paper takes 1,000 to 5,000); None takes all.
         eval_samples: windows to hold out; at most a tenth of the text where that is all there is to choose from.
         eval_documents: a text of its own to evaluate on; none of `documents` is held out then.
@@ -70,7 +72,10 @@ def training_text(
     ):
         if value is not None and value < least:
             raise SliceGPTError(f"must be at least {least}, got {value}", name)
-    windows = _windows(documents, tokenizer, seqlen, seed, "data")
+    if documents and isinstance(documents[0], Source):
+        windows = _mixed(documents, tokenizer, seqlen, seed)
+    else:
+        windows = _windows(documents, tokenizer, seqlen, seed, "data")
     if eval_documents is not None:
         held_out = _windows(eval_documents, tokenizer, seqlen, seed, "eval_data")[:eval_samples]
     else:
@@ -88,6 +93,26 @@ def training_text(
             "nsamples",
         )
     return TrainingText(Windows(windows[:nsamples]), Windows(held_out))
+
+
+def _mixed(
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, seqlen: int, seed: int
+) -> torch.Tensor:
+    """Windows of several sources in the proportion of their weights, in random order.
+
+    As many as there are: the source that has the fewest for its weight decides.
+    """
+    generated = [source.name for source in sources if source.documents is None]
+    if generated:
+        raise SliceGPTError(f"{generated[0]} is not text to train on; name files or built-in texts", "data")
+    parts = [_windows(source.documents, tokenizer, seqlen, seed, "data") for source in sources]
+    if len(parts) == 1:
+        return parts[0]
+    weights = [source.weight for source in sources]
+    whole = min(len(part) * sum(weights) / weight for part, weight in zip(parts, weights, strict=True))
+    shares = share_out(int(whole), weights)
+    windows = torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)])
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
 def _windows(

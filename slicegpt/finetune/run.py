@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from slicegpt.calibration import Source, check_fits
 from slicegpt.checkpoint.folders import check_output
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.checkpoint.saving import read_record, save_sliced
@@ -36,7 +37,7 @@ from slicegpt.progress import Progress
 
 def finetune(
     folder: str | Path,
-    documents: Sequence[str],
+    documents: Sequence[str] | Sequence[Source],
     output: str | Path,
     adapters: AdapterOptions | None = None,
     options: TrainingOptions | None = None,
@@ -57,7 +58,8 @@ def finetune(
 
     Args:
         folder: written by `slicegpt slice`.
-        documents: the text; some windows of it are held out, unless there are `eval_documents`.
+        documents: the text, or weighted sources of it; some windows are held out, unless there are
+            `eval_documents`.
         output: the folder to write; it appears only when it is whole.
         teacher: a dense model (see `load_dense`) to learn the next token's distribution from.
         source: what the record calls the text.
@@ -73,7 +75,7 @@ def finetune(
         SliceGPTError: bad input; a loss or gradient that is not finite (the last checkpoint is kept).
     """
     adapters, options = adapters or AdapterOptions(), options or TrainingOptions()
-    path = check_output(output, overwrite)
+    path = check_output(output, overwrite, folder)
     work = checkpoints.working_folder(path)
     record = _sliced_record(folder)
     model, tokenizer = load_dense(str(folder))
@@ -87,6 +89,8 @@ def finetune(
         eval_documents,
         options.seed,
     )
+    for windows in (text.train.ids, text.held_out.ids):
+        check_fits(model, windows)
     arguments = _training_arguments(work, options, device)
     settings = _settings(folder, model, text, adapters, options, teacher, arguments.world_size)
     checkpoint = _prepare(work, settings, resume, overwrite)

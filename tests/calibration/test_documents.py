@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import importlib.util
 import json
+import lzma
 import sys
 import types
 
 import pytest
 import torch
 
-from slicegpt.calibration import load_documents
+from slicegpt.calibration import has_columns, load_documents
 from slicegpt.calibration.documents import HUB_DATASETS
 from slicegpt.errors import SliceGPTError
 
@@ -60,6 +64,69 @@ def test_parquet(tmp_path):
     assert load_documents(spec, text_column="body") == ["uno", "due", "tre"]
 
 
+ROWS = [
+    {"text": 'one,\n"line"', "body": "uno"},
+    {"text": "", "body": "due"},
+    {"text": "three", "body": "tre"},
+]
+LINES = "\n".join(map(json.dumps, ROWS)).encode()
+FORMATS = {
+    "a.JSONL": LINES,
+    "a.ndjson": LINES,
+    "a.json": json.dumps(ROWS, indent=1).encode(),
+    "lines.json": LINES,
+    "a.csv": b'text,body\r\n"one,\n""line""",uno\r\n,due\r\nthree,tre\r\n',
+    "a.TSV": b'body\ttext\nuno\t"one,\n""line"""\ndue\t\ntre\tthree\n',
+    "a.jsonl.gz": gzip.compress(LINES[:40]) + gzip.compress(LINES[40:]),
+    "a.jsonl.BZ2": bz2.compress(LINES),
+    "a.json.xz": lzma.compress(json.dumps(ROWS).encode()),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_in_every_format(name, tmp_path):
+    (tmp_path / name).write_bytes(FORMATS[name])
+    assert has_columns(name)
+    assert load_documents(str(tmp_path / name)) == ['one,\n"line"', "three"]
+    assert load_documents(str(tmp_path / name), text_column="body") == ["uno", "due", "tre"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "lines.json", "a.csv", "a.jsonl.gz"])
+def test_rows_are_those_that_datasets_reads(name, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    kind = "csv" if name.endswith("csv") else "json"
+    (tmp_path / name).write_bytes(FORMATS[name])
+    options = {"cache_dir": str(tmp_path / "cache"), "split": "train"}
+    if kind == "csv":
+        options["keep_default_na"] = False
+    rows = datasets.load_dataset(kind, data_files=str(tmp_path / name), **options)
+    assert load_documents(str(tmp_path / name), "test") == list(rows["text"])
+
+
+def test_text_may_be_compressed(tmp_path):
+    for name, pack in {"a.txt.gz": gzip.compress, "b.XZ": lzma.compress, "c.md.bz2": bz2.compress}.items():
+        (tmp_path / name).write_bytes(pack("naïve\r\n".encode()))
+        assert load_documents(str(tmp_path / name)) == ["naïve\n"]
+
+
+def test_zstandard(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    file = tmp_path / "a.jsonl.zst"
+    file.write_bytes(zstandard.compress(LINES[:40]) + zstandard.compress(LINES[40:]))
+    assert load_documents(str(file)) == ['one,\n"line"', "three"]
+    file.write_bytes(zstandard.compress(LINES)[:-9])
+    with pytest.raises(SliceGPTError, match=r"is not a whole \.zst file: it ends within a frame"):
+        load_documents(str(file))
+
+
+def test_long_documents_in_a_table(tmp_path):
+    """Longer than the csv module's own limit, which stays what it was."""
+    limit = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text("text\n" + "x" * 200_000 + "\n")
+    assert load_documents(str(tmp_path / "a.csv")) == ["x" * 200_000]
+    assert csv.field_size_limit() == limit
+
+
 BAD_FILES = {
     "empty": ("a.txt", b"", "holds no text"),
     "blank": ("a.txt", b" \n\n", "holds no text"),
@@ -70,7 +137,25 @@ BAD_FILES = {
     "not an object": ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', "line 3 must be a JSON object, got list"),
     "missing key": ("a.jsonl", b'{"body": "a", "id": 1}\n', "line 1 has no column 'text'; it has: body, id"),
     "not a string": ("a.jsonl", b'{"text": 7}\n', "line 1: column 'text' must be text, got int"),
-    "json": ("a.json", b'[{"text": "a"}]', r"expected \.jsonl, one JSON object a line, got \.json"),
+    "json number": ("a.json", b"7", "must hold an array of JSON objects, or one object a line, got int"),
+    "json row": ("a.json", b'[{"text": "a"}, "b"]', "row 2 must be a JSON object, got str"),
+    "upper case": ("a.JSONL", b'{"text": "a"}\n7\n', "line 2 must be a JSON object, got int"),
+    "ndjson": ("a.ndjson", b'{"body": "a"}\n', "line 1 has no column 'text'; it has: body"),
+    "csv column": ("a.csv", b"id,body\n1,a\n", "has no column 'text'; it has: id, body"),
+    "csv row": ("a.csv", b"id,text\n1,a\n2\n", "row 2: column 'text' is missing"),
+    "csv quotes": ("a.csv", b'id,text\n1,"a', "is not readable: unexpected end of data"),
+    "json in csv": ("a.csv", b'{"text": "a"}\n', "has no column 'text'"),
+    "deep": ("a.jsonl", b"[" * 200_000, "line 1 is not JSON"),
+    "surrogate": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b\\ud800c"}\n',
+        r"line 2: column 'text' is not Unicode text: half of a surrogate pair \(\\ud800\) at character 1",
+    ),
+    "not gzip": ("a.txt.gz", b"text", r"is not a whole \.gz file: Not a gzipped file"),
+    "half of gzip": ("a.txt.gz", gzip.compress(b"text" * 99)[:20], r"is not a whole \.gz file"),
+    "not xz": ("a.jsonl.xz", b"text", r"is not a whole \.xz file"),
+    "not bzip2": ("a.jsonl.bz2", b"text", r"is not a whole \.bz2 file"),
+    "zipped binary": ("a.gz", gzip.compress(b"\0"), "is not text"),
     "not parquet": ("a.parquet", b"text", "cannot read .*parquet"),
 }
 
@@ -118,11 +203,16 @@ def test_what_names_nothing(tmp_path):
 def test_missing_extra_is_named(tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in ("pyarrow", "datasets") else find_spec(name)
+        importlib.util,
+        "find_spec",
+        lambda name: None if name in ("pyarrow", "datasets", "zstandard") else find_spec(name),
     )
     (tmp_path / "a.parquet").touch()
     with pytest.raises(SliceGPTError, match=r"needs pyarrow: pip install 'slicegpt\[parquet\]'"):
         load_documents(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.txt.zst").touch()
+    with pytest.raises(SliceGPTError, match="needs zstandard: pip install zstandard"):
+        load_documents(str(tmp_path / "a.txt.zst"))
     with pytest.raises(SliceGPTError, match=r"wikitext2 needs datasets: pip install 'slicegpt\[hub\]'"):
         load_documents("wikitext2")
 

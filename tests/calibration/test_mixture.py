@@ -359,3 +359,51 @@ def test_few_samples_are_paired_as_well(files, tiny_tokenizer):
     assert drawn.held_out.shape == (4, 32)
     assert drawn.unseen.shape == drawn.seen.shape == (1, 32)
     assert not drawn.unseen_are_held_out
+
+
+# --- what does not fit the model ---
+
+
+def bigger(tokenizer):
+    """The tokenizer with two tokens more, one of them in every English text."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([" the", "<tool>"])
+    return tokenizer
+
+
+def test_tokens_beyond_the_table(files, tiny_tokenizer):
+    model = tiny_model("llama", torch.float32, vocab_size=len(tiny_tokenizer))
+    tokenizer = bigger(tiny_tokenizer)
+    with pytest.raises(SliceGPTError, match=r"token 512, and the model's embedding table 512 rows"):
+        sample_sources(load_sources(str(files / "a.txt")), tokenizer, 2, 32, model=model)
+    # Text of the model's own making has no such tokens, and so it is as good as any.
+    for name in ("self", "random-tokens"):
+        drawn = sample_sources(load_sources(name), tokenizer, 64, 16, model=model)
+        assert max(int(batch.input_ids.max()) for batch in drawn.batches) < 512
+
+
+def test_a_table_with_rows_to_spare_is_as_good(files, tiny_tokenizer, model):
+    drawn = sample_sources(load_sources(str(files / "a.txt")), bigger(tiny_tokenizer), 2, 32, model=model)
+    assert sum(batch.tokens for batch in drawn.batches) == 64
+
+
+@pytest.mark.parametrize("name", ["a.txt", "self", "random-tokens"])
+def test_sequences_beyond_learned_positions(name, files, tiny_tokenizer):
+    """64 of them; rotary positions have no end."""
+    spec = str(files / name) if name == "a.txt" else name
+    for case, length in (("opt", 64), ("opt", 65), ("llama", 65)):
+        model = tiny_model(case, torch.float32, vocab_size=len(tiny_tokenizer))
+        if (case, length) == ("opt", 65):
+            with pytest.raises(SliceGPTError, match="65 tokens is beyond the model's 64 learned positions"):
+                sample_sources(load_sources(spec), tiny_tokenizer, 1, length, model=model)
+        else:
+            drawn = sample_sources(load_sources(spec), tiny_tokenizer, 1, length, model=model)
+            assert drawn.batches[0].input_ids.shape == (1, length)
+
+
+@pytest.mark.parametrize("varied", [False, True])
+def test_half_of_a_surrogate_pair(varied, tiny_tokenizer):
+    with pytest.raises(
+        SliceGPTError, match=r"the text is not Unicode text: half of a surrogate pair \(\\ud800\)"
+    ):
+        sample_batches(["some text \ud800 and more"], tiny_tokenizer, 1, 2, varied_seqlen=varied)

@@ -5,72 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from support.checkpoint_folders import error_of, tiny_llama, without
+from transformers import LlamaForCausalLM
 
 from slicegpt.checkpoint import gguf as gguf_file
 from slicegpt.checkpoint import loading
 from slicegpt.checkpoint.loading import check_folder, load_dense, read_safetensors_header
-from slicegpt.errors import SliceGPTError
-
-
-def tiny_llama(**options) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        **options,
-    )
-    return LlamaForCausalLM(config)
-
-
-@pytest.fixture(scope="module")
-def saved(tiny_tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    """A copy that a test may break."""
-    return shutil.copytree(saved, tmp_path / "model")
-
-
-@pytest.fixture
-def sharded(tiny_tokenizer, tmp_path) -> Path:
-    folder = tmp_path / "sharded"
-    tiny_llama().save_pretrained(folder, max_shard_size="60KB")
-    tiny_tokenizer.save_pretrained(folder)
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    return folder
-
-
-@pytest.fixture
-def nothing_is_loaded(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("transformers was asked to load before the files were checked")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
-
-
-def error_of(name: object, **options) -> str:
-    with pytest.raises(SliceGPTError) as error:
-        load_dense(str(name), **options)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
 
 # --- folders ---
 
@@ -173,7 +118,7 @@ def test_missing_tensor_is_not_left_random(folder):
 def test_shapes_that_contradict_the_config(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
-    assert "layers.0.mlp.down_proj.weight must be [32, 64] by config.json, got [32, 48]" in error_of(folder)
+    assert "layers.0.mlp.gate_proj.weight must be [64, 32] by its config, got [48, 32]" in error_of(folder)
 
 
 def test_quantised_checkpoint(folder, nothing_is_loaded):
@@ -255,7 +200,7 @@ def fake_hub(monkeypatch, tmp_path, source):
     requests = []
 
     def snapshot_download(name, allow_patterns, ignore_patterns, revision):
-        requests.append((name, revision))
+        requests.append((name, revision, allow_patterns))
         target = tmp_path / "cache"
         target.mkdir(exist_ok=True)
         for file in source.iterdir():
@@ -271,7 +216,9 @@ def test_hub_model(monkeypatch, tmp_path, sharded):
     requests = fake_hub(monkeypatch, tmp_path, sharded)
     model, tokenizer = load_dense("someone/model", revision="v1")
     assert torch.equal(model.lm_head.weight, tiny_llama().lm_head.weight)
-    assert requests == [("someone/model", "v1")]
+    assert [request[:2] for request in requests] == [("someone/model", "v1")] * 2
+    assert "config.json" in requests[0][2]
+    assert "model*.safetensors" in requests[1][2]
     assert tokenizer.bos_token == "<bos>"
 
 
@@ -282,7 +229,7 @@ def test_hub_model_with_pytorch_weights_only(monkeypatch, tmp_path, folder):
     requests = fake_hub(monkeypatch, tmp_path, folder)
     model, _ = load_dense("someone/model")
     assert torch.equal(model.lm_head.weight, tiny_llama().lm_head.weight)
-    assert len(requests) == 2
+    assert [request[2][-1] for request in requests[1:]] == ["model*.safetensors", "pytorch_model*.bin"]
 
 
 def test_damaged_download_is_found(monkeypatch, tmp_path, sharded):
@@ -292,6 +239,20 @@ def test_damaged_download_is_found(monkeypatch, tmp_path, sharded):
     assert file.name in error_of("someone/model")
 
 
+def test_what_cannot_be_sliced_is_refused_by_its_config_alone(
+    monkeypatch, tmp_path, sharded, nothing_is_loaded
+):
+    """Of a hub id nothing else is downloaded; without `sliceable` any causal model loads."""
+    config = json.loads((sharded / "config.json").read_text())
+    (sharded / "config.json").write_text(json.dumps({**config, "model_type": "glm4"}))
+    requests = fake_hub(monkeypatch, tmp_path, sharded)
+    for name in (sharded, "someone/model"):
+        message = error_of(name, sliceable=True)
+        assert message.startswith("model: model_type 'glm4', whose blocks normalise what they write, is not")
+    assert [request[2] for request in requests] == [["config.json", "adapter_config.json"]]
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+
+
 # --- GGUF ---
 
 
@@ -299,13 +260,6 @@ def test_file_that_is_not_gguf(tmp_path):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"text, not GGUF")
     assert error_of(file) == f"{file}: not a GGUF file"
-
-
-def without(monkeypatch, package):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
-    )
 
 
 @pytest.mark.parametrize("package", ["gguf", "accelerate"])

@@ -1,7 +1,9 @@
 """The command line end to end on a small model: results, JSON names, and one clear line for bad input."""
 
+import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,6 +345,34 @@ def test_existing_output(folder, text, result, tmp_path, capsys):
     assert not (output / "precious").exists()
     assert (output / "model.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_model_that_is_read_is_not_replaced(folder, text, tmp_path, capsys):
+    """Neither by its own name, nor by another one, nor by that of a folder around it."""
+    model = tmp_path / "models" / "model"
+    shutil.copytree(folder, model)
+    (tmp_path / "link").symlink_to(model)
+    for output in (model, tmp_path / "link", model.parent, model / ".." / "model"):
+        line = bad(capsys, *slice_into(model, text, output), "--overwrite")
+        assert_error(line, "--output: .* would replace the model")
+    assert {path.name for path in model.iterdir()} == {path.name for path in folder.iterdir()}
+
+
+def test_generating_beyond_what_the_model_has(tiny_tokenizer, tmp_path, capsys):
+    """Tokens and learned positions; and a prompt that is no text, as invalid bytes on a command line arrive."""
+    tiny_model("opt", torch.float32, vocab_size=len(tiny_tokenizer)).save_pretrained(tmp_path)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(tmp_path)
+    for runtime in ("plain", "fused"):
+        generate = ["generate", tmp_path, "--runtime", runtime, "--prompt"]
+        assert_error(
+            bad(capsys, *generate, "use <tool>"), "token 512, and the model's embedding table 512 rows"
+        )
+        assert_error(
+            bad(capsys, *generate, "a", "--max-new-tokens", "64"), "beyond the model's 64 learned positions"
+        )
+        assert_error(bad(capsys, *generate, "a\udcff"), "--prompt: is not Unicode text")
 
 
 def test_truncated_safetensors(folder, text, tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.sliced_models import batches
 from support.tiny_models import LONG_ROPE, left_padding, relative_error, tiny_model, token_ids
-from transformers import BertConfig, Gemma2Config
+from transformers import BertConfig, Exaone4Config, Gemma2Config, Glm4Config
 
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.errors import SliceGPTError
@@ -23,6 +23,30 @@ from slicegpt.slicing import SlicingOptions, slice_model
         ("cohere", {"use_qk_norm": True}, "cohere: use_qk_norm=True"),
         ("olmo", {"clip_qkv": 8.0}, r"olmo: clip_qkv=8\.0 is not supported"),
         ("gemma", {"use_bidirectional_attention": True}, "gemma: use_bidirectional_attention=True"),
+        (
+            "granite",
+            {"embedding_multiplier": 0.0},
+            "granite: embedding_multiplier must be finite and above 0",
+        ),
+        ("granite", {"logits_scaling": 0.0}, "granite: logits_scaling must be finite and not 0"),
+        (
+            "gpt-neox",
+            {"head_dim": 16},
+            r"gpt_neox: head_dim must be hidden_size / num_attention_heads = 12, got 16",
+        ),
+        (
+            "stablelm",
+            {"head_dim": 16},
+            r"stablelm: head_dim must be hidden_size / num_attention_heads = 12, got 16",
+        ),
+        (
+            "opt",
+            {"num_attention_heads": 16},
+            r"opt: hidden_size / num_attention_heads must be even, got 48 / 16 = 3",
+        ),
+        ("llama", {"is_causal": False}, "llama: is_causal=False is not supported"),
+        ("llama", {"hidden_act": "prelu"}, "llama: hidden_act must be one of gelu, .*, got 'prelu'"),
+        ("opt", {"activation_function": "xielu"}, "opt: activation_function must be one of"),
         ("opt", {"do_layer_norm_before": False}, "opt: do_layer_norm_before=False"),
         ("opt", {"word_embed_proj_dim": 24}, "opt: word_embed_proj_dim must equal hidden_size 48, got 24"),
     ],
@@ -39,6 +63,8 @@ def test_variants_that_cannot_be_represented_are_refused(case, changes, message)
     ("config", "what"),
     [
         (BertConfig(), "model_type 'bert' is"),
+        (Exaone4Config(), "model_type 'exaone4', whose blocks normalise what they write, is"),
+        (Glm4Config(), "model_type 'glm4', whose blocks normalise what they write, is"),
         (Gemma2Config(), "model_type 'gemma2', whose blocks normalise what they write, is"),
         (SlicedConfig(), "an already sliced model is"),
     ],
@@ -199,3 +225,18 @@ def test_an_untied_head_that_is_missing_is_not_taken_for_a_tied_one():
     }
     with pytest.raises(KeyError, match=r"lm_head\.weight"):
         _ = checkpoint.head
+
+
+def test_weights_that_a_family_has_no_place_for():
+    """A module that somebody has added, or an adapter that is not merged: slicing would drop them."""
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(SliceGPTError, match=r"has no place for: model\.layers\.1\.mlp\.extra\.bias, "):
+        canonical_fields(model)
+
+
+def test_an_adapter_must_be_merged_first():
+    model = tiny_model("llama")
+    model._hf_peft_config_loaded = True
+    with pytest.raises(SliceGPTError, match="an adapter is loaded into it; merge it into the weights first"):
+        canonical_fields(model)

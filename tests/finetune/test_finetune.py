@@ -15,6 +15,7 @@ from support.tiny_models import relative_error, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slicegpt.calibration import Source, load_sources
 from slicegpt.checkpoint.saving import stored_size
 from slicegpt.cli import main
 from slicegpt.conversion.plan import Shape, plan
@@ -412,6 +413,48 @@ def test_windows_are_dealt_once(tiny_tokenizer, documents):
     whole = torch.tensor(tiny_tokenizer("\n\n".join(documents[:3])).input_ids)
     own = {tuple(row) for row in whole[: len(whole) // 16 * 16].view(-1, 16).tolist()}
     assert set(map(tuple, other.held_out.ids.tolist())) <= own
+
+
+def test_windows_of_several_texts_in_the_proportion_of_their_weights(tiny_tokenizer, documents):
+    """The text that has the fewest windows for its weight decides how many there are."""
+    texts = [documents[:1], documents[1:]]
+    sources = [Source(name, weight, text) for name, weight, text in zip("ab", (2.0, 1.0), texts, strict=True)]
+    mixed = training_text(sources, tiny_tokenizer, 16, eval_samples=4)
+    rows = set(map(tuple, torch.cat([mixed.train.ids, mixed.held_out.ids]).tolist()))
+    counts = []
+    for text in texts:
+        ids = torch.tensor(tiny_tokenizer("\n\n".join(text)).input_ids)
+        windows = set(map(tuple, ids[: len(ids) // 16 * 16].view(-1, 16).tolist()))
+        counts.append((len(rows & windows), len(windows)))
+    assert counts[0][0] == counts[0][1]  # all of the first
+    assert counts[1][0] == pytest.approx(counts[0][0] / 2, abs=1)
+    assert len(rows) == counts[0][0] + counts[1][0]
+    with pytest.raises(SliceGPTError, match="data: self is not text to train on"):
+        training_text(load_sources("self"), tiny_tokenizer)
+
+
+def test_text_columns_and_mixtures_on_the_command_line(sliced, documents, tmp_path):
+    """One column name serves both texts, and the one of them that has columns."""
+    pieces = "\n\n".join(documents)[:24_000].split("\n\n")
+    names = ["train.jsonl", "eval.jsonl", "plain.txt"]
+    for name, part in zip(names, (pieces[::3], pieces[1::3], pieces[2::3]), strict=True):
+        lines = [json.dumps({"content": piece}) for piece in part] if name.endswith("jsonl") else part
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    train, held_out, plain = (tmp_path / name for name in names)
+    few = ["--nsamples", "4", "--eval-samples", "2", "--text-column", "content"]
+    for data, more in (
+        (train, ["--eval-data", held_out]),
+        (f"{train}:2,{plain}:1", []),
+        (plain, ["--eval-data", held_out]),
+    ):
+        facts = tune(sliced, data, tmp_path / "out", *few, *more, "--overwrite")
+        assert facts["steps"] == 1
+
+
+def test_the_model_that_is_tuned_is_not_replaced(sliced, text, tmp_path, capsys):
+    line = bad(capsys, sliced, "--data", text, "--output", sliced, "--overwrite", *QUICK)
+    assert "would replace the model" in line
+    assert (sliced / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

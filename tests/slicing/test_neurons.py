@@ -215,3 +215,32 @@ def test_a_size_is_reached_by_both(case, count):
             assert count(more) > fraction * whole
         wider = plan(fields, constant_widths(fields, width + 4), Shape(round_to=4, neurons=None))
         assert count(wider) > fraction * whole
+
+
+@pytest.mark.parametrize("group", [slice(0, 4), slice(2, 6)], ids=["all there is", "beside others"])
+def test_neurons_that_never_fire_go_for_nothing(group):
+    """A layer whose neurons are all silent has an empty system: no prior either, for it is in proportion to them."""
+    size = group.stop
+    system, right = torch.zeros(size, size).double(), torch.zeros(size, 3).double()
+    others = slice(0, group.start)
+    system[others, others] = torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double()[others, others]
+    right[others] = 1.0
+    rises = [rise.item() for _, rise in neurons.deletions(system, right, group, [1, 2])]
+    assert rises == [0.0, 0.0]
+    assert len(choose_neurons(system, right, group, 1)) == size - 3
+
+
+def test_a_dead_mlp_is_sliced_to_any_size():
+    """All of it goes but what rounding keeps, and the other layers' neurons stay."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    fields = canonical_fields(model)
+    config = plan_for_parameters(
+        fields, int(0.8 * fields["source_parameters"]), Shape(round_to=4, neurons=None)
+    )
+    options = SlicingOptions(dtype=torch.float64, ridge=0.1, neuron_multiple=4)
+    sliced, _ = slice_model(model, config, batches(), options)
+    kept = sliced.config.neurons
+    assert kept[1] == min(kept) < 80
+    assert sliced(token_ids()).logits.isfinite().all()
