@@ -6,6 +6,8 @@ canonical form is set out in the README). With `n_b` the weightless norm of the 
     h_{b+1} = h_b S_b + block_b(n_b)
 """
 
+import functools
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -254,13 +256,37 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        """LongRoPE turns the keys of a sequence that outgrows its original length by other frequencies, all of them:
-        they are computed anew."""
+    # `generate` reads in this method's signature what it may pass: a cache, by the name of the release, and embeddings.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        """The inputs of one forward pass.
+
+        LongRoPE turns the keys of a sequence that outgrows its original length by other frequencies, all of them:
+        they are computed anew.
+        """
         original, cache = self.config.longrope_length, kwargs.get(CACHE)
-        if None not in (original, cache) and cache.get_seq_length() <= original < input_ids.shape[1]:
-            kwargs |= {CACHE: None, "next_sequence_length": None}
-        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        if None not in (original, cache):
+            embeds, past = kwargs.get("inputs_embeds"), cache.get_seq_length()
+            given = embeds if embeds is not None and kwargs.get("is_first_iteration") else input_ids
+            new = given.shape[1] if next_sequence_length is None else next_sequence_length
+            if 0 < past <= original < past + new:
+                kwargs |= self._whole_sequence(input_ids, embeds, past + new) | {CACHE: None}
+                next_sequence_length = None
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+
+    def _whole_sequence(self, input_ids: torch.Tensor, embeds: torch.Tensor | None, length: int) -> dict:
+        """Arguments for all `length` tokens: none where `input_ids` hold them, else the given and the new embeddings."""
+        known = input_ids.shape[1]
+        if embeds is None and known >= length:
+            return {}
+        written = 0 if embeds is None else length - embeds.shape[1]
+        if embeds is None or not 0 <= written <= known:
+            raise ValueError(
+                f"generate: a sequence of {length} tokens outgrows LongRoPE's {self.config.longrope_length}; its keys "
+                f"are computed anew, so all of them are needed beside the cache, got {known}"
+            )
+        new = self.get_input_embeddings()(input_ids[:, known - written :])
+        return {"inputs_embeds": torch.cat((embeds, new), dim=1), "is_first_iteration": True}
 
     @can_return_tuple
     def forward(
