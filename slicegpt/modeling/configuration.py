@@ -200,8 +200,8 @@ class SlicedConfig(PreTrainedConfig):
                 raise ValueError(f"shortcuts[{block}] cannot be {kind!r} from width {width} to {following}")
         if self.tie_word_embeddings and self.hidden_size != dense:
             raise ValueError(
-                f"tie_word_embeddings needs a head of {dense} columns, the embedding's; this one has {self.hidden_size} "
-                "(boundary_widths[-1] without a head_projection)"
+                f"tie_word_embeddings needs a head of {dense} columns, as the embedding; this one has "
+                f"{self.hidden_size} (boundary_widths[-1] without a head_projection)"
             )
         if self.position_embedding not in ("rotary", "learned"):
             raise ValueError(

@@ -275,7 +275,7 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     def _whole_sequence(self, input_ids: torch.Tensor, embeds: torch.Tensor | None, length: int) -> dict:
-        """Arguments for all `length` tokens: none where `input_ids` hold them, else the given and the new embeddings."""
+        """Arguments for all `length` tokens: none where `input_ids` hold them, else their embeddings, given and new."""
         known = input_ids.shape[1]
         if embeds is None and known >= length:
             return {}

@@ -102,7 +102,7 @@ def test_longrope_needs_all_tokens_to_start_anew():
     cache = DynamicCache(config=model.config)
     model(ids, use_cache=True, **{CACHE: cache})
     arguments = {CACHE: cache, "next_sequence_length": 5, "attention_mask": torch.ones(1, 17).long()}
-    with pytest.raises(ValueError, match="17 tokens outgrows LongRoPE's 16.*got 5"):
+    with pytest.raises(ValueError, match=r"17 tokens outgrows LongRoPE's 16.*got 5"):
         model.prepare_inputs_for_generation(token_ids(1, 5, seed=1), **arguments)
 
 
@@ -128,6 +128,8 @@ def test_a_slice_drafts_for_its_dense_model(case):
 @torch.no_grad()
 def test_every_draft_of_the_same_model_is_accepted(small):
     """The sliced model as target, and a copy of it as its draft: n proposals and one more token a pass."""
+    if small.config.sliding_window and CACHE == "past_key_values":
+        pytest.skip("this transformers cannot take rejected tokens out of a cache with a sliding window")
     draft, ids = copy.deepcopy(small), token_ids(1)
     draft.generation_config.num_assistant_tokens = 4
     draft.generation_config.num_assistant_tokens_schedule = "constant"

@@ -1,6 +1,7 @@
 """The sliced model in Hugging Face's tools: Trainer, pipeline, continuous batching, device maps, tensor parallelism."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -131,3 +132,14 @@ def test_tensor_parallelism_by_the_plan(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("equal") == len(folders)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3-tied", "opt", "phi"])
+def test_the_tensor_parallel_plan_names_what_is_there(case, tmp_path):
+    model = small_model(case)
+    names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in model.named_modules()}
+    assert set(model.tp_plan) <= names
+    gated = any("gate_proj" in name for name in names)
+    assert ("layers.*.mlp.gate_proj" in model.config.base_model_tp_plan) == gated
+    model.config.save_pretrained(tmp_path)
+    assert "base_model_tp_plan" not in (tmp_path / "config.json").read_text()
