@@ -63,6 +63,8 @@ class SlicedConfig(PreTrainedConfig):
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -137,9 +139,10 @@ class SlicedConfig(PreTrainedConfig):
                 self.tie_word_embeddings and self.boundary_widths[-1] != self.dense_hidden_size
             )
         self.hidden_size = self.dense_hidden_size if self.head_projection else self.boundary_widths[-1]
-        if not self.gated_mlp:
-            plan = self.base_model_tp_plan
-            self.base_model_tp_plan = {name: style for name, style in plan.items() if "gate_proj" not in name}
+        absent = (() if self.gated_mlp else ("gate_proj",)) + (() if self.qk_norm else ("q_norm", "k_norm"))
+        self.base_model_tp_plan = {
+            name: style for name, style in self.base_model_tp_plan.items() if not name.endswith(absent)
+        }
         super().__post_init__(**kwargs)
 
     @property

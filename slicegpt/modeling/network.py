@@ -47,7 +47,11 @@ def build_norm(config: SlicedConfig, boundary: int) -> WeightlessRMSNorm:
     return WeightlessRMSNorm(config.boundary_widths[boundary], config.boundary_eps(boundary))
 
 
-class SlicedDecoderLayer(GradientCheckpointingLayer):
+class SlicedLayer(GradientCheckpointingLayer):
+    """A layer of either kind: what `output_hidden_states` records, and counts, is found by this one class."""
+
+
+class SlicedDecoderLayer(SlicedLayer):
     """Attention and MLP one after the other, each a block with a boundary before it."""
 
     def __init__(self, config: SlicedConfig, layer_idx: int):
@@ -74,7 +78,7 @@ class SlicedDecoderLayer(GradientCheckpointingLayer):
         return self.mlp_shortcut(hidden_states) + self.mlp(self.mlp_norm(hidden_states))
 
 
-class SlicedParallelDecoderLayer(GradientCheckpointingLayer):
+class SlicedParallelDecoderLayer(SlicedLayer):
     """Attention and MLP side by side on one norm (Phi-2): one block, one boundary, one shortcut."""
 
     def __init__(self, config: SlicedConfig, layer_idx: int):
@@ -105,7 +109,7 @@ class SlicedPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": [SlicedDecoderLayer, SlicedParallelDecoderLayer],
+        "hidden_states": SlicedLayer,
         "attentions": SlicedAttention,
     }
 

@@ -112,6 +112,11 @@ def test_no_layer_is_split_between_devices(model):
     assert type(small_model("phi").model.layers[0]).__name__ in kept
 
 
+def is_replicated(name: str) -> bool:
+    """Whether every rank holds the parameter whole: shortcuts and the norms of queries and keys."""
+    return "shortcut" in name or "_norm." in name
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is tested on Linux")
 def test_tensor_parallelism_by_the_plan(tmp_path):
     """Two processes under torchrun hold a half of the heads and of the MLP each; their logits are the whole model's."""
@@ -120,8 +125,13 @@ def test_tensor_parallelism_by_the_plan(tmp_path):
         model, folder = small_model(case), tmp_path / case
         model.save_pretrained(folder)
         ids = token_ids()
-        with torch.no_grad():
-            torch.save((ids, model(ids).logits), folder / "expected.pt")
+        outputs = model(ids, labels=ids)
+        outputs.loss.backward()
+        whole = {
+            name: each for name, each in model.named_parameters() if each.numel() and is_replicated(name)
+        }
+        gradients = {name: parameter.grad for name, parameter in whole.items()}
+        torch.save((ids, outputs.logits.detach(), gradients), folder / "expected.pt")
         folders.append(str(folder))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
