@@ -30,6 +30,7 @@ from .layers import (
     WeightlessRMSNorm,
     build_mlp,
     build_shortcut,
+    stream_matrix,
 )
 
 
@@ -118,6 +119,8 @@ class SlicedPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CompactShortcut):
             init.zeros_(module.factor)
+        elif getattr(module, "starts_as_identity", False):
+            init.eye_(module.weight)
         elif isinstance(module, FinalNorm):
             init.ones_(module.weight)
             if module.bias is not None:
@@ -133,9 +136,7 @@ class SlicedModel(SlicedPreTrainedModel):
         self.embed_tokens = nn.Embedding(
             config.vocab_size, dense if config.embed_projection else first, config.pad_token_id
         )
-        self.embed_projection = (
-            nn.Linear(dense, first, bias=False) if config.embed_projection else nn.Identity()
-        )
+        self.embed_projection = stream_matrix(dense, first) if config.embed_projection else nn.Identity()
         self.embed_positions = self.rotary_emb = None
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(
@@ -150,7 +151,7 @@ class SlicedModel(SlicedPreTrainedModel):
         else:
             self.norm = build_norm(config, config.num_blocks)
         self.head_projection = (
-            nn.Linear(last, dense, bias=config.final_norm_bias) if config.head_projection else nn.Identity()
+            stream_matrix(last, dense, config.final_norm_bias) if config.head_projection else nn.Identity()
         )
         self.gradient_checkpointing = False
         self.post_init()
