@@ -201,10 +201,10 @@ class SlicedConfig(PreTrainedConfig):
             width, following = widths[block], widths[block + 1]
             if (kind == "identity" and width != following) or (kind == "compact" and width > following):
                 raise ValueError(f"shortcuts[{block}] cannot be {kind!r} from width {width} to {following}")
-        if self.tie_word_embeddings and self.hidden_size != dense:
+        table = dense if self.embed_projection else widths[0]
+        if self.tie_word_embeddings and self.hidden_size != table:
             raise ValueError(
-                f"tie_word_embeddings needs a head of {dense} columns, as the embedding; this one has "
-                f"{self.hidden_size} (boundary_widths[-1] without a head_projection)"
+                f"tie_word_embeddings needs a head as wide as the embedding, {table} columns, got {self.hidden_size}"
             )
         if self.position_embedding not in ("rotary", "learned"):
             raise ValueError(

@@ -72,13 +72,16 @@ def test_the_runtime_reads_an_untied_head():
     assert relative_error(Runtime(model).logits(ids), model(ids).logits) < 1e-5
 
 
-def test_a_narrow_head_cannot_be_tied():
-    with pytest.raises(Exception, match=r"tie_word_embeddings needs a head of 32 columns.*this one has 24"):
-        SlicedConfig(
-            dense_hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            boundary_widths=[24] * 3,
-            tie_word_embeddings=True,
-            head_projection=False,
-        )
+@pytest.mark.parametrize(
+    ("changes", "expected", "got"),
+    [({"embed_projection": True, "head_projection": False}, 32, 24), ({}, 24, 32)],
+)
+def test_only_equal_widths_can_be_tied(changes, expected, got):
+    shape = {
+        "dense_hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "boundary_widths": [24] * 3,
+    }
+    with pytest.raises(Exception, match=rf"head as wide as the embedding, {expected} columns, got {got}"):
+        SlicedConfig(**shape, **changes, tie_word_embeddings=True)
