@@ -9,7 +9,11 @@ from slicegpt.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .configuration import SHORTCUT_KINDS, SlicedConfig, factor_rank
-    from .heads import SlicedForQuestionAnswering, SlicedForSequenceClassification, SlicedForTokenClassification
+    from .heads import (
+        SlicedForQuestionAnswering,
+        SlicedForSequenceClassification,
+        SlicedForTokenClassification,
+    )
     from .layers import CACHE, CompactShortcut, WeightlessRMSNorm
     from .network import SlicedForCausalLM, SlicedModel
 

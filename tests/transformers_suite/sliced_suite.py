@@ -196,7 +196,7 @@ class SlidingWindowTest(SlicedSuite, unittest.TestCase):
     def _check_attentions_for_generate(
         self, batch_size, attentions, prompt_length, output_length, config, decoder_past_key_values
     ):
-        if decoder_past_key_values is None or isinstance(decoder_past_key_values, StaticCache):
+        if decoder_past_key_values is None:
             arguments = (attentions, prompt_length, output_length, config, decoder_past_key_values)
             return super()._check_attentions_for_generate(batch_size, *arguments)
         assert len(attentions) == output_length - prompt_length
@@ -204,9 +204,11 @@ class SlidingWindowTest(SlicedSuite, unittest.TestCase):
             keys = prompt_length + generated
             tokens = 1 if generated else keys
             full, windowed = (tuple(layer.shape) for layer in layers)
-            assert full == (batch_size, config.num_attention_heads, tokens, keys)
-            assert windowed[:3] == full[:3]
-            # A cache that may be cropped (assisted decoding) keeps more than the window reaches; the mask hides it.
+            assert full[:3] == windowed[:3] == (batch_size, config.num_attention_heads, tokens)
+            # A static cache has slots for what is to come; one that may be cropped (assisted decoding) keeps more than
+            # the window reaches. Masks hide both.
+            static = isinstance(decoder_past_key_values, StaticCache)
+            assert full[3] >= keys if static else full[3] == keys
             assert min(keys, config.sliding_window) <= windowed[3] <= keys
 
 
