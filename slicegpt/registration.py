@@ -27,11 +27,15 @@ from typing import Any
 _CONFIGURATION_AUTO = "transformers.models.auto.configuration_auto"
 _MODELING_AUTO = "transformers.models.auto.modeling_auto"
 _NETWORK = "slicegpt.modeling.network"
+_HEADS = "slicegpt.modeling.heads"
 
 # Of each Auto class of models, the class that it makes of a `SlicedConfig`, and the module that defines it.
 _MODELS = {
     "AutoModel": (_NETWORK, "SlicedModel"),
     "AutoModelForCausalLM": (_NETWORK, "SlicedForCausalLM"),
+    "AutoModelForQuestionAnswering": (_HEADS, "SlicedForQuestionAnswering"),
+    "AutoModelForSequenceClassification": (_HEADS, "SlicedForSequenceClassification"),
+    "AutoModelForTokenClassification": (_HEADS, "SlicedForTokenClassification"),
 }
 _WATCHED = {_CONFIGURATION_AUTO, _MODELING_AUTO, *(module for module, _ in _MODELS.values())}
 

@@ -63,6 +63,7 @@ def one_layer(config: SlicedConfig) -> SlicedConfig:
             "vocab_size": 8,
             "tie_word_embeddings": False,
             "embed_projection": False,
+            "head_projection": False,
             "final_norm_weight": False,
             "final_norm_bias": False,
             "lm_head_bias": False,

@@ -16,11 +16,15 @@ MODULES = {
     "configuration": "configuration_slicegpt",
     "layers": "layers_slicegpt",
     "network": "modeling_slicegpt",
+    "heads": "heads_slicegpt",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_slicegpt.SlicedConfig",
     "AutoModel": "modeling_slicegpt.SlicedModel",
     "AutoModelForCausalLM": "modeling_slicegpt.SlicedForCausalLM",
+    "AutoModelForSequenceClassification": "heads_slicegpt.SlicedForSequenceClassification",
+    "AutoModelForTokenClassification": "heads_slicegpt.SlicedForTokenClassification",
+    "AutoModelForQuestionAnswering": "heads_slicegpt.SlicedForQuestionAnswering",
 }
 _HEADER = (
     "# Written by slicegpt {version} from slicegpt/modeling/{module}.py (MIT licence); change it there.\n"

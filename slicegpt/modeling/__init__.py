@@ -1,4 +1,4 @@
-"""The canonical network and its configuration.
+"""The canonical network, its heads and its configuration.
 
 They are imported at first use; `slicegpt.registration` makes them known to transformers' Auto classes.
 """
@@ -9,6 +9,11 @@ from slicegpt.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .configuration import SHORTCUT_KINDS, SlicedConfig, factor_rank
+    from .heads import (
+        SlicedForQuestionAnswering,
+        SlicedForSequenceClassification,
+        SlicedForTokenClassification,
+    )
     from .layers import CACHE, CompactShortcut, WeightlessRMSNorm
     from .network import SlicedForCausalLM, SlicedModel
 
@@ -18,6 +23,9 @@ __all__ = [
     "CompactShortcut",
     "SlicedConfig",
     "SlicedForCausalLM",
+    "SlicedForQuestionAnswering",
+    "SlicedForSequenceClassification",
+    "SlicedForTokenClassification",
     "SlicedModel",
     "WeightlessRMSNorm",
     "factor_rank",
@@ -31,6 +39,9 @@ __getattr__, __dir__ = lazy_exports(
         "CompactShortcut": "slicegpt.modeling.layers",
         "SlicedConfig": "slicegpt.modeling.configuration",
         "SlicedForCausalLM": "slicegpt.modeling.network",
+        "SlicedForQuestionAnswering": "slicegpt.modeling.heads",
+        "SlicedForSequenceClassification": "slicegpt.modeling.heads",
+        "SlicedForTokenClassification": "slicegpt.modeling.heads",
         "SlicedModel": "slicegpt.modeling.network",
         "WeightlessRMSNorm": "slicegpt.modeling.layers",
         "factor_rank": "slicegpt.modeling.configuration",

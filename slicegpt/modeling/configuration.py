@@ -32,9 +32,14 @@ class SlicedConfig(PreTrainedConfig):
         dense_hidden_size: D, the width of the model before slicing.
         boundary_widths: `B + 1` widths; all `dense_hidden_size` where not given.
         shortcuts: `B` kinds; all `"identity"` where not given.
-        hidden_size: the width the head reads. It is derived: the last boundary's width, or D where the head is tied.
+        hidden_size: the width the head reads, and not the embedding's. It is derived: the last boundary's width, or D
+            where `head_projection`. Rows of the embedding table (`inputs_embeds`) have `boundary_widths[0]` columns,
+            or D where `embed_projection`: `model.get_input_embeddings().embedding_dim` tells.
         embed_projection: the embedding table keeps D columns (it is shared with the head) and a projection
             of shape D x `boundary_widths[0]` brings it onto the first boundary.
+        head_projection: a projection of shape `boundary_widths[-1]` x D stands before the head, which keeps D columns.
+            Where not given: if the head is tied and the last boundary sliced, for such a head is the embedding
+            table. It is stored, so that embedding and head can be untied later and the model keeps its shape.
         final_norm_weight, final_norm_bias: the last norm keeps its scale (and shift), because a tied head
             cannot absorb them.
         parallel_blocks: attention and MLP read the same normalised stream and are added together.
@@ -58,6 +63,8 @@ class SlicedConfig(PreTrainedConfig):
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -75,6 +82,7 @@ class SlicedConfig(PreTrainedConfig):
     shortcuts: list[str] | None = None
     hidden_size: int | None = None
     embed_projection: bool = False
+    head_projection: bool | None = None
     final_norm_weight: bool = False
     final_norm_bias: bool = False
     num_hidden_layers: int = 32
@@ -126,7 +134,15 @@ class SlicedConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
-        self.hidden_size = self.dense_hidden_size if self.tie_word_embeddings else self.boundary_widths[-1]
+        if self.head_projection is None:
+            self.head_projection = (
+                self.tie_word_embeddings and self.boundary_widths[-1] != self.dense_hidden_size
+            )
+        self.hidden_size = self.dense_hidden_size if self.head_projection else self.boundary_widths[-1]
+        absent = (() if self.gated_mlp else ("gate_proj",)) + (() if self.qk_norm else ("q_norm", "k_norm"))
+        self.base_model_tp_plan = {
+            name: style for name, style in self.base_model_tp_plan.items() if not name.endswith(absent)
+        }
         super().__post_init__(**kwargs)
 
     @property
@@ -138,11 +154,6 @@ class SlicedConfig(PreTrainedConfig):
     def neurons(self) -> list[int]:
         """MLP neurons of each layer."""
         return self.layer_neurons or [self.intermediate_size] * self.num_hidden_layers
-
-    @property
-    def head_projection(self) -> bool:
-        """A tied head of a sliced last boundary is reached through a projection of that width to D."""
-        return self.tie_word_embeddings and self.boundary_widths[-1] != self.dense_hidden_size
 
     @property
     def longrope_length(self) -> int | None:
@@ -190,6 +201,11 @@ class SlicedConfig(PreTrainedConfig):
             width, following = widths[block], widths[block + 1]
             if (kind == "identity" and width != following) or (kind == "compact" and width > following):
                 raise ValueError(f"shortcuts[{block}] cannot be {kind!r} from width {width} to {following}")
+        table = dense if self.embed_projection else widths[0]
+        if self.tie_word_embeddings and self.hidden_size != table:
+            raise ValueError(
+                f"tie_word_embeddings needs a head as wide as the embedding, {table} columns, got {self.hidden_size}"
+            )
         if self.position_embedding not in ("rotary", "learned"):
             raise ValueError(
                 f"position_embedding must be 'rotary' or 'learned', got {self.position_embedding!r}"

@@ -66,6 +66,17 @@ class CompactShortcut(nn.Module):
         return f"{width} -> {width + self.padding}, rank={rank}"
 
 
+def stream_matrix(width: int, next_width: int, bias: bool = False) -> nn.Linear:
+    """A layer that carries the stream itself from one width to another.
+
+    A fresh one starts as the identity (`SlicedPreTrainedModel._init_weights`): small noise, as elsewhere, would damp
+    the stream at every block.
+    """
+    layer = nn.Linear(width, next_width, bias=bias)
+    layer.starts_as_identity = True
+    return layer
+
+
 def build_shortcut(config: SlicedConfig, block: int) -> nn.Module:
     """The module for `h_b -> h_b S_b` at block `block`."""
     kind, width, next_width = config.shortcuts[block], *config.boundary_widths[block : block + 2]
@@ -73,7 +84,7 @@ def build_shortcut(config: SlicedConfig, block: int) -> nn.Module:
         return nn.Identity()
     if kind == "compact":
         return CompactShortcut(width, next_width, config.shortcut_rank(block))
-    return nn.Linear(width, next_width, bias=False)
+    return stream_matrix(width, next_width)
 
 
 class SlicedRotaryEmbedding(nn.Module):

@@ -6,6 +6,8 @@ canonical form is set out in the README). With `n_b` the weightless norm of the 
     h_{b+1} = h_b S_b + block_b(n_b)
 """
 
+import functools
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -28,6 +30,7 @@ from .layers import (
     WeightlessRMSNorm,
     build_mlp,
     build_shortcut,
+    stream_matrix,
 )
 
 
@@ -45,7 +48,11 @@ def build_norm(config: SlicedConfig, boundary: int) -> WeightlessRMSNorm:
     return WeightlessRMSNorm(config.boundary_widths[boundary], config.boundary_eps(boundary))
 
 
-class SlicedDecoderLayer(GradientCheckpointingLayer):
+class SlicedLayer(GradientCheckpointingLayer):
+    """A layer of either kind: what `output_hidden_states` records, and counts, is found by this one class."""
+
+
+class SlicedDecoderLayer(SlicedLayer):
     """Attention and MLP one after the other, each a block with a boundary before it."""
 
     def __init__(self, config: SlicedConfig, layer_idx: int):
@@ -72,7 +79,7 @@ class SlicedDecoderLayer(GradientCheckpointingLayer):
         return self.mlp_shortcut(hidden_states) + self.mlp(self.mlp_norm(hidden_states))
 
 
-class SlicedParallelDecoderLayer(GradientCheckpointingLayer):
+class SlicedParallelDecoderLayer(SlicedLayer):
     """Attention and MLP side by side on one norm (Phi-2): one block, one boundary, one shortcut."""
 
     def __init__(self, config: SlicedConfig, layer_idx: int):
@@ -103,7 +110,7 @@ class SlicedPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": [SlicedDecoderLayer, SlicedParallelDecoderLayer],
+        "hidden_states": SlicedLayer,
         "attentions": SlicedAttention,
     }
 
@@ -112,6 +119,8 @@ class SlicedPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CompactShortcut):
             init.zeros_(module.factor)
+        elif getattr(module, "starts_as_identity", False):
+            init.eye_(module.weight)
         elif isinstance(module, FinalNorm):
             init.ones_(module.weight)
             if module.bias is not None:
@@ -127,9 +136,7 @@ class SlicedModel(SlicedPreTrainedModel):
         self.embed_tokens = nn.Embedding(
             config.vocab_size, dense if config.embed_projection else first, config.pad_token_id
         )
-        self.embed_projection = (
-            nn.Linear(dense, first, bias=False) if config.embed_projection else nn.Identity()
-        )
+        self.embed_projection = stream_matrix(dense, first) if config.embed_projection else nn.Identity()
         self.embed_positions = self.rotary_emb = None
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(
@@ -144,7 +151,7 @@ class SlicedModel(SlicedPreTrainedModel):
         else:
             self.norm = build_norm(config, config.num_blocks)
         self.head_projection = (
-            nn.Linear(last, dense, bias=config.final_norm_bias) if config.head_projection else nn.Identity()
+            stream_matrix(last, dense, config.final_norm_bias) if config.head_projection else nn.Identity()
         )
         self.gradient_checkpointing = False
         self.post_init()
@@ -254,13 +261,37 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        """LongRoPE turns the keys of a sequence that outgrows its original length by other frequencies, all of them:
-        they are computed anew."""
+    # `generate` reads in this method's signature what it may pass: a cache, by the name of the release, and embeddings.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        """The inputs of one forward pass.
+
+        LongRoPE turns the keys of a sequence that outgrows its original length by other frequencies, all of them:
+        they are computed anew.
+        """
         original, cache = self.config.longrope_length, kwargs.get(CACHE)
-        if None not in (original, cache) and cache.get_seq_length() <= original < input_ids.shape[1]:
-            kwargs |= {CACHE: None, "next_sequence_length": None}
-        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        if None not in (original, cache):
+            embeds, past = kwargs.get("inputs_embeds"), cache.get_seq_length()
+            given = embeds if embeds is not None and kwargs.get("is_first_iteration") else input_ids
+            new = given.shape[1] if next_sequence_length is None else next_sequence_length
+            if 0 < past <= original < past + new:
+                kwargs |= self._whole_sequence(input_ids, embeds, past + new) | {CACHE: None}
+                next_sequence_length = None
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+
+    def _whole_sequence(self, input_ids: torch.Tensor, embeds: torch.Tensor | None, length: int) -> dict:
+        """Arguments for all `length` tokens: none where `input_ids` hold them, else their embeddings, given and new."""
+        known = input_ids.shape[1]
+        if embeds is None and known >= length:
+            return {}
+        written = 0 if embeds is None else length - embeds.shape[1]
+        if embeds is None or not 0 <= written <= known:
+            raise ValueError(
+                f"generate: a sequence of {length} tokens outgrows LongRoPE's {self.config.longrope_length}; its keys "
+                f"are computed anew, so all of them are needed beside the cache, got {known}"
+            )
+        new = self.get_input_embeddings()(input_ids[:, known - written :])
+        return {"inputs_embeds": torch.cat((embeds, new), dim=1), "is_first_iteration": True}
 
     @can_return_tuple
     def forward(

@@ -1,6 +1,7 @@
 """The sliced model in Hugging Face's tools: Trainer, pipeline, continuous batching, device maps, tensor parallelism."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -111,6 +112,11 @@ def test_no_layer_is_split_between_devices(model):
     assert type(small_model("phi").model.layers[0]).__name__ in kept
 
 
+def is_replicated(name: str) -> bool:
+    """Whether every rank holds the parameter whole: shortcuts and the norms of queries and keys."""
+    return "shortcut" in name or "_norm." in name
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is tested on Linux")
 def test_tensor_parallelism_by_the_plan(tmp_path):
     """Two processes under torchrun hold a half of the heads and of the MLP each; their logits are the whole model's."""
@@ -119,8 +125,13 @@ def test_tensor_parallelism_by_the_plan(tmp_path):
         model, folder = small_model(case), tmp_path / case
         model.save_pretrained(folder)
         ids = token_ids()
-        with torch.no_grad():
-            torch.save((ids, model(ids).logits), folder / "expected.pt")
+        outputs = model(ids, labels=ids)
+        outputs.loss.backward()
+        whole = {
+            name: each for name, each in model.named_parameters() if each.numel() and is_replicated(name)
+        }
+        gradients = {name: parameter.grad for name, parameter in whole.items()}
+        torch.save((ids, outputs.logits.detach(), gradients), folder / "expected.pt")
         folders.append(str(folder))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -131,3 +142,14 @@ def test_tensor_parallelism_by_the_plan(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("equal") == len(folders)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3-tied", "opt", "phi"])
+def test_the_tensor_parallel_plan_names_what_is_there(case, tmp_path):
+    model = small_model(case)
+    names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in model.named_modules()}
+    assert set(model.tp_plan) <= names
+    gated = any("gate_proj" in name for name in names)
+    assert ("layers.*.mlp.gate_proj" in model.config.base_model_tp_plan) == gated
+    model.config.save_pretrained(tmp_path)
+    assert "base_model_tp_plan" not in (tmp_path / "config.json").read_text()

@@ -162,6 +162,38 @@ def test_fresh_model_from_config_runs():
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
 
 
+def test_a_fresh_model_carries_its_stream():
+    """Dense shortcuts and projections start as the identity: noise would damp the stream at every block."""
+    tied = {"tie_word_embeddings": True, "embed_projection": True, "final_norm_weight": True}
+    shape = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = SlicedConfig(
+        **shape, **tied, dense_hidden_size=32, boundary_widths=[24, 20, 28], shortcuts=["dense"] * 2
+    )
+    network = SlicedForCausalLM(config).model
+    layer = network.layers[0]
+    carriers = [
+        network.embed_projection,
+        layer.attention_shortcut,
+        layer.mlp_shortcut,
+        network.head_projection,
+    ]
+    for carrier, shape in zip(carriers, [(24, 32), (20, 24), (28, 20), (32, 28)], strict=True):
+        assert torch.equal(carrier.weight, torch.eye(*shape))
+    assert 0 < layer.self_attn.o_proj.weight.std() < 0.03  # all else as transformers has it
+
+
+@pytest.mark.skipif(CACHE == "past_key_values", reason="this transformers records all hidden states or none")
+@torch.no_grad()
+def test_hidden_states_of_some_layers(small):
+    ids = token_ids()
+    whole = small(ids, output_hidden_states=True).hidden_states
+    some = small(ids, output_hidden_states=[0, -1]).hidden_states
+    assert len(some) == len(whole)
+    assert torch.equal(some[0], whole[0])
+    assert torch.equal(some[-1], whole[-1])
+    assert not any(isinstance(state, torch.Tensor) for state in some[1:-1])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

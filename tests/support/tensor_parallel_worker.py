@@ -9,10 +9,9 @@ from transformers import AutoModelForCausalLM
 import slicegpt  # noqa: F401  registers the architecture
 
 
-@torch.no_grad()
 def check(folder: str) -> None:
     """Load by the plan, look at what this rank holds, and compare the logits with those of the whole model."""
-    ids, expected = torch.load(f"{folder}/expected.pt")
+    ids, expected, gradients = torch.load(f"{folder}/expected.pt")
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
     config, layer = model.config, model.model.layers[0]
 
@@ -26,7 +25,17 @@ def check(folder: str) -> None:
     shortcut = layer.shortcut if config.parallel_blocks else layer.attention_shortcut
     for parameter in shortcut.parameters():  # replicated: every rank carries the whole stream
         assert held(parameter) in [(config.shortcut_rank(0), widths[0]), (widths[1], widths[0])]
-    logits = model(ids).logits
+    model(ids, labels=ids).loss.backward()
+    # What every rank holds whole must learn from all heads: shortcuts, and norms within the heads.
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            gradient = (
+                parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            )
+            error = ((gradient - gradients[name]).norm() / gradients[name].norm()).item()
+            assert error < 1e-4, f"{folder}: {name}: relative error {error} of the gradient"
+    with torch.no_grad():
+        logits = model(ids).logits
     logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
     # Sums over halves in another order: float32 rounding (6e-8) through three layers.
     error = ((logits - expected).norm() / expected.norm()).item()
