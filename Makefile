@@ -33,7 +33,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 # The documentation as a site, in site/: seconds. The Python API is read from the sources without importing them, so
 # that neither torch nor the package is installed for it. The versions are those of the extra `docs`.

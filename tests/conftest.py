@@ -8,6 +8,12 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Before torch is imported: each worker takes its share of the cores. With all of them, OpenMP threads of one
+    # worker would spin while those of another run, which makes both several times slower.
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 with contextlib.suppress(ImportError):
     # Inductor imports it, and it refuses to load once something else has loaded the old distutils.
     import setuptools  # noqa: F401
@@ -21,7 +27,27 @@ from slicegpt.calibration import load_documents
 from slicegpt.checkpoint.loading import load_dense
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Tests that share what is expensive to make, the longest group first; `pytest -n N --dist loadgroup` gives each group
+# to one worker. All other tests are grouped by their files, whose fixtures are made once as well.
+GROUPS = ("model", "emulation", "build", "nvcc")
+
+
+def group_of(item: pytest.Item) -> str:
+    """The trained model; the CUDA sources compiled for the host; one build folder; machine code by nvcc; or the file."""
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    if item.get_closest_marker("model"):
+        return "model"
+    if folder == "csrc":
+        return "nvcc" if item.path.name == "test_compile.py" else "emulation"
+    return "build" if folder == "packaging" else str(item.path)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        order = {name: place for place, name in enumerate(GROUPS)}
+        items.sort(key=lambda item: order.get(group_of(item), len(GROUPS)))
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
     if torch.cuda.is_available():
         return
     for item in items:

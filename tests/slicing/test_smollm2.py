@@ -31,7 +31,7 @@ def ids(smollm2, documents):
 def sliced(smollm2, fields):
     """Width 504 with compact shortcuts, calibrated on a little of Python's reference."""
     model, tokenizer = smollm2
-    batches = sample_batches(load_documents("python-reference", "train"), tokenizer, 16, 256)
+    batches = sample_batches(load_documents("python-reference", "train"), tokenizer, 8, 256)
     config = plan(fields, constant_widths(fields, WIDTH), Shape(round_to=8))
     return slice_model(model, config, batches, SlicingOptions())
 
