@@ -26,14 +26,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from slicegpt.calibration import load_documents
 from slicegpt.checkpoint.loading import load_dense
 
-
 # Tests that share what is expensive to make, the longest group first; `pytest -n N --dist loadgroup` gives each group
 # to one worker. All other tests are grouped by their files, whose fixtures are made once as well.
 GROUPS = ("model", "emulation", "build", "nvcc")
 
 
 def group_of(item: pytest.Item) -> str:
-    """The trained model; the CUDA sources compiled for the host; one build folder; machine code by nvcc; or the file."""
+    """The trained model; the CUDA sources compiled for the host; a build; nvcc; or the file."""
     folder = item.path.relative_to(Path(__file__).parent).parts[0]
     if item.get_closest_marker("model"):
         return "model"
