@@ -20,7 +20,7 @@ DESCRIPTIONS = {
     "slicegpt/conversion": "folding norms, the canonical form, the plan: widths, neurons, true size",
     "slicegpt/calibration": "documents → samples → batches; mixtures; text that the model writes",
     "slicegpt/slicing": "streams → covariance → basis → refit → sliced blocks, boundary by boundary",
-    "slicegpt/modeling": "SlicedConfig and SlicedForCausalLM, plain PyTorch; sizes",
+    "slicegpt/modeling": "SlicedConfig, SlicedForCausalLM and the other heads, plain PyTorch; sizes",
     "slicegpt/checkpoint": "loading (folder, hub, GGUF), saving, the record of a run, the model card",
     "slicegpt/evaluation": "perplexity, zero-shot tasks, the frontier and its baselines, plots",
     "slicegpt/ops": "the operators: contracts, reference, dispatch",
