@@ -280,6 +280,6 @@ def _random_tokens(
 
     from slicegpt.calibration.self_sampling import ordinary_tokens
 
-    ids = ordinary_tokens(tokenizer)
+    ids = ordinary_tokens(tokenizer, rows)
     generator = torch.Generator().manual_seed(seed)
     return list(ids[torch.randint(len(ids), (nsamples, seqlen), generator=generator)])

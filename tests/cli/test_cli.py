@@ -372,7 +372,7 @@ def test_generating_beyond_what_the_model_has(tiny_tokenizer, tmp_path, capsys):
         assert_error(
             bad(capsys, *generate, "a", "--max-new-tokens", "64"), "beyond the model's 64 learned positions"
         )
-        assert_error(bad(capsys, *generate, "a\udcff"), "--prompt: is not Unicode text")
+        assert_error(bad(capsys, *generate, "a\udcff"), "--prompt: the prompt is not Unicode text")
 
 
 def test_truncated_safetensors(folder, text, tmp_path, capsys):
