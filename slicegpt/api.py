@@ -34,6 +34,7 @@ from slicegpt.families import canonical_fields
 from slicegpt.hardware.devices import find_device, find_dtype
 from slicegpt.hardware.offload import moved
 from slicegpt.modeling import SlicedForCausalLM
+from slicegpt.modeling.losses import BatchSize
 from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
 from slicegpt.slicing import SlicingOptions
@@ -237,7 +238,7 @@ def evaluate(
     include_path: str | os.PathLike | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    batch_size: int = 1,
+    batch_size: BatchSize = 1,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
@@ -259,7 +260,7 @@ def evaluate(
         include_path: a folder of further task definitions (YAML).
         num_fewshot: solved questions before each one; None is each task's own.
         limit: only the first so many questions of each task.
-        batch_size: windows or questions at a time.
+        batch_size: windows or questions at a time; "auto" chooses, and takes fewer where memory runs out.
         dtype: of the weights of a model that is loaded here; None and "auto" keep the stored one.
         device: where a model that is loaded here runs; None and "auto" take the first GPU where there is one.
         progress: where stages are reported; None is silent.

@@ -41,6 +41,7 @@ def group_of(item: pytest.Item) -> str:
     return "build" if folder == "packaging" else str(item.path)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         order = {name: place for place, name in enumerate(GROUPS)}

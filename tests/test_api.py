@@ -249,7 +249,10 @@ def test_load(folder, sliced_folder):
         ({"slice": 0.1, "calibration": [3]}, "calibration: must name a text or be a list of doc.*, got int"),
         ({"slice": 0.1, "calibration": 3}, "calibration: must name a text or be a list of doc.*, got int"),
         ({"slice": 0.1, "calibration": [" "]}, "calibration: the documents hold no text"),
-        ({"slice": 0.1, "text_column": "body"}, "text_column: .* has no .jsonl or .parquet file, got 'body'"),
+        (
+            {"slice": 0.1, "text_column": "body"},
+            "text_column: .* has no .jsonl, .json, .csv, .tsv or .parquet file, got 'body'",
+        ),
         ({"slice": 0.1, "nsamples": 10**6}, "nsamples: 1000000 samples of 32 tokens need"),
         ({"slice": 0.1, "device": "tpu9"}, r"device: expected cpu or cuda\[:N\], got 'tpu9'"),
         ({"slice": 0.1, "activation_storage": "disk"}, "must be one of auto, device, host, got 'disk'"),

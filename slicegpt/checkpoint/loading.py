@@ -84,6 +84,9 @@ def load_dense(
             local = Path(name).is_dir()
             folder = Path(name) if local else _download(name, revision, trust_remote_code, sliceable)
             model, tokenizer = _load_folder(folder, dtype, trust_remote_code, sliceable)
+    model.config.name_or_path = (
+        name  # a GGUF file's model would be called "None", a hub id's by its cache folder
+    )
     return model.eval().to(device), tokenizer
 
 
@@ -98,9 +101,7 @@ def check_folder(folder: Path) -> list[Path]:
     files = _weight_files(folder)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise SliceGPTError(
-            f"load_dense: {folder} lacks {len(missing)} of {len(files)} weight files: {some(missing)}"
-        )
+        raise SliceGPTError(f"{folder} lacks {len(missing)} of {len(files)} weight files: {some(missing)}")
     for file in files:
         if file.suffix == ".safetensors":
             _check_dtypes(folder, read_safetensors_header(file))
@@ -119,27 +120,24 @@ def _check_shapes(folder: Path, config: PreTrainedConfig) -> None:
         return
     if config.num_hidden_layers > len(stored):
         raise SliceGPTError(
-            f"load_dense: {folder} lacks weights: {len(stored)} tensors cannot be num_hidden_layers ="
+            f"{folder} lacks weights: {len(stored)} tensors cannot be num_hidden_layers ="
             f" {config.num_hidden_layers} layers"
         )
-    check_shapes(f"load_dense: {folder}", parameters_of(config, f"load_dense: {folder}"), stored)
+    check_shapes(f"{folder}", parameters_of(config, f"load_dense: {folder}"), stored)
 
 
 def _check_kind(folder: Path) -> None:
     """What the small files of a folder tell: whether it holds a whole model whose weights are plain numbers."""
     # With peft installed transformers puts the adapter into the model while loading, and without it forgets it.
     if (folder / "adapter_config.json").is_file():
-        raise SliceGPTError(
-            f"load_dense: {folder} holds an adapter (adapter_config.json): merge it into its model first"
-        )
+        raise SliceGPTError(f"{folder} holds an adapter (adapter_config.json): merge it into its model first")
     if not (folder / "config.json").is_file():
-        raise SliceGPTError(f"load_dense: {folder} has no config.json: it is not a Hugging Face model folder")
+        raise SliceGPTError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     quantised = _read_json(folder / "config.json").get("quantization_config")
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise SliceGPTError(
-            f"load_dense: {folder} is quantised ({method or 'unknown method'}):"
-            " give the checkpoint that it was made from"
+            f"{folder} is quantised ({method or 'unknown method'}): give the checkpoint that it was made from"
         )
 
 
@@ -147,7 +145,7 @@ def _check_dtypes(folder: Path, header: dict[str, dict[str, Any]]) -> None:
     for name, entry in header.items():
         if name.endswith(".weight") and entry.get("dtype") not in _DTYPES:
             raise SliceGPTError(
-                f"load_dense: {folder}: {name} is stored as {entry.get('dtype')}, expected one of"
+                f"{folder}: {name} is stored as {entry.get('dtype')}, expected one of"
                 f" {', '.join(_DTYPES)}: give the checkpoint that was quantised"
             )
 
@@ -188,21 +186,19 @@ def _load_folder(
         _check_shapes(folder, config)
     # Without any of these, transformers 5 makes an empty tokenizer up instead of failing.
     if not trust_remote_code and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise SliceGPTError(f"load_dense: {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
+        raise SliceGPTError(f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
     common = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **common)
     except Exception as error:  # tokenizers raises bare Exception
-        raise SliceGPTError(
-            f"load_dense: cannot read the tokenizer in {folder}: {first_line(error)}"
-        ) from error
+        raise SliceGPTError(f"cannot read the tokenizer in {folder}: {first_line(error)}") from error
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **common
         )
     except Exception as error:  # safetensors, zipfile, pickle and transformers each have their own
-        raise SliceGPTError(f"load_dense: cannot load {folder}: {first_line(error)}") from error
-    check_loaded(f"load_dense: {folder}", model, info)
+        raise SliceGPTError(f"cannot load {folder}: {first_line(error)}") from error
+    check_loaded(f"{folder}", model, info)
     return model, tokenizer
 
 
@@ -218,7 +214,7 @@ def read_config(folder: Path, trust_remote_code: bool = False, sliceable: bool =
         )
     except Exception as error:  # every config class validates in its own way
         raise SliceGPTError(
-            f"load_dense: transformers cannot read {folder / 'config.json'}: {first_line(error)}"
+            f"transformers cannot read {folder / 'config.json'}: {first_line(error)}"
         ) from error
     if sliceable:
         facts_of(config)
@@ -233,21 +229,21 @@ def _weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise SliceGPTError(f"load_dense: {index} has no weight_map")
+                raise SliceGPTError(f"{index} has no weight_map")
             shards = list(weight_map.values())
             if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
-                raise SliceGPTError(f"load_dense: {index}: weight_map must name files of the same folder")
+                raise SliceGPTError(f"{index}: weight_map must name files of the same folder")
             return [folder / shard for shard in sorted(set(shards))]
-    raise SliceGPTError(f"load_dense: {folder} has no weights (no {' or '.join(_WEIGHTS)}, whole or sharded)")
+    raise SliceGPTError(f"{folder} has no weights (no {' or '.join(_WEIGHTS)}, whole or sharded)")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise SliceGPTError(f"load_dense: {file} is not readable JSON: {first_line(error)}") from error
+        raise SliceGPTError(f"{file} is not readable JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
-        raise SliceGPTError(f"load_dense: {file} must hold a JSON object, got {type(content).__name__}")
+        raise SliceGPTError(f"{file} must hold a JSON object, got {type(content).__name__}")
     return content
 
 
@@ -273,8 +269,7 @@ def _download(name: str, revision: str | None, trust_remote_code: bool, sliceabl
         raise
     except Exception as error:  # the network stack raises whatever its HTTP library raises
         raise SliceGPTError(
-            f"load_dense: {name!r} is no local folder, and the Hugging Face hub did not give it:"
-            f" {first_line(error)}"
+            f"{name!r} is no local folder, and the Hugging Face hub did not give it: {first_line(error)}"
         ) from error
     return folder
 
@@ -283,9 +278,11 @@ def _checked_device(device: str | torch.device) -> torch.device:
     try:
         device = torch.device(device)
     except RuntimeError as error:
-        raise SliceGPTError(f"load_dense: device {device!r} is unknown: {first_line(error)}") from error
+        raise SliceGPTError(
+            f"expected cpu or cuda[:N], got {device!r}: {first_line(error)}", "device"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SliceGPTError(f"load_dense: device {str(device)!r} needs an NVIDIA GPU, and none is visible")
+        raise SliceGPTError(f"{str(device)!r} needs an NVIDIA GPU, and none is visible", "device")
     return device
 
 

@@ -7,7 +7,7 @@ from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
 from slicegpt.table import check_writable
 
-from .options import add_device, add_json, check_device, positive, resolve_device
+from .options import add_device, add_json, check_device, positive, positive_or_auto, resolve_device
 
 
 def add_parser(commands) -> None:
@@ -23,7 +23,13 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "models", nargs="+", metavar="DIR|MODEL", help="name the dense model first to compare with it"
     )
-    parser.add_argument("--batch-size", type=positive, default=1)
+    parser.add_argument(
+        "--batch-size",
+        type=positive_or_auto,
+        default=1,
+        metavar="N",
+        help="windows or questions at a time, or auto (1)",
+    )
     text = parser.add_argument_group("perplexity")
     text.add_argument("--data", metavar="DATA", help="a text file, or whatever --calibration takes")
     text.add_argument("--split", choices=("train", "test"), default="test", help="of a named data set (test)")

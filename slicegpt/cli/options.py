@@ -58,6 +58,16 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_or_auto(text: str) -> int | str:
+    """An argparse type: a whole number above zero, or auto."""
+    if text == "auto":
+        return text
+    try:
+        return positive(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or auto, got {text!r}") from None
+
+
 def seed(text: str) -> int:
     """An argparse type: a whole number that torch's generators take."""
     value = int(text)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration.tokens import check_fits, encode_text
 from slicegpt.errors import SliceGPTError
-from slicegpt.modeling.losses import window_losses
+from slicegpt.modeling.losses import BatchSize, check_batch_size, window_losses
 from slicegpt.progress import Progress
 
 
@@ -39,7 +39,7 @@ def perplexity(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
     seqlen: int = 2048,
-    batch_size: int = 1,
+    batch_size: BatchSize = 1,
     max_windows: int | None = None,
     progress: Progress | None = None,
 ) -> PerplexityResult:
@@ -50,6 +50,7 @@ def perplexity(
     are computed from the model's logits, and summed, in float64.
 
     Args:
+        batch_size: windows at a time, or "auto", see `window_losses`.
         max_windows: evaluate only the first so many windows.
         progress: where to report; None is silent.
 
@@ -57,8 +58,8 @@ def perplexity(
         SliceGPTError: an argument is out of range, the text is shorter than a window, or a loss is not
             finite.
     """
-    limits = {"seqlen": (seqlen, 2), "batch_size": (batch_size, 1), "max_windows": (max_windows, 1)}
-    for name, (value, least) in limits.items():
+    check_batch_size(batch_size)
+    for name, (value, least) in {"seqlen": (seqlen, 2), "max_windows": (max_windows, 1)}.items():
         if value is not None and value < least:
             raise SliceGPTError(f"must be at least {least}, got {value}", name)
     positions = getattr(model.config, "max_position_embeddings", None)

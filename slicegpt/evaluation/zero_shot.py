@@ -17,11 +17,15 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.errors import SliceGPTError, first_line
+from slicegpt.modeling.losses import BatchSize, check_batch_size
 
 PAPER_TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """The tasks of the paper's tables, in their order; `--tasks paper` names them all."""
 
 _OLDEST = (0, 4, 13)
+
+# Questions at a time that keep two to sixteen cores busy.
+_CPU_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,20 @@ class ZeroShotTasks:
             ) from error
 
     def score(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: BatchSize = 1
     ) -> ZeroShotResult:
         """Ask a causal language model all tasks, on the device where it is.
+
+        Args:
+            batch_size: questions at a time; "auto": on a GPU what lm-eval finds to fit, on a CPU `_CPU_BATCH`, since
+                lm-eval's search begins with 64 of the longest questions there are.
 
         Raises:
             SliceGPTError: the batch size is below 1, or a log-likelihood is not finite.
         """
-        if batch_size < 1:
-            raise SliceGPTError(f"must be at least 1, got {batch_size}", "batch_size")
+        check_batch_size(batch_size)
+        if batch_size == "auto" and model.device.type == "cpu":
+            batch_size = _CPU_BATCH
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -17,10 +18,29 @@ from slicegpt.progress import Progress
 _LOGITS_AT_ONCE = 1 << 24
 
 
+# Tokens of a batch that is chosen here. A CPU is busy with this many; a GPU takes what its memory holds.
+_TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 16}
+
+BatchSize = int | Literal["auto"]
+
+
+def check_batch_size(batch_size: BatchSize) -> None:
+    """One clear error for what is neither a whole number from 1 on nor "auto"."""
+    whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+    if batch_size != "auto" and not (whole and batch_size >= 1):
+        raise SliceGPTError(f"must be at least 1, or 'auto', got {batch_size!r}", "batch_size")
+
+
 def window_losses(
-    model: PreTrainedModel, windows: torch.Tensor, batch_size: int = 1, progress: Progress | None = None
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    batch_size: BatchSize = 1,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Sum over each of `windows` [n, s] of its tokens' negative log-likelihoods, the first token's left out, in nats.
+
+    Args:
+        batch_size: windows at a time; "auto": as many as keep the device busy, halved where its memory runs out.
 
     Raises:
         SliceGPTError: a loss is not finite.
@@ -30,13 +50,28 @@ def window_losses(
     with torch.no_grad(), _evaluating(model):
         token_losses = _loss_function(model, windows[:1, :16].to(device))
         with report.stage("perplexity", len(windows), "windows") as advance:
-            for batch in windows.split(batch_size):
-                losses += token_losses(batch.to(device)).sum(dim=1).tolist()
+            size = _first_size(windows, device) if batch_size == "auto" else batch_size
+            while len(losses) < len(windows):
+                batch = windows[len(losses) : len(losses) + size]
+                try:
+                    losses += token_losses(batch.to(device)).sum(dim=1).tolist()
+                except torch.OutOfMemoryError:
+                    if batch_size != "auto" or size == 1:
+                        raise
+                    size //= 2
+                    continue
                 advance(len(batch))
                 bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
                 if bad is not None:
                     raise SliceGPTError(f"the loss of window {bad} is {losses[bad]}", "model")
     return losses
+
+
+def _first_size(windows: torch.Tensor, device: torch.device) -> int:
+    """The windows [n, s] of a batch that "auto" begins with: a power of two, at most n."""
+    tokens = _TOKENS_AT_ONCE["cuda" if device.type == "cuda" else "cpu"]
+    fitting = max(1, min(tokens // windows.shape[1], len(windows)))
+    return 1 << (fitting.bit_length() - 1)
 
 
 def _loss_function(model: PreTrainedModel, probe: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

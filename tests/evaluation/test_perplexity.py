@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from support.tiny_models import tiny_model, token_ids
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -198,3 +199,32 @@ def test_trained_model_knows_its_text(smollm2, documents):
     # float32 model, batches of 2 against 1: the logits differ by 1e-4 at most, their mean loss by far less.
     assert result.nll == pytest.approx(plain_nll(model, ids), rel=1e-5)
     assert 5 < result.perplexity < 40
+
+
+@pytest.mark.parametrize("memory", [1, 2, 3, 100])
+def test_automatic_batches_shrink_until_they_fit(memory, monkeypatch):
+    """A model that holds `memory` windows at most: every window is measured once, in its place."""
+    model, windows = tiny_model("llama", torch.float32), token_ids(7, 12)
+    expected = losses.window_losses(model, windows)
+    trunk, sizes = model.model.forward, []
+
+    def forward(input_ids, **kwargs):
+        if len(input_ids) > memory:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(len(input_ids))
+        return trunk(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    actual = losses.window_losses(model, windows, "auto")
+    # Float32 sums of 11 losses of about 5 nats, in other orders: some 1e-6 of them.
+    assert actual == pytest.approx(expected, rel=1e-5)
+    assert max(sizes[2:]) <= min(memory, 4)  # the probe comes first; of 7 windows the first batch takes 4
+    if memory < len(windows):
+        with pytest.raises(torch.OutOfMemoryError):
+            losses.window_losses(model, windows, memory + 1)
+
+
+@pytest.mark.parametrize("size", [0, -1, "all", 1.5, True])
+def test_batch_sizes_that_are_none(size, tiny_tokenizer):
+    with pytest.raises(SliceGPTError, match=r"batch_size: must be at least 1, or 'auto', got "):
+        perplexity(tiny_model("llama", torch.float32), tiny_tokenizer, ["text"], batch_size=size)

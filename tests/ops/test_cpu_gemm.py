@@ -280,7 +280,7 @@ def _widened(packed):
 def test_where_a_step_is_not_supported():
     runtime = Runtime(tiny_model("llama", torch.float64), decoder="fused")
     with pytest.raises(
-        SliceGPTError, match=r"decoder 'fused' needs the CPU's kernels .* got 1 of torch.float64"
+        SliceGPTError, match=r"decoder: 'fused' needs the CPU's kernels .* got 1 of torch.float64"
     ):
         runtime.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
     automatic = Runtime(tiny_model("llama", torch.float32))
