@@ -167,9 +167,9 @@ def test_unknown_architecture(folder):
 
 
 def test_device(saved, monkeypatch):
-    assert "device 'tpu9' is unknown" in error_of(saved, device="tpu9")
+    assert "device: expected cpu or cuda[:N], got 'tpu9'" in error_of(saved, device="tpu9")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "device 'cuda:1' needs an NVIDIA GPU" in error_of(saved, device="cuda:1")
+    assert "device: 'cuda:1' needs an NVIDIA GPU" in error_of(saved, device="cuda:1")
 
 
 # --- files, names and the hub ---
