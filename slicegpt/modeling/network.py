@@ -120,7 +120,9 @@ class SlicedPreTrainedModel(PreTrainedModel):
         if isinstance(module, CompactShortcut):
             init.zeros_(module.factor)
         elif getattr(module, "starts_as_identity", False):
-            init.eye_(module.weight)
+            # Not `eye_`: it takes the default device, which need not be the weight's (vLLM builds on meta tensors).
+            identity = torch.eye(*module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
+            init.copy_(module.weight, identity)
         elif isinstance(module, FinalNorm):
             init.ones_(module.weight)
             if module.bias is not None:
