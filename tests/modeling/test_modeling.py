@@ -219,3 +219,17 @@ def test_compiles_without_graph_breaks(small):
     compiled = torch.compile(small, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert relative_error(compiled(ids, use_cache=False).logits, small(ids).logits) < 1e-6
+
+
+def test_weights_are_initialised_on_their_own_device():
+    """vLLM makes the network of meta tensors while the default device is another."""
+    model, _ = sliced(tiny_model("llama"), 36, shortcut="dense")
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    fresh = [module for module in empty.modules() if getattr(module, "starts_as_identity", False)]
+    assert fresh
+    with torch.device("cpu"):
+        for module in fresh:
+            module.weight._is_hf_initialized = False
+            empty._init_weights(module)
+            assert module.weight.is_meta
