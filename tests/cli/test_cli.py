@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.command_line import bad
+from support.saved_models import save_dense, save_text
 from support.tiny_models import relative_error, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
@@ -28,16 +29,12 @@ SAMPLES = ["--nsamples", "8", "--seqlen", "32", "--calibration"]
 def folder(tmp_path_factory, tiny_tokenizer):
     """A dense model with a tokenizer, as a user has it."""
     path = tmp_path_factory.mktemp("dense") / "model"
-    tiny_model("llama", torch.float32, vocab_size=len(tiny_tokenizer)).save_pretrained(path)
-    tiny_tokenizer.save_pretrained(path)
-    return path
+    return save_dense(path, tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory, documents):
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text("\n\n".join(documents)[:20_000], encoding="utf-8")
-    return path
+    return save_text(tmp_path_factory.mktemp("text") / "train.txt", documents)
 
 
 @pytest.fixture(scope="module")

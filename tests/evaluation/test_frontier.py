@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from support.command_line import bad
+from support.saved_models import save_dense, save_text
 from support.tiny_models import tiny_model
 
 import slicegpt.evaluation.frontier
@@ -35,17 +36,12 @@ from slicegpt.slicing import SlicingOptions, slice_model
 def folder(tmp_path_factory, tiny_tokenizer):
     """A dense model with a tied head and a tokenizer."""
     path = tmp_path_factory.mktemp("dense") / "model"
-    model = tiny_model("llama", torch.float32, vocab_size=len(tiny_tokenizer), tie_word_embeddings=True)
-    model.save_pretrained(path)
-    tiny_tokenizer.save_pretrained(path)
-    return path
+    return save_dense(path, tiny_tokenizer, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory, documents):
-    path = tmp_path_factory.mktemp("text") / "some, text: in a file.txt"
-    path.write_text("\n\n".join(documents)[:30_000], encoding="utf-8")
-    return path
+    return save_text(tmp_path_factory.mktemp("text") / "some, text: in a file.txt", documents, 30_000)
 
 
 def arguments(folder, text, output, *more):

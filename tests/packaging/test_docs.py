@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from support.tiny_models import tiny_model
+from support.saved_models import save_dense
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -121,9 +120,7 @@ def perplexities(text: str) -> list[float]:
 def folder(tmp_path_factory, tiny_tokenizer):
     """A dense model with a tokenizer, as a user has it."""
     path = tmp_path_factory.mktemp("examples") / "model"
-    tiny_model("llama-tied", torch.float32, vocab_size=len(tiny_tokenizer)).save_pretrained(path)
-    tiny_tokenizer.save_pretrained(path)
-    return path
+    return save_dense(path, tiny_tokenizer, "llama-tied")
 
 
 SMALL = ["--nsamples", "24", "--seqlen", "32"]

@@ -13,6 +13,6 @@ def save_dense(path: Path, tokenizer, case: str = "llama", **changes) -> Path:
     return path
 
 
-def save_text(path: Path, documents: list[str]) -> Path:
-    path.write_text("\n\n".join(documents)[:20_000], encoding="utf-8")
+def save_text(path: Path, documents: list[str], characters: int = 20_000) -> Path:
+    path.write_text("\n\n".join(documents)[:characters], encoding="utf-8")
     return path

@@ -3,8 +3,7 @@
 import json
 import sys
 
-import torch
-from support.tiny_models import tiny_model
+from support.saved_models import save_dense
 
 from slicegpt import api
 from slicegpt.bench.commands import bench_sizes
@@ -15,9 +14,7 @@ from slicegpt.recipe import Recipe
 
 
 def test_dense_and_sliced_rows(tiny_tokenizer, tmp_path, monkeypatch, documents, capsys):
-    folder = tmp_path / "model"
-    tiny_model("llama", torch.float32, vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    folder = save_dense(tmp_path / "model", tiny_tokenizer)
     text, file = tmp_path / "text.txt", tmp_path / "sizes.json"
     text.write_text(documents[0], encoding="utf-8")
     arguments = [
