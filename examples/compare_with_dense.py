@@ -1,6 +1,6 @@
 """Perplexity at several true sizes, beside the dense model's.
 
-python examples/compare_with_dense.py smollm2-135m --params 0.95 0.9 0.8
+python examples/compare_with_dense.py smollm2-135m --keep 0.95 0.9 0.8
 """
 
 import argparse
@@ -10,9 +10,7 @@ from slicegpt.table import format_table
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="a folder, a hub id, a .gguf file or smollm2-135m")
-parser.add_argument(
-    "--params", type=float, nargs="+", default=[0.95, 0.9], help="fractions to keep (0.95 0.9)"
-)
+parser.add_argument("--keep", type=float, nargs="+", default=[0.95, 0.9], help="fractions to keep (0.95 0.9)")
 parser.add_argument("--calibration", default="python-reference", help="text to calibrate on")
 parser.add_argument(
     "--data", default="python-reference", help="text to measure on; its test part, where it has one"
@@ -24,11 +22,11 @@ options = parser.parse_args()
 
 dense, tokenizer = slicegpt.load(options.model)
 rows = []
-for size in [1.0, *options.params]:
+for size in [1.0, *options.keep]:
     model = dense
     if size < 1:
         drawn = {"calibration": options.calibration, "nsamples": options.nsamples, "seqlen": options.seqlen}
-        model = slicegpt.slice(dense, tokenizer=tokenizer, params=size, round_to=8, **drawn).model
+        model = slicegpt.slice(dense, tokenizer=tokenizer, keep=size, round_to=8, **drawn).model
     windows = {"data": options.data, "seqlen": options.seqlen, "max_windows": options.windows}
     found = slicegpt.evaluate(model, tokenizer=tokenizer, **windows)
     rows.append({"size": size, "parameters": found.parameters, "perplexity": found.perplexity.perplexity})

@@ -40,7 +40,7 @@ def text(tmp_path_factory, documents):
 @pytest.fixture(scope="module")
 def sliced_folder(folder, text, tmp_path_factory):
     output = tmp_path_factory.mktemp("sliced") / "small"
-    api.slice(folder, params=0.9, calibration=text, output=output, **SMALL)
+    api.slice(folder, keep=0.9, calibration=text, output=output, **SMALL)
     return output
 
 
@@ -67,8 +67,8 @@ HAND_MADE = {
         lambda fields: plan(fields, constant_widths(fields, 36), Shape(round_to=4)),
         {},
     ),
-    "params": (
-        {"params": 0.9},
+    "keep": (
+        {"keep": 0.9},
         lambda fields: plan_for_parameters(
             fields, int(0.9 * fields["source_parameters"]), Shape(round_to=4, neurons=None)
         ),
@@ -129,7 +129,7 @@ def test_documents_instead_of_a_file(folder, text, tmp_path):
 
 def test_the_report_prints_what_the_command_prints(folder, text, sliced_folder, tmp_path, capsys):
     report = api.SliceReport(json.loads((sliced_folder / "slicing.json").read_text()))
-    command = ["slice", str(folder), "--params", "0.9", "--round-to", "4", "--nsamples", "8"]
+    command = ["slice", str(folder), "--keep", "0.9", "--round-to", "4", "--nsamples", "8"]
     more = ["--seqlen", "32", "--calibration", str(text), "--output", str(tmp_path / "out")]
     assert main([*command, *more]) == 0
     without_seconds = re.compile(r", [\d.]+ s$", re.MULTILINE)
@@ -156,7 +156,7 @@ def test_small_text_is_told(folder, text, capsys):
 @pytest.mark.parametrize(
     "choices",
     [
-        {"params": 0.9},
+        {"keep": 0.9},
         {"slice": 0.25, "shortcut": "dense", "refit": False, "orientation": "random", "seed": 3},
         {"widths": [36, 40, 40, 32, 40, 44, 48], "dtype": "bfloat16", "vocabulary_prior": 0.1},
         {"target_bytes": 250e3, "neurons": 0.1, "allocate": False, "refit_share": 0.5, "batch_size": 2},
@@ -185,7 +185,7 @@ def test_a_folder_s_recipe_makes_it_again(folder, text, tmp_path, choices):
 
 
 def test_what_is_given_comes_before_the_recipe(folder, text, tmp_path):
-    recipe = Recipe(model="no/such/model", params=0.9, calibration="no/such/text", nsamples=8, round_to=4)
+    recipe = Recipe(model="no/such/model", keep=0.9, calibration="no/such/text", nsamples=8, round_to=4)
     recipe.write(tmp_path / "recipe.yaml")
     model, _, report = api.slice(
         folder, recipe=tmp_path / "recipe.yaml", slice=0.25, calibration=text, seqlen=32, device="cpu"
@@ -196,7 +196,7 @@ def test_what_is_given_comes_before_the_recipe(folder, text, tmp_path):
     command = ["slice", str(folder), "--recipe", str(tmp_path / "recipe.yaml"), *options]
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
     written = Recipe.read(tmp_path / "out")
-    assert (written.model, written.slice, written.params) == (str(folder), 0.25, None)
+    assert (written.model, written.slice, written.keep) == (str(folder), 0.25, None)
     assert (written.nsamples, written.round_to) == (9, 4)
 
 
@@ -239,9 +239,9 @@ def test_load(folder, sliced_folder):
     ("arguments", "message"),
     [
         ({}, "size: one of params, slice, target_bytes, widths is needed, got none"),
-        ({"params": 0.9, "slice": 0.1}, "size: only one size can be asked for, got params and slice"),
-        ({"params": 1.5}, r"params: must lie in \(0, 1\], got 1.5"),
-        ({"params": 0.1}, r"params: \d+ elements cannot be reached; at width"),
+        ({"keep": 0.9, "slice": 0.1}, "size: only one size can be asked for, got keep and slice"),
+        ({"keep": 1.5}, r"keep: must lie in \(0, 1\], got 1.5"),
+        ({"keep": 0.1}, r"keep: \d+ elements cannot be reached; at width"),
         ({"slice": 0.9}, "slice: boundary 0 would keep 4 of 48 columns, less than one attention head"),
         ({"widths": [48] * 3}, "widths: must be 7, one a boundary, got 3"),
         ({"slice": 0.1, "parms": 1}, "parms: is no choice of a recipe, got 1; did you mean params"),

@@ -28,7 +28,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="any model that `slicegpt slice` takes")
     parser.add_argument("--data", default="python-reference", help="text to calibrate on, and its test split")
     parser.add_argument(
-        "--params", type=float, nargs="+", default=[0.95, 0.85], metavar="F", help="sizes to reach"
+        "--keep", type=float, nargs="+", default=[0.95, 0.85], metavar="F", help="sizes to reach"
     )
     parser.add_argument("--nsamples", type=positive, default=24)
     parser.add_argument("--seqlen", type=positive, default=512)
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
         round_to=8,
         dtype="float32",
     )
-    recipes = [shared.override(params=size) for size in options.params]
+    recipes = [shared.override(keep=size) for size in options.keep]
     check_name(options.model, "model")
     check_writable("--json", options.json)
 
@@ -64,12 +64,12 @@ def run(options: argparse.Namespace) -> None:
     test = load_documents(options.data, "test")
     rows, records = [measure("dense", model, tokenizer, test, options, progress)], {}
     for recipe in recipes:
-        label = f"{100 * recipe.params:g} % of parameters"
+        label = f"{100 * recipe.keep:g} % of parameters"
         sliced, _, report = api.slice(
             model,
             tokenizer=tokenizer,
             recipe=recipe,
-            output=folder / f"params-{recipe.params:g}",
+            output=folder / f"params-{recipe.keep:g}",
             overwrite=True,
             device="cpu",
             progress=progress,

@@ -49,8 +49,9 @@ def held_out_check(
     Returns:
         `windows` and `tokens` of each kind, the losses `seen` and `held_out`, their `difference`, their ratio `excess`
         (None where they are too small to be divided), and `chose_ridge`: whether these windows chose λ as well, so that
-        `held_out` flatters. None in place of all of it where the text has no other windows, a model does not fit on the
-        device, or a loss is not finite (which is logged).
+        `held_out` flatters; and both models' own losses on the unseen windows, `dense_nll` and `sliced_nll`. None in
+        place of all of it where the text has no other windows, a model does not fit on the device, or a loss is not
+        finite (which is logged).
     """
     windows = len(calibration.unseen)
     if not windows:
@@ -68,13 +69,17 @@ def held_out_check(
             # The sliced model is worth more than this figure.
             logger.warning("held-out windows were not compared: %s", str(error).splitlines()[0])
             return None
-    above = (losses[1] - losses[0]).view(2, windows).sum(dim=1) / tokens
-    seen, held_out = above.tolist()
+    # [dense, sliced][seen, unseen], in nats a token
+    means = torch.stack(losses).view(2, 2, windows).sum(dim=2) / tokens
+    seen, held_out = (means[1] - means[0]).tolist()
+    dense_nll, sliced_nll = means[:, 1].tolist()
     return {
         "windows": windows,
         "tokens": tokens,
         "seen": round(seen, 5),
         "held_out": round(held_out, 5),
+        "dense_nll": round(dense_nll, 5),
+        "sliced_nll": round(sliced_nll, 5),
         "difference": round(held_out - seen, 5),
         "excess": round(held_out / seen, 3) if min(seen, held_out) > SMALLEST_LOSS else None,
         "chose_ridge": ridge_chosen and calibration.unseen_are_held_out,
