@@ -40,7 +40,7 @@ from slicegpt.modeling.losses import BatchSize
 from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
 from slicegpt.runtime.speed import compare_speed
-from slicegpt.slicing import SlicingOptions
+from slicegpt.slicing import Reuse, SlicingOptions
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
 from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_drawn
 
@@ -114,6 +114,7 @@ def slice(
     device: str | torch.device | None = None,
     activation_storage: str = "auto",
     timing: bool = True,
+    reuse: Reuse | None = None,
     progress: Progress | None = None,
     **choices: Any,
 ) -> SliceResult:
@@ -144,6 +145,8 @@ def slice(
             A layer at a time is there, so that the model may be larger than its memory.
         activation_storage: "auto", "device" or "host": where the calibration tokens' activations stay between blocks.
         timing: measure the runtime's tokens/s, dense and sliced, for a few seconds at the end, where both fit.
+        reuse: `slicegpt.slicing.Reuse()`, handed to several calls for one loaded model: what they all need of it is
+            found once. The slices are the same.
         progress: where stages are reported, such as `slicegpt.progress.Progress()`; None is silent.
         **choices: any other field of `slicegpt.recipe.Recipe`: `round_to`, `shortcut`, `orientation`, `slice_head`,
             `neurons`, `allocate`, `signal`, `refit`, `ridge`, `refit_share`, `vocabulary_prior`, `text_column`,
@@ -208,8 +211,9 @@ def slice(
         for warning in warnings:
             progress.warn(warning)
         options = SlicingOptions.of(recipe, dtype, device, activation_storage)
-        sliced, seen = slice_drawn(dense, config, drawn, options, progress)
-        check = held_out_check(dense, sliced, drawn, device, progress, seen.ridge_search is not None)
+        sliced, seen = slice_drawn(dense, config, drawn, options, progress, reuse)
+        chosen = seen.ridge_search is not None
+        check = held_out_check(dense, sliced, drawn, device, progress, chosen, reuse)
         if check is not None and (warning := held_out_warning(check)):
             warnings.append(warning)
             progress.warn(warning)

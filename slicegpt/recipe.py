@@ -17,6 +17,7 @@ from slicegpt.errors import SliceGPTError, first_line
 from slicegpt.recipe_rules import (
     AUTO,
     FLAG,
+    FORMER_NAMES,
     POSITIVE,
     Rule,
     byte_count,
@@ -229,8 +230,12 @@ class Recipe:
         choices = present_names(choices)
         for name in choices:
             if name not in NAMES:
-                near = difflib.get_close_matches(name, NAMES, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"the choices are {', '.join(NAMES)}"
+                near = difflib.get_close_matches(name, (*NAMES, *FORMER_NAMES), n=1)
+                hint = (
+                    f"did you mean {FORMER_NAMES.get(near[0], near[0])}?"
+                    if near
+                    else f"the choices are {', '.join(NAMES)}"
+                )
                 raise SliceGPTError(f"is no choice of a recipe, got {choices[name]!r}; {hint}", name)
         if any(choices.get(name) is not None for name in SIZES):
             choices = dict.fromkeys(SIZES) | choices

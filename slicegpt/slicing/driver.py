@@ -13,6 +13,7 @@ from slicegpt.progress import Progress
 from slicegpt.slicing.allocation import allocate_neurons, deletes_neurons
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
+from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.ridge import choose_ridge
 from slicegpt.slicing.slicer import Slicer
 
@@ -25,6 +26,7 @@ def slice_model(
     progress: Progress | None = None,
     held_out: torch.Tensor | None = None,
     objective: Objective | None = None,
+    reuse: Reuse | None = None,
 ) -> tuple[SlicedForCausalLM, SlicingReport]:
     """Slice, or only rotate, a dense Hugging Face model.
 
@@ -38,6 +40,7 @@ def slice_model(
         held_out: windows [n, s] of calibration tokens outside `batches`, by which the refit's ridge is chosen where
             `options.ridge` is None, see `slicegpt.slicing.ridge.choose_ridge`.
         objective: what the refit minimises; None: `slicegpt.slicing.objective.Objective()`.
+        reuse: what runs at other sizes of the same model, tokens and objective share, see `slicegpt.slicing.reuse`.
 
     Returns:
         The sliced model, on the CPU in `options.dtype`, and the report.
@@ -49,15 +52,17 @@ def slice_model(
     options, progress = options or SlicingOptions(), progress or Progress(quiet=True)
     objective = objective or Objective()
     checkpoint = checkpoint_of(model)
+    if reuse is not None:
+        reuse.begin(model, batches)
     spent = {}
     ridges = objective.ridges if options.ridge is None else (options.ridge,)
     equal = config.layer_neurons is None
     if equal and deletes_neurons(config) and options.allocate and options.refit and len(batches):
         began = time.perf_counter()
-        config = allocate_neurons(checkpoint, config, batches, options, objective, ridges[0], progress)
+        config = allocate_neurons(checkpoint, config, batches, options, objective, ridges[0], progress, reuse)
         spent["allocation"] = time.perf_counter() - began
 
-    slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress)
+    slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress, reuse)
     sliced, report, ridge = slicer.run(), slicer.report, ridges[0]
     if slicer.refits and len(ridges) > 1:
         began = time.perf_counter()

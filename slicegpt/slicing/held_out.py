@@ -19,6 +19,7 @@ from slicegpt.hardware.memory import fits_on
 from slicegpt.hardware.offload import moved
 from slicegpt.modeling.losses import window_losses
 from slicegpt.progress import Progress
+from slicegpt.slicing.reuse import Reuse
 
 logger = logging.getLogger("slicegpt")
 
@@ -38,6 +39,7 @@ def held_out_check(
     device: torch.device,
     progress: Progress | None = None,
     ridge_chosen: bool = True,
+    reuse: Reuse | None = None,
 ) -> dict | None:
     """Losses above the dense model's, in nats a token, on `calibration.seen` and `calibration.unseen`.
 
@@ -45,6 +47,7 @@ def held_out_check(
 
     Args:
         ridge_chosen: whether the refit's λ was chosen by `calibration.held_out` (`SlicingReport.ridge_search`).
+        reuse: where the dense model's losses are kept for other sizes of it.
 
     Returns:
         `windows` and `tokens` of each kind, the losses `seen` and `held_out`, their `difference`, their ratio `excess`
@@ -63,8 +66,14 @@ def held_out_check(
     losses = []
     for model in (dense, sliced):
         try:
-            with moved(model, device):
-                losses.append(torch.tensor(window_losses(model, pairs, 1, progress), dtype=torch.float64))
+
+            def evaluate(model: PreTrainedModel = model) -> torch.Tensor:
+                with moved(model, device):
+                    return torch.tensor(window_losses(model, pairs, 1, progress), dtype=torch.float64)
+
+            # Which windows they are follows from the calibration tokens, which `reuse` knows.
+            shared = reuse is not None and model is dense
+            losses.append(reuse.value(("losses", device, len(pairs)), evaluate) if shared else evaluate())
         except (SliceGPTError, torch.OutOfMemoryError) as error:
             # The sliced model is worth more than this figure.
             logger.warning("held-out windows were not compared: %s", str(error).splitlines()[0])

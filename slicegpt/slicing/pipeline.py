@@ -18,6 +18,7 @@ from slicegpt.progress import Progress
 from slicegpt.recipe import IN_MEMORY, Recipe
 from slicegpt.slicing.driver import slice_model
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
+from slicegpt.slicing.reuse import Reuse
 
 
 def calibration_sources(recipe: Recipe, documents: Sequence[str] | None = None) -> list[Source]:
@@ -67,12 +68,13 @@ def slice_drawn(
     drawn: Calibration,
     options: SlicingOptions,
     progress: Progress | None = None,
+    reuse: Reuse | None = None,
 ) -> tuple[SlicedForCausalLM, SlicingReport]:
     """Slice by drawn samples; the held-out windows among them choose the refit's λ. See `slice_model`.
 
     The sliced model generates as the dense one does: it gets the same generation config.
     """
-    sliced, report = slice_model(model, config, drawn.batches, options, progress, drawn.held_out)
+    sliced, report = slice_model(model, config, drawn.batches, options, progress, drawn.held_out, reuse=reuse)
     if model.generation_config is not None:
         sliced.generation_config = model.generation_config
     return sliced, report

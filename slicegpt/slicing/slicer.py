@@ -43,6 +43,7 @@ from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.propagation import Propagation, check_finite
 from slicegpt.slicing.refit import BlockFits, fit_block
+from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.rotation import align, random_orthogonal
 
 
@@ -58,6 +59,7 @@ class Slicer:
         objective: of the refit.
         ridges: its λ. The tokens go on through the network with the fit at the first; with the same bases and neurons
             every other one has entries of its own in `fitted_states`.
+        reuse: what other sizes of the same model share with this one.
 
     Attributes:
         carried: the first of `ridges`.
@@ -74,6 +76,7 @@ class Slicer:
         objective: Objective,
         ridges: Sequence[float],
         progress: Progress,
+        reuse: Reuse | None = None,
     ):
         self.checkpoint = checkpoint
         self.config = config
@@ -95,7 +98,7 @@ class Slicer:
         self.fitted_states = {ridge: {} for ridge in (ridges if self.refits else (self.carried,))}
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
         self.propagation = Propagation(
-            config, batches, options.dtype, options.device, options.activation_storage, fitted
+            config, batches, options.dtype, options.device, options.activation_storage, fitted, reuse
         )
         self.stage = self.propagation.stage
         self.report.tokens = self.propagation.tokens
