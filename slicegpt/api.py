@@ -113,6 +113,7 @@ def slice(
     max_shard_size: str = "5GB",
     device: str | torch.device | None = None,
     activation_storage: str = "auto",
+    held_out: bool = True,
     timing: bool = True,
     reuse: Reuse | None = None,
     progress: Progress | None = None,
@@ -144,6 +145,8 @@ def slice(
         device: where blocks run and eigenvectors are computed; None and "auto" take the first GPU where there is one.
             A layer at a time is there, so that the model may be larger than its memory.
         activation_storage: "auto", "device" or "host": where the calibration tokens' activations stay between blocks.
+        held_out: compare with the dense model on windows of the calibration text that are held out, at the end: the
+            report's perplexities, and a warning where the text was small.
         timing: measure the runtime's tokens/s, dense and sliced, for a few seconds at the end, where both fit.
         reuse: `slicegpt.slicing.Reuse()`, handed to several calls for one loaded model: what they all need of it is
             found once. The slices are the same.
@@ -212,8 +215,10 @@ def slice(
             progress.warn(warning)
         options = SlicingOptions.of(recipe, dtype, device, activation_storage)
         sliced, seen = slice_drawn(dense, config, drawn, options, progress, reuse)
-        chosen = seen.ridge_search is not None
-        check = held_out_check(dense, sliced, drawn, device, progress, chosen, reuse)
+        check = None
+        if held_out:
+            chosen = seen.ridge_search is not None
+            check = held_out_check(dense, sliced, drawn, device, progress, chosen, reuse)
         if check is not None and (warning := held_out_warning(check)):
             warnings.append(warning)
             progress.warn(warning)

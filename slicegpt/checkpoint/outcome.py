@@ -85,9 +85,7 @@ def notes(record: dict[str, Any]) -> list[str]:
     """What one has to know of the figures: what they were measured on, or why they were not."""
     found, measured = [], record.get("perplexity")
     if measured is None:
-        found.append(
-            "perplexity: no windows of the calibration text were held out, or the models did not fit"
-        )
+        found.append("perplexity: no held-out windows of the calibration text were evaluated")
     else:
         flattered = ", which chose the refit's λ as well" if measured["chose_ridge"] else ""
         found.append(f"perplexity: on {measured['tokens']:,} tokens of the calibration text{flattered}")

@@ -142,7 +142,7 @@ def test_demo(folder, documents, capsys, tmp_path):
     assert main(["demo", *options, str(tmp_path / "demo.json"), *small]) == 0
     assert "dense" in capsys.readouterr().out
     report = (tmp_path / "demo/report.md").read_text()
-    assert "95 % of parameters" in report
-    assert "90 % of parameters" in report
-    assert (tmp_path / "demo/spectra.png").is_file()
-    assert (tmp_path / "demo/params-0.9/recipe.toml").is_file()
+    assert "95 %" in report
+    assert "90 %" in report
+    assert (tmp_path / "demo/demo.svg").is_file()
+    assert (tmp_path / "demo/keep-0.9/recipe.toml").is_file()

@@ -43,9 +43,7 @@ def counts(monkeypatch):
 
 def slices(model, tokenizer, documents, shared, sizes=(0.95, 0.9)):
     return [
-        api.slice(
-            model, tokenizer=tokenizer, keep=size, calibration=documents, reuse=shared, **SMALL
-        )
+        api.slice(model, tokenizer=tokenizer, keep=size, calibration=documents, reuse=shared, **SMALL)
         for size in sizes
     ]
 
