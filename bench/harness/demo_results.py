@@ -37,10 +37,8 @@ def draw_demo(content: Mapping, axis) -> None:
     axis.plot(sizes, values, "o-", color=OURS, linewidth=1.5)
     for row, size, value in zip(models, sizes, values, strict=True):
         label = f"{row['model']}: {value:.4g}"
-        axis.annotate(
-            label, (size, value), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8
-        )
-    axis.margins(x=0.25, y=0.15)
+        axis.annotate(label, (size, value), xytext=(7, 3), textcoords="offset points", fontsize=8)
+    axis.margins(x=0.35, y=0.15)
     axis.set_xlabel("weights, MB")
     axis.set_ylabel("perplexity")
     axis.grid(alpha=0.3)
