@@ -11,7 +11,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import AUTO, IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
 from slicegpt.table import check_writable
 
-from .options import add_json, add_shared, byte_size, check_device, number_or_auto, shard_size
+from .options import add_json, add_shared, check_device, number_or_auto, shard_size
 from .parser import add_option
 
 
@@ -57,7 +57,6 @@ def add_parser(commands) -> None:
     )
     size.add_argument(
         "--target-bytes",
-        type=byte_size,
         metavar="SIZE",
         help="bytes the weights may take: 400MB (1e6), 1.5GiB (2**30), 4e8",
     )

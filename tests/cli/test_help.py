@@ -11,6 +11,8 @@ import pytest
 from slicegpt.cli import build_parser
 from slicegpt.cli.options import SHARED, byte_size, shard_size
 from slicegpt.cli.parser import Parser, add_option, default_text
+from slicegpt.cli.slicing import recipe_from
+from slicegpt.errors import SliceGPTError
 
 
 def parsers(parser, name="slicegpt"):
@@ -154,7 +156,13 @@ def test_a_parser_of_its_own():
 
 def test_sizes_on_the_command_line():
     parse = build_parser().parse_args
-    assert parse(["slice", "m", "--output", "o", "--target-bytes", "400MB"]).target_bytes == 400e6
+    sized = ["slice", "m", "--output", "o", "--target-bytes"]
+    assert recipe_from(parse([*sized, "400MB"])).target_bytes == 400e6
+    for bad in ("nan", "400XB", "0"):
+        with pytest.raises(
+            SliceGPTError, match="target_bytes: must be a number of bytes such as 400e6 or 400MB"
+        ):
+            recipe_from(parse([*sized, bad]))
     assert (
         parse(["bench", "throughput", "--shape", "llama-1b", "--max-memory", "8GiB"]).max_memory == 8 * 2**30
     )
