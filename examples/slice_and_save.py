@@ -25,7 +25,6 @@ result = slicegpt.slice(
     calibration=options.calibration,
     nsamples=options.nsamples,
     seqlen=options.seqlen,
-    round_to=8,  # 64 for models that are thousands of columns wide
     output=options.output,
     progress=Progress(),
 )

@@ -105,9 +105,9 @@ def run(options: argparse.Namespace) -> None:
     if facts["calibration"]:
         seen = facts["calibration"]
         rows.append(("calibration", f"{seen['tokens']:,} tokens of {seen['source']}, seed {seen['seed']}"))
-    for name in ("perplexity", "tokens_per_second"):
+    for name, label in (("perplexity", "perplexity, held out"), ("tokens_per_second", "tokens/s")):
         if facts[name]:
-            rows.append((name.replace("_per_", "/").replace("second", "s"), compared(facts[name])))
+            rows.append((label, compared(facts[name])))
     print(format_table([{"": name, facts["model"]: value} for name, value in rows], ["", facts["model"]]))
     if facts["perplexity"] or facts["tokens_per_second"]:
         print(*notes(facts), sep="\n")
