@@ -93,7 +93,7 @@ def notes(record: dict[str, Any]) -> list[str]:
         found[-1] += "; before fine-tuning"
     speed = record.get("tokens_per_second")
     if speed is not None:
-        threads = f", {speed['threads']} threads" if "threads" in speed else ""
+        threads = f", threads: {speed['threads']}" if "threads" in speed else ""
         note = f" ({speed['note']})" if speed.get("note") else ""
         found.append(f"tokens/s: of the runtime, one sequence, {record['dtype']}{threads}{note}")
     return found
