@@ -5,7 +5,7 @@ import argparse
 from slicegpt.checkpoint.names import check_name
 from slicegpt.table import check_writable
 
-from .options import add_json, check_device, positive, resolve_device, seed
+from .options import add_json, add_self_contained, check_device, positive, resolve_device, seed
 
 
 def add_parser(commands) -> None:
@@ -29,6 +29,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--no-merge", action="store_true", help="write the adapters as a PEFT folder instead of merging them"
     )
+    add_self_contained(parser)
 
     data = parser.add_argument_group("text")
     data.add_argument(
@@ -179,6 +180,7 @@ def run(options: argparse.Namespace) -> None:
         teacher=options.teacher,
         source=options.data,
         merged=not options.no_merge,
+        self_contained=options.self_contained,
         resume=options.resume,
         overwrite=options.overwrite,
         device=device,

@@ -11,7 +11,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
 from slicegpt.table import check_writable
 
-from .options import DTYPES, add_json, check_device, positive, shard_size
+from .options import DTYPES, add_json, add_self_contained, check_device, positive, shard_size
 
 
 def add_parser(commands) -> None:
@@ -23,7 +23,7 @@ def add_parser(commands) -> None:
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(run=run, overwrite=False, self_contained=False, recipe=None)
+    parser.set_defaults(run=run, overwrite=False, self_contained=True, recipe=None)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="may be left out where the recipe names it")
     parser.add_argument(
         "--recipe",
@@ -34,11 +34,7 @@ def add_parser(commands) -> None:
         "--output", required=True, metavar="DIR", help="folder to write; appears only when whole"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
-    parser.add_argument(
-        "--self-contained",
-        action="store_true",
-        help="put the modelling code beside the weights, for machines without slicegpt",
-    )
+    add_self_contained(parser)
 
     size = parser.add_argument_group("how much (one of)").add_mutually_exclusive_group()
     size.add_argument("--slice", type=float, metavar="F", help="fraction of columns to delete, in [0, 1)")
