@@ -129,7 +129,7 @@ class Runtime:
             yield past
 
     @torch.inference_mode()
-    def _last_logits(self, input_ids: Tensor, mask: Tensor | None, cache: KVCache, first: int) -> Tensor:
+    def _last_logits(self, input_ids: Tensor, mask: Tensor | None, cache: KVCache, first: int = 0) -> Tensor:
         for stream, sums in self._prefill(input_ids, mask, cache, first):
             last = stream.unflatten(0, (len(input_ids), -1))[:, -1]
             # The CPU's kernels, which are called without the operator's checks, read contiguous sums.
