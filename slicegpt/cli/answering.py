@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.memory import free_memory
+from slicegpt.modeling import SlicedForCausalLM
+from slicegpt.modeling.sizes import format_bytes
 from slicegpt.runtime import Runtime, Sampling
 from slicegpt.runtime.session import Session
 
@@ -143,6 +146,16 @@ class PlainAnswering:
         )
 
 
+def check_room(model: PreTrainedModel) -> None:
+    """An error where a dense model's weights, which the runtime folds into a copy, do not fit a second time."""
+    if not isinstance(model, SlicedForCausalLM):
+        needed, free = sum(weight.nbytes for weight in model.parameters()), free_memory(model.device)
+        if needed > free:
+            raise SliceGPTError(
+                f"its folded copy takes {format_bytes(needed)}, and {format_bytes(free)} are free"
+            )
+
+
 @contextmanager
 def open_engine(
     runtime: str,
@@ -161,6 +174,8 @@ def open_engine(
     packed = None
     if runtime != "plain":
         try:
+            if runtime == "auto":
+                check_room(model)
             packed = Runtime(model, max_length=length, release=True)
         except SliceGPTError as error:
             if runtime == "fused":

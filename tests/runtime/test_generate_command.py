@@ -68,6 +68,17 @@ def test_what_the_runtime_cannot_run_is_run_by_transformers(folder, tmp_path, ca
     assert main([*arguments, "--runtime", "fused"]) == 2
 
 
+def test_a_dense_model_without_room_for_a_copy(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("slicegpt.cli.answering.free_memory", lambda device: 1000)
+    arguments = ["generate", str(folder), "--prompt", "x", "--max-new-tokens", "2"]
+    assert main(arguments) == 0
+    notes = capsys.readouterr().err
+    assert "its folded copy takes " in notes
+    assert "transformers' generate()" in notes
+    assert main([*arguments, "--runtime", "fused"]) == 0  # who asks for it gets it
+    assert "(runtime, " in capsys.readouterr().err
+
+
 def test_the_space_before_the_first_word(folder, capsys):
     """Llama's tokenizers drop it from what they decode alone."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
