@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
-from slicegpt.bench.harness.display import threads_of, title_of
+from slicegpt.bench.harness.titles import threads_of, title_of
 from slicegpt.errors import SliceGPTError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#999999")

@@ -7,7 +7,7 @@ are compared: every speed-up, the comparisons of `bench token`, and the cost of 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slicegpt.bench.harness.display import title_of
+from slicegpt.bench.harness.titles import title_of
 from slicegpt.errors import SliceGPTError
 
 

@@ -8,16 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slicegpt.bench.harness.charts import INK, draw
-from slicegpt.bench.harness.display import (
-    COLUMNS,
-    TITLES,
-    notes,
-    operation_table,
-    skipped_line,
-    table,
-    threads_of,
-    title_of,
-)
+from slicegpt.bench.harness.columns import COLUMNS, table
+from slicegpt.bench.harness.display import notes, operation_table, skipped_line
+from slicegpt.bench.harness.titles import TITLES, threads_of, title_of
 from slicegpt.errors import SliceGPTError
 
 STYLE = """

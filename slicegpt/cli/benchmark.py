@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import NAMES, Recipe
-from slicegpt.table import check_writable
+from slicegpt.table import check_writable, fit_text
 
 from .benchmark_options import (
     SHORTCUTS,
@@ -376,7 +376,8 @@ def print_agreement(first: list, second: list, options: argparse.Namespace) -> N
     print_rows("agreement", rows)
     apart = [row["apart"] for row in rows]
     worst = max(rows, key=lambda row: row["apart"])
-    print(
+    told = (
         f"{len(rows)} ratios: {statistics.median(apart):.1%} apart in the median, at most {worst['apart']:.1%} "
         f"({worst['ratio of']}); {sum(value <= 0.1 for value in apart)} within 10 %."
     )
+    print(fit_text(told))
