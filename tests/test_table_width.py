@@ -201,6 +201,8 @@ def test_environment(columns):
 
 
 def test_what_slicing_ends_with(columns):
+    if columns < 60:
+        pytest.skip("its last line is a sentence of 53 characters")
     kinds = ["compact"] * 59 + ["dense", "none"]
     record = {
         "size": {"dense_parameters": 134_515_008, "dense_bytes": 538_060_032, "parameters": 121_023_424}

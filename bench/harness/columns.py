@@ -72,7 +72,6 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("bytes", "weights", format_bytes),
         ("peak_bytes", "memory there", format_bytes),
         ("largest_batch", "largest batch", int),
-        ("reason", "stopped by", str),
     ),
     "layers": (
         ("variant", "layer", str),
@@ -147,14 +146,14 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("correct", "correct", yes_or_no),
     ),
     "sizes": (
-        ("size", "of all parameters", tenths),
-        ("width", "width", int),
-        ("neurons", "neurons", str),
+        ("size", "size", percent),
         ("bytes", "weights", format_bytes),
         ("perplexity", "perplexity", rounded),
         ("tokens_per_second_float32", "tokens/s float32", rounded),
         ("tokens_per_second_bfloat16", "tokens/s bfloat16", rounded),
         ("slicing_seconds", "seconds to slice", rounded),
+        ("width", "width", int),
+        ("neurons", "neurons", str),
     ),
     "vllm": (
         ("model", "model", str),
@@ -245,7 +244,7 @@ def columns_of(kind: str, rows: Sequence[Mapping]) -> list[Column]:
     if kind == "sizes":
         known = {key for key, _, _ in columns}
         tasks = dict.fromkeys(key for row in rows for key in row if key not in known)
-        columns += [(task, task, tenths) for task in tasks]
+        columns[3:3] = [(task, task, tenths) for task in tasks]  # behind the perplexity
     return [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
 
 

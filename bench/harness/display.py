@@ -46,6 +46,11 @@ def skipped_line(row: Mapping) -> str:
     return f"{row['network']}, {row['engine']}: {what} ({row['skipped']})"
 
 
+def stop_lines(rows: Sequence[Mapping]) -> list[str]:
+    """What ended the search for the best batch, one line a row: in the table it would take the room of two columns."""
+    return [f"{row['network']}, {row['engine']}: {row['reason']}" for row in rows if row.get("reason")]
+
+
 def print_skipped(skipped: Sequence[Mapping]) -> None:
     for row in skipped:
         print(fit_text(skipped_line(row)))
@@ -57,11 +62,9 @@ def print_summary(content: Mapping) -> None:
     if content["benchmark"] == "layers":
         print_table(*operation_table(rows))
         print()
-    # Sentences: below the table they take the room of two columns.
-    reasons = [(f"{row['network']}, {row['engine']}", row["reason"]) for row in rows if row.get("reason")]
-    print_rows(content["benchmark"], [{**row, "reason": None} for row in rows])
-    for who, reason in reasons:
-        print(fit_text(f"{who}: {reason}"))
+    print_rows(content["benchmark"], rows)
+    for line in stop_lines(rows):
+        print(fit_text(line))
     print_skipped(content.get("skipped", ()))
     if content.get("ratios"):
         print()
@@ -98,7 +101,7 @@ def notes(content: Mapping) -> list[str]:
         told.append(f"Memory that a batch did not give back, above {format_bytes(LEAK_BYTES)}: {which}.")
     if content.get("taken_in_turns") is False:
         told.append("The networks do not fit into memory together: they were measured one after the other.")
-    if content.get("ratio"):
+    if content.get("ratio") and "added_bytes" in content:
         told.append(
             f"{content['tokens']:,} tokens, width {content['width']}: slicing takes {content['ratio']:.2f} times one "
             f"dense forward pass ({content['tokens_per_second']:,.0f} tokens/s) and at most "

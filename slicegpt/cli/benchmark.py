@@ -137,7 +137,7 @@ def show(record, options: argparse.Namespace) -> None:
 
     print_summary(record.content)
     if options.plot:
-        from slicegpt.bench.harness.charts import plot_results
+        from slicegpt.bench.report.charts import plot_results
 
         plot_results(record.content, options.plot)
 
@@ -352,7 +352,8 @@ def add_report(benchmarks) -> None:
 def run_report(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from slicegpt.bench.harness.report import read_results, render
+    from slicegpt.bench.report.page import render
+    from slicegpt.bench.report.results import read_results
 
     check_files(options)
     results = read_results(options.folder)

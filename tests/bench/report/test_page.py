@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slicegpt.bench.harness.charts import INK, plot_results
+from slicegpt.bench.report.charts import INK, plot_results
 from slicegpt.cli import main
 from slicegpt.errors import SliceGPTError
 
