@@ -25,7 +25,7 @@ def check_plot(option: str, file: str | Path) -> None:
         raise SliceGPTError(f'{option}: plots need matplotlib: pip install "slicegpt[plot]"')
 
 
-def draw(content: Mapping, width: float = WIDE):
+def draw(content: Mapping, width: float = WIDE, title: str = ""):
     """The matplotlib figure of one result, `width` inches wide; None where this kind has no plot, or no rows yet."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SliceGPTError('plots need matplotlib: pip install "slicegpt[plot]"')
@@ -52,17 +52,19 @@ def draw(content: Mapping, width: float = WIDE):
         for axis in figure.axes:
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_axisbelow(True)
-        # Laid out here: elsewhere the letters' size would be another.
+        if title:
+            figure.suptitle(title, fontsize=9, color=INK)
+        # Laid out here, once: elsewhere the letters' size would be another.
         figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     return figure
 
 
 def plot_results(content: Mapping, file: str | Path) -> None:
     """Draw one result to a .png or .svg file, titled with what was measured, and on which device."""
     check_plot("--plot", file)
-    figure = draw(content)
+    where = content["environment"]
+    threads = f", {threads_of(where)}" if where.get("driver") is None else ""
+    figure = draw(content, title=f"{title_of(content)} ({where['device']}{threads})")
     if figure is not None:
-        where = content["environment"]
-        threads = f", {threads_of(where)}" if where.get("driver") is None else ""
-        figure.suptitle(f"{title_of(content)} ({where['device']}{threads})", fontsize=9, color=INK)
         figure.savefig(file, dpi=150)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from slicegpt.bench.harness.columns import percent
 from slicegpt.bench.harness.comparison import models_of
-from slicegpt.bench.report.tables import over_unfused
+from slicegpt.bench.report.tables import UNREADABLE, over_unfused
 from slicegpt.modeling.sizes import format_bytes
 
 
@@ -290,5 +290,5 @@ def headlines_of(content: Mapping) -> list[str]:
     make = HEADLINES.get(content["benchmark"])
     try:
         return make(content) if make else []
-    except (KeyError, ValueError, StopIteration, IndexError):
+    except UNREADABLE:
         return []  # an interrupted run lacks what its headline is about; its tables show what there is

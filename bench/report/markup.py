@@ -43,7 +43,7 @@ nav li { padding: .2rem 0; line-height: 1.35; font-size: .9375rem; } nav .dim { 
   .plot .narrow { display: block; } .plot .wide { display: none; } }
 .scroll { overflow-x: auto; margin: .5rem 0 1rem; }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--dim); padding-bottom: .25rem; }
+.caption { margin-bottom: 0; }
 th, td { padding: .3rem .55rem; text-align: left; border-bottom: 1px solid var(--rule); white-space: nowrap;
   vertical-align: top; }
 th { color: var(--dim); font-weight: 600; vertical-align: bottom; }
@@ -100,11 +100,12 @@ def table_html(table: Table) -> str:
         "<tr>" + "".join(cell(value, index, "td") for index, value in enumerate(row)) + "</tr>"
         for row in cells
     )
-    caption = "" if table.folded else f"<caption>{html.escape(table.caption)}</caption>"
-    whole = f'<div class="scroll"><table>{caption}{head}<tbody>{body}</tbody></table></div>'
+    whole = f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+    caption = html.escape(table.caption)
+    # Not in the table: what is wider than a telephone is scrolled, and its caption would be with it.
     if not table.folded:
-        return whole
-    return f"<details><summary>{html.escape(table.caption)}</summary>{whole}</details>"
+        return f'<p class="dim caption">{caption}</p>{whole}'
+    return f"<details><summary>{caption}</summary>{whole}</details>"
 
 
 def headline_html(told: str) -> str:

@@ -14,7 +14,7 @@ from slicegpt.bench.report.cards import cards_of
 from slicegpt.bench.report.charts import TELEPHONE, WIDE, draw
 from slicegpt.bench.report.headlines import headlines_of
 from slicegpt.bench.report.markup import STYLE, embedded, headline_html, paragraphs, table_html
-from slicegpt.bench.report.tables import tables_of
+from slicegpt.bench.report.tables import UNREADABLE, tables_of
 
 # Kinds whose rows have what the notes of a run are about.
 RUNS = ("token", "throughput", "layers", "slicing")
@@ -79,7 +79,10 @@ def plots(content: Mapping, anchor: str) -> str:
     """The plot in two widths, of which the style shows the one that fits."""
     shown = []
     for name, width in (("wide", WIDE), ("narrow", TELEPHONE)):
-        figure = draw(content, width)
+        try:
+            figure = draw(content, width)
+        except UNREADABLE:
+            return ""  # an older form: its tables show what there is
         if figure is not None:
             shown.append(f'<div class="{name}">{embedded(figure, f"{anchor}{name[0]}")}</div>')
     return f'<div class="plot">{"".join(shown)}</div>' if shown else ""

@@ -141,7 +141,10 @@ def _gram(content: Mapping) -> list[Table]:
         *of_kind("eigensolver", content.get("eigensolver") or [], "eigensolver"),
         *of_kind(
             "gram predictions",
-            content.get("predictions") or [],
+            [
+                {name: None if value == "not measured" else value for name, value in row.items()}
+                for row in content.get("predictions") or ()
+            ],
             "262,144 tokens of width 4096 in float16, predicted from the data sheets",
         ),
     ]
@@ -260,6 +263,13 @@ TABLES: dict[str, Callable[[Mapping], list[Table]]] = {
 }
 
 
+# What a file of another version may lack, or hold in another form.
+UNREADABLE = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration)
+
+
 def tables_of(content: Mapping) -> list[Table]:
-    """A result's tables; of a kind that is not known, every list of rows that it holds."""
-    return TABLES.get(content["benchmark"], _published)(content)
+    """A result's tables; of a kind or a form that is not known, every list of rows that it holds."""
+    try:
+        return TABLES.get(content["benchmark"], _published)(content)
+    except UNREADABLE:
+        return _published(content)
