@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from slicegpt.errors import SliceGPTError
 
 # As a width: that of the terminal, where standard output is one.
 TERMINAL = "terminal"
+# Of a terminal that does not say, as one inside another program may not.
+DEFAULT_WIDTH = 80
 GAP = "  "
 # Words of titles that are longer, and cells of text down to this width, are broken where a table is too wide.
 TITLE_WORD, TEXT = 12, 14
@@ -25,12 +26,21 @@ TITLE_WORD, TEXT = 12, 14
 _NUMBER = re.compile(r"[-+−]?\d")
 
 
-def output_width() -> int | None:
-    """Columns that standard output has: the terminal's, or those of COLUMNS; None elsewhere: a file has any width."""
+def output_width(stream: TextIO | None = None) -> int | None:
+    """Columns that a stream has (standard output where none is given): those of COLUMNS, or of the terminal.
+
+    None where it is no terminal: a file or a pipe takes lines of any length.
+    """
     given = os.environ.get("COLUMNS", "")
     if given.isdigit() and int(given) > 0:
         return int(given)
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    stream = stream or sys.stdout
+    if not stream.isatty():
+        return None
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or DEFAULT_WIDTH
+    except (OSError, ValueError):  # no terminal after all
+        return DEFAULT_WIDTH
 
 
 def format_table(

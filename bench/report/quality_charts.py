@@ -115,6 +115,7 @@ def draw_model(content: Mapping, figure) -> None:
     right.set_xlabel("layer")
     right.set_ylabel("neurons of its MLP")
     for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
 

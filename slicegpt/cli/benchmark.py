@@ -1,6 +1,8 @@
 """`slicegpt bench`: what a sliced model gains, against the dense one."""
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,6 +132,8 @@ def measuring(record, options: argparse.Namespace) -> Iterator[None]:
             print(f"stopped by an error: {kept}", file=sys.stderr)
         raise
     show(record, options)
+    if options.json:
+        print(f"next: slicegpt bench report {shlex.quote(os.path.dirname(options.json) or '.')}")
 
 
 def show(record, options: argparse.Namespace) -> None:
