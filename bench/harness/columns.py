@@ -203,6 +203,14 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("tokens", "tokens", int),
         ("seconds", "seconds", rounded),
     ),
+    "demo": (
+        ("model", "model", str),
+        ("engine", "runs in", str),
+        ("bytes", "weights", format_bytes),
+        ("perplexity", "perplexity", rounded),
+        ("tokens_per_second", "tokens/s", rounded),
+        ("speedup", "speed-up", times),
+    ),
     "kernel": (
         ("name", "benchmark", str),
         ("median", "median ms", rounded),

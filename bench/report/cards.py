@@ -62,6 +62,11 @@ def kept(results: Sequence[Mapping]) -> tuple[dict, dict, int, str] | None:
             data = content["settings"].get("data")
             what = subject_of(content) + (f", on {data}" if data else "")
             return max(sliced, key=lambda row: row["size"]), dense, index, what
+    for index, content in _runs(results, ("demo",)):
+        dense, *others = content.get("rows") or [None]
+        sliced = [row for row in others if row["model"] != dense["model"]]
+        if sliced:
+            return max(sliced, key=lambda row: row["bytes"]), dense, index, subject_of(content) or "demo"
     for index, content in _runs(results, ("frontier",)):
         text = next(iter(content["points"][0]["perplexity"]), None) if content.get("points") else None
         points = [point | {"perplexity": point["perplexity"][text]} for point in content.get("points", ())]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from slicegpt.bench.harness.columns import percent
 from slicegpt.bench.harness.comparison import models_of
-from slicegpt.bench.report.tables import UNREADABLE, over_unfused
+from slicegpt.bench.report.tables import UNREADABLE, before_and_after, over_unfused
 from slicegpt.modeling.sizes import format_bytes
 
 
@@ -246,7 +246,11 @@ def _model(content: Mapping) -> list[str]:
     size = content.get("size") or content
     return [
         f"{100 * size['removed']:.1f} % of the parameters removed: {format_bytes(size['bytes'])}, not "
-        f"{format_bytes(size['dense_bytes'])}"
+        f"{format_bytes(size['dense_bytes'])}",
+        *(
+            f"{name} {figure(sliced)} (dense {figure(dense)})"
+            for name, sliced, dense in before_and_after(content)
+        ),
     ]
 
 
@@ -256,7 +260,13 @@ def _generation(content: Mapping) -> list[str]:
 
 
 def _demo(content: Mapping) -> list[str]:
-    return [f"{row['model']}: perplexity {figure(row['perplexity'])}" for row in content["rows"]]
+    """A line for each model and what runs it; the speed-up is over the first, Hugging Face's generate()."""
+    told = []
+    for row in content["rows"]:
+        speed = f", {times(row['speedup'])} generate()" if row.get("speedup") not in (None, 1) else ""
+        rate = f", {figure(row['tokens_per_second'])} tokens/s" if row.get("tokens_per_second") else ""
+        told.append(f"{row['model']}, {row['engine']}: perplexity {figure(row['perplexity'])}{rate}{speed}")
+    return told
 
 
 HEADLINES: dict[str, Callable[[Mapping], list[str]]] = {

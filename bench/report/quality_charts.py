@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from slicegpt.bench.report.bars import COLOURS, GREY, INK, NARROW, Bar, BarChart, Group
+from slicegpt.bench.report.bars import COLOURS, GREY, INK, NARROW, Bar, BarChart, Group, draw_bars
 from slicegpt.evaluation.plots import frontier_panel
 
 
@@ -35,13 +35,6 @@ def finetuning_bars(content: Mapping) -> BarChart:
         Bar("after", math.exp(content["loss_after"])),
     ]
     return BarChart("held-out perplexity", [Group("", bars)])
-
-
-def demo_bars(content: Mapping) -> BarChart:
-    rows = content.get("rows", ())
-    groups = [Group("perplexity", perplexities(rows, "model").groups[0].bars)]
-    timed = [Bar(row["model"], row["ms per token"]) for row in rows if row.get("ms per token")]
-    return BarChart("", [*groups, *([Group("ms per token", timed)] if timed else [])])
 
 
 def panels(figure, count: int, inches: float = 3.2):
@@ -100,6 +93,28 @@ def draw_sizes(content: Mapping, figure) -> None:
         axis.grid(alpha=0.3)
 
 
+def draw_demo(content: Mapping, figure) -> None:
+    """Perplexity over the bytes of the weights; beside it tokens/s of each model and what runs it."""
+    rows = content["rows"]
+    left, right = panels(figure, 2, inches=2.6)
+    models = list({row["model"]: row for row in rows}.values())
+    sizes, values = [row["bytes"] / 1e6 for row in models], [row["perplexity"] for row in models]
+    left.plot(sizes, values, "o-", color=COLOURS[0], linewidth=1.5)
+    for row, size, value in zip(models, sizes, values, strict=True):
+        place = {"xytext": (5, 5), "textcoords": "offset points"}
+        left.annotate(f"{row['model'].removesuffix(' of parameters')}: {value:.4g}", (size, value), **place)
+    left.margins(x=0.35, y=0.15)
+    left.set_xlabel("weights, MB")
+    left.set_ylabel("perplexity")
+    left.grid(alpha=0.3)
+    # Hugging Face's bars are grey.
+    bars = []
+    for row in (row for row in rows if row.get("tokens_per_second")):
+        colour = GREY if "generate" in row["engine"] else COLOURS[0]
+        bars.append(Bar(f"{row['model']},\n{row['engine']}", row["tokens_per_second"], colour))
+    draw_bars(BarChart("tokens/s", [Group("", bars)]), right)
+
+
 def draw_model(content: Mapping, figure) -> None:
     """Widths of the boundaries, and neurons of the layers, against the dense model's."""
     left, right = panels(figure, 2)
@@ -125,11 +140,11 @@ BARS = {
     "recovery": recovery_bars,
     "evaluation": evaluation_bars,
     "finetuning": finetuning_bars,
-    "demo": demo_bars,
 }
 DRAWINGS = {
     "frontier": draw_frontier,
     "sizes": draw_sizes,
+    "demo": draw_demo,
     "model": draw_model,
     "slicing record": draw_model,
 }

@@ -182,6 +182,17 @@ def _published(content: Mapping) -> list[Table]:
     ]
 
 
+def before_and_after(content: Mapping) -> list[tuple[str, float, float]]:
+    """What the run of slicing measured of both models: (name, sliced, dense)."""
+    names = {"perplexity": "perplexity", "tokens_per_second": "tokens/s"}
+    pairs = {title: content.get(name) for name, title in names.items()}
+    return [
+        (title, pair["sliced"], pair["dense"])
+        for title, pair in pairs.items()
+        if isinstance(pair, Mapping) and pair.get("sliced") and pair.get("dense")
+    ]
+
+
 def _model(content: Mapping) -> list[Table]:
     boundaries, size = content["boundaries"], content.get("size") or content
     pairs = [
@@ -194,6 +205,7 @@ def _model(content: Mapping) -> list[Table]:
         ("slicing (1 - d/D)", tenths(content["slicing"])),
         ("neurons of an MLP", f"{describe_neurons(content['neurons'])}, of {content['dense_neurons']:,}"),
     ]
+    pairs += [(name, f"{sliced:.4g}, dense {dense:.4g}") for name, sliced, dense in before_and_after(content)]
     seen = content.get("calibration")
     if seen:
         pairs.append(("calibration", f"{seen['tokens']:,} tokens of {seen['source']}"))
@@ -222,9 +234,9 @@ def _environment(content: Mapping) -> list[Table]:
 
 
 def _demo(content: Mapping) -> list[Table]:
-    rows = [{name: value for name, value in row.items() if name != "text"} for row in content["rows"]]
-    sentences = [(row["model"], row["text"]) for row in content["rows"] if row.get("text")]
-    return [own_columns("models", rows), *([facts("continuations", sentences)] if sentences else [])]
+    sentences = list({row["model"]: row["text"] for row in content["rows"] if row.get("text")}.items())
+    texts = [facts("continuations", sentences)] if sentences else []
+    return [*of_kind("demo", content["rows"], "models"), *texts]
 
 
 def _tuned(content: Mapping) -> list[Table]:
