@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.saved_models import save_dense
 
 from slicegpt.bench.commands.predict import predict
 from slicegpt.bench.commands.reproduce import tables
@@ -16,7 +17,7 @@ from slicegpt.bench.harness.columns import COLUMNS
 from slicegpt.bench.harness.display import print_rows, print_summary, print_table, stage_table
 from slicegpt.bench.models.devices import device_named
 from slicegpt.checkpoint.report import SliceReport
-from slicegpt.cli import env
+from slicegpt.cli import env, main
 from slicegpt.cli.finetune import print_result
 from slicegpt.cli.prediction import SECONDARY as PUBLISHED_SECONDARY
 from slicegpt.evaluation.frontier import table_rows
@@ -198,6 +199,13 @@ def test_environment(columns):
     assert widest(text) <= columns
     assert "cuda:0" in text
     assert "sm_90" in text
+
+
+def test_info(columns, capsys, tmp_path, tiny_tokenizer):
+    save_dense(tmp_path / "dense", tiny_tokenizer)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "dense"), "--boundaries"]) == 0
+    assert widest(printed(capsys)) <= columns
 
 
 def test_what_slicing_ends_with(columns):

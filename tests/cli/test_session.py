@@ -1,5 +1,7 @@
 """A new user's first session at a terminal of 80 columns: slice, info, eval, generate, benchmark, report."""
 
+import copy
+import importlib.util
 import shlex
 import sys
 
@@ -10,6 +12,7 @@ pytest.importorskip("pty", reason="needs a POSIX terminal")
 from support.terminal import Session, run_in_terminal
 
 COLUMNS = 80
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
 # The peaks of this CPU from products and copies that take milliseconds, not seconds.
 QUICK = """
 import sys
@@ -23,17 +26,21 @@ sys.exit(main())
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, tiny_tokenizer, documents):
-    """A folder with a dense model and a text."""
+    """A folder with a dense model, whose tokenizer has a chat template, and a text."""
     folder = tmp_path_factory.mktemp("desk")
-    save_dense(folder / "dense", tiny_tokenizer, max_position_embeddings=256)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    save_dense(folder / "dense", tokenizer, max_position_embeddings=256)
     save_text(folder / "text.txt", documents)
     return folder
 
 
-def slicegpt(folder, arguments: str) -> Session:
+def slicegpt(folder, arguments: str, answers: str = "") -> Session:
     """A command that must end well, within the terminal's width and without a traceback."""
     start = ["-c", QUICK] if arguments.startswith("bench token") else ["-m", "slicegpt"]
-    session = run_in_terminal([sys.executable, *start, *shlex.split(arguments)], folder, COLUMNS)
+    session = run_in_terminal(
+        [sys.executable, *start, *shlex.split(arguments)], folder, COLUMNS, answers=answers
+    )
     assert session.code == 0, session.output
     assert "Traceback" not in session.output
     assert session.widest <= COLUMNS, [line for line in session.lines if len(line) > COLUMNS]
@@ -64,6 +71,14 @@ def test_generate(sliced, desk, runtime):
     # Few tokens: what the model writes is no line of ours to break.
     session = slicegpt(desk, f"generate small --prompt 'The for' --max-new-tokens 12 --runtime {runtime}")
     assert "".join(session.lines).strip()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("slicegpt.cli.chat") is None, reason="generate has no conversation"
+)
+def test_chat(sliced, desk):
+    session = slicegpt(desk, "generate small --chat --max-new-tokens 6", "The for\nand while\n/exit\n")
+    assert session.output.count("tokens/s") == 2
 
 
 def test_benchmark_and_report(sliced, desk):

@@ -20,7 +20,7 @@ from slicegpt.bench.report.cards import cards_of
 from slicegpt.bench.report.headlines import HEADLINES, headlines_of
 from slicegpt.bench.report.markup import headline_html
 from slicegpt.bench.report.page import short_names
-from slicegpt.bench.report.results import recognised
+from slicegpt.bench.report.results import read_results, recognised
 from slicegpt.bench.report.tables import SHOWN_ROWS, TABLES, tables_of
 
 ROOT = Path(__file__).parents[3]
@@ -69,6 +69,21 @@ def test_every_section_has_a_table_a_headline_and_a_plot(every_kind):
         assert ("headlines" in section) == (kind not in WITHOUT_HEADLINE), f"{file.name}: headlines"
         if content["environment"]["commit"]:
             assert content["environment"]["commit"] in section
+
+
+@pytest.mark.skipif(not (ROOT / "bench" / "results").is_dir(), reason="needs the source tree")
+def test_every_recorded_result_is_read():
+    """The figures that the documents quote stay readable, whichever version wrote them."""
+    from slicegpt.bench.report.charts import BARS
+
+    results = read_results(ROOT / "bench" / "results")
+    assert len(results) == len(list((ROOT / "bench" / "results").rglob("*.json")))
+    for file, content in results:
+        assert tables_of(content), file
+        assert TABLES[content["benchmark"]](content), f"{file}: in a form that is not known"
+        assert headlines_of(content), file
+        if content["benchmark"] in BARS:
+            assert all(group.bars for group in BARS[content["benchmark"]](content).groups), file
 
 
 def test_page_of_every_kind_is_whole(every_kind):
