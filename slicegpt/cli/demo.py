@@ -113,9 +113,8 @@ def run(options: argparse.Namespace) -> None:
     record.rows.extend(demo_rows(quality, speed.rows))
     seconds = time.perf_counter() - started
     record.save(complete=True, seconds=round(seconds, 1), notes=notes_of(options))
-    table = table_of(record.rows)
-    files = write_reports(folder, record, speed, quality, table, progress)
-    print(table)
+    files = write_reports(folder, record, speed, quality, table_of(record.rows, width=None), progress)
+    print(table_of(record.rows))
     for label, row in quality.items():
         print(f"\n{label}: {' '.join(row['text'].split())}")
     print(f"\nin {folder}: {', '.join(files)} and the sliced models; {seconds:.0f} s in all")
@@ -154,8 +153,8 @@ def notes_of(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def table_of(rows: list[dict]) -> str:
-    """The comparison, for people."""
+def table_of(rows: list[dict], **fit) -> str:
+    """The comparison, for people; `fit` is what `format_table` takes."""
     from slicegpt.bench.harness.demo_results import COLUMNS
     from slicegpt.modeling.sizes import format_bytes
     from slicegpt.table import format_table
@@ -171,13 +170,13 @@ def table_of(rows: list[dict]) -> str:
         }
         for row in rows
     ]
-    return format_table(shown, COLUMNS)
+    return format_table(shown, COLUMNS, **fit)
 
 
 def write_reports(folder: Path, record, speed, quality: dict[str, dict], table: str, progress) -> list[str]:
     """`report.md`, and where matplotlib is there `demo.svg` and `report.html`; returns their names."""
-    from slicegpt.bench.harness.charts import plot_results
-    from slicegpt.bench.harness.report import render
+    from slicegpt.bench.report.charts import plot_results
+    from slicegpt.bench.report.page import render
     from slicegpt.errors import SliceGPTError
 
     files = ["report.md"]

@@ -5,7 +5,7 @@ import argparse
 from slicegpt.checkpoint.names import check_name
 from slicegpt.table import check_writable
 
-from .options import add_json, add_shared, check_device, positive, resolve_device
+from .options import add_json, add_self_contained, add_shared, check_device, positive, resolve_device
 
 
 def add_parser(commands) -> None:
@@ -33,6 +33,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--no-merge", action="store_true", help="write the adapters as a PEFT folder instead of merging them"
     )
+    add_self_contained(parser)
 
     data = parser.add_argument_group("text")
     data.add_argument(
@@ -180,6 +181,7 @@ def run(options: argparse.Namespace) -> None:
         teacher=options.teacher,
         source=options.data,
         merged=not options.no_merge,
+        self_contained=options.self_contained,
         resume=options.resume,
         overwrite=options.overwrite,
         device=device,
@@ -196,7 +198,7 @@ def print_result(result) -> None:
     """Held-out perplexity before and after, and what was trained."""
     import math
 
-    from slicegpt.table import format_table
+    from slicegpt.table import fit_text, format_table
 
     rows = [
         {
@@ -211,9 +213,14 @@ def print_result(result) -> None:
         },
     ]
     print(format_table(rows, list(rows[0])))
-    print(
+    told = (
         f"{result.tokens:,} tokens in {result.steps} steps, {result.seconds:.0f} s;"
         f" {result.trained_parameters:,} parameters trained; kept: step {result.best_step}"
     )
+    print(fit_text(told))
     if result.loss_after > result.loss_before:
-        print("note: the held-out loss rose: the tuned model is worse than the sliced one on this text")
+        print(
+            fit_text(
+                "note: the held-out loss rose: the tuned model is worse than the sliced one on this text"
+            )
+        )

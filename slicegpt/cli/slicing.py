@@ -11,7 +11,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import AUTO, IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
 from slicegpt.table import check_writable
 
-from .options import add_json, add_shared, check_device, number_or_auto, shard_size
+from .options import add_json, add_self_contained, add_shared, check_device, number_or_auto, shard_size
 from .parser import add_option
 
 
@@ -29,7 +29,7 @@ def add_parser(commands) -> None:
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(run=run, overwrite=False, self_contained=False, recipe=None)
+    parser.set_defaults(run=run, overwrite=False, self_contained=True, recipe=None)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="may be left out where the recipe names it")
     parser.add_argument(
         "--recipe",
@@ -40,11 +40,7 @@ def add_parser(commands) -> None:
         "--output", required=True, metavar="DIR", help="folder to write; appears only when whole"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
-    parser.add_argument(
-        "--self-contained",
-        action="store_true",
-        help="put the modelling code beside the weights, for machines without slicegpt",
-    )
+    add_self_contained(parser)
 
     size = parser.add_argument_group("how much (one of)").add_mutually_exclusive_group()
     add_option(

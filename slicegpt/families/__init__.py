@@ -111,14 +111,15 @@ def checkpoint_of(model: PreTrainedModel) -> Checkpoint:
     """
     family = family_of(model.config)
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise SliceGPTError("model: an adapter is loaded into it; merge it into the weights first")
+        raise SliceGPTError("an adapter is loaded into it; merge it into the weights first", "model")
     checkpoint = Checkpoint(family, model.state_dict(), model.config)
     unread = checkpoint.unread()
     if unread:
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         raise SliceGPTError(
-            f"model: {type(model).__name__} has weights that {family.architectures[0]} has no place for:"
-            f" {', '.join(unread[:3])}{more}"
+            f"{type(model).__name__} has weights that {family.architectures[0]} has no place for:"
+            f" {', '.join(unread[:3])}{more}",
+            "model",
         )
     return checkpoint
 
