@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slicegpt.checkpoint.outcome import asked_and_got, notes, outcome_rows, shape_rows
-from slicegpt.table import format_table
+from slicegpt.table import fit_text, format_table
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class SliceReport:
         lines += notes(record)
         seconds = sum(record["seconds"].values())
         lines.append(f"sliced on {record['calibration']['tokens']:,} tokens in {seconds:.1f} s")
-        if self.output is not None:
+        lines[1:] = map(fit_text, lines[1:])
+        if self.output is not None:  # a command is copied: no terminal's width breaks it
             folder = shlex.quote(self.output)
             lines += [
                 f"saved: {self.output}",
