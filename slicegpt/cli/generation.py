@@ -4,7 +4,6 @@ The text goes to standard output; what is said about it, such as tokens/s, to st
 """
 
 import argparse
-import sys
 
 from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
@@ -133,7 +132,7 @@ def first_messages(options: argparse.Namespace) -> list[dict[str, str]]:
 def run_prompt(options: argparse.Namespace) -> None:
     """Continue one prompt."""
     from slicegpt.calibration import check_fits
-    from slicegpt.cli.answering import Printer, open_engine
+    from slicegpt.cli.answering import Printer, open_engine, say
     from slicegpt.table import write_json
 
     model, tokenizer, sampling = load_model(options)
@@ -148,7 +147,7 @@ def run_prompt(options: argparse.Namespace) -> None:
         printer = Printer(tokenizer, ids, continues=not options.chat)
         engine.answer(ids, count, printer, lambda: False)
     answer = printer.answer
-    print(answer.summary(engine.label), file=sys.stderr)
+    say(answer.summary(engine.label))
     if options.json:
         write_json(
             options.json,
