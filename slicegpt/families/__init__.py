@@ -7,11 +7,16 @@ from slicegpt.errors import SliceGPTError
 from .base import Checkpoint, DenseLayer, Family, LayerNames, Linear, Norm
 from .checks import check_config, check_facts
 from .cohere import COHERE
+from .falcon import FALCON
 from .gemma import GEMMA
+from .glm import ERNIE, GLM, HELIUM
+from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
 from .granite import GRANITE
 from .llama import LLAMA
-from .mistral import MISTRAL
+from .llama_layouts import EXAONE, INTERNLM3, IQUEST_CODER, SEED_OSS
+from .mistral import CWM, MINISTRAL, MISTRAL
+from .nemotron import ARCEE, JAIS2, NEMOTRON
 from .olmo import OLMO
 from .opt import OPT
 from .phi import PHI
@@ -51,6 +56,20 @@ FAMILIES = {
         STARCODER2,
         OLMO,
         COHERE,
+        MINISTRAL,
+        CWM,
+        SEED_OSS,
+        EXAONE,
+        INTERNLM3,
+        IQUEST_CODER,
+        GPT2,
+        FALCON,
+        NEMOTRON,
+        ARCEE,
+        JAIS2,
+        GLM,
+        ERNIE,
+        HELIUM,
     )
 }
 

@@ -66,7 +66,8 @@ class Family:
         architectures: Hugging Face class names, as in `config.architectures`.
         facts: the fields of `SlicedConfig` that the checkpoint's config determines; raises `SliceGPTError`
             for variants that the canonical network cannot represent.
-        layer: where its weights are. Parts that one module holds together have the same name.
+        layer: where its weights are, or a function of the config that tells. Parts that one module holds together have
+            the same name.
         mean_subtraction: LayerNorm family: `M = I - 1 1ᵀ / D` is folded into every layer that writes the stream.
         embedding, positions, layers, final_norm, head: module names; `layers` holds one `{}`.
         rewrite_layer: brings a layer, as its names read it, into the canonical form: fused projections taken apart,
@@ -77,7 +78,7 @@ class Family:
     model_type: str
     architectures: tuple[str, ...]
     facts: Callable[[PreTrainedConfig], dict]
-    layer: LayerNames
+    layer: LayerNames | Callable[[PreTrainedConfig], LayerNames]
     mean_subtraction: bool
     embedding: str
     layers: str
@@ -86,6 +87,12 @@ class Family:
     positions: str | None = None
     rewrite_layer: Callable[[DenseLayer, PreTrainedConfig], DenseLayer] | None = None
     rewrite_final_norm: Callable[[Norm, PreTrainedConfig], Norm] | None = None
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Entries of an attention head."""
+    head_dim = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if head_dim is None else head_dim
 
 
 class Checkpoint:
@@ -99,6 +106,7 @@ class Checkpoint:
         self.family = family
         self.tensors = tensors
         self.config = config
+        self.names = family.layer(config) if callable(family.layer) else family.layer
 
     def _get(self, name: str) -> torch.Tensor | None:
         return self.tensors[name] if name in self.tensors else None  # noqa: SIM401  (a Mapping need not have get)
@@ -145,7 +153,7 @@ class Checkpoint:
 
     def unread(self) -> list[str]:
         """Names of the tensors that the family has no place for: slicing would drop them."""
-        family, names = self.family, self.family.layer
+        family, names = self.family, self.names
         weights = (names.q_norm, names.k_norm)
         whole = {value for name, value in vars(names).items() if name not in ("q_norm", "k_norm")}
         parts = {f"{part}.{kind}" for part in whole - {None} for kind in ("weight", "bias")}
@@ -159,7 +167,7 @@ class Checkpoint:
         return sorted(set(self.tensors) - known)
 
     def layer(self, index: int) -> DenseLayer:
-        names, root = self.family.layer, self.family.layers.format(index)
+        names, root = self.names, self.family.layers.format(index)
         norms = [
             None if name is None else self._get(f"{root}.{name}.weight")
             for name in (names.q_norm, names.k_norm)

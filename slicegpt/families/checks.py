@@ -13,9 +13,10 @@ from slicegpt.errors import SliceGPTError, first_line
 # A family's own names of what `SlicedConfig` calls otherwise.
 _THEIR_NAMES = {
     "dense_hidden_size": ("hidden_size",),
-    "intermediate_size": ("ffn_dim",),
-    "hidden_act": ("activation_function",),
-    "rms_norm_eps": ("layer_norm_eps", "norm_epsilon"),
+    "intermediate_size": ("ffn_dim", "ffn_hidden_size", "n_inner"),
+    "hidden_act": ("activation_function", "activation"),
+    "num_key_value_heads": ("num_kv_heads",),
+    "rms_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
 }
 _LEARNED = {"prelu", "xielu"}  # activations with weights of their own
 _COUNTS = (
@@ -76,7 +77,8 @@ def check_facts(config: PreTrainedConfig, facts: dict) -> None:
     """
 
     def refuse(name: str, expected: str) -> None:
-        theirs = next((other for other in _THEIR_NAMES.get(name, ()) if hasattr(config, other)), name)
+        names = (name, *_THEIR_NAMES.get(name, ()))
+        theirs = next((known for known in names if hasattr(config, known)), name)
         raise SliceGPTError(f"{config.model_type}: {theirs} must be {expected}, got {facts[name]!r}")
 
     for name in _COUNTS:
@@ -178,4 +180,14 @@ def check_head_dim(config: PreTrainedConfig) -> None:
     if given not in (None, expected):
         raise SliceGPTError(
             f"{config.model_type}: head_dim must be hidden_size / num_attention_heads = {expected}, got {given}"
+        )
+
+
+def check_even_heads(config: PreTrainedConfig) -> None:
+    """Without rotary positions nothing else asks for heads of an even size; attention kernels do."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    if head_dim % 2:
+        raise SliceGPTError(
+            f"{config.model_type}: hidden_size / num_attention_heads must be even, got {config.hidden_size} /"
+            f" {config.num_attention_heads} = {head_dim}"
         )

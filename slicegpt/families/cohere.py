@@ -7,9 +7,9 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import DenseLayer, Norm
-from .llama import LLAMA, LLAMA_LAYER, head_dim_of, llama_facts
-from .rewriting import neighbours_to_halves, scale_norm
+from .base import Norm
+from .llama import LLAMA, LLAMA_LAYER, llama_facts
+from .rewriting import pairs_of_neighbours, scale_norm
 
 
 def cohere_facts(config: PreTrainedConfig) -> dict:
@@ -25,12 +25,6 @@ def cohere_facts(config: PreTrainedConfig) -> dict:
     return llama_facts(config, config.layer_norm_eps) | {"parallel_blocks": True}
 
 
-def reorder_pairs(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
-    """Rotary positions turn neighbours, `(2 i, 2 i + 1)`, and not the halves of a head."""
-    q, k = (neighbours_to_halves(linear, head_dim_of(config)) for linear in (layer.q, layer.k))
-    return replace(layer, q=q, k=k)
-
-
 def fold_logits(norm: Norm, config: PreTrainedConfig) -> Norm:
     """Logits are multiplied by a factor; a tied head cannot take it, so the norm before it does."""
     return scale_norm(norm, config.logit_scale)
@@ -43,6 +37,6 @@ COHERE = replace(
     facts=cohere_facts,
     layer=replace(LLAMA_LAYER, mlp_norm="input_layernorm"),
     mean_subtraction=True,
-    rewrite_layer=reorder_pairs,
+    rewrite_layer=pairs_of_neighbours,
     rewrite_final_norm=fold_logits,
 )

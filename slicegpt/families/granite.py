@@ -7,8 +7,8 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import DenseLayer, Norm
-from .llama import LLAMA, head_dim_of, llama_facts
+from .base import DenseLayer, Norm, head_dim_of
+from .llama import LLAMA, llama_facts
 from .rewriting import scale_linear, scale_norm, scale_writers
 
 

@@ -24,6 +24,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "relu2": lambda x: torch.relu(x).square(),
 }
 GATED = {f"{name}_gated": ACTIVATIONS[name] for name in ("silu", "gelu", "gelu_tanh")}
 

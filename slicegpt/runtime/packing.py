@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
 from slicegpt.modeling.layers import FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.ops.contracts import GATED
 from slicegpt.ops.rotate_add import reads_factor
 
 ACTIVATION_NAMES = {
@@ -25,6 +26,7 @@ ACTIVATION_NAMES = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "silu": "silu",
     "swish": "silu",
+    "relu2": "relu2",
 }
 
 # Their frequencies change with the length of the sequence, so the angles cannot be tabulated.
@@ -213,7 +215,9 @@ def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...
 
     Errors: `SliceGPTError` for an activation that the fused operators do not have.
     """
-    if config.hidden_act not in ACTIVATION_NAMES or (config.gated_mlp and config.hidden_act == "relu"):
+    if config.hidden_act not in ACTIVATION_NAMES or (
+        config.gated_mlp and f"{ACTIVATION_NAMES[config.hidden_act]}_gated" not in GATED
+    ):
         gated = "gated " if config.gated_mlp else ""
         raise SliceGPTError(
             f"{gated}activation {config.hidden_act!r} is not supported; use the plain model", "model"

@@ -1,22 +1,46 @@
 """Small random Hugging Face models of every family, and the network in honest float64."""
 
+import copy
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    CwmConfig,
+    CwmForCausalLM,
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
+    ExaoneConfig,
+    FalconConfig,
+    FalconForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    HeliumConfig,
+    HeliumForCausalLM,
+    InternLM3Config,
+    IQuestCoderConfig,
+    Jais2Config,
+    Jais2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     OlmoConfig,
     OlmoForCausalLM,
     OPTConfig,
@@ -30,12 +54,15 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
 )
 from transformers.models.cohere import modeling_cohere
+from transformers.models.ernie4_5 import modeling_ernie4_5
 
 VOCAB = 96
 COMMON = {
@@ -135,6 +162,37 @@ CASES = {
     "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config, GATED | {"sliding_window": 5}),
     "olmo": (OlmoForCausalLM, OlmoConfig, GATED),
     "cohere": (CohereForCausalLM, CohereConfig, GATED | {"logit_scale": 0.25}),
+    "ministral": (MinistralForCausalLM, MinistralConfig, GATED | {"head_dim": 16, "sliding_window": 5}),
+    "cwm": (CwmForCausalLM, CwmConfig, GATED | {"head_dim": 16, "sliding_window": 5}),
+    "seed-oss": (SeedOssForCausalLM, SeedOssConfig, GATED | {"head_dim": 16, "attention_out_bias": True}),
+    "exaone": (LlamaForCausalLM, ExaoneConfig, GATED | {"rope_parameters": LLAMA3_ROPE}),
+    "internlm3": (
+        LlamaForCausalLM,
+        InternLM3Config,
+        GATED | {"head_dim": 16, "attention_bias": True, "mlp_bias": True},
+    ),
+    "iquest-coder": (LlamaForCausalLM, IQuestCoderConfig, GATED | {"head_dim": 16}),
+    "gpt2": (GPT2LMHeadModel, GPT2Config, COMMON | {"n_inner": 80}),
+    "gpt2-untied": (GPT2LMHeadModel, GPT2Config, COMMON | {"tie_word_embeddings": False}),
+    "falcon": (FalconForCausalLM, FalconConfig, COMMON | {"ffn_hidden_size": 80}),
+    "falcon-grouped": (
+        FalconForCausalLM,
+        FalconConfig,
+        COMMON
+        | {"ffn_hidden_size": 80, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}
+        | {"tie_word_embeddings": False},
+    ),
+    "falcon-sequential": (
+        FalconForCausalLM,
+        FalconConfig,
+        COMMON | {"ffn_hidden_size": 80, "multi_query": False, "parallel_attn": False},
+    ),
+    "nemotron": (NemotronForCausalLM, NemotronConfig, GATED | {"head_dim": 16, "mlp_bias": True}),
+    "arcee": (ArceeForCausalLM, ArceeConfig, GATED),
+    "jais2": (Jais2ForCausalLM, Jais2Config, GATED),
+    "glm": (GlmForCausalLM, GlmConfig, GATED | {"head_dim": 16}),
+    "ernie": (Ernie4_5ForCausalLM, Ernie4_5Config, GATED | {"head_dim": 16, "use_bias": True}),
+    "helium": (HeliumForCausalLM, HeliumConfig, GATED | {"head_dim": 12}),
 }
 
 
@@ -145,7 +203,8 @@ def tiny_model(case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
     """
     torch.manual_seed(seed)
     model_class, config_class, config = CASES[case]
-    model = model_class(config_class(**(config | changes))).to(dtype).eval()
+    # transformers writes into the dictionaries that it is given.
+    model = model_class(config_class(**copy.deepcopy(config | changes))).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -156,17 +215,24 @@ def tiny_model(case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
     return in_float64(model)
 
 
-def _cohere_rotary(q, k, cos, sin):
+def _rotary_of_neighbours(q, k, cos, sin):
     cos, sin, rotate = cos[:, None], sin[:, None], modeling_cohere.rotate_half
     return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
 
 
-modeling_cohere.apply_rotary_pos_emb = _cohere_rotary  # the same function for float32 inputs
+def _ernie_rotary(q, k, cos, sin):
+    cos, sin = (table[..., : table.shape[-1] // 2].repeat_interleave(2, dim=-1) for table in (cos, sin))
+    return _rotary_of_neighbours(q, k, cos.to(q.dtype), sin.to(q.dtype))
+
+
+# The same functions for float32 inputs.
+modeling_cohere.apply_rotary_pos_emb = _rotary_of_neighbours
+modeling_ernie4_5.apply_rotary_pos_emb = _ernie_rotary
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    """transformers computes norms, Gemma's embedding scale and Cohere's rotary positions in float32 whatever the dtype;
-    in float64 models let them be in float64."""
+    """transformers computes norms and Gemma's embedding scale in float32 whatever the dtype (and Cohere's and ERNIE's
+    rotary positions, see above); in float64 models let them be in float64."""
 
     def rms_norm(self, hidden_states):
         eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
@@ -201,6 +267,11 @@ def left_padding(ids: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, t
     for row, length in enumerate(lengths):
         mask[row, ids.shape[1] - length :] = 1
     return ids * mask, mask
+
+
+def own_positions(model: PreTrainedModel, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What GPT-2 has to be told so that it does not count padding, which `generate` does and other families do."""
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if model.config.model_type == "gpt2" else {}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
