@@ -6,13 +6,13 @@ from slicegpt.errors import SliceGPTError
 
 from .base import Checkpoint, DenseLayer, Family, LayerNames, Linear, Norm
 from .checks import check_config, check_facts
-from .cohere import COHERE
+from .cohere import COHERE, COHERE2
 from .falcon import FALCON
 from .gemma import GEMMA
 from .glm import ERNIE, GLM, HELIUM
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
-from .granite import GRANITE
+from .granite import GRANITE, GRANITE4
 from .llama import LLAMA
 from .llama_layouts import EXAONE, INTERNLM3, IQUEST_CODER, SEED_OSS
 from .mistral import CWM, MINISTRAL, MISTRAL
@@ -22,6 +22,7 @@ from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
+from .smollm3 import SMOLLM3
 from .stablelm import STABLELM
 from .starcoder2 import STARCODER2
 
@@ -70,6 +71,9 @@ FAMILIES = {
         GLM,
         ERNIE,
         HELIUM,
+        SMOLLM3,
+        COHERE2,
+        GRANITE4,
     )
 }
 

@@ -31,7 +31,7 @@ def falcon_facts(config: PreTrainedConfig) -> dict:
         )
     if _two_norms(config) and not config.new_decoder_architecture and config.parallel_attn:
         raise SliceGPTError(
-            "falcon: num_ln_in_parallel_attn=2 is not supported without new_decoder_architecture=True: its layers read one"
+            "falcon: num_ln_in_parallel_attn=2 is not supported without new_decoder_architecture: its layers read one"
         )
     return {
         "dense_hidden_size": config.hidden_size,

@@ -1,4 +1,4 @@
-"""Rotary pairs of neighbours in Llama's layout: GLM-4-9B (a part of each head; gate and up fused), ERNIE 4.5, Helium."""
+"""Rotary pairs of neighbours in Llama's layout: GLM-4-9B (a part of a head; gate and up fused), ERNIE 4.5, Helium."""
 
 from dataclasses import replace
 

@@ -43,9 +43,9 @@ def llama_facts(config: PreTrainedConfig, eps: float | None = None, partial_rota
     }
 
 
-def windowed_facts(config: PreTrainedConfig) -> dict:
+def windowed_facts(config: PreTrainedConfig, eps: float | None = None) -> dict:
     """`llama_facts` of a config that says of each layer whether its attention has a window."""
-    return llama_facts(config) | {
+    return llama_facts(config, eps) | {
         "sliding_window": config.sliding_window,
         "layer_types": list(config.layer_types),
     }

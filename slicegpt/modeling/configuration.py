@@ -43,7 +43,9 @@ class SlicedConfig(PreTrainedConfig):
         final_norm_weight, final_norm_bias: the last norm keeps its scale (and shift), because a tied head
             cannot absorb them.
         parallel_blocks: attention and MLP read the same normalised stream and are added together.
-        position_embedding: `"rotary"` or `"learned"`; learned positions start at row `position_offset`.
+        position_embedding: `"rotary"`, `"learned"` or `"none"`; learned positions start at row `position_offset`.
+        no_rope_layers: of each layer, 1 where rotary positions turn its queries and keys and 0 where they do not, as in
+            transformers' SmolLM3; where not given, all are turned.
         intermediate_size, dense_intermediate_size: MLP neurons of a layer, the most of any, and how many they were
             before slicing (the same where not given).
         layer_neurons: those of each layer, where they differ; see `neurons`.
@@ -105,6 +107,7 @@ class SlicedConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     position_embedding: str = "rotary"
     position_offset: int = 0
+    no_rope_layers: list[int] | None = None
     max_position_embeddings: int = 2048
     rope_parameters: dict | None = None
     rms_norm_eps: float = 1e-6
@@ -161,6 +164,12 @@ class SlicedConfig(PreTrainedConfig):
         rope = self.rope_parameters or {}
         return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
 
+    def uses_rope(self, layer: int) -> bool:
+        """Whether rotary positions turn the queries and keys of a layer."""
+        return self.position_embedding == "rotary" and (
+            self.no_rope_layers is None or bool(self.no_rope_layers[layer])
+        )
+
     def boundary_eps(self, boundary: int) -> float:
         """Epsilon of the stock RMSNorm over `d` columns that stands for the norm over the D original ones.
 
@@ -206,9 +215,14 @@ class SlicedConfig(PreTrainedConfig):
             raise ValueError(
                 f"tie_word_embeddings needs a head as wide as the embedding, {table} columns, got {self.hidden_size}"
             )
-        if self.position_embedding not in ("rotary", "learned"):
+        if self.position_embedding not in ("rotary", "learned", "none"):
             raise ValueError(
-                f"position_embedding must be 'rotary' or 'learned', got {self.position_embedding!r}"
+                f"position_embedding must be 'rotary', 'learned' or 'none', got {self.position_embedding!r}"
+            )
+        turned = self.no_rope_layers
+        if turned is not None and (len(turned) != self.num_hidden_layers or not set(turned) <= {0, 1}):
+            raise ValueError(
+                f"no_rope_layers must hold {self.num_hidden_layers} of 0 and 1, one a layer, got {turned}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

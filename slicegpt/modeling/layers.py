@@ -168,6 +168,7 @@ class SlicedAttention(nn.Module):
         self.is_causal = True
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
+        self.uses_rope = config.uses_rope(layer_idx)
 
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -195,7 +196,7 @@ class SlicedAttention(nn.Module):
         query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        if position_embeddings is not None:
+        if self.uses_rope:
             query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
         if cache is not None:
             # A paged cache leaves in kwargs what attention has to know (transformers 5.24).

@@ -144,7 +144,7 @@ class SlicedModel(SlicedPreTrainedModel):
             self.embed_positions = nn.Embedding(
                 config.max_position_embeddings + config.position_offset, first
             )
-        else:
+        elif config.position_embedding == "rotary":
             self.rotary_emb = SlicedRotaryEmbedding(config)
         layer = SlicedParallelDecoderLayer if config.parallel_blocks else SlicedDecoderLayer
         self.layers = nn.ModuleList([layer(config, index) for index in range(config.num_hidden_layers)])

@@ -41,6 +41,7 @@ class PackedAttention:
         layer: index into the cache.
         norm: scales [key heads + query heads, head_dim] of the norm of keys and queries, or None.
         window: number of tokens that a token attends to, itself included, or None.
+        rotary: rotary positions turn queries and keys.
     """
 
     layer: int
@@ -50,6 +51,7 @@ class PackedAttention:
     norm: Tensor | None
     norm_eps: float
     window: int | None
+    rotary: bool
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,7 @@ def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection
         norm=norm,
         norm_eps=config.rms_norm_eps,
         window=module.sliding_window,
+        rotary=module.uses_rope,
     )
     return Projection(weight, bias, len(weight), "none", attention)
 

@@ -46,6 +46,9 @@ BASE = {
     "glm": "glm",
     "ernie4_5": "ernie",
     "helium": "helium",
+    "smollm3": "smollm3",
+    "cohere2": "cohere2",
+    "granitemoehybrid": "granite4",
 }
 
 THETA = {"rope_theta": 100.0}
@@ -156,7 +159,12 @@ PROBES: dict[str, list] = {
     "query_pre_attn_scalar": [3],
     "attention_chunk_size": [4],
     "chunk_size_feed_forward": [2],
-    "no_rope_layers": [[0, 0]],
+    "no_rope_layers": [[0, 0], [1, 1], [0, 1, 1], [1]],
+    "no_rope_layer_interval": [1, 2, 3],
+    "num_local_experts": [0, 2],
+    "output_router_logits": BOTH,
+    "shared_intermediate_size": [1, 33],
+    "position_embedding_type": ["rope", None, "learned"],
     "use_cache": BOTH,
     "pretraining_tp": [2],
 }
@@ -198,6 +206,19 @@ WITHOUT_EFFECT = {
     "summary_proj_to_labels",
     "summary_type",
     "summary_use_proj",
+    # Of layers that no supported model has.
+    "mamba_chunk_size",
+    "mamba_conv_bias",
+    "mamba_d_conv",
+    "mamba_d_head",
+    "mamba_d_state",
+    "mamba_expand",
+    "mamba_n_groups",
+    "mamba_n_heads",
+    "mamba_proj_bias",
+    "num_experts_per_tok",
+    "router_aux_loss_coef",
+    "time_step_limit",
     "transformers_version",
 }
 
@@ -212,9 +233,10 @@ def test_every_field_of_every_config_class_is_probed():
 @torch.no_grad()
 def outcome(case: str, **changes) -> str:
     """What becomes of a case with `changes` to its config: "equal", "refused", or what went wrong."""
-    ids = token_ids(2)
+    ids, kinds = token_ids(2), CASES[case][2].get("layer_types")
+    two_layers = {"num_hidden_layers": 2} | ({} if kinds is None else {"layer_types": kinds[:2]})
     try:
-        model = tiny_model(case, **{"num_hidden_layers": 2} | changes)
+        model = tiny_model(case, **two_layers | changes)
     except Exception:  # such a config or model does not exist: loading says so in one line
         return "refused"
     try:

@@ -200,11 +200,13 @@ def test_hidden_states_of_some_layers(small):
         ({"boundary_widths": [24, 24]}, "boundary_widths must hold 5 widths, got 2"),
         ({"boundary_widths": [40] * 5}, r"must lie in \[1, 32\]"),
         ({"shortcuts": ["identity", "round", "dense", "dense"]}, "shortcuts must hold 4 of"),
+        ({"no_rope_layers": [1]}, r"no_rope_layers must hold 2 of 0 and 1, one a layer, got \[1\]"),
+        ({"no_rope_layers": [1, 2]}, "no_rope_layers must hold 2 of 0 and 1"),
         (
             {"boundary_widths": [24, 16, 24, 24, 32], "shortcuts": ["compact"] * 4},
             r"shortcuts\[0\] cannot be",
         ),
-        ({"position_embedding": "alibi"}, "must be 'rotary' or 'learned'"),
+        ({"position_embedding": "alibi"}, "must be 'rotary', 'learned' or 'none', got 'alibi'"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from transformers import (
     ArceeConfig,
     ArceeForCausalLM,
+    Cohere2Config,
+    Cohere2ForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     CwmConfig,
@@ -27,6 +29,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     HeliumConfig,
     HeliumForCausalLM,
     InternLM3Config,
@@ -56,12 +60,15 @@ from transformers import (
     Qwen3ForCausalLM,
     SeedOssConfig,
     SeedOssForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
 )
 from transformers.models.cohere import modeling_cohere
+from transformers.models.cohere2 import modeling_cohere2
 from transformers.models.ernie4_5 import modeling_ernie4_5
 
 VOCAB = 96
@@ -98,6 +105,12 @@ GRANITE = {
     "attention_multiplier": 0.15,
     "logits_scaling": 8.0,
 }
+GRANITE4 = (
+    GATED
+    | GRANITE
+    | {"num_local_experts": 0, "shared_intermediate_size": 80, "position_embedding_type": "rope"}
+    | {"layer_types": ["full_attention"] * 3, "mamba_n_heads": 4, "tie_word_embeddings": True}
+)
 
 # Model class, config class, config.
 CASES = {
@@ -192,6 +205,23 @@ CASES = {
     "jais2": (Jais2ForCausalLM, Jais2Config, GATED),
     "glm": (GlmForCausalLM, GlmConfig, GATED | {"head_dim": 16}),
     "ernie": (Ernie4_5ForCausalLM, Ernie4_5Config, GATED | {"head_dim": 16, "use_bias": True}),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, GATED | {"no_rope_layer_interval": 2}),
+    "smollm3-window": (
+        SmolLM3ForCausalLM,
+        SmolLM3Config,
+        GATED | {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 5},
+    ),
+    "cohere2": (
+        Cohere2ForCausalLM,
+        Cohere2Config,
+        GATED | {"logit_scale": 0.25, "sliding_window": 5, "sliding_window_pattern": 2},
+    ),
+    "granite4": (GraniteMoeHybridForCausalLM, GraniteMoeHybridConfig, GRANITE4),
+    "granite4-no-positions": (
+        GraniteMoeHybridForCausalLM,
+        GraniteMoeHybridConfig,
+        GRANITE4 | {"position_embedding_type": None, "head_dim": 16},
+    ),
     "helium": (HeliumForCausalLM, HeliumConfig, GATED | {"head_dim": 12}),
 }
 
@@ -226,7 +256,7 @@ def _ernie_rotary(q, k, cos, sin):
 
 
 # The same functions for float32 inputs.
-modeling_cohere.apply_rotary_pos_emb = _rotary_of_neighbours
+modeling_cohere.apply_rotary_pos_emb = modeling_cohere2.apply_rotary_pos_emb = _rotary_of_neighbours
 modeling_ernie4_5.apply_rotary_pos_emb = _ernie_rotary
 
 
@@ -249,7 +279,7 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
             name = type(module).__name__
             if name.endswith("RMSNorm"):
                 module.forward = MethodType(rms_norm, module)
-            elif name in ("CohereLayerNorm", "OlmoLayerNorm"):
+            elif name in ("CohereLayerNorm", "Cohere2LayerNorm", "OlmoLayerNorm"):
                 module.forward = MethodType(layer_norm, module)
             elif hasattr(module, "scalar_embed_scale"):
                 module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
