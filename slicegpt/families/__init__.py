@@ -15,7 +15,7 @@ from .gpt_neox import GPT_NEOX
 from .granite import GRANITE, GRANITE4
 from .llama import LLAMA
 from .llama_layouts import EXAONE, INTERNLM3, IQUEST_CODER, SEED_OSS
-from .mistral import CWM, MINISTRAL, MISTRAL
+from .mistral import CWM, MINISTRAL, MINISTRAL3, MISTRAL
 from .nemotron import ARCEE, JAIS2, NEMOTRON
 from .olmo import OLMO
 from .opt import OPT
@@ -75,6 +75,7 @@ FAMILIES = {
         SMOLLM3,
         COHERE2,
         GRANITE4,
+        MINISTRAL3,
     )
 }
 

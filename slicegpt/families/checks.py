@@ -157,6 +157,7 @@ def rotary_parameters(config: PreTrainedConfig, head_dim: int, partial: bool) ->
             f"{family}: head_dim={head_dim} (hidden_size / num_attention_heads where not given) and"
             f" partial_rotary_factor={fraction} must leave an even number of entries to rotate, got {rotated}"
         )
+    rope.pop("llama_4_scaling_beta", None)  # obeyed by Ministral 3 alone, which puts it back
     for name in ("short_factor", "long_factor"):
         factors = rope.get(name)
         if kind == "longrope" and (not isinstance(factors, list) or len(factors) != rotated // 2):

@@ -60,7 +60,6 @@ REASONS = {name: reason for reason, names in _KINDS.items() for name in names.sp
     "granite_swa": "its attention has sinks, a learned score that belongs to no token",
     "hrm_text": "it runs its layers several times over",
     "hunyuan_v1_dense": "it normalises queries and keys behind their rotation",
-    "ministral3": "its queries grow with their position",
     "modernbert-decoder": "its embedding is normalised, and its head has layers",
     "persimmon": "it normalises every head by a LayerNorm of its own",
     "reformer": "its layers are reversible, and its attention hashes",

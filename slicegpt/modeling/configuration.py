@@ -46,6 +46,8 @@ class SlicedConfig(PreTrainedConfig):
         position_embedding: `"rotary"`, `"learned"` or `"none"`; learned positions start at row `position_offset`.
         no_rope_layers: of each layer, 1 where rotary positions turn its queries and keys and 0 where they do not, as in
             transformers' SmolLM3; where not given, all are turned.
+        rope_parameters: as in transformers. With `llama_4_scaling_beta` queries grow with their position (Ministral 3);
+            see `query_scaling`.
         intermediate_size, dense_intermediate_size: MLP neurons of a layer, the most of any, and how many they were
             before slicing (the same where not given).
         layer_neurons: those of each layer, where they differ; see `neurons`.
@@ -77,6 +79,8 @@ class SlicedConfig(PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
+
+    ignore_keys_at_rope_validation = {"llama_4_scaling_beta", "max_position_embeddings"}  # noqa: RUF012
 
     vocab_size: int = 32000
     dense_hidden_size: int = 4096
@@ -169,6 +173,13 @@ class SlicedConfig(PreTrainedConfig):
         return self.position_embedding == "rotary" and (
             self.no_rope_layers is None or bool(self.no_rope_layers[layer])
         )
+
+    @property
+    def query_scaling(self) -> tuple[float, int] | None:
+        """`(beta, length)` where the query at position p is `1 + beta log(1 + floor(p / length))` times as large."""
+        rope = self.rope_parameters or {}
+        beta = rope.get("llama_4_scaling_beta")
+        return None if beta is None else (beta, rope["original_max_position_embeddings"])
 
     def boundary_eps(self, boundary: int) -> float:
         """Epsilon of the stock RMSNorm over `d` columns that stands for the norm over the D original ones.

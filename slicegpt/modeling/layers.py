@@ -132,6 +132,14 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return torch.cat((rotary, passed), dim=-1) if passed.shape[-1] else rotary
 
 
+def query_scale(position_ids: torch.Tensor, beta: float, length: int) -> torch.Tensor:
+    """What queries at `position_ids` [batch, tokens] are multiplied by, [batch, 1, tokens, 1] in float32.
+
+    1 up to `length`; beyond, scores would flatten as softmax spreads over more tokens (Llama 4, Ministral 3).
+    """
+    return (1 + beta * torch.log(1 + torch.floor(position_ids / length)))[:, None, :, None]
+
+
 def eager_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -169,6 +177,7 @@ class SlicedAttention(nn.Module):
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
         self.uses_rope = config.uses_rope(layer_idx)
+        self.query_scaling = config.query_scaling
 
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -198,6 +207,8 @@ class SlicedAttention(nn.Module):
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if self.uses_rope:
             query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        if self.query_scaling is not None:
+            query = query * query_scale(kwargs["position_ids"], *self.query_scaling).to(query.dtype)
         if cache is not None:
             # A paged cache leaves in kwargs what attention has to know (transformers 5.24).
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)

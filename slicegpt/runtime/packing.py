@@ -149,12 +149,14 @@ def position_limit(config: SlicedConfig) -> tuple[int, str | None]:
     """Tokens of a sequence that the runtime takes, and what sets a hard limit (None: rotary positions go on).
 
     LongRoPE takes other frequencies for sequences past its original length, for the tokens before as well, whose keys
-    are in the cache by then: up to there it is one table.
+    are in the cache by then: up to there it is one table. Queries that grow with their position do not, up to a length.
     """
     if config.position_embedding == "learned":
         return config.max_position_embeddings, "the model's learned positions"
     if config.longrope_length is not None:
         return config.longrope_length, "the length at which the model's LongRoPE changes its frequencies"
+    if config.query_scaling is not None:
+        return config.query_scaling[1], "the length past which the model's queries grow"
     return config.max_position_embeddings, None
 
 

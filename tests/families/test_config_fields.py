@@ -10,7 +10,15 @@ import dataclasses
 
 import pytest
 import torch
-from support.tiny_models import CASES, LLAMA3_ROPE, LONG_ROPE, relative_error, tiny_model, token_ids
+from support.tiny_models import (
+    CASES,
+    GROWING_QUERIES,
+    LLAMA3_ROPE,
+    LONG_ROPE,
+    relative_error,
+    tiny_model,
+    token_ids,
+)
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import FAMILIES, facts_of
@@ -49,6 +57,7 @@ BASE = {
     "smollm3": "smollm3",
     "cohere2": "cohere2",
     "granitemoehybrid": "granite4",
+    "ministral3": "ministral3",
 }
 
 THETA = {"rope_theta": 100.0}
@@ -74,6 +83,9 @@ ROPES = [
     THETA | {"rope_type": "ntk_by_parts", "factor": 2.0},
     {"rope_type": "default", "rope_theta": 0.0},
     {"rope_type": "default", "rope_theta": float("nan")},
+    GROWING_QUERIES | {"original_max_position_embeddings": 4},
+    GROWING_QUERIES | {"llama_4_scaling_beta": None},
+    THETA | {"rope_type": "default", "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4},
     {"full_attention": {"rope_type": "default", "rope_theta": 10.0}},
 ]
 BOTH = [False, True]
@@ -170,6 +182,7 @@ PROBES: dict[str, list] = {
 }
 # What a message may name instead: a field that follows from the one that was set.
 MEANT = {
+    "rope_scaling": ["rope_parameters"],
     "use_sliding_window": ["sliding_window"],
     "layer_types": ["sliding_window"],
     "rotary_pct": ["partial_rotary_factor"],

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from support.sliced_models import batches
-from support.tiny_models import LONG_ROPE, left_padding, relative_error, tiny_model, token_ids
+from support.tiny_models import (
+    GROWING_QUERIES,
+    LONG_ROPE,
+    left_padding,
+    relative_error,
+    tiny_model,
+    token_ids,
+)
 
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.errors import SliceGPTError
@@ -54,6 +61,11 @@ from slicegpt.slicing import SlicingOptions, slice_model
             "granite4",
             {"layer_types": ["linear_attention"] * 3},
             "granitemoehybrid: layer_types must be of 'full_attention'",
+        ),
+        (
+            "ministral3",
+            {"rope_parameters": GROWING_QUERIES | {"llama_4_scaling_beta": None}},
+            "ministral3: rope_parameters: llama_4_scaling_beta must be a number, got None",
         ),
         ("cohere2", {"logit_scale": 0.0}, "cohere2: logit_scale must be finite and not 0"),
         ("llama", {"is_causal": False}, "llama: is_causal=False is not supported"),
@@ -200,6 +212,46 @@ def test_the_runtime_goes_as_far_as_longrope_keeps_its_frequencies():
     expected = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(runtime.generate(ids, max_new_tokens=12, ignore_eos=True), expected)
     with pytest.raises(SliceGPTError, match="at most 32, the length at which the model's LongRoPE changes"):
+        Runtime(model, max_length=33)
+
+
+# --- queries that grow with their position --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_generation_past_the_length_from_which_queries_grow(padded):
+    """12 tokens of a prompt and 30 new ones, where queries grow from token 32 on; and where they never do."""
+    model = tiny_model("ministral3", torch.float32)
+    canonical = to_canonical(model)
+    ids, mask = left_padding(token_ids(), [12, 7, 3]) if padded else (token_ids(), torch.ones(3, 12).long())
+    settings = {"max_new_tokens": 30, "min_new_tokens": 30, "pad_token_id": 0}
+    tokens = [network.generate(ids, attention_mask=mask, **settings) for network in (model, canonical)]
+    assert torch.equal(*tokens)
+    expected = model(tokens[0]).logits
+    assert relative_error(canonical(tokens[0]).logits, expected) < 1e-5
+    rope = GROWING_QUERIES | {"llama_4_scaling_beta": 0.0}
+    constant = tiny_model("ministral3", torch.float32, rope_parameters=rope)(tokens[0]).logits
+    assert relative_error(constant[:, :32], expected[:, :32]) < 1e-5
+    assert relative_error(constant[:, 32:], expected[:, 32:]) > 1e-3
+
+
+@torch.no_grad()
+def test_slicing_reads_the_positions_that_queries_grow_with():
+    """Full width, but the stream goes block by block through the calibration: the refit finds nothing to repair."""
+    rope = GROWING_QUERIES | {"original_max_position_embeddings": 4}
+    model, ids = tiny_model("ministral3", rope_parameters=rope), token_ids()
+    fields = canonical_fields(model)
+    config = plan(fields, constant_widths(fields, 48), Shape("dense", "random"))
+    options = SlicingOptions(dtype=torch.float64, ridge=0.1, orientation="random")
+    turned, _ = slice_model(model, config, batches(), options)
+    assert relative_error(turned(ids).logits, model(ids).logits) < 1e-8
+
+
+def test_the_runtime_goes_as_far_as_queries_stay_as_they_are():
+    model = tiny_model("ministral3", torch.float32)
+    assert Runtime(model).max_length == 32
+    with pytest.raises(SliceGPTError, match="at most 32, the length past which the model's queries grow"):
         Runtime(model, max_length=33)
 
 

@@ -39,6 +39,8 @@ from transformers import (
     Jais2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MinistralConfig,
     MinistralForCausalLM,
     MistralConfig,
@@ -98,6 +100,16 @@ LONG_ROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
     "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
     "original_max_position_embeddings": 32,
+}
+# Queries at positions from 32 on are longer.
+GROWING_QUERIES = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
 }
 GRANITE = {
     "embedding_multiplier": 12.0,
@@ -221,6 +233,11 @@ CASES = {
         GraniteMoeHybridForCausalLM,
         GraniteMoeHybridConfig,
         GRANITE4 | {"position_embedding_type": None, "head_dim": 16},
+    ),
+    "ministral3": (
+        Ministral3ForCausalLM,
+        Ministral3Config,
+        GATED | {"head_dim": 16, "rope_parameters": GROWING_QUERIES},
     ),
     "helium": (HeliumForCausalLM, HeliumConfig, GATED | {"head_dim": 12}),
 }
