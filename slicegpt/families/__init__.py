@@ -4,6 +4,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slicegpt.errors import SliceGPTError
 
+from .apertus import APERTUS
 from .base import Checkpoint, DenseLayer, Family, LayerNames, Linear, Norm
 from .checks import check_config, check_facts
 from .cohere import COHERE, COHERE2
@@ -13,6 +14,7 @@ from .glm import ERNIE, GLM, HELIUM
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
 from .granite import GRANITE, GRANITE4
+from .hunyuan import HUNYUAN
 from .llama import LLAMA
 from .llama_layouts import EXAONE, INTERNLM3, IQUEST_CODER, SEED_OSS
 from .mistral import CWM, MINISTRAL, MINISTRAL3, MISTRAL
@@ -76,6 +78,8 @@ FAMILIES = {
         COHERE2,
         GRANITE4,
         MINISTRAL3,
+        HUNYUAN,
+        APERTUS,
     )
 }
 
@@ -104,7 +108,8 @@ def facts_of(config: PreTrainedConfig) -> dict:
     family = family_of(config)
     check_config(config)
     facts = family.facts(config)
-    check_facts(config, facts)
+    learned = isinstance(family.layer, LayerNames) and family.layer.activation is not None
+    check_facts(config, facts, learned)
     return facts
 
 

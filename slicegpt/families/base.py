@@ -2,10 +2,13 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedConfig
+
+# What transformers' xIELU keeps.
+ACTIVATION_STATE = ("alpha_p", "alpha_n", "beta", "eps")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """One transformer layer of the checkpoint. In parallel layers both norms are the same one."""
+    """One transformer layer of the checkpoint. In parallel layers both norms are the same one.
+
+    `activation`: the state of an activation that has weights of its own (xIELU), by the names of its module.
+    """
 
     attention_norm: Norm
     q: Linear
@@ -39,6 +45,7 @@ class DenseLayer:
     down: Linear
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    activation: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class LayerNames:
     gate: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
+    activation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,10 @@ class Checkpoint:
     def _norm(self, name: str) -> Norm:
         return Norm(self._get(f"{name}.weight"), self._get(f"{name}.bias"))
 
+    def _activation(self, name: str) -> dict[str, torch.Tensor]:
+        state = {part: self._get(f"{name}.{part}") for part in ACTIVATION_STATE}
+        return {part: tensor for part, tensor in state.items() if tensor is not None}
+
     @property
     def embedding(self) -> torch.Tensor:
         """Token embedding table [vocab_size, D]."""
@@ -154,10 +166,11 @@ class Checkpoint:
     def unread(self) -> list[str]:
         """Names of the tensors that the family has no place for: slicing would drop them."""
         family, names = self.family, self.names
-        weights = (names.q_norm, names.k_norm)
-        whole = {value for name, value in vars(names).items() if name not in ("q_norm", "k_norm")}
+        weights, others = (names.q_norm, names.k_norm), ("q_norm", "k_norm", "activation")
+        whole = {value for name, value in vars(names).items() if name not in others}
         parts = {f"{part}.{kind}" for part in whole - {None} for kind in ("weight", "bias")}
         parts |= {f"{part}.weight" for part in weights if part is not None}
+        parts |= {f"{names.activation}.{name}" for name in ACTIVATION_STATE}
         known = {f"{family.embedding}.weight", f"{family.positions}.weight"}
         known |= {
             f"{part}.{kind}" for part in (family.final_norm, family.head) for kind in ("weight", "bias")
@@ -184,6 +197,7 @@ class Checkpoint:
             down=self._linear(f"{root}.{names.down}"),
             q_norm=norms[0],
             k_norm=norms[1],
+            activation=self._activation(f"{root}.{names.activation}"),
         )
         rewrite = self.family.rewrite_layer
         return layer if rewrite is None else rewrite(layer, self.config)

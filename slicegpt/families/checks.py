@@ -69,8 +69,11 @@ def check_config(config: PreTrainedConfig) -> None:
             raise SliceGPTError(f"{kind}: {name} must be at least 1, got {getattr(config, name)}")
 
 
-def check_facts(config: PreTrainedConfig, facts: dict) -> None:
+def check_facts(config: PreTrainedConfig, facts: dict, learned_activation: bool = False) -> None:
     """Refuse facts (see `Family.facts`) that describe no network, by the names that the config gives them.
+
+    Args:
+        learned_activation: the family knows where the weights of an xIELU are.
 
     Raises:
         SliceGPTError: a count below 1, heads that cannot be shared out, an activation with weights of its own, ...
@@ -97,6 +100,8 @@ def check_facts(config: PreTrainedConfig, facts: dict) -> None:
     if window is not None and window < 1:
         refuse("sliding_window", "at least 1, or null")
     problem = _problem_of_activation(facts["hidden_act"])
+    if learned_activation and facts["hidden_act"] == "xielu":
+        problem = None
     if problem:
         refuse("hidden_act", problem)
 

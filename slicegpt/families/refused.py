@@ -49,7 +49,6 @@ _KINDS = {
     _UNWRITTEN: "biogpt codegen gpt_bigcode gpt_neo gpt_neox_japanese gptj",
 }
 REASONS = {name: reason for reason, names in _KINDS.items() for name in names.split()} | {
-    "apertus": "its activation (xIELU) has weights of its own",
     "bitnet": "norms stand inside its blocks, before what they write",
     "blt": "it reads bytes in patches, with several networks",
     "cpmant": "its scores have a learned bias for every distance",
@@ -59,7 +58,6 @@ REASONS = {name: reason for reason, names in _KINDS.items() for name in names.sp
     "gemma4_unified_assistant": "it continues the states of another model",
     "granite_swa": "its attention has sinks, a learned score that belongs to no token",
     "hrm_text": "it runs its layers several times over",
-    "hunyuan_v1_dense": "it normalises queries and keys behind their rotation",
     "modernbert-decoder": "its embedding is normalised, and its head has layers",
     "persimmon": "it normalises every head by a LayerNorm of its own",
     "reformer": "its layers are reversible, and its attention hashes",

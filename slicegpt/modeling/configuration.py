@@ -55,6 +55,7 @@ class SlicedConfig(PreTrainedConfig):
         attention_bias, attention_output_bias, mlp_bias, mlp_output_bias, lm_head_bias: which linear layers
             carry a bias (folding a LayerNorm's shift creates some).
         qk_norm: queries and keys pass an RMSNorm over the head dimension (Qwen3).
+        qk_norm_after_rope: they do so behind their rotation, and not before it (Hunyuan).
         rms_norm_eps: epsilon of the norms of the original model. The norm divides by D, not by the sliced
             width; see `boundary_eps`.
         source_model_type, source_parameters: the family the weights came from, and how many elements the
@@ -99,6 +100,7 @@ class SlicedConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_output_bias: bool = False
     qk_norm: bool = False
+    qk_norm_after_rope: bool = False
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     intermediate_size: int = 11008

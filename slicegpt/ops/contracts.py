@@ -261,6 +261,7 @@ class DecodeAttentionInputs:
     heads: int
     window: int | None
     norm_eps: float
+    rotate_first: bool = False
 
     def contiguous(self) -> "DecodeAttentionInputs":
         """What the kernel takes: contiguous angles and scales."""

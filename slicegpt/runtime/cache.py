@@ -109,7 +109,7 @@ class GrowingStep(CacheStep):
         heads, key_heads, size = attention.heads, attention.key_heads, attention.head_dim
         cos, sin = self.angles_for(attention)
         values, states = attention_states(
-            rows, key_heads, heads, size, attention.norm, attention.norm_eps, cos, sin
+            rows, key_heads, heads, size, attention.norm, attention.norm_eps, cos, sin, attention.rotate_first
         )
         if states.is_cuda and cos is None and attention.norm is None:
             # A view of a GEMM's rows, whose stride may be any number; attention kernels load 16 bytes at a time.
@@ -194,6 +194,6 @@ class StaticStep(CacheStep):
         cos, sin = self.angles_for(attention)
         decode_attention_(
             rows, cache.keys[layer], cache.values[layer], cache.valid, self.slot, cos, sin, attention.norm,
-            attention.heads, attention.window, attention.norm_eps,
+            attention.heads, attention.window, attention.norm_eps, attention.rotate_first,
         )  # fmt: skip
         return rows[:, 2 * attention.key_heads * attention.head_dim :]

@@ -88,6 +88,7 @@ class CpuStep:
                 rotary,
                 self._line(facts.norm),
                 facts.norm_eps,
+                facts.rotate_first,
                 facts.heads,
             )
         output = gemm.rotate_add_arguments(

@@ -42,6 +42,7 @@ class PackedAttention:
         norm: scales [key heads + query heads, head_dim] of the norm of keys and queries, or None.
         window: number of tokens that a token attends to, itself included, or None.
         rotary: rotary positions turn queries and keys.
+        rotate_first: the norm comes behind the rotation.
     """
 
     layer: int
@@ -52,6 +53,7 @@ class PackedAttention:
     norm_eps: float
     window: int | None
     rotary: bool
+    rotate_first: bool
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,7 @@ def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection
         norm_eps=config.rms_norm_eps,
         window=module.sliding_window,
         rotary=module.uses_rope,
+        rotate_first=config.qk_norm_after_rope,
     )
     return Projection(weight, bias, len(weight), "none", attention)
 

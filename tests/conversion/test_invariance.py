@@ -42,7 +42,7 @@ def test_logits_equal_with_left_padding(pair):
     model, turned = pair
     ids, mask = left_padding(token_ids(), [12, 7, 1])
     expected = model(ids, attention_mask=mask, **own_positions(model, mask)).logits
-    actual = turned(ids, attention_mask=mask).logits
+    actual = turned(ids, attention_mask=mask, **own_positions(turned, mask)).logits
     assert relative_error(actual[mask.bool()], expected[mask.bool()]) < TOLERANCE
 
 

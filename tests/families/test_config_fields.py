@@ -58,6 +58,8 @@ BASE = {
     "cohere2": "cohere2",
     "granitemoehybrid": "granite4",
     "ministral3": "ministral3",
+    "hunyuan_v1_dense": "hunyuan",
+    "apertus": "apertus",
 }
 
 THETA = {"rope_theta": 100.0}
@@ -83,6 +85,8 @@ ROPES = [
     THETA | {"rope_type": "ntk_by_parts", "factor": 2.0},
     {"rope_type": "default", "rope_theta": 0.0},
     {"rope_type": "default", "rope_theta": float("nan")},
+    THETA | {"rope_type": "dynamic", "factor": 1.0, "alpha": 5.0},
+    THETA | {"rope_type": "default", "alpha": 5.0},
     GROWING_QUERIES | {"original_max_position_embeddings": 4},
     GROWING_QUERIES | {"llama_4_scaling_beta": None},
     THETA | {"rope_type": "default", "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4},
@@ -207,6 +211,7 @@ WITHOUT_EFFECT = {
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
+    "eod_token_id",
     "architectures",
     "dtype",
     "id2label",

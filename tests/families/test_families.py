@@ -16,6 +16,7 @@ from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Linear, canonical_fields, checkpoint_of
 from slicegpt.families.rewriting import neighbours_to_halves
+from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.runtime import Runtime, to_canonical
 from slicegpt.slicing import SlicingOptions, slice_model
 
@@ -253,6 +254,22 @@ def test_the_runtime_goes_as_far_as_queries_stay_as_they_are():
     assert Runtime(model).max_length == 32
     with pytest.raises(SliceGPTError, match="at most 32, the length past which the model's queries grow"):
         Runtime(model, max_length=33)
+
+
+@torch.no_grad()
+def test_an_activation_with_weights_is_sliced_and_saved(tmp_path):
+    """Its numbers are a layer's and not a neuron's: they stay as they are where neurons are deleted."""
+    model = tiny_model("apertus", torch.float32)
+    fields = canonical_fields(model)
+    config = plan(fields, constant_widths(fields, 36), Shape(neurons=0.25))
+    sliced, _ = slice_model(model, config, batches(), SlicingOptions(dtype=torch.float32, ridge=0.1))
+    sliced.save_pretrained(tmp_path)
+    loaded = SlicedForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(token_ids()).logits, sliced(token_ids()).logits)
+    theirs, ours = (network.model.layers[1].mlp for network in (model, loaded))
+    assert ours.up_proj.out_features < theirs.up_proj.out_features
+    for name, tensor in theirs.act_fn.state_dict().items():
+        assert torch.equal(ours.act_fn.state_dict()[name], tensor)
 
 
 # --- rewriting ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
     ArceeConfig,
     ArceeForCausalLM,
     Cohere2Config,
@@ -33,6 +35,8 @@ from transformers import (
     GraniteMoeHybridForCausalLM,
     HeliumConfig,
     HeliumForCausalLM,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
     InternLM3Config,
     IQuestCoderConfig,
     Jais2Config,
@@ -234,6 +238,17 @@ CASES = {
         GraniteMoeHybridConfig,
         GRANITE4 | {"position_embedding_type": None, "head_dim": 16},
     ),
+    "hunyuan": (HunYuanDenseV1ForCausalLM, HunYuanDenseV1Config, GATED | {"head_dim": 16}),
+    "hunyuan-alpha": (
+        HunYuanDenseV1ForCausalLM,
+        HunYuanDenseV1Config,
+        GATED
+        | {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e2, "factor": 1.0, "alpha": 9.0},
+        },
+    ),
+    "apertus": (ApertusForCausalLM, ApertusConfig, GATED | {"rope_parameters": LLAMA3_ROPE}),
     "ministral3": (
         Ministral3ForCausalLM,
         Ministral3Config,
@@ -241,6 +256,10 @@ CASES = {
     ),
     "helium": (HeliumForCausalLM, HeliumConfig, GATED | {"head_dim": 12}),
 }
+
+# Their activation has weights, which the fused operators do not take.
+PLAIN_ONLY = {"apertus"}
+FUSED_CASES = sorted(set(CASES) - PLAIN_ONLY)
 
 
 def tiny_model(case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> PreTrainedModel:
@@ -317,8 +336,13 @@ def left_padding(ids: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, t
 
 
 def own_positions(model: PreTrainedModel, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What GPT-2 has to be told so that it does not count padding, which `generate` does and other families do."""
-    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if model.config.model_type == "gpt2" else {}
+    """The positions of tokens that are not padding, as `generate` gives them: what a model has to be told whose scores
+    depend on more than distances, and which counts columns otherwise."""
+    config = model.config
+    absolute = config.model_type in ("gpt2", "hunyuan_v1_dense") or getattr(
+        config, "qk_norm_after_rope", False
+    )
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if absolute else {}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
