@@ -59,7 +59,8 @@ def decode_attention_(inputs: DecodeAttentionInputs, splits: int | None = None) 
         rows.stride(0), *keys.stride()[:3], valid.stride(0), inputs.norm_eps, head_dim**-0.5 * 1.4426950408889634,
         GROUP=group, KEY_HEADS=key_heads, HEAD_DIM=head_dim, ROTARY=0 if cos is None else cos.shape[-1],
         ROTATE_FIRST=inputs.rotate_first, WINDOW=inputs.window, SPLITS=splits, DOT=dot,
-        BLOCK_G=triton.next_power_of_2(max(16, group)) if dot else 1, BLOCK_N=block_tokens(width, rows.itemsize, dot), WIDTH=width,
+        BLOCK_G=triton.next_power_of_2(max(16, group)) if dot else 1,
+        BLOCK_N=block_tokens(width, rows.itemsize, dot), WIDTH=width,
         num_warps=4, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:

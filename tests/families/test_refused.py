@@ -1,6 +1,7 @@
 """Every causal language model of transformers is either taken or refused for a reason of its own."""
 
 import re
+from pathlib import Path
 
 import pytest
 from transformers import (
@@ -48,6 +49,11 @@ def test_every_family_is_a_causal_language_model_of_transformers():
         classes[name] = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]].__name__
         assert classes[name] in family.architectures
     assert len(set(classes.values())) > len(classes) / 2
+
+
+def test_the_page_names_every_family():
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    assert not [name for name in FAMILIES if f"`{name}`" not in page]
 
 
 @pytest.mark.parametrize(
