@@ -29,6 +29,12 @@ def falcon_facts(config: PreTrainedConfig) -> dict:
         raise SliceGPTError(
             "falcon: parallel_attn=False is not supported with new_decoder_architecture=True, which has no such layers"
         )
+    own_keys = not (config.multi_query or config.new_decoder_architecture)
+    if own_keys and config.num_kv_heads != config.num_attention_heads:
+        raise SliceGPTError(
+            f"falcon: num_kv_heads must be {config.num_attention_heads} where multi_query=False, got"
+            f" {config.num_kv_heads}"
+        )
     if _two_norms(config) and not config.new_decoder_architecture and config.parallel_attn:
         raise SliceGPTError(
             "falcon: num_ln_in_parallel_attn=2 is not supported without new_decoder_architecture: its layers read one"

@@ -54,6 +54,7 @@ from slicegpt.slicing import SlicingOptions, slice_model
         ("gpt2", {"add_cross_attention": True}, "gpt2: add_cross_attention=True is not supported"),
         ("gpt2", {"num_attention_heads": 16}, "gpt2: hidden_size / num_attention_heads must be even"),
         ("falcon", {"alibi": True}, "falcon: alibi=True is not supported"),
+        ("falcon-sequential", {"num_kv_heads": 2}, "falcon: num_kv_heads must be 4 where multi_query=False"),
         ("falcon-grouped", {"parallel_attn": False}, "falcon: parallel_attn=False is not supported"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "falcon: num_ln_in_parallel_attn=2 is not supported"),
         ("helium", {"head_dim": 16}, "helium: head_dim must be hidden_size / num_attention_heads = 12"),
