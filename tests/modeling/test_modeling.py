@@ -215,6 +215,19 @@ def test_impossible_configs_are_refused(changes, message):
         SlicedConfig(**fields)
 
 
+def test_a_config_of_before_means_what_it_did():
+    """Checkpoints written without these fields: all layers have rotary positions, norms come before them."""
+    fields = SlicedConfig(dense_hidden_size=32, num_hidden_layers=2, num_attention_heads=2).to_dict()
+    older = {
+        name: value for name, value in fields.items() if name not in ("no_rope_layers", "qk_norm_after_rope")
+    }
+    config = SlicedConfig.from_dict(older)
+    assert config.uses_rope(0)
+    assert config.uses_rope(1)
+    assert not config.qk_norm_after_rope
+    assert config.query_scaling is None
+
+
 def test_compiles_without_graph_breaks(small):
     """The whole forward pass is one graph."""
     ids = token_ids()
