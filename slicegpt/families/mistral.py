@@ -18,6 +18,13 @@ def mistral_facts(config: PreTrainedConfig) -> dict:
     return llama_facts(config) | {"sliding_window": config.sliding_window}
 
 
+def ministral_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Ministral config determines; transformers makes no such model without a window."""
+    if config.sliding_window is None:
+        raise SliceGPTError("ministral: sliding_window must be a number of tokens, got None")
+    return windowed_facts(config)
+
+
 def ministral3_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that a Ministral 3 config determines."""
     facts, name = mistral_facts(config), "llama_4_scaling_beta"
@@ -35,7 +42,7 @@ def ministral3_facts(config: PreTrainedConfig) -> dict:
 
 MISTRAL = replace(LLAMA, model_type="mistral", architectures=("MistralForCausalLM",), facts=mistral_facts)
 MINISTRAL = replace(
-    LLAMA, model_type="ministral", architectures=("MinistralForCausalLM",), facts=windowed_facts
+    LLAMA, model_type="ministral", architectures=("MinistralForCausalLM",), facts=ministral_facts
 )
 CWM = replace(LLAMA, model_type="cwm", architectures=("CwmForCausalLM",), facts=windowed_facts)
 MINISTRAL3 = replace(
