@@ -19,7 +19,7 @@ def mistral_facts(config: PreTrainedConfig) -> dict:
 
 
 def ministral_facts(config: PreTrainedConfig) -> dict:
-    """Fields of `SlicedConfig` that a Ministral config determines; transformers makes no such model without a window."""
+    """Fields of `SlicedConfig` that a Ministral config determines; without a window transformers fails."""
     if config.sliding_window is None:
         raise SliceGPTError("ministral: sliding_window must be a number of tokens, got None")
     return windowed_facts(config)
