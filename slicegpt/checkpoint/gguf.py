@@ -93,6 +93,8 @@ def _load_model(reader, file: Path, dtype: torch.dtype) -> PreTrainedModel:
         rows, part = values(name), name.split(".")[-2]
         if architecture.permuted and part in heads:
             rows = rows.reshape(heads[part], -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+        if architecture.one_plus and part.endswith("norm") and name.endswith(".weight"):
+            rows = rows - 1
         state[parameter] = torch.from_numpy(np.array(rows)).to(dtype)
     model, info = model_class.from_pretrained(
         None,

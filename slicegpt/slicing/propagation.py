@@ -100,12 +100,12 @@ class Propagation:
                 self.dense_streams[index] = stream
 
     def inputs(self, block: Block, stream: torch.Tensor, batch: TokenBatch) -> dict:
-        """Attention mask and rotary positions, as the block's attention takes them."""
+        """Attention mask and positions, as the block's attention takes them."""
         shape = stream.shape[:2]
         positions = torch.arange(shape[1], device=stream.device).expand(shape)
         masks, rotary = self.shell.block_inputs(stream, positions, batch.attention_mask)
         mask = masks[self.config.layer_types[block.layer]]
-        return {"attention_mask": mask, "position_embeddings": rotary}
+        return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
 
     def collect(
         self, block: Block, lifted: LiftedBlock, teacher: LiftedBlock, objective: Objective

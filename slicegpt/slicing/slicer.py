@@ -256,7 +256,9 @@ class Slicer:
         """A block's state: its input weights, the factor of a compact shortcut, and the output weights on `basis`."""
         for part, state in readers.items():
             if part == "mlp" and fits.neurons is not None:
-                state = {name: rows[fits.neurons] for name, rows in state.items()}
+                state = {
+                    name: rows[fits.neurons] if "_proj." in name else rows for name, rows in state.items()
+                }
             self.store(state, f"{block.prefix}.{MODULE_NAMES[part]}.")
         if self.config.shortcuts[block.index] == "compact":
             shortcut = factor.mT.to(self.options.dtype).contiguous()

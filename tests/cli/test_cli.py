@@ -385,14 +385,13 @@ def test_truncated_safetensors(folder, text, tmp_path, capsys):
 
 
 def test_unsupported_architecture(tiny_tokenizer, text, tmp_path, capsys):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=512)).save_pretrained(
-        tmp_path / "gpt2"
-    )
-    tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
-    line = bad(capsys, *slice_into(tmp_path / "gpt2", text, tmp_path / "out"))
-    assert_error(line, "'gpt2' is not supported; supported are llama .*, opt .*, phi ")
+    model = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=16, n_head=2, vocab_size=512))
+    model.save_pretrained(tmp_path / "bloom")
+    tiny_tokenizer.save_pretrained(tmp_path / "bloom")
+    line = bad(capsys, *slice_into(tmp_path / "bloom", text, tmp_path / "out"))
+    assert_error(line, "'bloom' is not supported: .*ALiBi; supported are llama, .*opt, phi,")
     assert not (tmp_path / "out").exists()
 
 
