@@ -106,13 +106,14 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         if os.fstat(handle).st_size == size and os.pread(handle, len(first), 0) == first:
             return
         os.ftruncate(handle, 0)
-        # A file that is only told its length would take room when it is written, hours later.
-        try:
-            os.posix_fallocate(handle, 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            os.ftruncate(handle, size)
+        os.ftruncate(handle, size)
+        # A file that is only told its length takes its room when it is written, hours later.
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(handle, 0, size)
+            except OSError as error:  # not every file system can
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
         self._write(handle, memoryview(first), 0)
 
     def write(self, name: str, tensor: torch.Tensor | Iterable[torch.Tensor]) -> None:
@@ -147,6 +148,9 @@ class TensorFiles(Mapping[str, torch.Tensor]):
                 raise SliceGPTError(f"{place.file}: truncated at {at} bytes")
             data, at = data[read:], at + read
         return tensor
+
+    def __contains__(self, name: object) -> bool:  # the inherited one would read the tensor
+        return name in self.places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

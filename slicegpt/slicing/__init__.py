@@ -24,8 +24,8 @@ The files, in the order in which a run goes through them:
     held_out     afterwards: was the calibration text enough?
 """
 
-from .driver import slice_model
+from .driver import slice_checkpoint, slice_model
 from .objective import Objective
 from .options import SlicingOptions, SlicingReport
 
-__all__ = ["Objective", "SlicingOptions", "SlicingReport", "slice_model"]
+__all__ = ["Objective", "SlicingOptions", "SlicingReport", "slice_checkpoint", "slice_model"]

@@ -54,7 +54,7 @@ def choose_ridge(
     tokens, report = len(held_out) * (held_out.shape[1] - 1), progress or Progress(quiet=True)
     with report.stage("refit: λ by held-out windows", len(ridges), "candidates at most") as advance:
         for ridge in ridges:
-            model = build_model(config, sink.candidate(ridge))
+            model = build_model(config, dict(sink.candidate(ridge)))
             with layer_by_layer(model, options.device):
                 losses[ridge] = sum(window_losses(model, held_out, WINDOWS)) / tokens
             advance(1)
