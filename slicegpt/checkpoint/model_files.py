@@ -7,7 +7,6 @@ from the beginning, and the tensors go to their places in it.
 from __future__ import annotations
 
 import json
-from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import GenerationConfig
 
+from slicegpt.checkpoint.dense_source import DenseSource, source_of_state
 from slicegpt.checkpoint.tensor_files import TensorFiles
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import skeleton
@@ -40,12 +40,13 @@ class ModelFiles:
     def __init__(self, folder: Path, fits: Path, max_shard_size: str):
         self.folder, self.fits_folder, self.max_shard_size = folder, fits, max_shard_size
         self.config: SlicedConfig | None = None
+        self.dtype: torch.dtype | None = None
         self.tensors: TensorFiles | None = None
         self.fits: dict[float, TensorFiles] = {}
 
     def open(self, config: SlicedConfig, dtype: torch.dtype, ridges: Sequence[float]) -> None:
         """Make the files, with room for all that they will hold; what an earlier process wrote stays there."""
-        self.config = config
+        self.config, self.dtype = config, dtype
         shell = skeleton(config).to(dtype)
         shapes = shell.state_dict()
         if config.tie_word_embeddings:
@@ -79,9 +80,10 @@ class ModelFiles:
         for name, tensor in entries.items():
             files.write(name, tensor)
 
-    def candidate(self, ridge: float) -> Mapping[str, torch.Tensor]:
-        """The state of the model with the fits at one λ; a tensor is read when it is asked for."""
-        return ChainMap(self.fits[ridge], self.tensors) if self.fits else self.tensors
+    def candidate(self, ridge: float) -> DenseSource:
+        """The model with the fits at one λ; a tensor is read when it is asked for."""
+        places = self.tensors.places | (self.fits[ridge].places if self.fits else {})
+        return source_of_state(f"{self.folder}", self.config, places, self.dtype)
 
     def choose(self, ridge: float) -> None:
         if self.fits:
@@ -99,12 +101,12 @@ class ModelFiles:
             if files is not None:
                 files.close()
 
-    def write_configs(self, generation_config: GenerationConfig | None) -> SlicedConfig:
-        """Write the config files beside the weights, as `save_pretrained` does; returns the config."""
+    def finished(self, generation_config: GenerationConfig | None) -> DenseSource:
+        """The model; the config files stand beside its weights, as `save_pretrained` writes them."""
         shell = skeleton(self.config)
         config = shell.config
-        config.dtype = str(next(iter(self.tensors.places.values())).dtype).removeprefix("torch.")
+        config.dtype = str(self.dtype).removeprefix("torch.")
         config.architectures = [type(shell).__name__]
         config.save_pretrained(self.folder)
         (generation_config or shell.generation_config).save_pretrained(self.folder)
-        return config
+        return source_of_state(f"{self.folder}", config, self.tensors.places, self.dtype)

@@ -11,39 +11,18 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from slicegpt.errors import SliceGPTError
+from slicegpt.checkpoint.tensors import OTHER_DTYPES, PLAIN_DTYPES, FileTensor
 
-# safetensors' names of the dtypes, in the order in which it puts the tensors of a file, and then by name.
-_DTYPES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-}
+# The order in which safetensors puts the tensors of a file, and then by name.
+_ORDER = ("I64", "F64", "F32", "BF16", "F16", "U8")
+_DTYPES = {dtype: name for name, dtype in (OTHER_DTYPES | PLAIN_DTYPES).items() if name in _ORDER}
 
 # One call of pwrite takes 2 GiB at most.
 _BYTES_AT_ONCE = 1 << 30
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor stands: its file, the first byte of it there, its dtype and shape."""
-
-    file: Path
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 def header_of(
@@ -54,8 +33,7 @@ def header_of(
     Args:
         entries: dtype and shape by name.
     """
-    order = list(_DTYPES)
-    names = sorted(entries, key=lambda name: (order.index(entries[name][0]), name))
+    names = sorted(entries, key=lambda name: (_ORDER.index(_DTYPES[entries[name][0]]), name))
     table, end, starts = {"__metadata__": dict(metadata)}, 0, {}
     for name in names:
         dtype, shape = entries[name]
@@ -80,8 +58,11 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         entries: dtype and shape of every tensor.
         metadata: of every file.
 
+    Attributes:
+        places: where each tensor stands.
+
     Raises:
-        SliceGPTError: the disk has no room for them.
+        OSError: the disk has no room for them.
     """
 
     def __init__(
@@ -91,12 +72,15 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str],
     ):
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, FileTensor] = {}
         self._open: dict[Path, int] = {}
         for name, tensors in files.items():
             file, own = folder / name, {tensor: entries[tensor] for tensor in tensors}
             first, starts, size = header_of(own, metadata)
-            self.places |= {tensor: Place(file, starts[tensor], *own[tensor]) for tensor in own}
+            self.places |= {
+                tensor: FileTensor(file, starts[tensor], torch.Size(shape), dtype, dtype)
+                for tensor, (dtype, shape) in own.items()
+            }
             self._reserve(file, first, size)
 
     def _reserve(self, file: Path, first: bytes, size: int) -> None:
@@ -119,17 +103,20 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     def write(self, name: str, tensor: torch.Tensor | Iterable[torch.Tensor]) -> None:
         """Put a tensor in its place, from any device; or one whose first rows come first, piece by piece."""
         place = self.places[name]
-        pieces, at = [tensor] if isinstance(tensor, torch.Tensor) else tensor, place.start
+        pieces, at = [tensor] if isinstance(tensor, torch.Tensor) else tensor, place.offset
+        end = at + place.shape.numel() * place.dtype.itemsize
         for piece in pieces:
-            if piece.dtype != place.dtype or piece.shape[1:] != torch.Size(place.shape[1:]):
-                raise ValueError(f"{name}: {place.dtype} {place.shape} expected, got {piece.dtype} {piece.shape}")
+            if piece.dtype != place.dtype or piece.shape[1:] != place.shape[1:]:
+                raise ValueError(
+                    f"{name}: {place.dtype} {tuple(place.shape)} expected, got {piece.dtype} {tuple(piece.shape)}"
+                )
             data = _bytes_of(piece)
-            if at + len(data) > place.start + place.bytes:
-                raise ValueError(f"{name}: more rows than {place.shape}")
+            if at + len(data) > end:
+                raise ValueError(f"{name}: more rows than {place.shape[0]}")
             self._write(self._open[place.file], data, at)
             at += len(data)
-        if at != place.start + place.bytes:
-            raise ValueError(f"{name}: fewer rows than {place.shape}")
+        if at != end:
+            raise ValueError(f"{name}: fewer rows than {place.shape[0]}")
 
     @staticmethod
     def _write(handle: int, data: memoryview, at: int) -> None:
@@ -139,15 +126,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A copy of a tensor, read from its file."""
-        place = self.places[name]
-        tensor = torch.empty(place.shape, dtype=place.dtype)
-        data, at = _bytes_of(tensor), place.start
-        while data:
-            read = os.preadv(self._open[place.file], [data[:_BYTES_AT_ONCE]], at)
-            if not read:
-                raise SliceGPTError(f"{place.file}: truncated at {at} bytes")
-            data, at = data[read:], at + read
-        return tensor
+        return self.places[name].read()
 
     def __contains__(self, name: object) -> bool:  # the inherited one would read the tensor
         return name in self.places

@@ -27,7 +27,7 @@ PLAIN_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_OTHER_DTYPES = {
+OTHER_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
@@ -147,7 +147,7 @@ def open_files(files: Iterable[Path], dtype: torch.dtype | None = None) -> dict[
     for file in files:
         header, begin = _read_header(file)
         for name, entry in header.items():
-            stored = (PLAIN_DTYPES | _OTHER_DTYPES).get(entry["dtype"])
+            stored = (PLAIN_DTYPES | OTHER_DTYPES).get(entry["dtype"])
             if stored is None:
                 raise SliceGPTError(f"{file}: {name} is stored as {entry['dtype']}, which is not supported")
             shape, offset = torch.Size(entry["shape"]), begin + entry["data_offsets"][0]

@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedModel
 
 from slicegpt.calibration.batches import CalibrationBatch
-from slicegpt.conversion.canonical import build_model
 from slicegpt.families import Checkpoint, checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
@@ -42,7 +41,7 @@ def slice_model(
     config, report = slice_checkpoint(
         checkpoint_of(model), config, sink, batches, options, progress, held_out, objective
     )
-    return build_model(config, sink.state), report
+    return sink.finished(None).shell, report
 
 
 def slice_checkpoint(

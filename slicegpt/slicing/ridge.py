@@ -54,7 +54,8 @@ def choose_ridge(
     tokens, report = len(held_out) * (held_out.shape[1] - 1), progress or Progress(quiet=True)
     with report.stage("refit: λ by held-out windows", len(ridges), "candidates at most") as advance:
         for ridge in ridges:
-            model = build_model(config, dict(sink.candidate(ridge)))
+            source = sink.candidate(ridge)
+            model = source.shell if source.in_memory else build_model(config, dict(source.tensors))
             with layer_by_layer(model, options.device):
                 losses[ridge] = sum(window_losses(model, held_out, WINDOWS)) / tokens
             advance(1)

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
+from transformers import GenerationConfig
 
+from slicegpt.conversion.canonical import build_model
+from slicegpt.families import DenseSource, source_of
 from slicegpt.modeling import SlicedConfig
 
 # A tensor, or one in pieces, its first rows first.
@@ -25,11 +28,18 @@ class Sink(Protocol):
     def store_fit(self, ridge: float, entries: Mapping[str, torch.Tensor]) -> None:
         """Take entries that depend on λ."""
 
-    def candidate(self, ridge: float) -> Mapping[str, torch.Tensor]:
-        """The model's state with the fits at one λ."""
+    def candidate(self, ridge: float) -> DenseSource:
+        """The model with the fits at one λ."""
 
     def choose(self, ridge: float) -> None:
         """The model is the one with the fits at this λ."""
+
+    def finished(self, generation_config: GenerationConfig | None) -> DenseSource:
+        """The model, whose tensors are all there.
+
+        Args:
+            generation_config: the dense model's, which the sliced one shares; None: the default of its config.
+        """
 
 
 class MemorySink:
@@ -45,7 +55,7 @@ class MemorySink:
         self.fits: dict[float, dict[str, torch.Tensor]] = {}
 
     def open(self, config: SlicedConfig, dtype: torch.dtype, ridges: Sequence[float]) -> None:
-        self.fits = {ridge: {} for ridge in ridges}
+        self.config, self.fits = config, {ridge: {} for ridge in ridges}
 
     def store(self, entries: Mapping[str, Pieces]) -> None:
         for name, value in entries.items():
@@ -55,8 +65,14 @@ class MemorySink:
     def store_fit(self, ridge: float, entries: Mapping[str, torch.Tensor]) -> None:
         self.fits[ridge] |= {name: tensor.to("cpu") for name, tensor in entries.items()}
 
-    def candidate(self, ridge: float) -> dict[str, torch.Tensor]:
-        return self.state | self.fits[ridge]
+    def candidate(self, ridge: float) -> DenseSource:
+        return source_of(build_model(self.config, self.state | self.fits[ridge]))
 
     def choose(self, ridge: float) -> None:
         self.state |= self.fits[ridge]
+
+    def finished(self, generation_config: GenerationConfig | None) -> DenseSource:
+        model = build_model(self.config, self.state)
+        if generation_config is not None:
+            model.generation_config = generation_config
+        return source_of(model)
