@@ -21,13 +21,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from slicegpt.calibration import Calibration, CalibrationBatch
 from slicegpt.checkpoint.folders import sync_folder
 from slicegpt.checkpoint.model_files import ModelFiles
-from slicegpt.checkpoint.partial import STATE_FILES, PartialFolder
+from slicegpt.checkpoint.partial import CALL, STATE_FILES, PartialFolder, read_call
+from slicegpt.checkpoint.report import SliceReport
+from slicegpt.checkpoint.saving import read_record
 from slicegpt.checkpoint.tensor_files import TensorFiles
 from slicegpt.checkpoint.tensors import open_files
 from slicegpt.errors import SliceGPTError
@@ -39,6 +41,7 @@ from slicegpt.slicing.keeping import Keeper, Snapshot
 # Seconds after which a run is worth keeping.
 KEEP_AFTER = 120.0
 
+WHEN = ("auto", "always", "never")
 _CALIBRATION = "calibration.safetensors"
 # Of each input file so much is hashed: the header of any safetensors file, and the most of a GGUF file's.
 _HASHED = 1 << 20
@@ -84,6 +87,14 @@ class RunKeeper(Keeper):
         raise SliceGPTError(
             f"no state in {self.partial.folder} can be read; --overwrite starts over", "resume"
         )
+
+    def begin(self, call: dict, drawn: Calibration) -> None:
+        """Keep what every snapshot goes with."""
+        if self.when == "never":
+            return
+        write_call(self.partial.folder, call)
+        write_calibration(self.partial.folder, drawn)
+        self.keep(Snapshot("drawn"))
 
     def found(self, stage: str) -> Snapshot | None:
         return self._found if self._found is not None and self._found.stage == stage else None
@@ -159,6 +170,35 @@ def call_of(recipe: Recipe, resolved: Recipe, machine: Mapping[str, Any], source
         "machine": dict(machine),
         "inputs": fingerprints(source),
     }
+
+
+def write_call(folder: Path, call: dict) -> None:
+    """Keep what `call_of` says, whole or not at all."""
+    with (folder / f"{CALL}.writing").open("w", encoding="utf-8") as stream:
+        json.dump(call, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    (folder / f"{CALL}.writing").rename(folder / CALL)
+
+
+def interrupted_call(output: str | Path | None, resume: bool, keep_state: str) -> dict | None:
+    """How the run to go on with was called; None for one that begins.
+
+    Args:
+        output: None: of such a run nothing is kept.
+    """
+    if keep_state not in WHEN:
+        raise SliceGPTError(f"must be one of {', '.join(WHEN)}, got {keep_state!r}", "keep_state")
+    if resume and output is None:
+        raise SliceGPTError("needs an output folder, and a model by its name: no other run is kept", "resume")
+    return read_call(output) if resume else None
+
+
+def finished(output: str | Path) -> tuple[Path, PreTrainedTokenizerBase, SliceReport]:
+    """The folder, tokenizer and report of a run that was killed after its last step."""
+    path = Path(output)
+    PartialFolder(path.absolute()).discard()
+    return path, AutoTokenizer.from_pretrained(path, local_files_only=True), SliceReport(read_record(path))
 
 
 def check_recipe(call: dict, recipe: Recipe) -> None:

@@ -76,7 +76,7 @@ def largest_part(source: DenseSource) -> int:
     return max([*layers, min(TABLE_BYTES, model.head.weight.nbytes)])
 
 
-class _AllCalled(Exception):  # noqa: N818  (no error)
+class _AllCalled(Exception):
     """Every layer has been called; what comes after the last one is not wanted."""
 
 
@@ -243,9 +243,7 @@ class LayerwiseModel:
                 piece[f"{self.head_name}.bias"] = shift
             # A few architectures do more than apply the head (scaled logits): found out as `window_losses` does.
             if plain is None:
-                plain = torch.equal(
-                    functional.linear(hidden_states(0), weight, shift), all_logits(0, piece)
-                )
+                plain = torch.equal(functional.linear(hidden_states(0), weight, shift), all_logits(0, piece))
                 for place in range(len(streams)) if plain else ():
                     streams[place] = hidden_states(place)[:, :-1].flatten(0, 1).cpu()
             for place, total in enumerate(sums):

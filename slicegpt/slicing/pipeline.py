@@ -22,6 +22,7 @@ from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
 from slicegpt.recipe import IN_MEMORY, Recipe
 from slicegpt.slicing.driver import slice_checkpoint, slice_model
+from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.sink import Sink
 
@@ -91,10 +92,13 @@ def slice_source(
     options: SlicingOptions,
     sink: Sink,
     progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[SlicedConfig, SlicingReport]:
     """As `slice_drawn`, of a model that need not be in memory; see `slice_checkpoint`."""
     checkpoint = checkpoint_of(source)
-    return slice_checkpoint(checkpoint, config, sink, drawn.batches, options, progress, drawn.held_out)
+    return slice_checkpoint(
+        checkpoint, config, sink, drawn.batches, options, progress, drawn.held_out, keeper=keeper
+    )
 
 
 def whole(source: DenseSource) -> PreTrainedModel:

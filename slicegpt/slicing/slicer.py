@@ -38,6 +38,7 @@ from slicegpt.slicing.blocks import (
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
+from slicegpt.slicing.keeping import Keeper, Snapshot
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
@@ -60,6 +61,7 @@ class Slicer:
         ridges: its λ. The tokens go on through the network with the fit at the first; with the same bases and neurons
             every one has entries of its own in the sink.
         sink: where the model's tensors go, each one as soon as it is final.
+        keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
 
     Attributes:
         ridges: those that something is fitted at; the first one alone where there is no refit.
@@ -76,6 +78,7 @@ class Slicer:
         ridges: Sequence[float],
         progress: Progress,
         sink: Sink,
+        keeper: Keeper | None = None,
     ):
         self.checkpoint = checkpoint
         self.config = config
@@ -83,6 +86,7 @@ class Slicer:
         self.objective = objective
         self.progress = progress
         self.sink = sink
+        self.keeper = keeper or Keeper()
         self.mean_subtraction = checkpoint.family.mean_subtraction
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
@@ -304,10 +308,47 @@ class Slicer:
         steps = sum(map(self.needs_pass, blocks)) * passes
         self.sink.open(self.config, self.options.dtype, self.ridges)
         with self.progress.stage("slicing", steps, "steps") as self.propagation.advance:
-            basis = self.slice_embedding()
-            for _, pair in groupby(blocks, key=lambda block: block.layer):
+            found = self.keeper.found("slicing")
+            if found is None:
+                basis, done = self.slice_embedding(), 0
+                self.keep(done, basis)
+            else:
+                basis, done = self.restore(found), found.done
+                self.propagation.advance(sum(map(self.needs_pass, blocks[:done])) * passes)
+            for _, pair in groupby(blocks[done:], key=lambda block: block.layer):
                 layer = None
                 for block in pair:
                     layer = layer or self.checkpoint.layer(block.layer)
                     basis = self.slice_block(block, layer, basis)
+                    self.keep(block.index + 1, basis)
             self.slice_head(basis)
+
+    # --- an interrupted run ------------------------------------------------------------------------------------
+
+    def keep(self, done: int, basis: torch.Tensor) -> None:
+        """Between two blocks: what the next ones need, so that another process can go on from here."""
+        spectra = {
+            f"eigenvalues.{boundary}": torch.tensor(values, dtype=torch.float64)
+            for boundary, values in enumerate(self.report.eigenvalues)
+            if values is not None
+        }
+        tensors = spectra | {"basis": basis, "generator": self.generator.get_state()}
+        data = {
+            "remaining": [[index, list(shares.items())] for index, shares in self.remaining],
+            "seconds": self.report.seconds,
+        }
+        ends = done == self.config.num_blocks
+        self.keeper.keep(Snapshot("slicing", done, data, tensors, None if ends else self.propagation))
+
+    def restore(self, found: Snapshot) -> torch.Tensor:
+        """Go on where another process has stopped; returns the basis there."""
+        self.remaining = [(index, dict(shares)) for index, shares in found.data["remaining"]]
+        self.report.seconds.update(found.data["seconds"])
+        for boundary in range(found.done + 1):
+            name = f"eigenvalues.{boundary}"
+            known = found.tensors[name].tolist() if name in found.tensors else None
+            self.report.eigenvalues.append(known)
+        self.generator.set_state(found.tensors["generator"])
+        if found.done < self.config.num_blocks:
+            self.propagation.restore(found.tensors)
+        return found.tensors["basis"].to(self.options.device)
