@@ -55,7 +55,7 @@ from slicegpt.result import SliceResult
 from slicegpt.slicing import SlicingOptions
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
 from slicegpt.slicing.keeping import Keeper
-from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_source, whole
+from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_source
 from slicegpt.slicing.sink import MemorySink
 
 __all__ = ["Evaluation", "Recipe", "SliceReport", "SliceResult", "evaluate", "load", "slice"]
@@ -224,7 +224,7 @@ def slice(
             drawn = read_calibration(partial.folder)
         else:
             with progress.step(f"tokenising {recipe.calibration}"):
-                drawn = draw_samples(recipe, sources, whole(dense), tokenizer, device, progress)
+                drawn = draw_samples(recipe, sources, dense, tokenizer, device, progress)
             if partial is not None:
                 keeper.begin(call_of(given, recipe, machine, dense), drawn)
         figures = coverage(drawn.batches, config.vocab_size, config.dense_hidden_size)
@@ -235,7 +235,7 @@ def slice(
         config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper)
         sliced = sink.finished(dense.generation_config)
         check = held_out_check(
-            whole(dense), whole(sliced), drawn, device, progress, seen.ridge_search is not None
+            dense, sliced, drawn, device, progress, seen.ridge_search is not None
         )
         if check is not None and (warning := held_out_warning(check)):
             warnings.append(warning)
