@@ -29,8 +29,9 @@ from slicegpt.conversion.plan import plan_recipe
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.report import Evaluation
+from slicegpt.evaluation.unloaded import unloaded
 from slicegpt.evaluation.zero_shot import ZeroShotTasks
-from slicegpt.families import canonical_fields
+from slicegpt.families import DenseSource, canonical_fields
 from slicegpt.hardware.devices import find_device, find_dtype
 from slicegpt.hardware.offload import moved
 from slicegpt.modeling import SlicedForCausalLM
@@ -241,6 +242,7 @@ def evaluate(
     batch_size: BatchSize = 1,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    layerwise: bool | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure perplexity on a text, accuracy on zero-shot tasks, or both, of a dense or a sliced model.
@@ -263,6 +265,8 @@ def evaluate(
         batch_size: windows or questions at a time; "auto" chooses, and takes fewer where memory runs out.
         dtype: of the weights of a model that is loaded here; None and "auto" keep the stored one.
         device: where a model that is loaded here runs; None and "auto" take the first GPU where there is one.
+        layerwise: the model is not loaded: all windows pass it layer by layer, each of which is read from its file
+            once. The figures are the same. None: where the model does not fit into memory. Tasks need it whole.
         progress: where stages are reported; None is silent.
 
     Returns:
@@ -291,21 +295,30 @@ def evaluate(
         with progress.step(f"loading tasks {', '.join(names)}"):
             tasks = ZeroShotTasks(names, include_path, num_fewshot, limit)
     if isinstance(model, PreTrainedModel):
-        name = model.config.name_or_path or type(model).__name__
+        name, place = model.config.name_or_path or type(model).__name__, model.device
+        if layerwise:
+            raise SliceGPTError("is for a model that is not loaded; give its name", "layerwise")
         if tokenizer is None:
             raise SliceGPTError("is needed beside a loaded model, got None", "tokenizer")
     else:
-        name = os.fspath(_checked_name(model))
-        with progress.step(f"loading {name}"):
-            model, tokenizer = load(name, dtype, find_device(device))
+        name, place = os.fspath(_checked_name(model)), find_device(device)
+        source = unloaded(name, find_dtype(dtype), place, layerwise, tasks is not None, progress)
+        if source is None:
+            with progress.step(f"loading {name}"):
+                model, tokenizer = load(name, dtype, place)
+        else:
+            model, tokenizer = source, source.tokenizer
     measured = scores = None
     if documents is not None:
         with renamed(documents="data"):
-            measured = perplexity(model, tokenizer, documents, seqlen, batch_size, max_windows, progress)
+            measured = perplexity(
+                model, tokenizer, documents, seqlen, batch_size, max_windows, progress, place
+            )
     if tasks is not None:
         scores = tasks.score(model, tokenizer, batch_size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Evaluation(name, parameters, str(model.dtype).removeprefix("torch."), measured, scores)
+    shell = model.shell if isinstance(model, DenseSource) else model
+    parameters = sum(parameter.numel() for parameter in shell.parameters())
+    return Evaluation(name, parameters, str(shell.dtype).removeprefix("torch."), measured, scores)
 
 
 def _read(recipe: str | os.PathLike | None) -> Recipe:
