@@ -192,7 +192,9 @@ def test_short_runs_keep_nothing(folder, text, tmp_path, monkeypatch):
     assert 16 <= len(written) <= 17
 
 
-def test_two_snapshots_at_most_and_only_the_newest_is_needed(folder, text, undisturbed, tmp_path, monkeypatch):
+def test_two_snapshots_at_most_and_only_the_newest_is_needed(
+    folder, text, undisturbed, tmp_path, monkeypatch
+):
     output = tmp_path / "out"
     interrupted(monkeypatch, folder, text, output, 12)
     older, newer = sorted(partial_path(output).glob("state-*"))
@@ -203,7 +205,10 @@ def test_two_snapshots_at_most_and_only_the_newest_is_needed(folder, text, undis
     interrupted(monkeypatch, folder, text, tmp_path / "again", 12)
     for state in partial_path(tmp_path / "again").glob("state-*"):
         state.write_bytes(b"")
-    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(SliceGPTError, match="no state in .* can be"):
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(SliceGPTError, match="no state in .* can be"),
+    ):
         api.slice(output=tmp_path / "again", resume=True, device="cpu")
 
 
@@ -242,7 +247,10 @@ def test_overwrite_starts_over(folder, text, undisturbed, tmp_path, monkeypatch)
         (("--seqlen", "64"), "--seqlen: the run began with 32, got 64"),
         (("--no-refit",), "--refit: the run began with True, got False"),
         (("--dtype", "bfloat16"), "--dtype: the run began with 'auto', got 'bfloat16'"),
-        (("--calibration", "python-reference"), "--calibration: the run began with '.*train.txt', got 'python-"),
+        (
+            ("--calibration", "python-reference"),
+            "--calibration: the run began with '.*train.txt', got 'python-",
+        ),
         (("--max-shard-size", "1MB"), "--max-shard-size: the run began with '5GB', got '1MB'"),
         (("--self-contained",), "--self-contained: the run began with False, got True"),
     ],
@@ -323,7 +331,9 @@ def test_full_disk_while_weights_are_written(folder, text, undisturbed, tmp_path
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
         full_disk(patched, "fit-0.3.safetensors")
-        with pytest.raises(SliceGPTError, match=r"no space left while writing .*what was done is kept in .*resume"):
+        with pytest.raises(
+            SliceGPTError, match=r"no space left while writing .*what was done is kept in .*resume"
+        ):
             api.slice(folder, calibration=text, output=output, **KEPT)
     api.slice(output=output, resume=True, device="cpu")
     assert weights(output) == undisturbed
@@ -386,9 +396,7 @@ def test_a_name_that_cannot_be_given(folder, text, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(SliceGPTError, match="which is whole, the name .*out: Device or resource busy"):
         api.slice(folder, calibration=text, output=tmp_path / "out", device="cpu", **CHOICES)
-    assert torch.isfinite(
-        api.load(tmp_path / "out.partial/model")[0].get_input_embeddings().weight
-    ).all()
+    assert torch.isfinite(api.load(tmp_path / "out.partial/model")[0].get_input_embeddings().weight).all()
 
 
 def test_files_are_written_through_one_function():
