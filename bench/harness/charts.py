@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
+from slicegpt.bench.harness.demo_results import draw_demo
 from slicegpt.bench.harness.display import threads_of, title_of
 from slicegpt.errors import SliceGPTError
 
@@ -207,4 +208,5 @@ DRAWINGS = {
     "token": draw_token,
     "layers": draw_layers,
     "slicing": draw_slicing,
+    "demo": draw_demo,
 }

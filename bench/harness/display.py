@@ -15,6 +15,7 @@ TITLES = {
     "layers": "One transformer layer",
     "slicing": "Cost of slicing",
     "predict": "Prediction",
+    "demo": "Demo",
     "published": "Published figures, predicted",
     "gram": "Covariance (gram_)",
 }
@@ -73,6 +74,14 @@ COLUMNS = {
         ("bandwidth_fraction", "of bandwidth", _percent),
         ("peak_bytes", "peak memory", format_bytes),
         ("prompt_ms", "prompt ms", _round),
+    ),
+    "demo": (
+        ("model", "model", str),
+        ("engine", "runs in", str),
+        ("bytes", "weights", format_bytes),
+        ("perplexity", "perplexity", _round),
+        ("tokens_per_second", "tokens/s", _round),
+        ("speedup", "speed-up", _times),
     ),
     "throughput": (
         ("network", "network", str),

@@ -200,7 +200,11 @@ def finished(output: str | Path) -> tuple[Path, PreTrainedTokenizerBase, SliceRe
     """The folder, tokenizer and report of a run that was killed after its last step."""
     path = Path(output)
     PartialFolder(path.absolute()).discard()
-    return path, AutoTokenizer.from_pretrained(path, local_files_only=True), SliceReport(read_record(path))
+    return (
+        path,
+        AutoTokenizer.from_pretrained(path, local_files_only=True),
+        SliceReport(read_record(path), os.fspath(output)),
+    )
 
 
 def check_recipe(call: dict, recipe: Recipe) -> None:

@@ -7,23 +7,41 @@ from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
 from slicegpt.table import check_writable
 
-from .options import add_device, add_json, check_device, positive, seed
+from .options import add_device, add_json, add_shared, check_device, positive
 
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
-        "generate", help="continue a prompt", description="Continue a prompt with a model."
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt with a model.",
+        examples=(
+            'slicegpt generate small --prompt "The for statement is" --runtime fused',
+            'slicegpt generate small --prompt "Write a haiku." --chat --sample --temperature 0.7',
+        ),
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="DIR|MODEL")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=positive, default=64)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=64, metavar="N", help="tokens to generate at most"
+    )
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-k", type=positive, default=50)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=seed, default=42)
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="logits are divided by it, with --sample"
+    )
+    parser.add_argument(
+        "--top-k", type=positive, default=50, metavar="N", help="only the N likeliest tokens, with --sample"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="only the likeliest tokens of this much probability together, with --sample",
+    )
+    add_shared(parser, "--seed")
     parser.add_argument(
         "--runtime",
         choices=("plain", "fused"),
