@@ -1,13 +1,15 @@
 """`slicegpt bench`: what a sliced model gains, against the dense one."""
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import NAMES, Recipe
-from slicegpt.table import check_writable
+from slicegpt.table import check_writable, fit_text
 
 from .benchmark_options import (
     SHORTCUTS,
@@ -135,6 +137,8 @@ def measuring(record, options: argparse.Namespace) -> Iterator[None]:
             print(f"stopped by an error: {kept}", file=sys.stderr)
         raise
     show(record, options)
+    if options.json:
+        print(f"next: slicegpt bench report {shlex.quote(os.path.dirname(options.json) or '.')}")
 
 
 def show(record, options: argparse.Namespace) -> None:
@@ -142,7 +146,7 @@ def show(record, options: argparse.Namespace) -> None:
 
     print_summary(record.content)
     if options.plot:
-        from slicegpt.bench.harness.charts import plot_results
+        from slicegpt.bench.report.charts import plot_results
 
         plot_results(record.content, options.plot)
 
@@ -398,7 +402,8 @@ def add_report(benchmarks) -> None:
 def run_report(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from slicegpt.bench.harness.report import read_results, render
+    from slicegpt.bench.report.page import render
+    from slicegpt.bench.report.results import read_results
 
     check_files(options)
     results = read_results(options.folder)
@@ -422,7 +427,8 @@ def print_agreement(first: list, second: list, options: argparse.Namespace) -> N
     print_rows("agreement", rows)
     apart = [row["apart"] for row in rows]
     worst = max(rows, key=lambda row: row["apart"])
-    print(
+    told = (
         f"{len(rows)} ratios: {statistics.median(apart):.1%} apart in the median, at most {worst['apart']:.1%} "
         f"({worst['ratio of']}); {sum(value <= 0.1 for value in apart)} within 10 %."
     )
+    print(fit_text(told))

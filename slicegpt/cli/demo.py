@@ -176,8 +176,8 @@ def table_of(rows: list[dict]) -> str:
 
 def write_reports(folder: Path, record, speed, quality: dict[str, dict], table: str, progress) -> list[str]:
     """`report.md`, and where matplotlib is there `demo.svg` and `report.html`; returns their names."""
-    from slicegpt.bench.harness.charts import plot_results
-    from slicegpt.bench.harness.report import render
+    from slicegpt.bench.report.charts import plot_results
+    from slicegpt.bench.report.page import render
     from slicegpt.errors import SliceGPTError
 
     files = ["report.md"]

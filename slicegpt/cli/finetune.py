@@ -196,7 +196,7 @@ def print_result(result) -> None:
     """Held-out perplexity before and after, and what was trained."""
     import math
 
-    from slicegpt.table import format_table
+    from slicegpt.table import fit_text, format_table
 
     rows = [
         {
@@ -211,9 +211,14 @@ def print_result(result) -> None:
         },
     ]
     print(format_table(rows, list(rows[0])))
-    print(
+    told = (
         f"{result.tokens:,} tokens in {result.steps} steps, {result.seconds:.0f} s;"
         f" {result.trained_parameters:,} parameters trained; kept: step {result.best_step}"
     )
+    print(fit_text(told))
     if result.loss_after > result.loss_before:
-        print("note: the held-out loss rose: the tuned model is worse than the sliced one on this text")
+        print(
+            fit_text(
+                "note: the held-out loss rose: the tuned model is worse than the sliced one on this text"
+            )
+        )
