@@ -113,7 +113,7 @@ def slice(
     recipe: Recipe | str | os.PathLike | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
-    self_contained: bool = False,
+    self_contained: bool = True,
     max_shard_size: str = "5GB",
     device: str | torch.device | None = None,
     activation_storage: str = "auto",
@@ -146,7 +146,8 @@ def slice(
             given here as well takes its place.
         tokenizer: of a loaded model.
         overwrite: an existing output folder is replaced once the new one is whole.
-        self_contained: put the modelling code beside the weights, for machines without slicegpt.
+        self_contained: put the modelling code beside the weights, for machines without slicegpt, which load it with
+            `trust_remote_code=True`.
         max_shard_size: of a safetensors file, such as "5GB".
         device: where blocks run and eigenvectors are computed; None and "auto" take the first GPU where there is one.
             A layer at a time is there, so that the model may be larger than its memory.

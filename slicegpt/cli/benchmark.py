@@ -97,6 +97,13 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plot", metavar="FILE", help="a plot, .png or .svg (extra plot)")
 
 
+def add_trace(parser: argparse.ArgumentParser, what: str) -> None:
+    """`--trace`."""
+    parser.add_argument(
+        "--trace", metavar="FILE", help=f"a Chrome trace with named ranges {what}, for ui.perfetto.dev"
+    )
+
+
 def networks_of(options: argparse.Namespace) -> list:
     from slicegpt.bench.models.networks import choose_networks
     from slicegpt.conversion.plan import Shape
@@ -191,6 +198,7 @@ def add_token(benchmarks) -> None:
     )
     parser.add_argument("--rounds", type=positive, default=8, help="turns that the steps are split into")
     parser.add_argument("--cold-l2", action="store_true", help="overwrite the last cache before every step")
+    add_trace(parser, "of one more step of every network and engine")
     add_results(parser)
 
 
@@ -203,14 +211,21 @@ def run_token(options: argparse.Namespace) -> None:
 
     networks = networks_of(options)
     cases, skipped = benchmark_cases(networks, chosen_engines(options.engines))
-    how = TokenOptions(options.tokens, options.prompt, options.batch, options.rounds, cold=options.cold_l2)
+    how = TokenOptions(
+        options.tokens,
+        options.prompt,
+        options.batch,
+        options.rounds,
+        cold=options.cold_l2,
+        traced=options.trace is not None,
+    )
     check_positions(cases, how.length, "--prompt, --tokens")
     record = record_of(options, networks[0].device)
     record.content["skipped"] = skipped
     peaks = current_device(networks[0].device)
     record.content["peaks"] = None if peaks is None else vars(peaks)
     with measuring(record, options):
-        measure_token_times(cases, how, peaks, record, Progress())
+        measure_token_times(cases, how, peaks, record, Progress(), options.trace)
         if networks[0].device.type == "cpu":  # other load may have hidden the peak the first time
             use_higher_bandwidth(record, current_device(networks[0].device))
 
@@ -313,9 +328,7 @@ def add_layers(benchmarks) -> None:
         "--repeats", type=positive, default=40, help="runs, of which the fastest quarter counts"
     )
     parser.add_argument("--cold-l2", action="store_true", help="overwrite the last cache before every run")
-    parser.add_argument(
-        "--trace", metavar="FILE", help="a Chrome trace with named ranges, for ui.perfetto.dev"
-    )
+    add_trace(parser, "of one run of every variant")
     add_results(parser)
 
 
@@ -363,6 +376,7 @@ def add_slicing(benchmarks) -> None:
     add_shared(parser, "--calibration", default="python-reference", help="as in slicegpt slice")
     add_shared(parser, "--nsamples", "--seqlen", "--batch-size")
     add_device(parser)
+    add_trace(parser, "of a second run, of one batch,")
     add_results(parser)
 
 
@@ -376,7 +390,7 @@ def run_slicing(options: argparse.Namespace) -> None:
     record = record_of(options, device)
     what = SlicingTimeOptions(recipe, options.shape)
     with measuring(record, options):
-        measure_slicing(what, resolve_dtype(options.dtype), device, record, Progress())
+        measure_slicing(what, resolve_dtype(options.dtype), device, record, Progress(), options.trace)
 
 
 def add_report(benchmarks) -> None:

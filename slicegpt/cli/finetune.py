@@ -5,7 +5,7 @@ import argparse
 from slicegpt.checkpoint.names import check_name
 from slicegpt.table import check_writable
 
-from .options import add_json, add_shared, check_device, positive, resolve_device
+from .options import add_json, add_self_contained, add_shared, check_device, positive, resolve_device
 
 
 def add_parser(commands) -> None:
@@ -33,6 +33,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--no-merge", action="store_true", help="write the adapters as a PEFT folder instead of merging them"
     )
+    add_self_contained(parser)
 
     data = parser.add_argument_group("text")
     data.add_argument(
@@ -180,6 +181,7 @@ def run(options: argparse.Namespace) -> None:
         teacher=options.teacher,
         source=options.data,
         merged=not options.no_merge,
+        self_contained=options.self_contained,
         resume=options.resume,
         overwrite=options.overwrite,
         device=device,

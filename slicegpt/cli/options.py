@@ -149,6 +149,16 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "--json")
 
 
+def add_self_contained(parser: argparse.ArgumentParser) -> None:
+    """`--no-self-contained`, of the commands that write a sliced folder."""
+    parser.add_argument(
+        "--self-contained",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put the modelling code beside the weights, for machines without slicegpt (default)",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser, dtypes: Callable[[str], list[str]] | None = None) -> None:
     """`--device` and `--dtype`; of several dtypes, `dtypes` reads the list."""
     add_shared(parser, "--device")

@@ -13,7 +13,7 @@ from slicegpt.recipe import AUTO, IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES
 from slicegpt.table import check_writable
 
 from . import interrupts
-from .options import add_json, add_shared, check_device, number_or_auto, shard_size
+from .options import add_json, add_self_contained, add_shared, check_device, number_or_auto, shard_size
 from .parser import add_option
 
 
@@ -31,7 +31,7 @@ def add_parser(commands) -> None:
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(run=run, overwrite=False, self_contained=False, recipe=None, resume=False)
+    parser.set_defaults(run=run, overwrite=False, self_contained=True, recipe=None, resume=False)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="may be left out where the recipe names it")
     parser.add_argument(
         "--recipe",
@@ -47,11 +47,7 @@ def add_parser(commands) -> None:
         action="store_true",
         help="go on with an interrupted run into the same --output; its other options need not be given again",
     )
-    parser.add_argument(
-        "--self-contained",
-        action="store_true",
-        help="put the modelling code beside the weights, for machines without slicegpt",
-    )
+    add_self_contained(parser)
 
     size = parser.add_argument_group("how much (one of)").add_mutually_exclusive_group()
     add_option(
