@@ -204,6 +204,15 @@ def test_what_is_given_comes_before_the_recipe(folder, text, tmp_path):
     assert (written.nsamples, written.round_to) == (9, 4)
 
 
+def test_the_former_name_of_keep(folder, text, sliced_folder):
+    again = api.slice(folder, params=0.9, calibration=text, **SMALL)
+    assert_same_weights(again.model, load_dense(str(sliced_folder))[0])
+    with pytest.raises(
+        SliceGPTError, match="params: is the former name of keep; only one of them can be given"
+    ):
+        api.slice(folder, params=0.9, keep=0.9, calibration=text, **SMALL)
+
+
 def test_the_card_names_the_recipe(sliced_folder, folder, text):
     assert "All choices: `recipe.toml`" in (sliced_folder / "README.md").read_text()
 

@@ -32,7 +32,7 @@ SIZE_VALUES = {
 def recipes(draw) -> Recipe:
     choices = {
         "model": draw(st.none() | text),
-        "round_to": draw(whole),
+        "round_to": draw(whole | st.just(AUTO)),
         "slice_head": draw(st.booleans()),
         "allocate": draw(st.booleans()),
         "signal": draw(st.sampled_from(SIGNALS)),
@@ -119,6 +119,42 @@ def test_a_size_takes_the_place_of_another():
     assert recipe.keep == 0.9  # frozen: the first is as it was
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.keep = 0.8
+
+
+def test_the_former_name_of_keep(tmp_path):
+    """`params` in scripts and in recipes on disk: taken, readable, written under the present name."""
+    recipe = Recipe(params=0.9)
+    assert recipe == Recipe(keep=0.9) == Recipe().override(params=0.9)
+    assert recipe.params == recipe.keep == 0.9
+    assert recipe.size == "keep"
+    assert "params" not in recipe.choices()
+    assert recipe.override(params=0.8).keep == 0.8
+    assert Recipe(slice=0.25).override(params=0.8).choices() == Recipe(keep=0.8).choices()
+    assert recipe.override(params=None, seed=1).keep is None
+    (tmp_path / "old.toml").write_text("params = 0.9\nround_to = 64\n")
+    assert Recipe.read(tmp_path / "old.toml") == Recipe(keep=0.9, round_to=64)
+
+
+def test_both_names_are_one_too_many(tmp_path):
+    message = "params: is the former name of keep; only one of them can be given, got params=0.9 and keep=0.8"
+    for make in (Recipe, Recipe().override):
+        with pytest.raises(SliceGPTError, match=message):
+            make(keep=0.8, params=0.9)
+    (tmp_path / "both.toml").write_text("params = 0.9\nkeep = 0.8\n")
+    with pytest.raises(SliceGPTError, match=f"recipe: .*both.toml: {message}"):
+        Recipe.read(tmp_path / "both.toml")
+
+
+def test_bytes_as_people_write_them():
+    assert Recipe(target_bytes="400MB").target_bytes == 400e6
+    assert Recipe(target_bytes="1.5 GiB") == Recipe(target_bytes=1.5 * 2**30)
+    for wrong in ("400 XB", "many", "0", "nan"):
+        with pytest.raises(
+            SliceGPTError, match="target_bytes: must be a number of bytes such as 400e6 or 400MB"
+        ):
+            Recipe(target_bytes=wrong)
+    with pytest.raises(SliceGPTError, match=r"target_bytes: must lie in \[1, 1e18\), got 0.5"):
+        Recipe(target_bytes="0.5")
 
 
 def test_plain_values():
