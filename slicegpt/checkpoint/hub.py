@@ -68,10 +68,11 @@ def upload_of(folder: Path, self_contained: bool) -> dict[str, str | bytes]:
         file.name: str(file) for file in sorted(folder.iterdir()) if file.is_file()
     }
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if self_contained == ("auto_map" in config):
+    code = modeling_files()
+    # A folder that transformers' `save_pretrained` wrote may name code that it does not hold.
+    if self_contained == ("auto_map" in config) == (code.keys() <= files.keys()):
         return files
     files["config.json"] = config_text(with_auto_map(config, self_contained)).encode()
-    code = modeling_files()
     return (
         files | code if self_contained else {name: file for name, file in files.items() if name not in code}
     )

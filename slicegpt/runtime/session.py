@@ -1,19 +1,36 @@
 """A conversation: prompts that begin alike, on one cache that keeps what they have in common."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
 from slicegpt.errors import SliceGPTError
-from slicegpt.runtime.decoding import tokens_on_host
+from slicegpt.runtime.decoding import BatchDecoder, tokens_on_host
 from slicegpt.runtime.leases import CacheLease
 from slicegpt.runtime.sampling import Sampling
 
-if TYPE_CHECKING:
-    from slicegpt.runtime.engine import Runtime
+
+class PromptRunner(Protocol):
+    """What a session needs of `Runtime`, which makes sessions and so cannot be imported here."""
+
+    max_length: int
+    stop_ids: tuple[int, ...]
+
+    def checked(
+        self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def started(
+        self,
+        lease: CacheLease,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        sampling: Sampling,
+        seed: int | None,
+        stop_ids: tuple[int, ...],
+        cached: int = 0,
+    ) -> tuple[BatchDecoder, Tensor]: ...
 
 
 class Session:
@@ -26,7 +43,7 @@ class Session:
         lease: of one row; held as long as the session is used.
     """
 
-    def __init__(self, runtime: Runtime, lease: CacheLease, sampling: Sampling):
+    def __init__(self, runtime: PromptRunner, lease: CacheLease, sampling: Sampling):
         self._runtime, self._lease, self._sampling = runtime, lease, sampling
         # The tokens whose keys and values are in the cache, in order.
         self._cached: list[int] = []

@@ -76,6 +76,17 @@ def test_push(hub, model, tmp_path, capsys, self_contained, stored_with_code):
     assert f"{record_of(model)['size']['parameters']:,}" in card
 
 
+def test_push_of_a_folder_that_names_code_and_does_not_hold_it(hub, model, tmp_path):
+    """As transformers' `save_pretrained` leaves it."""
+    folder = save_sliced(model, None, record_of(model), tmp_path / "small")
+    whole = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "README.md"}
+    for file in folder.glob("*_slicegpt.py"):
+        file.unlink()
+    assert main(["push", str(folder), "someone/small"]) == 0
+    stored = hub.files["someone/small"]
+    assert {name: stored[name] for name in set(stored) - {"README.md"}} == whole
+
+
 # transformers keeps its client of the hub: this one is a process of its own.
 PUSH_AND_LOAD = """
 import sys, torch, slicegpt
