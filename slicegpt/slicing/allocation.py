@@ -56,7 +56,9 @@ def allocate_neurons(
     """
     looked_at = batches[: math.ceil(SHARE * len(batches))]
     curves = deletion_costs(checkpoint, config, looked_at, options, objective, ridge, progress)
-    neurons = share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
+    neurons = options.ranks.decide(
+        lambda: share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
+    )
     return SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
 
 
@@ -88,9 +90,14 @@ def deletion_costs(
     ridge: float,
     progress: Progress,
 ) -> list[list[tuple[int, float]]]:
-    """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`."""
+    """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`.
+
+    Of several ranks the first alone has them.
+    """
     dtype = objective.teacher_dtype(options.dtype, options.device)
-    propagation = Propagation(config, batches, options.dtype, options.device, options.activation_storage)
+    propagation = Propagation(
+        config, batches, options.dtype, options.device, options.activation_storage, ranks=options.ranks
+    )
     propagation.start(checkpoint, None)
     blocks, curves = blocks_of(config), []
     with progress.stage("neurons: what deleting them costs", len(blocks), "blocks") as advance:
@@ -102,7 +109,7 @@ def deletion_costs(
             if "mlp" in block.parts:
                 moments = Moments(lifted.groups, config.dense_hidden_size, options.device)
             propagation.collect_dense(block, lifted, objective, moments)
-            if moments is not None:
+            if moments is not None and options.ranks.first:
                 check_finite(moments, block)
                 system, right = objective.normal_equations(moments, ridge, prior_of(writers.values()))
                 fewest = fewest_neurons(config, options.neuron_multiple)

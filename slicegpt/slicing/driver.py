@@ -25,7 +25,7 @@ def slice_model(
     progress: Progress | None = None,
     held_out: torch.Tensor | None = None,
     objective: Objective | None = None,
-) -> tuple[SlicedForCausalLM, SlicingReport]:
+) -> tuple[SlicedForCausalLM | None, SlicingReport]:
     """Slice, or only rotate, a dense Hugging Face model.
 
     Args:
@@ -40,7 +40,8 @@ def slice_model(
         objective: what the refit minimises; None: `slicegpt.slicing.objective.Objective()`.
 
     Returns:
-        The sliced model, on the CPU in `options.dtype`, and the report.
+        The sliced model, on the CPU in `options.dtype`, and the report. Of several ranks (`options.ranks`) the first
+        alone has them: on the others the model is None.
 
     Errors:
         `SliceGPTError` for an unsupported model, missing calibration tokens, and NaN or infinity in the
@@ -59,6 +60,8 @@ def slice_model(
 
     slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress)
     sliced, report, ridge = slicer.run(), slicer.report, ridges[0]
+    if not options.ranks.first:
+        return None, report
     if slicer.refits and len(ridges) > 1:
         began = time.perf_counter()
         ridge, report.ridge_search = choose_ridge(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration import Calibration, Source, load_sources, sample_sources
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
 from slicegpt.recipe import IN_MEMORY, Recipe
@@ -45,20 +46,30 @@ def draw_samples(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Calibration:
-    """Calibration samples, as many and as long as a recipe says; see `slicegpt.calibration.sample_sources`."""
-    return sample_sources(
-        sources,
-        tokenizer,
-        recipe.nsamples,
-        recipe.seqlen,
-        recipe.batch_size,
-        recipe.seed,
-        recipe.varied_seqlen,
-        model,
-        progress,
-        device,
-    )
+    """Calibration samples, as many and as long as a recipe says; see `slicegpt.calibration.sample_sources`.
+
+    Args:
+        ranks: the first of them reads and writes the text, so that it is the same whatever their number is; all of them
+            get the samples.
+    """
+
+    def draw() -> Calibration:
+        return sample_sources(
+            sources,
+            tokenizer,
+            recipe.nsamples,
+            recipe.seqlen,
+            recipe.batch_size,
+            recipe.seed,
+            recipe.varied_seqlen,
+            model,
+            progress,
+            device,
+        )
+
+    return (ranks or Ranks()).decide(draw)
 
 
 def slice_drawn(
@@ -67,12 +78,12 @@ def slice_drawn(
     drawn: Calibration,
     options: SlicingOptions,
     progress: Progress | None = None,
-) -> tuple[SlicedForCausalLM, SlicingReport]:
+) -> tuple[SlicedForCausalLM | None, SlicingReport]:
     """Slice by drawn samples; the held-out windows among them choose the refit's λ. See `slice_model`.
 
     The sliced model generates as the dense one does: it gets the same generation config.
     """
     sliced, report = slice_model(model, config, drawn.batches, options, progress, drawn.held_out)
-    if model.generation_config is not None:
+    if sliced is not None and model.generation_config is not None:
         sliced.generation_config = model.generation_config
     return sliced, report

@@ -11,6 +11,7 @@ from slicegpt.conversion.folding import centre
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint
 from slicegpt.hardware.memory import free_memory
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.modeling import SlicedConfig, SlicedModel
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.slicing.blocks import Block, LiftedBlock
@@ -45,12 +46,14 @@ class Propagation:
         device: where blocks run.
         activation_storage: where streams are kept: "auto", "device" or "host", see `choose_storage`.
         fitted: so many batches, the first ones, are refitted to: the dense model's stream is carried beside theirs.
+        ranks: the batches are dealt out among them; sums over all batches are on rank 0 alone.
 
     Attributes:
-        streams: of all batches, in the sliced model.
-        dense_streams: of the fitted batches, in the dense model.
+        count, fitted: batches, and fitted ones, on all ranks together; tokens: theirs without padding.
+        streams: of this rank's batches, in the sliced model.
+        dense_streams: of its fitted batches, in the dense model.
         stage: times the stages.
-        advance: called with 1 after every pass of one batch through one block.
+        advance: called after every pass of one batch through one block with their number, on all ranks together.
     """
 
     def __init__(
@@ -61,15 +64,18 @@ class Propagation:
         device: torch.device,
         activation_storage: str,
         fitted: int = 0,
+        ranks: Ranks | None = None,
     ):
         self.config, self.dtype, self.device = config, dtype, device
-        self.fitted = fitted
+        self.ranks = ranks or Ranks()
+        self.count, self.fitted = len(batches), fitted
         self.tokens = sum(batch.tokens for batch in batches)
-        tokens = sum(batch.input_ids.numel() for batch in [*batches, *batches[:fitted]])
+        fitted_batches, batches = self.ranks.deal(batches[:fitted]), self.ranks.deal(batches)
+        tokens = sum(batch.input_ids.numel() for batch in [*batches, *fitted_batches])
         stream_bytes = tokens * config.dense_hidden_size * dtype.itemsize
         storage = choose_storage(activation_storage, stream_bytes, device)
         self.streams = Streams(batches, device, storage)
-        self.dense_streams = Streams(batches[:fitted], device, storage)
+        self.dense_streams = Streams(fitted_batches, device, storage)
         self.stage = StageTimer(device)
         self.advance: Callable[[int], None] = lambda steps: None
         with torch.device("meta"):
@@ -92,8 +98,9 @@ class Propagation:
             if covariance is not None:
                 covariance.add(stream, batch.attention_mask)
             self.streams[index] = stream
-            if index < self.fitted:
+            if index < len(self.dense_streams):
                 self.dense_streams[index] = stream
+        self.add_up(covariance)
 
     def inputs(self, block: Block, stream: torch.Tensor, batch: TokenBatch) -> dict:
         """Attention mask and rotary positions, as the block's attention takes them."""
@@ -129,7 +136,7 @@ class Propagation:
                 if teacher.dtype != self.dtype:
                     own = self.inputs(block, dense.to(teacher.dtype), batch)
                 self.dense_streams[index] = after = teacher(dense, **own)
-            self.advance(1)
+            self.advance(self.ranks.stands_for(index, self.fitted))
             with self.stage("signals"):
                 carried, activations = lifted.activations(stream, **inputs)
                 target = objective.target(after, carried)
@@ -140,7 +147,9 @@ class Propagation:
                 if carried is not None:
                     self.streams[index] = carried
         with self.stage("refit"):
-            return joined.finish(), kept
+            moments = joined.finish()
+        self.add_up(moments)
+        return moments, kept
 
     def write(
         self,
@@ -166,7 +175,8 @@ class Propagation:
             if covariance is not None:
                 with self.stage("covariance"):
                     covariance.add(out, batch.attention_mask)
-            self.advance(1)
+            self.advance(self.ranks.stands_for(index, self.count))
+        self.add_up(covariance)
 
     def collect_dense(
         self, block: Block, dense: LiftedBlock, objective: Objective, moments: Moments | None
@@ -181,7 +191,13 @@ class Propagation:
                 target = objective.target(out, carried)
                 self.add_moments(joined, objective, batch, activations.to(out.dtype), target, stream, out)
         if joined is not None:
-            joined.finish()
+            self.add_up(joined.finish())
+
+    def add_up(self, sums: Covariance | Moments | None) -> None:
+        """Sums over this rank's batches become those over all, on rank 0; the time includes waiting for the slowest."""
+        if sums is not None and self.ranks.size > 1:
+            with self.stage("exchange"):
+                sums.reduce_(self.ranks)
 
     def add_moments(
         self,

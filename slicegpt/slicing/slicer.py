@@ -7,7 +7,8 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -78,6 +79,7 @@ class Slicer:
         self.checkpoint = checkpoint
         self.config = config
         self.options = options
+        self.ranks = options.ranks
         self.objective = objective
         self.progress = progress
         self.mean_subtraction = checkpoint.family.mean_subtraction
@@ -95,11 +97,18 @@ class Slicer:
         self.fitted_states = {ridge: {} for ridge in (ridges if self.refits else (self.carried,))}
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
         self.propagation = Propagation(
-            config, batches, options.dtype, options.device, options.activation_storage, fitted
+            config, batches, options.dtype, options.device, options.activation_storage, fitted, options.ranks
         )
         self.stage = self.propagation.stage
         self.report.tokens = self.propagation.tokens
         self.report.seconds = self.stage.seconds
+
+    def agreed(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, on every rank; the others wait here while it decides."""
+        if self.ranks.size == 1:
+            return make()
+        with self.stage("exchange"):
+            return self.ranks.decide(make)
 
     def store(
         self,
@@ -157,11 +166,16 @@ class Slicer:
                 return align(previous, basis, complement)
         return basis, None
 
+    def agree_on_basis(self, *arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`choose_basis` on rank 0; the others get the basis, and no factor, which is for the one that stores it."""
+        basis, factor = self.choose_basis(*arguments) if self.ranks.first else (None, None)
+        return self.agreed(lambda: basis), factor
+
     def new_covariance(self, boundary: int) -> Covariance | None:
         if not self.needs_covariance(boundary):
             return None
         config, options = self.config, self.options
-        if not len(self.propagation.streams):
+        if not self.propagation.count:
             raise SliceGPTError(f"boundary {boundary} needs calibration tokens, got none", "batches")
         return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
@@ -173,12 +187,14 @@ class Slicer:
         covariance = self.new_covariance(0)
         with self.stage("signals"):
             self.propagation.start(self.checkpoint, covariance)
-        if covariance is not None and self.options.vocabulary_prior:
+        if covariance is not None and self.options.vocabulary_prior and self.ranks.first:
             with self.stage("covariance"):
                 pieces = self.checkpoint.embedding.split(TABLE_ROWS)
                 rows = (centre(piece.to(device), self.mean_subtraction) for piece in pieces)
                 covariance.add_prior(rows, self.options.vocabulary_prior)
-        basis, _ = self.choose_basis(0, covariance, None, None)
+        basis, _ = self.agree_on_basis(0, covariance, None, None)
+        if not self.ranks.first:
+            return basis
         with self.stage("rotation"):
             table, positions = self.checkpoint.embedding, self.checkpoint.positions
             if self.config.embed_projection:
@@ -220,13 +236,16 @@ class Slicer:
                 teacher_dtype = self.objective.teacher_dtype(dtype, device)
                 teacher = dense_block(config, block, layer, dense, teacher_dtype, device)
             moments, kept = self.propagation.collect(block, lifted, teacher, self.objective)
-            fits = self.fit(block, writers, moments)
-            lifted.set_writers(fits.writers[self.carried])
+            if self.ranks.first:
+                fits = self.fit(block, writers, moments)
+            lifted.set_writers(self.agreed(lambda: fits.writers[self.carried]))
             del moments, teacher  # [K, K + D] in float64, and a block's weights
         if lifted is not None:
             self.propagation.write(block, lifted, covariance, kept)
 
-        next_basis, factor = self.choose_basis(block.index + 1, covariance, block, basis)
+        next_basis, factor = self.agree_on_basis(block.index + 1, covariance, block, basis)
+        if not self.ranks.first:
+            return next_basis
         with self.stage("rotation"):
             self.store_block(block, readers, factor, fits, next_basis)
         return next_basis
@@ -301,14 +320,16 @@ class Slicer:
             self.store({"lm_head.bias": head.bias.to(dtype)})
 
     @torch.no_grad()
-    def run(self) -> SlicedForCausalLM:
-        """Slice everything and return the model on the CPU."""
+    def run(self) -> SlicedForCausalLM | None:
+        """Slice everything and return the model on the CPU; None on all ranks but the first."""
         blocks = blocks_of(self.config)
-        passes = len(self.propagation.streams) + self.propagation.fitted
+        passes = self.propagation.count + self.propagation.fitted
         steps = sum(map(self.needs_pass, blocks)) * passes
         with self.progress.stage("slicing", steps, "steps") as self.propagation.advance:
             basis = self.slice_embedding()
             for block in blocks:
                 basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
+            if not self.ranks.first:
+                return None
             self.slice_head(basis)
         return build_model(self.config, self.state | self.fitted_states[self.carried])
