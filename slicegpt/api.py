@@ -33,6 +33,7 @@ from slicegpt.evaluation.zero_shot import ZeroShotTasks
 from slicegpt.families import canonical_fields
 from slicegpt.hardware.devices import find_device, find_dtype
 from slicegpt.hardware.offload import moved
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.modeling.losses import BatchSize
 from slicegpt.progress import Progress
@@ -111,8 +112,9 @@ def slice(
     device: str | torch.device | None = None,
     activation_storage: str = "auto",
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
     **choices: Any,
-) -> SliceResult:
+) -> SliceResult | None:
     """Slice a model: delete rows and columns of its weight matrices along principal axes of its activations.
 
     One size is given, here or in the recipe.
@@ -139,13 +141,16 @@ def slice(
             A layer at a time is there, so that the model may be larger than its memory.
         activation_storage: "auto", "device" or "host": where the calibration tokens' activations stay between blocks.
         progress: where stages are reported, such as `slicegpt.progress.Progress()`; None is silent.
+        ranks: the processes that slice together, each of which calls this with the same arguments, see
+            `slicegpt.hardware.ranks.joined`; None: this one alone.
         **choices: any other field of `slicegpt.recipe.Recipe`: `round_to`, `shortcut`, `orientation`, `slice_head`,
             `neurons`, `allocate`, `signal`, `refit`, `ridge`, `refit_share`, `vocabulary_prior`, `text_column`,
             `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`, `dtype`.
 
     Returns:
         The sliced model (on the CPU), its tokenizer, and the report. The model is a transformers model: `generate`,
-        `save_pretrained` and `push_to_hub` work as usual.
+        `save_pretrained` and `push_to_hub` work as usual. Of several ranks the first alone returns them, and writes;
+        the others return None.
 
     Raises:
         SliceGPTError: one line naming the argument, its value and what was expected: no size or two of them, a size
@@ -162,7 +167,7 @@ def slice(
         >>> report.record["size"]["parameters"]
         >>> again = slicegpt.slice(recipe="runs/small")  # bit for bit the same
     """
-    progress = progress or Progress(quiet=True)
+    progress, ranks = progress or Progress(quiet=True), ranks or Ranks()
     documents = None
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
         documents, calibration = _checked_documents(calibration, "calibration"), IN_MEMORY
@@ -177,9 +182,9 @@ def slice(
     choices |= {name: value for name, value in given.items() if value is not None}
     recipe = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
     size = recipe.size
-    path = None if output is None else check_output(output, overwrite, recipe.model)
+    path = None if output is None or not ranks.first else check_output(output, overwrite, recipe.model)
     device = find_device(device)
-    sources = calibration_sources(recipe, documents)
+    sources = calibration_sources(recipe, documents) if ranks.first else []
 
     with _opened(model, tokenizer, recipe, progress) as (dense, tokenizer, name):
         dtype = dense.dtype
@@ -188,17 +193,25 @@ def slice(
         planned = size_record(config, dtype)
         if path is not None:
             check_space(path, int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
-        if size == "slice" and recipe.slice and planned["parameters"] >= planned["dense_parameters"]:
+        if ranks.first and size == "slice" and recipe.slice and planned["parameters"] >= planned["dense_parameters"]:
             progress.warn(
                 f"at this size the sliced model is no smaller than the dense one ({recipe.shortcut} shortcuts)"
             )
         with progress.step(f"tokenising {recipe.calibration}"):
-            drawn = draw_samples(recipe, sources, dense, tokenizer, device, progress)
+            drawn = draw_samples(recipe, sources, dense, tokenizer, device, progress, ranks)
+        options = SlicingOptions.of(recipe, dtype, device, activation_storage, ranks)
+        if not ranks.first:
+            slice_drawn(dense, config, drawn, options, progress)
+            return None
+        if len(drawn.batches) < ranks.size:
+            progress.warn(
+                f"{ranks.size - len(drawn.batches)} of {ranks.size} ranks have nothing to do: {recipe.nsamples} samples"
+                f" are {len(drawn.batches)} batches of {recipe.batch_size}"
+            )
         figures = coverage(drawn.batches, config.vocab_size, config.dense_hidden_size)
         warnings = calibration_warnings(figures)
         for warning in warnings:
             progress.warn(warning)
-        options = SlicingOptions.of(recipe, dtype, device, activation_storage)
         sliced, seen = slice_drawn(dense, config, drawn, options, progress)
         check = held_out_check(dense, sliced, drawn, device, progress, seen.ridge_search is not None)
         if check is not None and (warning := held_out_warning(check)):
@@ -242,6 +255,7 @@ def evaluate(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Measure perplexity on a text, accuracy on zero-shot tasks, or both, of a dense or a sliced model.
 
@@ -264,6 +278,8 @@ def evaluate(
         dtype: of the weights of a model that is loaded here; None and "auto" keep the stored one.
         device: where a model that is loaded here runs; None and "auto" take the first GPU where there is one.
         progress: where stages are reported; None is silent.
+        ranks: the processes that share the windows, each of which calls this with the same arguments; None: this one
+            alone. Tasks are not shared.
 
     Returns:
         The figures: `perplexity` (`perplexity`, `nll` in nats a token, `tokens`, `windows`, `seconds`) and `zero_shot`
@@ -276,13 +292,15 @@ def evaluate(
     Example:
         >>> print(slicegpt.evaluate("runs/small", data="python-reference", seqlen=512, max_windows=16))
     """
-    progress = progress or Progress(quiet=True)
+    progress, ranks = progress or Progress(quiet=True), ranks or Ranks()
+    if tasks is not None and ranks.size > 1:
+        raise SliceGPTError(f"cannot be shared out among {ranks.size} processes: run them in one", "tasks")
     if data is None and tasks is None:
         raise SliceGPTError("a text is needed for perplexity, or names of tasks; got neither", "data")
     documents = None
     if isinstance(data, str | os.PathLike):
         with renamed(spec="data"):
-            documents = load_documents(os.fspath(data), split, text_column)
+            documents = load_documents(os.fspath(data), split, text_column) if ranks.first else []
     elif data is not None:
         documents = _checked_documents(data, "data")
     if tasks is not None and not isinstance(tasks, ZeroShotTasks):
@@ -301,7 +319,9 @@ def evaluate(
     measured = scores = None
     if documents is not None:
         with renamed(documents="data"):
-            measured = perplexity(model, tokenizer, documents, seqlen, batch_size, max_windows, progress)
+            measured = perplexity(
+                model, tokenizer, documents, seqlen, batch_size, max_windows, progress, ranks
+            )
     if tasks is not None:
         scores = tasks.score(model, tokenizer, batch_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -8,10 +8,12 @@ from slicegpt.calibration import check_sources
 from slicegpt.checkpoint.folders import check_output
 from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.launcher import launched
 from slicegpt.recipe import IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
 from slicegpt.table import check_writable
 
 from .options import DTYPES, add_json, check_device, positive, shard_size
+from .sharing import shared
 
 
 def add_parser(commands) -> None:
@@ -19,11 +21,12 @@ def add_parser(commands) -> None:
         "slice",
         help="slice a model and save it",
         description="Slice MODEL (a folder, a hub id, a .gguf file, or smollm2-135m) and save it under --output. All "
-        "choices are written there as recipe.toml, which --recipe takes.",
+        "choices are written there as recipe.toml, which --recipe takes. Several GPUs: torchrun --nproc-per-node N -m "
+        "slicegpt slice ...",
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(run=run, overwrite=False, self_contained=False, recipe=None)
+    parser.set_defaults(run=run, shared=True, overwrite=False, self_contained=False, recipe=None)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="may be left out where the recipe names it")
     parser.add_argument(
         "--recipe",
@@ -180,25 +183,29 @@ def run(options: argparse.Namespace) -> None:
     recipe = recipe_from(options)
     check_name(recipe.model, "model")
     check_device(options.device)
-    check_output(options.output, options.overwrite, recipe.model)
-    check_writable("--json", options.json)
-    if recipe.calibration != IN_MEMORY:  # which the run itself refuses
-        check_sources(recipe.calibration, recipe.text_column)
+    if launched().rank == 0:  # the only one that reads the text, and writes
+        check_output(options.output, options.overwrite, recipe.model)
+        check_writable("--json", options.json)
+        if recipe.calibration != IN_MEMORY:  # which the run itself refuses
+            check_sources(recipe.calibration, recipe.text_column)
 
     from slicegpt import api
-    from slicegpt.progress import Progress
     from slicegpt.table import write_json
 
-    result = api.slice(
-        recipe=recipe,
-        output=options.output,
-        overwrite=options.overwrite,
-        self_contained=options.self_contained,
-        max_shard_size=options.max_shard_size,
-        device=options.device,
-        activation_storage=options.activation_storage,
-        progress=Progress(),
-    )
+    with shared(options) as (ranks, device, progress):
+        result = api.slice(
+            recipe=recipe,
+            output=options.output,
+            overwrite=options.overwrite,
+            self_contained=options.self_contained,
+            max_shard_size=options.max_shard_size,
+            device=device,
+            activation_storage=options.activation_storage,
+            progress=progress,
+            ranks=ranks,
+        )
+    if result is None:
+        return
     print(result.report)
     if options.json:
         write_json(options.json, result.report.summary)

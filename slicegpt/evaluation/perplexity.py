@@ -7,10 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration.tokens import check_fits, encode_text
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.modeling.losses import BatchSize, check_batch_size, window_losses
 from slicegpt.progress import Progress
 
@@ -42,6 +44,7 @@ def perplexity(
     batch_size: BatchSize = 1,
     max_windows: int | None = None,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> PerplexityResult:
     """Measure the perplexity of any causal language model on a text.
 
@@ -53,6 +56,8 @@ def perplexity(
         batch_size: windows at a time, or "auto", see `window_losses`.
         max_windows: evaluate only the first so many windows.
         progress: where to report; None is silent.
+        ranks: the windows are dealt out among them, in the batches of one rank; the text is that of the first, and all of
+            them return its figures.
 
     Raises:
         SliceGPTError: an argument is out of range, the text is shorter than a window, or a loss is not
@@ -65,17 +70,45 @@ def perplexity(
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
         raise SliceGPTError(f"{seqlen} is beyond the model's {positions} positions", "seqlen")
-    ids = encode_text("\n\n".join(documents), tokenizer)
-    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:max_windows]
-    if not len(windows):
-        raise SliceGPTError(
-            f"the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}", "documents"
-        )
+    ranks = ranks or Ranks()
+    windows = ranks.decide(lambda: text_windows(documents, tokenizer, seqlen)[:max_windows])
     check_fits(model, windows)
     start = time.perf_counter()
-    total = sum(window_losses(model, windows, batch_size, progress))
+    total = sum(shared_losses(model, windows, batch_size, progress, ranks))
     tokens = len(windows) * (seqlen - 1)
     nll = total / tokens
     if nll > 700:  # exp() overflows; a model that guesses evenly among a million tokens has 14
         raise SliceGPTError(f"the mean loss of a token is {nll:.4g} nats: the model is broken", "model")
     return PerplexityResult(math.exp(nll), tokens, nll, len(windows), time.perf_counter() - start)
+
+
+def text_windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, seqlen: int) -> torch.Tensor:
+    """The windows [n, seqlen] of a text: see `perplexity`."""
+    ids = encode_text("\n\n".join(documents), tokenizer)
+    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    if not len(windows):
+        raise SliceGPTError(
+            f"the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}", "documents"
+        )
+    return windows
+
+
+def shared_losses(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    batch_size: BatchSize,
+    progress: Progress | None,
+    ranks: Ranks,
+) -> list[float]:
+    """`window_losses` of all windows [n, s], of which every rank evaluates its share, in the batches of one rank."""
+    if ranks.size == 1:
+        return window_losses(model, windows, batch_size, progress)
+    size = 1 if batch_size == "auto" else batch_size
+    dealt = ranks.deal(torch.arange(len(windows)).split(size))
+    losses = torch.zeros(len(windows), dtype=torch.float64)
+    if dealt:
+        mine = torch.cat(dealt)
+        own = window_losses(model, windows[mine], batch_size, progress, of=len(windows))
+        losses[mine] = torch.tensor(own, dtype=torch.float64)
+    ranks.sum_(losses)  # of one number and zeros: exact
+    return losses.tolist()

@@ -60,10 +60,11 @@ def held_out_check(
     if not tokens or not all(fits_on(model, device) for model in (dense, sliced)):
         return None
     losses = []
-    for model in (dense, sliced):
+    for kind, model in (("dense", dense), ("sliced", sliced)):
         try:
             with moved(model, device):
-                losses.append(torch.tensor(window_losses(model, pairs, 1, progress), dtype=torch.float64))
+                name = f"held-out windows: {kind} model"
+                losses.append(torch.tensor(window_losses(model, pairs, 1, progress, name), dtype=torch.float64))
         except (SliceGPTError, torch.OutOfMemoryError) as error:
             # The sliced model is worth more than this figure.
             logger.warning("held-out windows were not compared: %s", str(error).splitlines()[0])

@@ -325,9 +325,11 @@ class Slicer:
         blocks = blocks_of(self.config)
         passes = self.propagation.count + self.propagation.fitted
         steps = sum(map(self.needs_pass, blocks)) * passes
-        with self.progress.stage("slicing", steps, "steps") as self.propagation.advance:
+        tokens, layers = self.propagation.tokens, self.config.num_hidden_layers
+        with self.progress.stage("slicing", steps, "steps", tokens) as self.propagation.advance:
             basis = self.slice_embedding()
             for block in blocks:
+                self.propagation.advance.note(f"{block.layer} of {layers} layers")
                 basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
             if not self.ranks.first:
                 return None
