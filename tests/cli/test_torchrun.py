@@ -1,0 +1,112 @@
+"""`torchrun -m slicegpt ...`: one process prints and writes, a dead one ends the job with one line."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import support
+from safetensors.torch import load_file
+from support.command_line import bad
+from support.saved_models import save_dense, save_text
+from support.tiny_models import relative_error
+from support.torchrun import torchrun
+
+from slicegpt.cli import main
+
+HERE = Path(support.__path__[0])
+SLICE = ["--params", "0.85", "--round-to", "4", "--nsamples", "24", "--seqlen", "32", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_tokenizer):
+    return save_dense(tmp_path_factory.mktemp("dense") / "model", tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, documents):
+    return save_text(tmp_path_factory.mktemp("text") / "train.txt", documents)
+
+
+def command(folder, text, output) -> list:
+    calibration = f"{text}:3,self:1"
+    return ["slice", folder, "--output", output, "--calibration", calibration, "--device", "cpu", *SLICE]
+
+
+def own_lines(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("slicegpt slice: ")]
+
+
+def test_slice_and_eval(folder, text, tmp_path, capsys):
+    """Two ranks give the model of one; the text that the model writes is the same, too."""
+    assert main(list(map(str, command(folder, text, tmp_path / "one")))) == 0
+    log = tmp_path / "run.log"
+    done = torchrun(2, "-m", "slicegpt", *command(folder, text, tmp_path / "two"), "--log-file", log)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("removed") == 1  # one table, of one rank
+    assert done.stderr.count("slicing: ") == 1
+    records = [json.loads((tmp_path / name / "slicing.json").read_text()) for name in ("one", "two")]
+    assert records[0]["calibration"]["sha256"] == records[1]["calibration"]["sha256"]
+    assert records[0]["neurons"] == records[1]["neurons"]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    # In float32 the blocks' sums over a few batches are rounded to 6e-8 before they are added up in float64, and each
+    # rank joins batches of its own. Amplified by gaps of a hundredth, block after block: 1e-3 leaves out what counts a
+    # batch twice, which changes weights by a tenth.
+    for name, weight in one.items():
+        if weight.numel():
+            assert relative_error(two[name], weight) < 1e-3, name
+    lines = log.read_text().splitlines()
+    assert any("slicing: " in line for line in lines)
+    assert lines[-1].endswith(" done")
+
+    evaluate = ["eval", folder, tmp_path / "two", "--data", text, "--seqlen", "32", "--max-windows", "7"]
+    figures = []
+    for ranks in (1, 2):
+        file = tmp_path / f"eval{ranks}.json"
+        done = torchrun(ranks, "-m", "slicegpt", *evaluate, "--device", "cpu", "--json", file)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("perplexity") == 1
+        figures.append([each["perplexity"] for each in json.loads(file.read_text())["models"]])
+    assert figures[0] == figures[1]  # bit for bit: the same windows, each in a batch of its own
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank_ends_the_job(folder, text, tmp_path, rank):
+    begin = time.monotonic()
+    arguments = command(folder, text, tmp_path / "out")
+    done = torchrun(2, HERE / "dying_rank_worker.py", rank, "SIGKILL", *arguments)
+    assert done.returncode != 0
+    lines = own_lines(done.stderr)
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("slicegpt slice: error: ")
+    assert "rank has died" in lines[0]
+    assert "Traceback" not in done.stderr.split(lines[0])[0]
+    assert not (tmp_path / "out").exists()
+    assert time.monotonic() - begin < 240  # no rank waits for one that is gone; the start is most of it
+
+
+def test_bad_input_is_told_once(folder, text, tmp_path):
+    arguments = [*command(folder, text, tmp_path / "out"), "--nsamples", "100000"]
+    done = torchrun(2, "-m", "slicegpt", *arguments)
+    assert done.returncode != 0
+    (line,) = own_lines(done.stderr)
+    assert line.startswith("slicegpt slice: error: ")
+    assert "--nsamples: " in line
+
+
+@pytest.mark.parametrize("arguments", [("info", "there"), ("generate", "there", "--prompt", "x")])
+def test_commands_of_one_process_refuse(arguments, monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    line = bad(capsys, *arguments)
+    assert line.endswith("one process does it, and 2 were started together: start it without torchrun (WORLD_SIZE=2)")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(list(arguments)) == 2
+    assert capsys.readouterr().err == ""  # the other one says it
+
+
+def test_tasks_are_not_shared(folder, monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert "--tasks: cannot be shared out among 2 processes" in bad(capsys, "eval", folder, "--tasks", "piqa")
