@@ -81,7 +81,9 @@ def test_long_stage_gets_a_line_every_half_minute():
 
 def test_minute_long_stage_gets_a_line_every_tenth():
     lines = timed(0.6, 100)
-    assert [line.split(" % ")[0] for line in lines[:-1]] == [f"slicing: {10 * tenth}" for tenth in range(1, 10)]
+    assert [line.split(" % ")[0] for line in lines[:-1]] == [
+        f"slicing: {10 * tenth}" for tenth in range(1, 10)
+    ]
     assert "tokens/s" not in lines[0]
 
 
@@ -130,7 +132,9 @@ def test_log_gets_every_line(stream, caplog):
             advance(1)
     progress.warn("the text is small")
     said = [record.message for record in caplog.records]
-    assert [line.split(" steps")[0] for line in said[:3]] == [f"slicing: {share} % of 4" for share in (25, 50, 75)]
+    assert [line.split(" steps")[0] for line in said[:3]] == [
+        f"slicing: {share} % of 4" for share in (25, 50, 75)
+    ]
     assert said[3].startswith("slicing: 4 steps in 124.0 s")
     assert said[4] == "warning: the text is small"
     assert "warning: the text is small" in progress.stream.getvalue()

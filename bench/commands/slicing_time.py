@@ -78,7 +78,10 @@ def load(
 
 @torch.no_grad()
 def dense_pass(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], device: torch.device, ranks: Ranks | None = None
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> float:
     """Seconds of one pass of all batches through the decoder layers; `model` is on `device`.
 
@@ -150,7 +153,13 @@ def measure_slicing(
     best = ranks.decide(lambda: min(trials, key=trials.get))
     dense = [dense_seconds("dense pass", best)]
     seconds = {"loading": loading, "one dense forward pass": dense[0]}
-    save(ranks=ranks.size, width=width, dense_batch_size=best, dense_seconds=dense, rows=rows_of(seconds, dense[0]))
+    save(
+        ranks=ranks.size,
+        width=width,
+        dense_batch_size=best,
+        dense_seconds=dense,
+        rows=rows_of(seconds, dense[0]),
+    )
 
     release_unused_memory(device)
     level = bytes_in_use(device)

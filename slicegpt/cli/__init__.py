@@ -97,7 +97,9 @@ def _run(arguments: list[str] | None) -> int:
         sharing.check(options)
         file = None if sharing.is_silent() else getattr(options, "log_file", None)
         with log_file.logged(file, options.verbose):
-            log_file.log(f"slicegpt {__version__}: {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
+            log_file.log(
+                f"slicegpt {__version__}: {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
+            )
             try:
                 options.run(options)
             except BaseException as error:

@@ -213,9 +213,7 @@ def _join(launch: Launch, device: torch.device, say: Callable[[str], object]) ->
         beats = distributed.TCPStore(address, port, is_master=False, timeout=START)
         # Restarts by the launcher count in a store that stays the same.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        watch = Watch(
-            distributed.PrefixStore(f"slicegpt/{attempt}", beats), launch.rank, launch.size, say
-        )
+        watch = Watch(distributed.PrefixStore(f"slicegpt/{attempt}", beats), launch.rank, launch.size, say)
         watch.start()
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",

@@ -64,7 +64,9 @@ def held_out_check(
         try:
             with moved(model, device):
                 name = f"held-out windows: {kind} model"
-                losses.append(torch.tensor(window_losses(model, pairs, 1, progress, name), dtype=torch.float64))
+                losses.append(
+                    torch.tensor(window_losses(model, pairs, 1, progress, name), dtype=torch.float64)
+                )
         except (SliceGPTError, torch.OutOfMemoryError) as error:
             # The sliced model is worth more than this figure.
             logger.warning("held-out windows were not compared: %s", str(error).splitlines()[0])

@@ -7,25 +7,25 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from slicegpt.calibration.batches import CalibrationBatch
-from slicegpt.conversion.canonical import build_model
 from slicegpt.conversion.folding import (
     TABLE_ROWS,
     centre,
-    fold_head,
+    folded_head_rows,
     named,
     reader_state,
-    rotate_table,
     rotate_writer,
+    rotated_rows,
 )
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint, DenseLayer, Linear
-from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.allocation import deletes_neurons
 from slicegpt.slicing.blocks import (
@@ -45,6 +45,7 @@ from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.propagation import Propagation, check_finite
 from slicegpt.slicing.refit import BlockFits, fit_block
 from slicegpt.slicing.rotation import align, random_orthogonal
+from slicegpt.slicing.sink import Pieces, Sink
 
 
 def fitted_batches(count: int, share: float) -> int:
@@ -58,11 +59,11 @@ class Slicer:
     Args:
         objective: of the refit.
         ridges: its λ. The tokens go on through the network with the fit at the first; with the same bases and neurons
-            every other one has entries of its own in `fitted_states`.
+            every one has entries of its own in the sink.
+        sink: where the model's tensors go, each one as soon as it is final.
 
     Attributes:
-        carried: the first of `ridges`.
-        fitted_states: of each λ the entries of the model's state that depend on it.
+        ridges: those that something is fitted at; the first one alone where there is no refit.
         remaining: of each refitted block its index, and `BlockFits.remaining`.
     """
 
@@ -75,6 +76,7 @@ class Slicer:
         objective: Objective,
         ridges: Sequence[float],
         progress: Progress,
+        sink: Sink,
     ):
         self.checkpoint = checkpoint
         self.config = config
@@ -82,19 +84,17 @@ class Slicer:
         self.ranks = options.ranks
         self.objective = objective
         self.progress = progress
+        self.sink = sink
         self.mean_subtraction = checkpoint.family.mean_subtraction
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.state: dict[str, torch.Tensor] = {}
         self.remaining: list[tuple[int, dict[float, float | None]]] = []
         self.prunes = deletes_neurons(config)
         if self.prunes and not options.refit:
             raise SliceGPTError("which of them to delete is decided by the refit, which is off", "neurons")
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
-        self.carried = ridges[0]
-        self.fitted_states: dict[float, dict[str, torch.Tensor]]
-        self.fitted_states = {ridge: {} for ridge in (ridges if self.refits else (self.carried,))}
+        self.ridges = tuple(ridges) if self.refits else (ridges[0],)
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
         self.propagation = Propagation(
             config, batches, options.dtype, options.device, options.activation_storage, fitted, options.ranks
@@ -109,16 +109,6 @@ class Slicer:
             return make()
         with self.stage("exchange"):
             return self.ranks.decide(make)
-
-    def store(
-        self,
-        entries: dict[str, torch.Tensor],
-        prefix: str = "",
-        state: dict[str, torch.Tensor] | None = None,
-    ) -> None:
-        """Add entries to `state`, on the CPU; None: to that of every λ."""
-        state = self.state if state is None else state
-        state |= {f"{prefix}{name}": tensor.to("cpu") for name, tensor in entries.items()}
 
     # --- bases -------------------------------------------------------------------------------------------------
 
@@ -198,18 +188,21 @@ class Slicer:
         with self.stage("rotation"):
             table, positions = self.checkpoint.embedding, self.checkpoint.positions
             if self.config.embed_projection:
-                projection = rotate_table(
-                    torch.eye(len(basis), device=device), basis, self.mean_subtraction, dtype
-                )
-                self.store({"model.embed_projection.weight": projection.mT.contiguous()})
-                self.store({"model.embed_tokens.weight": table.to(dtype)})
+                identity = torch.eye(len(basis), device=device)
+                projection = torch.cat([*self.rotated(identity, basis)])
+                self.store("model.embed_projection.weight", projection.mT.contiguous())
+                self.store("model.embed_tokens.weight", table.to(dtype))
             else:
-                rows = rotate_table(table, basis, self.mean_subtraction, dtype)
-                self.store({"model.embed_tokens.weight": rows})
+                self.store("model.embed_tokens.weight", self.rotated(table, basis))
             if positions is not None:
-                rows = rotate_table(positions, basis, self.mean_subtraction, dtype)
-                self.store({"model.embed_positions.weight": rows})
+                self.store("model.embed_positions.weight", self.rotated(positions, basis))
         return basis
+
+    def store(self, name: str, value: Pieces) -> None:
+        self.sink.store({name: value})
+
+    def rotated(self, table: torch.Tensor, basis: torch.Tensor) -> Iterator[torch.Tensor]:
+        return rotated_rows(table, basis, self.mean_subtraction, self.options.dtype)
 
     def slice_block(self, block: Block, layer: DenseLayer, basis: torch.Tensor) -> torch.Tensor:
         """One block, whose stream stands in `basis`; returns the next boundary's basis.
@@ -230,7 +223,7 @@ class Slicer:
             if self.needs_pass(block):
                 lifted = LiftedBlock(config, block, basis, readers, writers, dtype)
 
-        fits, kept = BlockFits(dict.fromkeys(self.fitted_states, dense | shortcut)), None
+        fits, kept = BlockFits(dict.fromkeys(self.ridges, dense | shortcut)), None
         if self.refits:
             with self.stage("rotation"):
                 teacher_dtype = self.objective.teacher_dtype(dtype, device)
@@ -238,7 +231,7 @@ class Slicer:
             moments, kept = self.propagation.collect(block, lifted, teacher, self.objective)
             if self.ranks.first:
                 fits = self.fit(block, writers, moments)
-            lifted.set_writers(self.agreed(lambda: fits.writers[self.carried]))
+            lifted.set_writers(self.agreed(lambda: fits.writers[self.ridges[0]]))
             del moments, teacher  # [K, K + D] in float64, and a block's weights
         if lifted is not None:
             self.propagation.write(block, lifted, covariance, kept)
@@ -257,7 +250,7 @@ class Slicer:
             neurons = None
         with self.stage("refit"):
             check_finite(moments, block)
-            fits = fit_block(self.objective, moments, writers, list(self.fitted_states), neurons)
+            fits = fit_block(self.objective, moments, writers, list(self.ridges), neurons)
         self.remaining.append((block.index, fits.remaining))
         return fits
 
@@ -273,13 +266,13 @@ class Slicer:
         for part, state in readers.items():
             if part == "mlp" and fits.neurons is not None:
                 state = {name: rows[fits.neurons] for name, rows in state.items()}
-            self.store(state, f"{block.prefix}.{MODULE_NAMES[part]}.")
+            root = f"{block.prefix}.{MODULE_NAMES[part]}"
+            self.sink.store({f"{root}.{name}": tensor for name, tensor in state.items()})
         if self.config.shortcuts[block.index] == "compact":
             shortcut = factor.mT.to(self.options.dtype).contiguous()
-            self.store({f"{block.prefix}.{block.shortcut}.factor": shortcut})
+            self.store(f"{block.prefix}.{block.shortcut}.factor", shortcut)
         for ridge, writers in fits.writers.items():
-            state = self.writer_state(block, writers, fits.neurons, basis)
-            self.store(state, state=self.fitted_states[ridge])
+            self.sink.store_fit(ridge, self.writer_state(block, writers, fits.neurons, basis))
 
     def writer_state(
         self,
@@ -304,34 +297,41 @@ class Slicer:
         device, dtype = self.options.device, self.options.dtype
         norm, head = self.checkpoint.final_norm, self.checkpoint.head
         if not self.config.tie_word_embeddings:
-            self.store(named("lm_head", fold_head(head, norm, basis, dtype), dtype))
+            rows, bias = folded_head_rows(head, norm, basis, dtype)
+            self.store("lm_head.weight", rows)
+            if bias is not None:
+                self.store("lm_head.bias", bias)
             return
         weight = torch.ones(len(basis), device=device) if norm.weight is None else norm.weight.to(device)
         if self.config.head_projection:
             scale = (basis.shape[0] / basis.shape[1]) ** 0.5
             projection = weight.double()[:, None] * basis * scale
-            self.store({"model.head_projection.weight": projection.to(dtype).contiguous()})
+            self.store("model.head_projection.weight", projection.to(dtype).contiguous())
         else:
-            self.store({"model.norm.weight": weight.to(dtype)})
+            self.store("model.norm.weight", weight.to(dtype))
         if norm.bias is not None:
             owner = "head_projection" if self.config.head_projection else "norm"
-            self.store({f"model.{owner}.bias": norm.bias.to(dtype)})
+            self.store(f"model.{owner}.bias", norm.bias.to(dtype))
         if head.bias is not None:
-            self.store({"lm_head.bias": head.bias.to(dtype)})
+            self.store("lm_head.bias", head.bias.to(dtype))
 
     @torch.no_grad()
-    def run(self) -> SlicedForCausalLM | None:
-        """Slice everything and return the model on the CPU; None on all ranks but the first."""
+    def run(self) -> None:
+        """Slice everything: all of the model's tensors are in the sink; of several ranks, in that of the first."""
         blocks = blocks_of(self.config)
         passes = self.propagation.count + self.propagation.fitted
         steps = sum(map(self.needs_pass, blocks)) * passes
+        if self.ranks.first:
+            self.sink.open(self.config, self.options.dtype, self.ridges)
         tokens, layers = self.propagation.tokens, self.config.num_hidden_layers
         with self.progress.stage("slicing", steps, "steps", tokens) as self.propagation.advance:
             basis = self.slice_embedding()
-            for block in blocks:
-                self.propagation.advance.note(f"{block.layer} of {layers} layers")
-                basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
+            for _, pair in groupby(blocks, key=lambda block: block.layer):
+                layer = None
+                for block in pair:
+                    layer = layer or self.checkpoint.layer(block.layer)
+                    self.propagation.advance.note(f"{block.layer} of {layers} layers")
+                    basis = self.slice_block(block, layer, basis)
             if not self.ranks.first:
-                return None
+                return
             self.slice_head(basis)
-        return build_model(self.config, self.state | self.fitted_states[self.carried])

@@ -5,7 +5,6 @@ import logging
 import re
 import warnings
 
-import pytest
 from support.command_line import bad
 from support.saved_models import save_dense, save_text
 

@@ -99,7 +99,9 @@ def test_commands_of_one_process_refuse(arguments, monkeypatch, capsys):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     line = bad(capsys, *arguments)
-    assert line.endswith("one process does it, and 2 were started together: start it without torchrun (WORLD_SIZE=2)")
+    assert line.endswith(
+        "one process does it, and 2 were started together: start it without torchrun (WORLD_SIZE=2)"
+    )
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(list(arguments)) == 2

@@ -43,7 +43,9 @@ def tolerance(report, widths: list[int], inner: int) -> float:
         if values is not None and width < len(values)
     ]
     gap = min(float((values[width - 1] - values[width]) / values[0]) for values, width in spectra)
-    assert gap > 1e-6  # the tiny model's spectra are smooth: no two eigenvalues at a cut that chance could swap
+    assert (
+        gap > 1e-6
+    )  # the tiny model's spectra are smooth: no two eigenvalues at a cut that chance could swap
     return len(widths) * error * (1 / gap + inner / 0.1)
 
 
@@ -116,7 +118,7 @@ def test_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert launched() == Launch()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(SliceGPTError, match="RANK: must be a whole number .* got ''"):
+    with pytest.raises(SliceGPTError, match=r"RANK: must be a whole number .* got ''"):
         launched()
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -135,7 +137,9 @@ def test_device_of_a_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert device_of(launch, None) == device_of(launch, "cuda") == torch.device("cuda", 1)
     assert chosen == [1, 1]
-    with pytest.raises(SliceGPTError, match="device: must be auto, cuda or cpu where 8 processes .* got 'cuda:0'"):
+    with pytest.raises(
+        SliceGPTError, match=r"device: must be auto, cuda or cpu where 8 processes .* got 'cuda:0'"
+    ):
         device_of(launch, "cuda:0")
     with pytest.raises(SliceGPTError, match="rank 6 is number 3 on a machine with 2 CUDA devices"):
         device_of(Launch(6, 8, 2), "auto")

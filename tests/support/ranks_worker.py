@@ -60,7 +60,9 @@ def exchanged(ranks: Ranks) -> dict:
     same = torch.equal(received["transposed"], value["transposed"])
     same &= received["transposed"].stride() == value["transposed"].stride()
     same &= torch.equal(received["half"][0], value["half"][0]) and received["half"][1] == 7
-    same &= received["none"][0] is None and received["none"][1].shape == (0, 4) and received["none"][2] == "text"
+    same &= (
+        received["none"][0] is None and received["none"][1].shape == (0, 4) and received["none"][2] == "text"
+    )
     right = torch.tensor([float(same), 1.0])
     ranks.sum_(right)
     module.PIECE = 1 << 26
