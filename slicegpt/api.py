@@ -12,6 +12,7 @@ The command line is made of these calls; everything that they take from the room
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -23,9 +24,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slicegpt.calibration import calibration_warnings, coverage, load_documents
 from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.checkpoint.folders import check_output, check_space
+from slicegpt.checkpoint.kept_run import (
+    RunKeeper,
+    call_of,
+    check_inputs,
+    check_machine,
+    check_recipe,
+    finished,
+    interrupted_call,
+    read_calibration,
+)
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.checkpoint.model_files import ModelFiles
-from slicegpt.checkpoint.partial import partial_folder
+from slicegpt.checkpoint.partial import check_partial, is_finished, partial_folder
 from slicegpt.checkpoint.record import calibration_record, size_record, slicing_record
 from slicegpt.checkpoint.report import SliceReport
 from slicegpt.checkpoint.saving import save_sliced, write_beside_weights
@@ -44,6 +55,7 @@ from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
 from slicegpt.result import SliceResult
 from slicegpt.slicing import SlicingOptions
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
+from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_source, whole
 from slicegpt.slicing.sink import MemorySink
 
@@ -102,6 +114,8 @@ def slice(
     max_shard_size: str = "5GB",
     device: str | torch.device | None = None,
     activation_storage: str = "auto",
+    resume: bool = False,
+    keep_state: str = "auto",
     progress: Progress | None = None,
     ranks: Ranks | None = None,
     **choices: Any,
@@ -131,6 +145,10 @@ def slice(
         device: where blocks run and eigenvectors are computed; None and "auto" take the first GPU where there is one.
             A layer at a time is there, so that the model may be larger than its memory.
         activation_storage: "auto", "device" or "host": where the calibration tokens' activations stay between blocks.
+        resume: go on with a run into `output` that was interrupted, after its last block; what it was called with
+            is taken as it was, and refused where it is given otherwise.
+        keep_state: "always", "never" or "auto": whether what an interrupted run needs to go on is written after every
+            block, beside `output`; auto does so from the second minute on. Of a loaded model nothing is kept.
         progress: where stages are reported, such as `slicegpt.progress.Progress()`; None is silent.
         ranks: the processes that slice together, each of which calls this with the same arguments, see
             `slicegpt.hardware.ranks.joined`; None: this one alone.
@@ -158,7 +176,12 @@ def slice(
         >>> report.record["size"]["parameters"]
         >>> again = slicegpt.slice(recipe="runs/small")  # bit for bit the same
     """
-    progress, ranks = progress or Progress(quiet=True), ranks or Ranks()
+    progress, ranks, began = progress or Progress(quiet=True), ranks or Ranks(), time.monotonic()
+    call = None
+    if ranks.first:
+        call = interrupted_call(None if isinstance(model, PreTrainedModel) else output, resume, keep_state)
+    if ranks.decide(lambda: call is not None and is_finished(output)):
+        return SliceResult(*finished(output)) if ranks.first else None
     documents = None
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
         documents, calibration = _checked_documents(calibration, "calibration"), IN_MEMORY
@@ -171,36 +194,55 @@ def slice(
         "calibration": calibration,
     }
     choices |= {name: value for name, value in given.items() if value is not None}
-    recipe = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
-    size = recipe.size
-    path = None if output is None or not ranks.first else check_output(output, overwrite, recipe.model)
+    if recipe is None and call is not None:
+        recipe = Recipe().override(**call["recipe"])
+    given = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
     device = find_device(device)
-    sources = calibration_sources(recipe, documents) if ranks.first else []
+    machine = {"device": device.type, "max_shard_size": max_shard_size, "self_contained": self_contained}
+    if call is not None:
+        check_recipe(call, given)
+        check_machine(call, machine)
+    # Whatever the others read: their file, or the folder to go on with, may not be there at all.
+    recipe = given = ranks.decide(lambda: given)
+    size = given.size
+    path = None if output is None or not ranks.first else check_output(output, overwrite, recipe.model)
+    if path is not None:
+        check_partial(path, resume, overwrite)
+    sources = calibration_sources(recipe, documents) if ranks.first and call is None else []
 
     with _opened(model, tokenizer, recipe, progress) as (dense, name), ExitStack() as opened:
         dtype, tokenizer = dense.dtype, dense.tokenizer
+        if call is not None:
+            check_inputs(call, dense)
         recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch.")).resolved()
         config = plan_recipe(recipe, canonical_fields(dense), dtype)
         planned = size_record(config, dtype)
         if path is not None:
-            check_space(path, int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
-        if (
-            ranks.first
-            and size == "slice"
-            and recipe.slice
-            and planned["parameters"] >= planned["dense_parameters"]
-        ):
+            check_space(path, 0 if resume else int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
+        options = SlicingOptions.of(recipe, dtype, device, activation_storage, ranks)
+        if not ranks.first:
+            # It needs neither the text nor the model that may write some of it, and keeps nothing.
+            drawn = ranks.decide(lambda: None)
+            slice_source(dense, config, drawn, options, MemorySink(), progress)
+            return None
+        if size == "slice" and recipe.slice and planned["parameters"] >= planned["dense_parameters"]:
             progress.warn(
                 f"at this size the sliced model is no smaller than the dense one ({recipe.shortcut} shortcuts)"
             )
-        with progress.step(f"tokenising {recipe.calibration}"):
-            # The others get the samples, and need neither the text nor the model that may write some of it.
-            writer = whole(dense) if ranks.first else None
-            drawn = draw_samples(recipe, sources, writer, tokenizer, device, progress, ranks)
-        options = SlicingOptions.of(recipe, dtype, device, activation_storage, ranks)
-        if not ranks.first:
-            slice_source(dense, config, drawn, options, MemorySink(), progress)
-            return None
+        partial, sink, keeper = None, MemorySink(), Keeper()
+        if path is not None and not isinstance(model, PreTrainedModel):
+            partial = opened.enter_context(partial_folder(path, resume))
+            sink = opened.enter_context(closing(ModelFiles(partial.model, partial.folder, max_shard_size)))
+            keeper = RunKeeper(partial, sink, progress, keep_state, began)
+        if call is not None:
+            keeper.resume()
+            drawn = read_calibration(partial.folder)
+        else:
+            with progress.step(f"tokenising {recipe.calibration}"):
+                drawn = draw_samples(recipe, sources, whole(dense), tokenizer, device, progress)
+            if partial is not None:
+                keeper.begin(call_of(given, recipe, machine, dense), drawn)
+        drawn = ranks.decide(lambda: drawn)
         if len(drawn.batches) < ranks.size:
             progress.warn(
                 f"{ranks.size - len(drawn.batches)} of {ranks.size} ranks have nothing to do: {recipe.nsamples} samples"
@@ -210,11 +252,7 @@ def slice(
         warnings = calibration_warnings(figures)
         for warning in warnings:
             progress.warn(warning)
-        partial, sink = None, MemorySink()
-        if path is not None and not isinstance(model, PreTrainedModel):
-            partial = opened.enter_context(partial_folder(path))
-            sink = opened.enter_context(closing(ModelFiles(partial.model, partial.folder, max_shard_size)))
-        config, seen = slice_source(dense, config, drawn, options, sink, progress)
+        config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper)
         sliced = sink.finished(dense.generation_config)
         check = held_out_check(
             whole(dense), whole(sliced), drawn, device, progress, seen.ridge_search is not None

@@ -115,8 +115,8 @@ def measure_slicing(
 ) -> None:
     """Slice once, with a dense pass before and after; `record.rows` holds a row for each stage.
 
-    Several ranks share the tokens, of the dense pass as well; the figures are the first one's, and its `record` alone is
-    written.
+    Several ranks share the tokens, of the dense pass as well; the figures are the first one's, which alone writes its
+    `record`.
 
     `record.content` also gets "tokens", "tokens_per_second", "ratio", "peak_bytes" and "added_bytes" (above what was
     in use before slicing).

@@ -4,8 +4,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slicegpt.errors import SliceGPTError
@@ -79,16 +79,26 @@ def put_in_place(folder: Path, path: Path, replaced: Path) -> None:
 
 
 @contextmanager
-def no_space_errors(path: Path, kept: str = "nothing was kept") -> Iterator[None]:
-    """Within it, a full disk is one line about `path`."""
+def no_space_errors(path: Path, kept: Callable[[], str] = lambda: "nothing was kept") -> Iterator[None]:
+    """Within it, a full disk is one line about `path`, and what has become of what was there."""
     try:
         yield
     except BaseException as error:
         # safetensors and tokenizers raise their own types.
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left" in str(error):
-            raise SliceGPTError(f"no space left while writing {path}; {kept}", "output") from error
+            raise SliceGPTError(f"no space left while writing {path}; {kept()}", "output") from error
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in a folder are on the disk, as far as the system can tell."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def open_to_readers(folder: Path) -> None:

@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         from slicegpt.cli.sharing import is_silent
 
         if not is_silent():
-            print(interrupts.MESSAGE, file=sys.stderr)
+            print(interrupts.message(), file=sys.stderr)
         return interrupts.EXIT_CODE
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -47,14 +47,20 @@ def check(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def shared(options: argparse.Namespace) -> Iterator[tuple[Ranks, torch.device, Progress]]:
-    """The processes that share a command, this one's device for `--device`, and where it reports."""
+def shared(
+    options: argparse.Namespace, kept: Callable[[], str | None] = lambda: None
+) -> Iterator[tuple[Ranks, torch.device, Progress]]:
+    """The processes that share a command, this one's device for `--device`, and where it reports.
+
+    Args:
+        kept: what a job that a dead rank ends has kept, in one clause.
+    """
     global _chosen
     from slicegpt.hardware.ranks import joined
     from slicegpt.progress import Progress
 
     def say(reason: str) -> None:
-        line = f"slicegpt {options.command}: error: {reason}"
+        line = f"slicegpt {options.command}: error: {'; '.join(filter(None, (reason, kept())))}"
         os.write(2, f"{line}\n".encode())  # whatever the main thread does with the stream at this moment
         log(line)
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from slicegpt.calibration import check_sources
 from slicegpt.checkpoint.folders import check_output
 from slicegpt.checkpoint.names import check_name
+from slicegpt.checkpoint.partial import check_partial, interrupted_recipe, what_is_kept
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.launcher import launched
 from slicegpt.recipe import IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
 from slicegpt.table import check_writable
 
+from . import interrupts
 from .options import DTYPES, add_json, check_device, positive, shard_size
 from .sharing import shared
 
@@ -26,7 +28,9 @@ def add_parser(commands) -> None:
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(run=run, shared=True, overwrite=False, self_contained=False, recipe=None)
+    parser.set_defaults(
+        run=run, shared=True, overwrite=False, self_contained=False, recipe=None, resume=False
+    )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="may be left out where the recipe names it")
     parser.add_argument(
         "--recipe",
@@ -37,6 +41,11 @@ def add_parser(commands) -> None:
         "--output", required=True, metavar="DIR", help="folder to write; appears only when whole"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted run into the same --output; its other options need not be given again",
+    )
     parser.add_argument(
         "--self-contained",
         action="store_true",
@@ -119,6 +128,13 @@ def add_parser(commands) -> None:
         "on the device where they take at most half of its free memory",
     )
     machine.add_argument("--signals", **storage, help=argparse.SUPPRESS)  # the option's former name
+    machine.add_argument(
+        "--keep-state",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="write what --resume needs after every block into DIR.partial: from the second minute on (auto, the "
+        "default), from the beginning, or not",
+    )
     machine.add_argument("--max-shard-size", type=shard_size, default="5GB", metavar="SIZE")
     parser.set_defaults(json=None)
     add_json(parser)
@@ -171,7 +187,12 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
     choices = {name: value for name, value in vars(options).items() if name in NAMES}
     if "widths" in choices:
         choices["widths"] = read_widths(choices["widths"])
-    recipe = (Recipe() if options.recipe is None else Recipe.read(options.recipe)).override(**choices)
+    if options.resume and launched().rank > 0:  # the first one has the folder, and tells what the run is
+        return Recipe().override(**choices)
+    if options.recipe is not None:
+        recipe = Recipe.read(options.recipe).override(**choices)
+    else:
+        recipe = (interrupted_recipe(options.output) if options.resume else Recipe()).override(**choices)
     if recipe.model is None:
         raise SliceGPTError("is needed here or in a recipe, got none", "model")
     _ = recipe.size  # an error where there is none
@@ -181,10 +202,12 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
 def run(options: argparse.Namespace) -> None:
     # What can be checked without the model is checked before anything heavy is imported.
     recipe = recipe_from(options)
-    check_name(recipe.model, "model")
+    if recipe.model is not None:
+        check_name(recipe.model, "model")
     check_device(options.device)
     if launched().rank == 0:  # the only one that reads the text, and writes
         check_output(options.output, options.overwrite, recipe.model)
+        check_partial(options.output, options.resume, options.overwrite)
         check_writable("--json", options.json)
         if recipe.calibration != IN_MEMORY:  # which the run itself refuses
             check_sources(recipe.calibration, recipe.text_column)
@@ -192,11 +215,14 @@ def run(options: argparse.Namespace) -> None:
     from slicegpt import api
     from slicegpt.table import write_json
 
-    with shared(options) as (ranks, device, progress):
+    kept = interrupts.remark(lambda: what_is_kept(options.output))
+    with kept, shared(options, lambda: what_is_kept(options.output)) as (ranks, device, progress):
         result = api.slice(
             recipe=recipe,
             output=options.output,
             overwrite=options.overwrite,
+            resume=options.resume,
+            keep_state=options.keep_state,
             self_contained=options.self_contained,
             max_shard_size=options.max_shard_size,
             device=device,

@@ -56,8 +56,8 @@ def perplexity(
         batch_size: windows at a time, or "auto", see `window_losses`.
         max_windows: evaluate only the first so many windows.
         progress: where to report; None is silent.
-        ranks: the windows are dealt out among them, in the batches of one rank; the text is that of the first, and all of
-            them return its figures.
+        ranks: the windows are dealt out among them, in the batches of one rank; the text is that of the first, and all
+            of them return its figures.
 
     Raises:
         SliceGPTError: an argument is out of range, the text is shorter than a window, or a loss is not

@@ -72,6 +72,13 @@ class Ranks:
         """
         return make()
 
+    def send(self, tensor: torch.Tensor, rank: int) -> None:
+        """Give a tensor of this rank's device to another one, which has to `receive` it."""
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> torch.Tensor:
+        """A tensor that another rank sends, on this one's device."""
+        raise NotImplementedError("a process that is alone receives nothing")
+
     def wait(self) -> None:
         """Wait until every rank is here."""
 
@@ -123,6 +130,16 @@ class ProcessRanks(Ranks):
                 self._send(tensor)
             return value
         return _filled(outline[0], self._receive)
+
+    def send(self, tensor: torch.Tensor, rank: int) -> None:
+        for piece in _pieces(tensor):
+            self._distributed.send(piece.contiguous(), rank)
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        for piece in _pieces(tensor):
+            self._distributed.recv(piece, rank)
+        return tensor
 
     def wait(self) -> None:
         self.sum_(torch.zeros(1))

@@ -44,8 +44,8 @@ def window_losses(
     Args:
         batch_size: windows at a time; "auto": as many as keep the device busy, halved where its memory runs out.
         progress, name: where to report, and what.
-        of: windows that several ranks evaluate together, these included; None: these are all. The progress is theirs, as
-            if the others were as far.
+        of: windows that several ranks evaluate together, these included; None: these are all. The progress is of all,
+            as if the others were as far.
 
     Raises:
         SliceGPTError: a loss is not finite.

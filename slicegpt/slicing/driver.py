@@ -11,6 +11,7 @@ from slicegpt.families import Checkpoint, checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
 from slicegpt.slicing.allocation import allocate_neurons, deletes_neurons
+from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.ridge import choose_ridge
@@ -54,6 +55,7 @@ def slice_checkpoint(
     progress: Progress | None = None,
     held_out: torch.Tensor | None = None,
     objective: Objective | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[SlicedConfig, SlicingReport]:
     """Slice, or only rotate, a dense model, of which one layer at a time need be in memory.
 
@@ -68,6 +70,8 @@ def slice_checkpoint(
         held_out: windows [n, s] of calibration tokens outside `batches`, by which the refit's ridge is chosen where
             `options.ridge` is None, see `slicegpt.slicing.ridge.choose_ridge`.
         objective: what the refit minimises; None: `slicegpt.slicing.objective.Objective()`.
+        keeper: keeps what an interrupted run needs to go on after its last block; with what was kept of one, the run
+            begins there.
 
     Returns:
         The config of the model that the sink holds, and the report. Of several ranks (`options.ranks`) the first alone
@@ -78,16 +82,22 @@ def slice_checkpoint(
         activations (the layer is named).
     """
     options, progress = options or SlicingOptions(), progress or Progress(quiet=True)
-    objective = objective or Objective()
-    spent = {}
+    objective, keeper = objective or Objective(), keeper or Keeper()
+    journal = keeper.journal
     ridges = objective.ridges if options.ridge is None else (options.ridge,)
     equal = config.layer_neurons is None
     if equal and deletes_neurons(config) and options.allocate and options.refit and len(batches):
-        began = time.perf_counter()
-        config = allocate_neurons(checkpoint, config, batches, options, objective, ridges[0], progress)
-        spent["allocation"] = time.perf_counter() - began
+        neurons = options.ranks.decide(lambda: journal.get("neurons"))
+        if neurons is None:
+            began = time.perf_counter()
+            allocated = allocate_neurons(
+                checkpoint, config, batches, options, objective, ridges[0], progress, keeper
+            )
+            neurons = allocated.neurons
+            keeper.note(neurons=neurons, allocation=time.perf_counter() - began)
+        config = SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
 
-    slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress, sink)
+    slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress, sink, keeper)
     slicer.run()
     report, ridge = slicer.report, slicer.ridges[0]
     if not options.ranks.first:
@@ -95,13 +105,14 @@ def slice_checkpoint(
     if len(slicer.ridges) > 1:
         began = time.perf_counter()
         ridge, report.ridge_search = choose_ridge(
-            sink, config, slicer.ridges, objective.unjudged_ridge, held_out, options, progress
+            sink, slicer.ridges, objective.unjudged_ridge, held_out, options, progress, keeper
         )
-        spent["ridge"] = time.perf_counter() - began
+        report.seconds["ridge"] = time.perf_counter() - began
     sink.choose(ridge)
+    if "allocation" in journal:
+        report.seconds["allocation"] = journal["allocation"]
     report.refit = [
         {"block": block, "ridge": ridge, "remaining": remaining[ridge]}
         for block, remaining in slicer.remaining
     ]
-    report.seconds |= spent
     return config, report

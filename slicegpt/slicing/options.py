@@ -32,8 +32,8 @@ class SlicingOptions:
             costs call for (`slicegpt.slicing.allocation`); False keeps that number.
         neuron_multiple: those numbers are multiples of it.
         fitted: the share of the calibration batches that it fits to; the covariances are of all of them.
-        ranks: the processes that share the calibration batches, see `slicegpt.hardware.ranks`. All of them slice the same
-            model by the same batches.
+        ranks: the processes that share the calibration batches, see `slicegpt.hardware.ranks`. All of them slice the
+            same model by the same batches.
     """
 
     dtype: torch.dtype = torch.float32

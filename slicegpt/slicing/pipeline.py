@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slicegpt.calibration import Calibration, Source, load_sources, sample_sources
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import DenseSource, checkpoint_of
-from slicegpt.hardware.ranks import Ranks
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
 from slicegpt.recipe import IN_MEMORY, Recipe
 from slicegpt.slicing.driver import slice_checkpoint, slice_model
+from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.sink import Sink
 
@@ -52,30 +52,20 @@ def draw_samples(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     progress: Progress | None = None,
-    ranks: Ranks | None = None,
 ) -> Calibration:
-    """Calibration samples, as many and as long as a recipe says; see `slicegpt.calibration.sample_sources`.
-
-    Args:
-        ranks: the first of them reads and writes the text, so that it is the same whatever their number is; all of them
-            get the samples.
-    """
-
-    def draw() -> Calibration:
-        return sample_sources(
-            sources,
-            tokenizer,
-            recipe.nsamples,
-            recipe.seqlen,
-            recipe.batch_size,
-            recipe.seed,
-            recipe.varied_seqlen,
-            model,
-            progress,
-            device,
-        )
-
-    return (ranks or Ranks()).decide(draw)
+    """Calibration samples, as many and as long as a recipe says; see `slicegpt.calibration.sample_sources`."""
+    return sample_sources(
+        sources,
+        tokenizer,
+        recipe.nsamples,
+        recipe.seqlen,
+        recipe.batch_size,
+        recipe.seed,
+        recipe.varied_seqlen,
+        model,
+        progress,
+        device,
+    )
 
 
 def slice_drawn(
@@ -102,10 +92,13 @@ def slice_source(
     options: SlicingOptions,
     sink: Sink,
     progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[SlicedConfig, SlicingReport]:
     """As `slice_drawn`, of a model that need not be in memory; see `slice_checkpoint`."""
     checkpoint = checkpoint_of(source)
-    return slice_checkpoint(checkpoint, config, sink, drawn.batches, options, progress, drawn.held_out)
+    return slice_checkpoint(
+        checkpoint, config, sink, drawn.batches, options, progress, drawn.held_out, keeper=keeper
+    )
 
 
 def whole(source: DenseSource) -> PreTrainedModel:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -70,6 +71,9 @@ class Propagation:
         self.ranks = ranks or Ranks()
         self.count, self.fitted = len(batches), fitted
         self.tokens = sum(batch.tokens for batch in batches)
+        # Shapes of the ids of all ranks' batches, by which a snapshot has them.
+        shapes = [tuple(batch.input_ids.shape) for batch in batches]
+        self.shapes = {"streams": shapes, "dense_streams": shapes[:fitted]}
         fitted_batches, batches = self.ranks.deal(batches[:fitted]), self.ranks.deal(batches)
         tokens = sum(batch.input_ids.numel() for batch in [*batches, *fitted_batches])
         stream_bytes = tokens * config.dense_hidden_size * dtype.itemsize
@@ -101,6 +105,66 @@ class Propagation:
             if index < len(self.dense_streams):
                 self.dense_streams[index] = stream
         self.add_up(covariance)
+
+    # --- what a snapshot of a run holds of it ---
+
+    def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Names, dtypes and shapes of all streams: they are numbered by batches, whoever has them."""
+        return {f"{kind}.{index}": (self.dtype, shape) for kind, index, shape in self._all()}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All streams by name, one at a time; on rank 0, with those of the others, within `gathered`."""
+        for kind, index, shape in self._all():
+            owner, place = index % self.ranks.size, index // self.ranks.size
+            if owner == self.ranks.rank:
+                yield f"{kind}.{index}", self._own(kind)[place]
+            else:
+                self.ranks.decide(lambda request=(kind, place, owner): request)
+                yield f"{kind}.{index}", self.ranks.receive(shape, self.dtype, owner)
+
+    @contextmanager
+    def gathered(self) -> Iterator[bool]:
+        """Within it, rank 0 reads the streams of all ranks (`tensors`), or as many of them as it wants to.
+
+        Yields:
+            Whether this is rank 0. The others have given what it asked for when they come here.
+        """
+        if self.ranks.size == 1:
+            yield True
+        elif self.ranks.first:
+            try:
+                yield True
+            finally:
+                self.ranks.decide(lambda: None)
+        else:
+            while (wanted := self.ranks.decide(lambda: None)) is not None:
+                kind, place, owner = wanted
+                if owner == self.ranks.rank:
+                    self.ranks.send(self._own(kind)[place], 0)
+            yield False
+
+    def restore(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
+        """Take the streams from where `tensors` of rank 0 put them, whatever ranks those had; instead of `start`."""
+        for kind, index, shape in self._all():
+            owner, place = index % self.ranks.size, index // self.ranks.size
+            if self.ranks.first:
+                stream = tensors[f"{kind}.{index}"].to(self.device)
+                if owner:
+                    self.ranks.send(stream, owner)
+                else:
+                    self._own(kind)[place] = stream
+            elif owner == self.ranks.rank:
+                self._own(kind)[place] = self.ranks.receive(shape, self.dtype, 0)
+
+    def _all(self) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+        """Kind, number and shape of the streams of all ranks."""
+        width = self.config.dense_hidden_size
+        for kind, shapes in self.shapes.items():
+            for index, shape in enumerate(shapes):
+                yield kind, index, (*shape, width)
+
+    def _own(self, kind: str) -> Streams:
+        return self.streams if kind == "streams" else self.dense_streams
 
     def inputs(self, block: Block, stream: torch.Tensor, batch: TokenBatch) -> dict:
         """Attention mask and rotary positions, as the block's attention takes them."""

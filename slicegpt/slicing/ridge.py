@@ -13,11 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from slicegpt.conversion.canonical import build_model
-from slicegpt.hardware.offload import layer_by_layer
-from slicegpt.modeling import SlicedConfig
-from slicegpt.modeling.losses import window_losses
+from slicegpt.modeling.layerwise import layerwise_losses
 from slicegpt.progress import Progress
+from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.options import SlicingOptions
 from slicegpt.slicing.sink import Sink
 
@@ -29,35 +27,39 @@ WINDOWS = 4
 
 def choose_ridge(
     sink: Sink,
-    config: SlicedConfig,
     ridges: Sequence[float],
     unjudged: float,
     held_out: torch.Tensor | None,
     options: SlicingOptions,
     progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[float, dict[float, float] | None]:
     """The best ridge: from the lightest on, until the next one loses more.
 
     Args:
-        sink: holds the model of `config` at each of `ridges`, which are in ascending order.
+        sink: holds the model at each of `ridges`, which are in ascending order.
         unjudged: the λ to take where there are no windows to judge by.
         held_out: windows [n, s] of token ids that the model is not fitted to; None or none of two tokens: nothing is
             evaluated.
-        options: on whose device the losses are computed, layer by layer if the model does not fit there.
+        options: on whose device the losses are computed, layer by layer.
+        keeper: keeps the losses of an interrupted run.
 
     Returns:
         λ, and the loss of every candidate that was evaluated, in nats a token; None where nothing was.
     """
     if held_out is None or not len(held_out) or held_out.shape[1] < 2:
         return unjudged, None
-    losses: dict[float, float] = {}
+    keeper = keeper or Keeper()
+    known, losses = dict(keeper.journal.get("losses", [])), {}
     tokens, report = len(held_out) * (held_out.shape[1] - 1), progress or Progress(quiet=True)
     with report.stage("refit: λ by held-out windows", len(ridges), "candidates at most") as advance:
         for ridge in ridges:
-            source = sink.candidate(ridge)
-            model = source.shell if source.in_memory else build_model(config, dict(source.tensors))
-            with layer_by_layer(model, options.device):
-                losses[ridge] = sum(window_losses(model, held_out, WINDOWS)) / tokens
+            if ridge in known:
+                losses[ridge] = known[ridge]
+            else:
+                of_windows = layerwise_losses(sink.candidate(ridge), held_out, WINDOWS, device=options.device)
+                losses[ridge] = sum(of_windows) / tokens
+                keeper.note(losses=list(losses.items()))
             advance(1)
             if losses[ridge] > min(losses.values()):
                 break

@@ -39,6 +39,7 @@ from slicegpt.slicing.blocks import (
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
+from slicegpt.slicing.keeping import Keeper, Snapshot
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
@@ -61,6 +62,7 @@ class Slicer:
         ridges: its λ. The tokens go on through the network with the fit at the first; with the same bases and neurons
             every one has entries of its own in the sink.
         sink: where the model's tensors go, each one as soon as it is final.
+        keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
 
     Attributes:
         ridges: those that something is fitted at; the first one alone where there is no refit.
@@ -77,6 +79,7 @@ class Slicer:
         ridges: Sequence[float],
         progress: Progress,
         sink: Sink,
+        keeper: Keeper | None = None,
     ):
         self.checkpoint = checkpoint
         self.config = config
@@ -85,6 +88,7 @@ class Slicer:
         self.objective = objective
         self.progress = progress
         self.sink = sink
+        self.keeper = keeper or Keeper()
         self.mean_subtraction = checkpoint.family.mean_subtraction
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
@@ -324,14 +328,67 @@ class Slicer:
         if self.ranks.first:
             self.sink.open(self.config, self.options.dtype, self.ridges)
         tokens, layers = self.propagation.tokens, self.config.num_hidden_layers
-        with self.progress.stage("slicing", steps, "steps", tokens) as self.propagation.advance:
-            basis = self.slice_embedding()
-            for _, pair in groupby(blocks, key=lambda block: block.layer):
+        found = self.keeper.found("slicing")
+        done = self.agreed(lambda: None if found is None else found.done)
+        passed = sum(map(self.needs_pass, blocks[: done or 0])) * passes
+        with self.progress.stage("slicing", steps, "steps", tokens, passed) as self.propagation.advance:
+            if done is None:
+                basis, done = self.slice_embedding(), 0
+                self.keep(done, basis)
+            else:
+                basis = self.restore(found, done)
+            for _, pair in groupby(blocks[done:], key=lambda block: block.layer):
                 layer = None
                 for block in pair:
                     layer = layer or self.checkpoint.layer(block.layer)
                     self.propagation.advance.note(f"{block.layer} of {layers} layers")
                     basis = self.slice_block(block, layer, basis)
+                    self.keep(block.index + 1, basis)
             if not self.ranks.first:
                 return
             self.slice_head(basis)
+
+    # --- an interrupted run ------------------------------------------------------------------------------------
+
+    def keep(self, done: int, basis: torch.Tensor) -> None:
+        """Between two blocks: what the next ones need, so that another process can go on from here."""
+        with self.propagation.gathered() as first:
+            if first:
+                self.keeper.keep(self.snapshot(done, basis))
+
+    def snapshot(self, done: int, basis: torch.Tensor) -> Snapshot:
+        """What `keep` keeps."""
+        spectra = {
+            f"eigenvalues.{boundary}": torch.tensor(values, dtype=torch.float64)
+            for boundary, values in enumerate(self.report.eigenvalues)
+            if values is not None
+        }
+        tensors = spectra | {"basis": basis, "generator": self.generator.get_state()}
+        data = {
+            "remaining": [[index, list(shares.items())] for index, shares in self.remaining],
+            "seconds": self.report.seconds,
+        }
+        ends = done == self.config.num_blocks
+        return Snapshot("slicing", done, data, tensors, None if ends else self.propagation)
+
+    def restore(self, found: Snapshot | None, done: int) -> torch.Tensor:
+        """Go on where another process has stopped, after `done` blocks; returns the basis there.
+
+        Args:
+            found: None on all ranks but the first, which has the snapshot.
+        """
+        if found is not None:
+            self.restore_figures(found)
+        if done < self.config.num_blocks:
+            self.propagation.restore(found and found.tensors)
+        return self.agreed(lambda: found.tensors["basis"].to(self.options.device))
+
+    def restore_figures(self, found: Snapshot) -> None:
+        """What the first rank alone knows."""
+        self.remaining = [(index, dict(shares)) for index, shares in found.data["remaining"]]
+        self.report.seconds.update(found.data["seconds"])
+        for boundary in range(found.done + 1):
+            name = f"eigenvalues.{boundary}"
+            known = found.tensors[name].tolist() if name in found.tensors else None
+            self.report.eigenvalues.append(known)
+        self.generator.set_state(found.tensors["generator"])

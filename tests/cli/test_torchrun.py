@@ -15,6 +15,10 @@ from support.torchrun import torchrun
 from slicegpt.cli import main
 
 HERE = Path(support.__path__[0])
+# In float32 the blocks' sums over a few batches are rounded to 6e-8 before they are added up in float64, and each rank
+# joins batches of its own. Amplified by gaps of a hundredth, block after block: 1e-3 leaves out what counts a batch
+# twice, which changes weights by a tenth.
+TOLERANCE = 1e-3
 SLICE = ["--params", "0.85", "--round-to", "4", "--nsamples", "24", "--seqlen", "32", "--batch-size", "4"]
 
 
@@ -49,12 +53,9 @@ def test_slice_and_eval(folder, text, tmp_path, capsys):
     assert records[0]["calibration"]["sha256"] == records[1]["calibration"]["sha256"]
     assert records[0]["neurons"] == records[1]["neurons"]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    # In float32 the blocks' sums over a few batches are rounded to 6e-8 before they are added up in float64, and each
-    # rank joins batches of its own. Amplified by gaps of a hundredth, block after block: 1e-3 leaves out what counts a
-    # batch twice, which changes weights by a tenth.
     for name, weight in one.items():
         if weight.numel():
-            assert relative_error(two[name], weight) < 1e-3, name
+            assert relative_error(two[name], weight) < TOLERANCE, name
     lines = log.read_text().splitlines()
     assert any("slicing: " in line for line in lines)
     assert lines[-1].endswith(" done")
@@ -70,19 +71,38 @@ def test_slice_and_eval(folder, text, tmp_path, capsys):
     assert figures[0] == figures[1]  # bit for bit: the same windows, each in a batch of its own
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_killed_rank_ends_the_job(folder, text, tmp_path, rank):
-    begin = time.monotonic()
-    arguments = command(folder, text, tmp_path / "out")
-    done = torchrun(2, HERE / "dying_rank_worker.py", rank, "SIGKILL", *arguments)
+@pytest.fixture(scope="module")
+def undisturbed(folder, text, tmp_path_factory):
+    """What one process makes of it."""
+    output = tmp_path_factory.mktemp("alone") / "one"
+    assert main(list(map(str, command(folder, text, output)))) == 0
+    return load_file(output / "model.safetensors")
+
+
+@pytest.mark.parametrize(("dead", "later"), [(0, 3), (1, 1)])
+def test_killed_rank_ends_the_job_and_another_number_resumes(
+    folder, text, tmp_path, undisturbed, dead, later
+):
+    begin, output = time.monotonic(), tmp_path / "out"
+    arguments = [*command(folder, text, output), "--keep-state", "always"]
+    done = torchrun(2, HERE / "dying_rank_worker.py", dead, "SIGKILL", *arguments)
     assert done.returncode != 0
     lines = own_lines(done.stderr)
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("slicegpt slice: error: ")
-    assert "rank has died" in lines[0]
+    assert "a rank has died" in lines[0]
+    assert lines[0].endswith(f"what was done is kept in {output}.partial, --resume goes on with it")
     assert "Traceback" not in done.stderr.split(lines[0])[0]
-    assert not (tmp_path / "out").exists()
+    assert not output.exists()
     assert time.monotonic() - begin < 240  # no rank waits for one that is gone; the start is most of it
+
+    done = torchrun(later, "-m", "slicegpt", "slice", "--output", output, "--resume", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "sampling the model" not in done.stderr  # it did not begin anew
+    weights = load_file(output / "model.safetensors")
+    for name, weight in undisturbed.items():
+        if weight.numel():
+            assert relative_error(weights[name], weight) < TOLERANCE, name
 
 
 def test_bad_input_is_told_once(folder, text, tmp_path):
