@@ -56,11 +56,14 @@ def shared(
         kept: what a job that a dead rank ends has kept, in one clause.
     """
     global _chosen
-    from slicegpt.hardware.ranks import joined
+    from slicegpt.hardware.ranks import RankLost, joined
     from slicegpt.progress import Progress
 
+    def with_what_is_kept(reason: str) -> str:
+        return "; ".join(filter(None, (reason, kept())))
+
     def say(reason: str) -> None:
-        line = f"slicegpt {options.command}: error: {'; '.join(filter(None, (reason, kept())))}"
+        line = f"slicegpt {options.command}: error: {with_what_is_kept(reason)}"
         os.write(2, f"{line}\n".encode())  # whatever the main thread does with the stream at this moment
         log(line)
 
@@ -70,6 +73,9 @@ def shared(
     try:
         with joined(options.device, say) as (ranks, device):
             yield ranks, device, Progress(quiet=not first)
+    except RankLost as error:
+        _chosen = True
+        raise SliceGPTError(with_what_is_kept(error.reason)) from error
     except (KeyboardInterrupt, Exception):
         _chosen = True
         raise

@@ -30,6 +30,10 @@ PATIENCE = timedelta(days=7)
 START = timedelta(minutes=5)
 
 
+class RankLost(SliceGPTError):
+    """Another rank of the job is gone."""
+
+
 class Ranks:
     """The processes of a job, seen from one of them; this class is a process that is alone, for which all is a no-op.
 
@@ -176,7 +180,8 @@ def joined(
 
     Raises:
         SliceGPTError: a device that is not there for every rank, or ranks that do not come together.
-        SystemExit: another rank has failed.
+        RankLost: the connection to another rank broke.
+        SystemExit: another rank has failed, and said so.
     """
     launch = launched()
     if launch.size == 1:
@@ -191,7 +196,7 @@ def joined(
         if isinstance(error, SystemExit) or not watch.speaks():
             raise SystemExit(error.code if isinstance(error, SystemExit) else 2) from None
         if _is_lost(error):
-            raise SliceGPTError("a rank has died") from error
+            raise RankLost("a rank has died") from error
         raise
     else:
         watch.stop()
