@@ -12,8 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration.tokens import check_fits, encode_text
 from slicegpt.errors import SliceGPTError
+from slicegpt.families import DenseSource
+from slicegpt.hardware.layerwise import losses_of
 from slicegpt.hardware.ranks import Ranks
-from slicegpt.modeling.losses import BatchSize, check_batch_size, window_losses
+from slicegpt.modeling.losses import BatchSize, check_batch_size
 from slicegpt.progress import Progress
 
 
@@ -37,13 +39,14 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: PreTrainedModel,
+    model: PreTrainedModel | DenseSource,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
     seqlen: int = 2048,
     batch_size: BatchSize = 1,
     max_windows: int | None = None,
     progress: Progress | None = None,
+    device: torch.device | str = "cpu",
     ranks: Ranks | None = None,
 ) -> PerplexityResult:
     """Measure the perplexity of any causal language model on a text.
@@ -53,9 +56,11 @@ def perplexity(
     are computed from the model's logits, and summed, in float64.
 
     Args:
+        model: a loaded one, or the source of one that is run layer by layer.
         batch_size: windows at a time, or "auto", see `window_losses`.
         max_windows: evaluate only the first so many windows.
         progress: where to report; None is silent.
+        device: where a source's layers run; a loaded model stays where it is.
         ranks: the windows are dealt out among them, in the batches of one rank; the text is that of the first, and all
             of them return its figures.
 
@@ -72,9 +77,9 @@ def perplexity(
         raise SliceGPTError(f"{seqlen} is beyond the model's {positions} positions", "seqlen")
     ranks = ranks or Ranks()
     windows = ranks.decide(lambda: text_windows(documents, tokenizer, seqlen)[:max_windows])
-    check_fits(model, windows)
+    check_fits(model.shell if isinstance(model, DenseSource) else model, windows)
     start = time.perf_counter()
-    total = sum(shared_losses(model, windows, batch_size, progress, ranks))
+    total = sum(shared_losses(model, windows, batch_size, progress, device, ranks))
     tokens = len(windows) * (seqlen - 1)
     nll = total / tokens
     if nll > 700:  # exp() overflows; a model that guesses evenly among a million tokens has 14
@@ -94,21 +99,22 @@ def text_windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, s
 
 
 def shared_losses(
-    model: PreTrainedModel,
+    model: PreTrainedModel | DenseSource,
     windows: torch.Tensor,
     batch_size: BatchSize,
     progress: Progress | None,
+    device: torch.device | str,
     ranks: Ranks,
 ) -> list[float]:
-    """`window_losses` of all windows [n, s], of which every rank evaluates its share, in the batches of one rank."""
+    """`losses_of` all windows [n, s], of which every rank evaluates its share, in the batches of one rank."""
     if ranks.size == 1:
-        return window_losses(model, windows, batch_size, progress)
+        return losses_of(model, windows, batch_size, progress, device)
     size = 1 if batch_size == "auto" else batch_size
     dealt = ranks.deal(torch.arange(len(windows)).split(size))
     losses = torch.zeros(len(windows), dtype=torch.float64)
     if dealt:
         mine = torch.cat(dealt)
-        own = window_losses(model, windows[mine], batch_size, progress, of=len(windows))
+        own = losses_of(model, windows[mine], batch_size, progress, device, of=len(windows))
         losses[mine] = torch.tensor(own, dtype=torch.float64)
     ranks.sum_(losses)  # of one number and zeros: exact
     return losses.tolist()

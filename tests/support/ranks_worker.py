@@ -39,7 +39,7 @@ def slice_together(ranks: Ranks):
 
 def losses_of_windows(ranks: Ranks) -> list[float]:
     model = tiny_model("llama", torch.float32)
-    return shared_losses(model, token_ids(7, 16, 5), 2, None, ranks)
+    return shared_losses(model, token_ids(7, 16, 5), 2, None, "cpu", ranks)
 
 
 def exchanged(ranks: Ranks) -> dict:
