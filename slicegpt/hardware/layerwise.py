@@ -44,8 +44,8 @@ def losses_of(
     of: int | None = None,
 ) -> list[float]:
     """Of each of `windows` [n, s] the sum of its tokens' losses: `window_losses` of a loaded model, where it is;
-    `layerwise_losses` on `device` of a source whose tensors are in files. `name` and `of` are what `window_losses` takes
-    for its progress."""
+    `layerwise_losses` on `device` of a source whose tensors are in files. `name` and `of` are what `window_losses`
+    takes for its progress."""
     if isinstance(model, DenseSource):
         if not model.in_memory:
             return layerwise_losses(model, windows, batch_size, progress, device, name=name)

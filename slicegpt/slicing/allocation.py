@@ -113,8 +113,8 @@ def deletion_costs(
     if found is not None:
         curves = [[tuple(point) for point in curve] for curve in found.data["curves"]]
     done = done or 0
-    with progress.stage("neurons: what deleting them costs", len(blocks), "blocks") as advance:
-        advance(done)
+    stage = progress.stage("neurons: what deleting them costs", len(blocks), "blocks", done=done)
+    with stage as advance:
         for block in blocks[done:]:
             layer = checkpoint.layer(block.layer)
             writers = dense_writers(config, block, layer, options.device)
