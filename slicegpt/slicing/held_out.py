@@ -71,15 +71,17 @@ def held_out_check(
     if not tokens or not all(isinstance(model, DenseSource) or fits_on(model, device) for model in models):
         return None
     losses = []
-    for model in models:
+    for kind, model in zip(("dense", "sliced"), models, strict=True):
         try:
 
-            def evaluate(model: PreTrainedModel | DenseSource = model) -> torch.Tensor:
+            def evaluate(kind: str = kind, model: PreTrainedModel | DenseSource = model) -> torch.Tensor:
                 with nullcontext() if isinstance(model, DenseSource) else moved(model, device):
-                    return torch.tensor(losses_of(model, pairs, 1, progress, device), dtype=torch.float64)
+                    name = f"held-out windows: {kind} model"
+                    of_windows = losses_of(model, pairs, 1, progress, device, name)
+                    return torch.tensor(of_windows, dtype=torch.float64)
 
             # Which windows they are follows from the calibration tokens, which `reuse` knows.
-            shared = reuse is not None and model is models[0]
+            shared = reuse is not None and kind == "dense"
             losses.append(reuse.value(("losses", device, len(pairs)), evaluate) if shared else evaluate())
         except (SliceGPTError, torch.OutOfMemoryError) as error:
             # The sliced model is worth more than this figure.
