@@ -60,7 +60,6 @@ def add_parser(commands, root: argparse.ArgumentParser) -> None:
         description="Print a script that completes commands, options and their values.",
         epilog=_HOW,
         examples=("slicegpt completion bash", "slicegpt completion zsh"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shell", choices=tuple(SCRIPTS))
     parser.set_defaults(run=lambda options: print(SCRIPTS[options.shell](commands_of(root)), end=""))

@@ -13,7 +13,8 @@ _EXAMPLES = "examples:\n"
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Every option ends with its default, unless its text speaks of it; the lines of examples stay as they are."""
+    """Every option ends with its default, unless its text speaks of it; the lines of examples, and of a text that has
+    lines, stay as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help
@@ -26,7 +27,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         prose, found, examples = text.partition(_EXAMPLES)
-        filled = super()._fill_text(prose, width, indent) if prose.strip() else ""
+        prose = prose.strip()
+        filled = super()._fill_text(prose, width, indent) if prose and "\n" not in prose else prose
         if not found:
             return filled
         return f"{filled}\n\n{_EXAMPLES}{examples}" if filled else _EXAMPLES + examples

@@ -151,6 +151,11 @@ def test_a_parser_of_its_own():
         assert text in shown
     assert shown.count("what is there") == 1
     assert shown.endswith("Some words. examples: x --a 1")
+    assert (
+        Parser(epilog="a:  1\nbb: 2", examples=["x"])
+        .format_help()
+        .endswith("a:  1\nbb: 2\n\nexamples:\n  x\n")
+    )
     assert "--old" not in shown
     assert parser.parse_args(["--old", "3"]).a == 3
 
