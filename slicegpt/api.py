@@ -12,56 +12,61 @@ The command line is made of these calls; everything that they take from the room
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration import calibration_warnings, coverage, load_documents
-from slicegpt.calibration.defaults import default_calibration, default_test
+from slicegpt.calibration.defaults import OFFLINE_TEST, default_calibration, default_test
+from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.checkpoint.folders import check_output, check_space
+from slicegpt.checkpoint.kept_run import (
+    RunKeeper,
+    call_of,
+    check_inputs,
+    check_machine,
+    check_recipe,
+    finished,
+    interrupted_call,
+    read_calibration,
+)
 from slicegpt.checkpoint.loading import load_dense
+from slicegpt.checkpoint.model_files import ModelFiles
 from slicegpt.checkpoint.outcome import asked_record
+from slicegpt.checkpoint.partial import check_partial, is_finished, partial_folder
 from slicegpt.checkpoint.record import calibration_record, size_record, slicing_record
 from slicegpt.checkpoint.report import SliceReport
-from slicegpt.checkpoint.saving import save_sliced
+from slicegpt.checkpoint.saving import save_sliced, write_beside_weights
 from slicegpt.conversion.plan import plan_recipe, settled
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.report import Evaluation
+from slicegpt.evaluation.unloaded import unloaded
 from slicegpt.evaluation.zero_shot import ZeroShotTasks
-from slicegpt.families import canonical_fields
+from slicegpt.families import DenseSource, canonical_fields, source_of
 from slicegpt.hardware.devices import find_device, find_dtype
 from slicegpt.hardware.offload import moved
-from slicegpt.modeling import SlicedForCausalLM
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.modeling.losses import BatchSize
 from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
+from slicegpt.result import SliceResult
 from slicegpt.runtime.speed import compare_speed
 from slicegpt.slicing import Reuse, SlicingOptions
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
-from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_drawn
+from slicegpt.slicing.keeping import Keeper
+from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_source
+from slicegpt.slicing.sink import MemorySink
 
 __all__ = ["Evaluation", "Recipe", "SliceReport", "SliceResult", "evaluate", "load", "slice"]
 
 # Config, tokenizer and record come on top of the weights; a twentieth and 16 MB are ample.
 _SPACE_FACTOR, _SPACE_BESIDES = 1.05, 16_000_000
-
-
-class SliceResult(NamedTuple):
-    """What `slice` returns: `model, tokenizer, report = slicegpt.slice(...)`.
-
-    Attributes:
-        model: the sliced model, on the CPU, in eval mode.
-        tokenizer: the dense model's.
-        report: what was done; it prints as a table, and `report.record` holds the figures.
-    """
-
-    model: SlicedForCausalLM
-    tokenizer: PreTrainedTokenizerBase
-    report: SliceReport
 
 
 def load(
@@ -113,12 +118,15 @@ def slice(
     max_shard_size: str = "5GB",
     device: str | torch.device | None = None,
     activation_storage: str = "auto",
+    resume: bool = False,
+    keep_state: str = "auto",
     held_out: bool = True,
     timing: bool = True,
     reuse: Reuse | None = None,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
     **choices: Any,
-) -> SliceResult:
+) -> SliceResult | None:
     """Slice a model: delete rows and columns of its weight matrices along principal axes of its activations.
 
     One size is given, here or in the recipe.
@@ -146,19 +154,26 @@ def slice(
         device: where blocks run and eigenvectors are computed; None and "auto" take the first GPU where there is one.
             A layer at a time is there, so that the model may be larger than its memory.
         activation_storage: "auto", "device" or "host": where the calibration tokens' activations stay between blocks.
+        resume: go on with a run into `output` that was interrupted, after its last block; what it was called with
+            is taken as it was, and refused where it is given otherwise.
+        keep_state: "always", "never" or "auto": whether what an interrupted run needs to go on is written after every
+            block, beside `output`; auto does so from the second minute on. Of a loaded model nothing is kept.
         held_out: compare with the dense model on windows of the calibration text that are held out, at the end: the
             report's perplexities, and a warning where the text was small.
         timing: measure the runtime's tokens/s, dense and sliced, for a few seconds at the end, where both fit.
         reuse: `slicegpt.slicing.Reuse()`, handed to several calls for one loaded model: what they all need of it is
             found once. The slices are the same.
         progress: where stages are reported, such as `slicegpt.progress.Progress()`; None is silent.
+        ranks: the processes that slice together, each of which calls this with the same arguments, see
+            `slicegpt.hardware.ranks.joined`; None: this one alone.
         **choices: any other field of `slicegpt.recipe.Recipe`: `round_to`, `shortcut`, `orientation`, `slice_head`,
             `neurons`, `allocate`, `signal`, `refit`, `ridge`, `refit_share`, `vocabulary_prior`, `text_column`,
             `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`, `dtype`.
 
     Returns:
         The sliced model (on the CPU), its tokenizer, and the report. The model is a transformers model: `generate`,
-        `save_pretrained` and `push_to_hub` work as usual.
+        `save_pretrained` and `push_to_hub` work as usual. Of several ranks the first alone returns them, and writes;
+        the others return None.
 
     Raises:
         SliceGPTError: one line naming the argument, its value and what was expected: no size or two of them, a size
@@ -175,7 +190,12 @@ def slice(
         >>> report.record["size"]["parameters"]
         >>> again = slicegpt.slice(recipe="runs/small")  # bit for bit the same
     """
-    progress = progress or Progress(quiet=True)
+    progress, ranks, began = progress or Progress(quiet=True), ranks or Ranks(), time.monotonic()
+    call = None
+    if ranks.first:
+        call = interrupted_call(None if isinstance(model, PreTrainedModel) else output, resume, keep_state)
+    if ranks.decide(lambda: call is not None and is_finished(output)):
+        return SliceResult(*finished(output)) if ranks.first else None
     documents = None
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
         documents, calibration = _checked_documents(calibration, "calibration"), IN_MEMORY
@@ -188,34 +208,69 @@ def slice(
         "calibration": calibration,
     }
     choices |= {name: value for name, value in given.items() if value is not None}
-    recipe = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
-    size = recipe.size
-    path = None if output is None else check_output(output, overwrite, recipe.model)
+    if recipe is None and call is not None:
+        recipe = Recipe().override(**call["recipe"])
+    given = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
     device = find_device(device)
-    if recipe.calibration == AUTO:
-        recipe = recipe.override(calibration=default_calibration(progress))
-    sources = calibration_sources(recipe, documents)
+    machine = {"device": device.type, "max_shard_size": max_shard_size, "self_contained": self_contained}
+    if call is not None:
+        check_recipe(call, given)
+        check_machine(call, machine)
+    elif given.calibration == AUTO and ranks.first:
+        given = given.override(calibration=default_calibration(progress))
+    # Whatever the others read: their file, or the folder to go on with, may not be there at all.
+    recipe = given = ranks.decide(lambda: given)
+    size = given.size
+    path = None if output is None or not ranks.first else check_output(output, overwrite, recipe.model)
+    if path is not None:
+        check_partial(path, resume, overwrite)
+    sources = calibration_sources(recipe, documents) if ranks.first and call is None else []
 
-    with _opened(model, tokenizer, recipe, progress) as (dense, tokenizer, name):
-        dtype = dense.dtype
+    with _opened(model, tokenizer, recipe, progress) as (dense, name), ExitStack() as opened:
+        dtype, tokenizer = dense.dtype, dense.tokenizer
+        if call is not None:
+            check_inputs(call, dense)
         recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch."))
         recipe = settled(recipe, canonical_fields(dense), device)
         config = plan_recipe(recipe, canonical_fields(dense), dtype)
         planned = size_record(config, dtype)
         if path is not None:
-            check_space(path, int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
+            check_space(path, 0 if resume else int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
+        options = SlicingOptions.of(recipe, dtype, device, activation_storage, ranks)
+        if not ranks.first:
+            # It needs neither the text nor the model that may write some of it, and keeps nothing.
+            drawn = ranks.decide(lambda: None)
+            slice_source(dense, config, drawn, options, MemorySink(), progress, reuse=reuse)
+            return None
         if size == "slice" and recipe.slice and planned["parameters"] >= planned["dense_parameters"]:
             progress.warn(
                 f"at this size the sliced model is no smaller than the dense one ({recipe.shortcut} shortcuts)"
             )
-        with progress.step(f"tokenising {recipe.calibration}"):
-            drawn = draw_samples(recipe, sources, dense, tokenizer, device, progress)
+        partial, sink, keeper = None, MemorySink(), Keeper()
+        if path is not None and not isinstance(model, PreTrainedModel):
+            partial = opened.enter_context(partial_folder(path, resume))
+            sink = opened.enter_context(closing(ModelFiles(partial.model, partial.folder, max_shard_size)))
+            keeper = RunKeeper(partial, sink, progress, keep_state, began)
+        if call is not None:
+            keeper.resume()
+            drawn = read_calibration(partial.folder)
+        else:
+            with progress.step(f"tokenising {recipe.calibration}"):
+                drawn = draw_samples(recipe, sources, dense, tokenizer, device, progress)
+            if partial is not None:
+                keeper.begin(call_of(given, recipe, machine, dense), drawn)
+        drawn = ranks.decide(lambda: drawn)
+        if len(drawn.batches) < ranks.size:
+            progress.warn(
+                f"{ranks.size - len(drawn.batches)} of {ranks.size} ranks have nothing to do: {recipe.nsamples} samples"
+                f" are {len(drawn.batches)} batches of {recipe.batch_size}"
+            )
         figures = coverage(drawn.batches, config.vocab_size, config.dense_hidden_size)
         warnings = calibration_warnings(figures)
         for warning in warnings:
             progress.warn(warning)
-        options = SlicingOptions.of(recipe, dtype, device, activation_storage)
-        sliced, seen = slice_drawn(dense, config, drawn, options, progress, reuse)
+        config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper, reuse)
+        sliced = sink.finished(dense.generation_config)
         check = None
         if held_out:
             chosen = seen.ridge_search is not None
@@ -227,26 +282,36 @@ def slice(
         if timing:
             speed = compare_speed(dense, sliced, drawn.batches[0].input_ids[0], device, progress)
 
-    calibrated = calibration_record(
-        recipe.calibration,
-        recipe.nsamples,
-        recipe.seqlen,
-        recipe.seed,
-        drawn.batches,
-        sources=drawn.sources,
-        coverage=figures,
-        held_out=check,
-        warnings=warnings,
-    )
-    source = name or type(dense).__name__
-    record = slicing_record(sliced, seen, options, source, calibrated, asked_record(recipe), speed)
-    if path is not None:
-        with progress.step(f"saving {os.fspath(output)}"):
-            save_sliced(
-                sliced, tokenizer, record, path, overwrite, max_shard_size, self_contained, recipe=recipe
-            )
+        calibrated = calibration_record(
+            recipe.calibration,
+            recipe.nsamples,
+            recipe.seqlen,
+            recipe.seed,
+            drawn.batches,
+            sources=drawn.sources,
+            coverage=figures,
+            held_out=check,
+            warnings=warnings,
+        )
+        source = name or type(dense.shell).__name__
+        record = slicing_record(config, seen, options, source, calibrated, asked_record(recipe), speed)
+        if path is not None:
+            with progress.step(f"saving {os.fspath(output)}"):
+                if partial is None:
+                    save_sliced(
+                        sliced.shell,
+                        tokenizer,
+                        record,
+                        path,
+                        overwrite,
+                        max_shard_size,
+                        self_contained,
+                        recipe,
+                    )
+                else:
+                    write_beside_weights(partial.model, path.name, tokenizer, record, self_contained, recipe)
     report = SliceReport(record, None if output is None else os.fspath(output))
-    return SliceResult(sliced.eval(), tokenizer, report)
+    return SliceResult(sliced.shell if partial is None else path, tokenizer, report)
 
 
 def evaluate(
@@ -265,7 +330,9 @@ def evaluate(
     batch_size: BatchSize = 1,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    layerwise: bool | None = None,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Measure perplexity on a text, accuracy on zero-shot tasks, or both, of a dense or a sliced model.
 
@@ -288,7 +355,11 @@ def evaluate(
         batch_size: windows or questions at a time; "auto" chooses, and takes fewer where memory runs out.
         dtype: of the weights of a model that is loaded here; None and "auto" keep the stored one.
         device: where a model that is loaded here runs; None and "auto" take the first GPU where there is one.
+        layerwise: the model is not loaded: all windows pass it layer by layer, each of which is read from its file
+            once. The figures are the same. None: where the model does not fit into memory. Tasks need it whole.
         progress: where stages are reported; None is silent.
+        ranks: the processes that share the windows, each of which calls this with the same arguments; None: this one
+            alone. Tasks are not shared.
 
     Returns:
         The figures: `perplexity` (`perplexity`, `nll` in nats a token, `tokens`, `windows`, `seconds`) and `zero_shot`
@@ -301,13 +372,15 @@ def evaluate(
     Example:
         >>> print(slicegpt.evaluate("runs/small", data="python-reference", seqlen=512, max_windows=16))
     """
-    progress = progress or Progress(quiet=True)
+    progress, ranks = progress or Progress(quiet=True), ranks or Ranks()
+    if tasks is not None and ranks.size > 1:
+        raise SliceGPTError(f"cannot be shared out among {ranks.size} processes: run them in one", "tasks")
     if data is None and tasks is None:
-        data = default_test(progress)
+        data = default_test(progress) if ranks.first else OFFLINE_TEST  # the first one reads it for all
     documents = None
     if isinstance(data, str | os.PathLike):
         with renamed(spec="data"):
-            documents = load_documents(os.fspath(data), split, text_column)
+            documents = load_documents(os.fspath(data), split, text_column) if ranks.first else []
     elif data is not None:
         documents = _checked_documents(data, "data")
     if tasks is not None and not isinstance(tasks, ZeroShotTasks):
@@ -316,21 +389,30 @@ def evaluate(
         with progress.step(f"loading tasks {', '.join(names)}"):
             tasks = ZeroShotTasks(names, include_path, num_fewshot, limit)
     if isinstance(model, PreTrainedModel):
-        name = model.config.name_or_path or type(model).__name__
+        name, place = model.config.name_or_path or type(model).__name__, model.device
+        if layerwise:
+            raise SliceGPTError("is for a model that is not loaded; give its name", "layerwise")
         if tokenizer is None:
             raise SliceGPTError("is needed beside a loaded model, got None", "tokenizer")
     else:
-        name = os.fspath(_checked_name(model))
-        with progress.step(f"loading {name}"):
-            model, tokenizer = load(name, dtype, find_device(device))
+        name, place = os.fspath(_checked_name(model)), find_device(device)
+        source = unloaded(name, find_dtype(dtype), place, layerwise, tasks is not None, progress)
+        if source is None:
+            with progress.step(f"loading {name}"):
+                model, tokenizer = load(name, dtype, place)
+        else:
+            model, tokenizer = source, source.tokenizer
     measured = scores = None
     if documents is not None:
         with renamed(documents="data"):
-            measured = perplexity(model, tokenizer, documents, seqlen, batch_size, max_windows, progress)
+            measured = perplexity(
+                model, tokenizer, documents, seqlen, batch_size, max_windows, progress, place, ranks
+            )
     if tasks is not None:
         scores = tasks.score(model, tokenizer, batch_size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Evaluation(name, parameters, str(model.dtype).removeprefix("torch."), measured, scores)
+    shell = model.shell if isinstance(model, DenseSource) else model
+    parameters = sum(parameter.numel() for parameter in shell.parameters())
+    return Evaluation(name, parameters, str(shell.dtype).removeprefix("torch."), measured, scores)
 
 
 def _read(recipe: str | os.PathLike | None) -> Recipe:
@@ -363,8 +445,8 @@ def _opened(
     tokenizer: PreTrainedTokenizerBase | None,
     recipe: Recipe,
     progress: Progress,
-) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]]:
-    """The dense model on the CPU and in eval mode, its tokenizer and name; a loaded model is then as it was."""
+) -> Iterator[tuple[DenseSource, str | None]]:
+    """The dense model with its tokenizer, and its name; a loaded one is on the CPU and in eval mode until the end."""
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise SliceGPTError("is needed beside a loaded model, got None", "tokenizer")
@@ -374,14 +456,15 @@ def _opened(
         training = model.training
         try:
             with moved(model.eval(), torch.device("cpu")):
-                yield model, tokenizer, recipe.model or model.config.name_or_path or None
+                name = recipe.model or model.config.name_or_path or None
+                yield source_of(model, tokenizer, name), name
         finally:
             model.train(training)
         return
     if model is None and recipe.model is None:
         raise SliceGPTError("a name, a folder or a transformers model is needed, got none", "model")
     name = os.fspath(_checked_name(recipe.model if model is None else model))
-    with progress.step(f"loading {name}"):
+    with progress.step(f"opening {name}"):
         # What cannot be sliced is refused by its config, before weights are downloaded or read.
-        dense, found = load_dense(name, find_dtype(recipe.dtype), sliceable=True)
-    yield dense, tokenizer or found, name
+        source = open_dense(name, find_dtype(recipe.dtype), sliceable=True)
+    yield source if tokenizer is None else replace(source, tokenizer=tokenizer), name

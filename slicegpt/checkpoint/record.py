@@ -11,7 +11,7 @@ import transformers
 import slicegpt
 from slicegpt.calibration import CalibrationBatch, calibration_hash
 from slicegpt.checkpoint.outcome import perplexity_record
-from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import boundary_report, decoder_parameters, stored_parameters
 from slicegpt.slicing import SlicingOptions, SlicingReport
 
@@ -53,7 +53,7 @@ def calibration_record(
 
 
 def slicing_record(
-    model: SlicedForCausalLM,
+    config: SlicedConfig,
     report: SlicingReport,
     options: SlicingOptions,
     source: str,
@@ -64,6 +64,7 @@ def slicing_record(
     """The record of one slicing run.
 
     Args:
+        config: the sliced model's.
         source: the dense model's name.
         calibration: its `calibration_record`.
         asked: the size that was asked for (`slicegpt.checkpoint.outcome.asked_record`).
@@ -71,7 +72,6 @@ def slicing_record(
 
     Eigenvalues keep six digits: they are for looking at, and full precision would be megabytes.
     """
-    config = model.config
     spectra = [
         None if values is None else [float(f"{value:.6g}") for value in values]
         for values in report.eigenvalues

@@ -61,15 +61,31 @@ def save_sliced(
     path = check_output(output, overwrite)
     with atomic_folder(path) as folder, _no_progress_bars():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        (write_modeling_code if self_contained else leave_out_modeling_code)(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        write_json(folder / RECORD, record)
-        if recipe is not None:
-            recipe.write(folder / FILE_NAME)
-        card = model_card(record, path.name, self_contained, recipe is not None)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_beside_weights(folder, path.name, tokenizer, record, self_contained, recipe)
     return path
+
+
+def write_beside_weights(
+    folder: Path,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    record: dict,
+    self_contained: bool,
+    recipe: Recipe | None,
+) -> None:
+    """Write what stands in a model's folder beside its weights and their config.
+
+    Args:
+        name: that the folder will have.
+    """
+    (write_modeling_code if self_contained else leave_out_modeling_code)(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_json(folder / RECORD, record)
+    if recipe is not None:
+        recipe.write(folder / FILE_NAME)
+    card = model_card(record, name, self_contained, recipe is not None)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,15 @@
 import argparse
 
 from slicegpt.calibration import load_documents
-from slicegpt.calibration.defaults import default_test
+from slicegpt.calibration.defaults import OFFLINE_TEST, default_test
 from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.launcher import launched
 from slicegpt.progress import Progress
 from slicegpt.table import check_writable
 
-from .options import (
-    add_device,
-    add_json,
-    add_shared,
-    check_device,
-    positive,
-    positive_or_auto,
-    resolve_device,
-)
+from .options import add_device, add_json, add_shared, check_device, positive, positive_or_auto
+from .sharing import shared
 
 
 def add_parser(commands) -> None:
@@ -26,14 +20,15 @@ def add_parser(commands) -> None:
         help="perplexity and zero-shot accuracy, dense and sliced side by side",
         description=(
             "Perplexity by the published protocol (documents joined, windows of --seqlen that do not overlap),"
-            " accuracy on tasks of the LM Evaluation Harness, or both."
+            " accuracy on tasks of the LM Evaluation Harness, or both. Several GPUs share the windows:"
+            " torchrun --nproc-per-node N -m slicegpt eval ..."
         ),
         examples=(
             "slicegpt eval smollm2-135m small --data python-reference --seqlen 512 --windows 16",
             "slicegpt eval small --tasks piqa,arc_easy --limit 200",
         ),
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, shared=True)
     parser.add_argument(
         "models", nargs="+", metavar="DIR|MODEL", help="name the dense model first to compare with it"
     )
@@ -43,6 +38,11 @@ def add_parser(commands) -> None:
         type=positive_or_auto,
         default=1,
         help="windows or questions at a time, or auto",
+    )
+    parser.add_argument(
+        "--layerwise",
+        action=argparse.BooleanOptionalAction,
+        help="load no model, but read it layer by layer for all windows: default where it does not fit into memory",
     )
     text = parser.add_argument_group("perplexity")
     text.add_argument(
@@ -81,8 +81,14 @@ def check(options: argparse.Namespace) -> None:
                 raise SliceGPTError(f"--{name.replace('_', '-')} needs --tasks")
     elif options.data is None and (options.text_column is not None or options.windows is not None):
         raise SliceGPTError("--text-column and --windows need --data")
+    if options.layerwise and options.tasks is not None:
+        raise SliceGPTError("--layerwise is for perplexity: --tasks need the whole model in memory")
     check_device(options.device)
-    check_writable("--json", options.json)
+    launch = launched()
+    if launch.size > 1 and options.tasks is not None:
+        raise SliceGPTError(f"cannot be shared out among {launch.size} processes: run them in one", "tasks")
+    if launch.rank == 0:
+        check_writable("--json", options.json)
     for name in options.models:
         check_name(name, "model")
 
@@ -90,10 +96,9 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     check(options)
     documents = tasks = None
-    progress = Progress()
-    if options.data is None and options.tasks is None:
-        options.data = default_test(progress)
-    if options.data is not None:  # read once for all models, and before the first of them
+    if options.data is None and options.tasks is None:  # of several processes one reads it
+        options.data = default_test(Progress()) if launched().rank == 0 else OFFLINE_TEST
+    if options.data is not None and launched().rank == 0:  # once for all models, and before the first of them
         documents = load_documents(options.data, options.split, options.text_column)
 
     from slicegpt import api
@@ -101,25 +106,29 @@ def run(options: argparse.Namespace) -> None:
     from slicegpt.evaluation.zero_shot import ZeroShotTasks
     from slicegpt.table import write_json
 
-    device = resolve_device(options.device)
-    if options.tasks is not None:
-        names = [name.strip() for name in options.tasks.split(",") if name.strip()]
-        with progress.step(f"loading tasks {options.tasks}"):
-            tasks = ZeroShotTasks(names, options.include_path, options.num_fewshot, options.limit)
-    results = [
-        api.evaluate(
-            name,
-            data=documents,
-            seqlen=options.seqlen,
-            max_windows=options.windows,
-            tasks=tasks,
-            batch_size=options.batch_size,
-            dtype=options.dtype,
-            device=device,
-            progress=progress,
-        )
-        for name in options.models
-    ]
+    with shared(options) as (ranks, device, progress):
+        if options.tasks is not None:
+            names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+            with progress.step(f"loading tasks {options.tasks}"):
+                tasks = ZeroShotTasks(names, options.include_path, options.num_fewshot, options.limit)
+        results = [
+            api.evaluate(
+                name,
+                data=documents if ranks.first else options.data,
+                seqlen=options.seqlen,
+                max_windows=options.windows,
+                tasks=tasks,
+                batch_size=options.batch_size,
+                dtype=options.dtype,
+                device=device,
+                layerwise=options.layerwise,
+                progress=progress,
+                ranks=ranks,
+            )
+            for name in options.models
+        ]
+    if not ranks.first:
+        return
     print(evaluation_tables(results))
     if options.json:
         settings = {}

@@ -7,12 +7,16 @@ from pathlib import Path
 from slicegpt.calibration import check_sources
 from slicegpt.checkpoint.folders import check_output
 from slicegpt.checkpoint.names import check_name
+from slicegpt.checkpoint.partial import check_partial, interrupted_recipe, what_is_kept
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.launcher import launched
 from slicegpt.recipe import AUTO, IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
 from slicegpt.table import check_writable
 
+from . import interrupts
 from .options import add_json, add_self_contained, add_shared, check_device, number_or_auto, shard_size
 from .parser import add_option
+from .sharing import shared
 
 
 def add_parser(commands) -> None:
@@ -20,7 +24,8 @@ def add_parser(commands) -> None:
         "slice",
         help="slice a model and save it",
         description="Slice MODEL (a folder, a hub id, a .gguf file, or smollm2-135m) and save it under --output. All "
-        "choices are written there as recipe.toml, which --recipe takes.",
+        "choices are written there as recipe.toml, which --recipe takes. Several GPUs: torchrun --nproc-per-node N -m "
+        "slicegpt slice ...",
         examples=(
             "slicegpt slice smollm2-135m --keep 0.9 --calibration python-reference --output small",
             "slicegpt slice MODEL --target-bytes 4GB --calibration notes.txt:4,self:1 --output small",
@@ -29,7 +34,7 @@ def add_parser(commands) -> None:
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(run=run, overwrite=False, self_contained=True, recipe=None)
+    parser.set_defaults(run=run, shared=True, overwrite=False, self_contained=True, recipe=None, resume=False)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="may be left out where the recipe names it")
     parser.add_argument(
         "--recipe",
@@ -40,6 +45,11 @@ def add_parser(commands) -> None:
         "--output", required=True, metavar="DIR", help="folder to write; appears only when whole"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted run into the same --output; its other options need not be given again",
+    )
     add_self_contained(parser)
 
     size = parser.add_argument_group("how much (one of)").add_mutually_exclusive_group()
@@ -111,6 +121,13 @@ def add_parser(commands) -> None:
         "on the device where they take at most half of its free memory",
     )
     machine.add_argument(
+        "--keep-state",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="write what --resume needs after every block into DIR.partial: from the second minute on (auto), from the "
+        "beginning, or not",
+    )
+    machine.add_argument(
         "--max-shard-size",
         type=shard_size,
         default="5GB",
@@ -166,7 +183,12 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
     choices = {name: value for name, value in vars(options).items() if name in NAMES}
     if "widths" in choices:
         choices["widths"] = read_widths(choices["widths"])
-    recipe = (Recipe() if options.recipe is None else Recipe.read(options.recipe)).override(**choices)
+    if options.resume and launched().rank > 0:  # the first one has the folder, and tells what the run is
+        return Recipe().override(**choices)
+    if options.recipe is not None:
+        recipe = Recipe.read(options.recipe).override(**choices)
+    else:
+        recipe = (interrupted_recipe(options.output) if options.resume else Recipe()).override(**choices)
     if recipe.model is None:
         raise SliceGPTError("is needed here or in a recipe, got none", "model")
     _ = recipe.size  # an error where there is none
@@ -176,28 +198,37 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
 def run(options: argparse.Namespace) -> None:
     # What can be checked without the model is checked before anything heavy is imported.
     recipe = recipe_from(options)
-    check_name(recipe.model, "model")
+    if recipe.model is not None:
+        check_name(recipe.model, "model")
     check_device(options.device)
-    check_output(options.output, options.overwrite, recipe.model)
-    check_writable("--json", options.json)
-    if recipe.calibration not in (AUTO, IN_MEMORY):  # found, or refused, by the run itself
-        check_sources(recipe.calibration, recipe.text_column)
+    if launched().rank == 0:  # the only one that reads the text, and writes
+        check_output(options.output, options.overwrite, recipe.model)
+        check_partial(options.output, options.resume, options.overwrite)
+        check_writable("--json", options.json)
+        if recipe.calibration not in (AUTO, IN_MEMORY):  # found, or refused, by the run itself
+            check_sources(recipe.calibration, recipe.text_column)
 
     from slicegpt import api
-    from slicegpt.progress import Progress
     from slicegpt.table import write_json
 
-    result = api.slice(
-        recipe=recipe,
-        output=options.output,
-        overwrite=options.overwrite,
-        self_contained=options.self_contained,
-        max_shard_size=options.max_shard_size,
-        device=options.device,
-        activation_storage=options.activation_storage,
-        timing=options.timing,
-        progress=Progress(),
-    )
+    kept = interrupts.remark(lambda: what_is_kept(options.output))
+    with kept, shared(options, lambda: what_is_kept(options.output)) as (ranks, device, progress):
+        result = api.slice(
+            recipe=recipe,
+            output=options.output,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            keep_state=options.keep_state,
+            self_contained=options.self_contained,
+            max_shard_size=options.max_shard_size,
+            device=device,
+            activation_storage=options.activation_storage,
+            timing=options.timing,
+            progress=progress,
+            ranks=ranks,
+        )
+    if result is None:
+        return
     print(result.report)
     if options.json:
         write_json(options.json, result.report.summary)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slicegpt.errors import SliceGPTError, first_line
+from slicegpt.families import DenseSource
 from slicegpt.hardware.memory import free_memory
 from slicegpt.hardware.offload import moved
 from slicegpt.progress import Progress
@@ -67,8 +68,8 @@ def tokens_per_second(
 
 
 def compare_speed(
-    dense: PreTrainedModel | None,
-    sliced: PreTrainedModel,
+    dense: PreTrainedModel | DenseSource | None,
+    sliced: PreTrainedModel | DenseSource,
     input_ids: Tensor,
     device: torch.device,
     progress: Progress,
@@ -78,7 +79,7 @@ def compare_speed(
     Never an error, and never more than a few seconds: what a run of slicing has made is worth more than this figure.
 
     Args:
-        dense: None where it is not in memory as a whole; it is then not measured.
+        dense, sliced: a source that is not loaded is loaded where there is room; None: not measured.
         input_ids: tokens [n] to take a prompt from.
         device: where both are brought, and back.
 
@@ -89,7 +90,7 @@ def compare_speed(
     if device.type == "cpu":
         found["threads"] = torch.get_num_threads()
     if dense is None:
-        found["note"] = "the dense model was not in memory"
+        found["note"] = "the dense model was not at hand"
     models = [model for model in (dense, sliced) if model is not None]
     if reason := _too_large(models, device):
         return found | {"note": reason}
@@ -97,9 +98,10 @@ def compare_speed(
     room = sliced.config.max_position_embeddings - prompt.shape[1] - 1
     try:
         with ExitStack() as stack, progress.step("tokens/s, dense and sliced"):
-            for model in models:
+            loaded = [model.load() if isinstance(model, DenseSource) else model for model in models]
+            for model in loaded:
                 stack.enter_context(moved(model, device))
-            rates = tokens_per_second(models, prompt, min(TOKENS, room), seconds=SECONDS)
+            rates = tokens_per_second(loaded, prompt, min(TOKENS, room), seconds=SECONDS)
     except (SliceGPTError, RuntimeError) as error:  # torch's running out of memory is a RuntimeError
         logger.warning("tokens/s were not measured: %s", first_line(error))
         return found | {"note": first_line(error)}
@@ -109,9 +111,10 @@ def compare_speed(
     return found
 
 
-def _too_large(models: Sequence[PreTrainedModel], device: torch.device) -> str | None:
+def _too_large(models: Sequence[PreTrainedModel | DenseSource], device: torch.device) -> str | None:
     """Why the models are not measured: it would take long, or their packed copies do not fit beside them."""
-    parameters = [parameter for model in models for parameter in model.parameters()]
+    shells = [model.shell if isinstance(model, DenseSource) else model for model in models]
+    parameters = [parameter for model in shells for parameter in model.parameters()]
     if device.type == "cpu" and sum(parameter.numel() for parameter in parameters) > CPU_PARAMETERS:
         return "too large for a few seconds on a CPU; `slicegpt bench token` measures it"
     # The weights where they run, and packed.

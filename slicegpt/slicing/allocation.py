@@ -19,6 +19,7 @@ from slicegpt.families import Checkpoint
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, neuron_rows
+from slicegpt.slicing.keeping import Keeper, Snapshot
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.neurons import deletions
 from slicegpt.slicing.objective import Objective
@@ -46,6 +47,7 @@ def allocate_neurons(
     objective: Objective,
     ridge: float,
     progress: Progress,
+    keeper: Keeper | None = None,
     reuse: Reuse | None = None,
 ) -> SlicedConfig:
     """`config` with the neurons of its layers shared out anew, in multiples of `options.neuron_multiple`.
@@ -55,19 +57,23 @@ def allocate_neurons(
     Args:
         batches: calibration tokens; the first ones are looked at, `SHARE` of them.
         objective, ridge: of the refit, and its λ, whose rise the costs are.
+        keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
         reuse: where the costs are kept for other sizes.
     """
     looked_at = batches[: math.ceil(SHARE * len(batches))]
+    keeper = keeper or Keeper()
 
     def costs() -> list[list[tuple[int, float]]]:
-        return deletion_costs(checkpoint, config, looked_at, options, objective, ridge, progress)
+        return deletion_costs(checkpoint, config, looked_at, options, objective, ridge, progress, keeper)
 
     if reuse is None:
         curves = costs()
     else:  # of the size, they depend on how far the curves go alone
         fewest = fewest_neurons(config, options.neuron_multiple)
         curves = reuse.value(("deletion costs", fewest, ridge, options.dtype, options.device), costs)
-    neurons = share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
+    neurons = options.ranks.decide(
+        lambda: share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
+    )
     return SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
 
 
@@ -98,14 +104,29 @@ def deletion_costs(
     objective: Objective,
     ridge: float,
     progress: Progress,
+    keeper: Keeper,
 ) -> list[list[tuple[int, float]]]:
-    """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`."""
+    """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`.
+
+    Of several ranks the first alone has them.
+    """
     dtype = objective.teacher_dtype(options.dtype, options.device)
-    propagation = Propagation(config, batches, options.dtype, options.device, options.activation_storage)
-    propagation.start(checkpoint, None)
+    propagation = Propagation(
+        config, batches, options.dtype, options.device, options.activation_storage, ranks=options.ranks
+    )
     blocks, curves = blocks_of(config), []
-    with progress.stage("neurons: what deleting them costs", len(blocks), "blocks") as advance:
-        for block in blocks:
+    found = keeper.found("allocation")
+    done = options.ranks.decide(lambda: None if found is None else found.done)
+    if done is None:
+        propagation.start(checkpoint, None)
+    elif done < len(blocks):
+        propagation.restore(found and found.tensors)
+    if found is not None:
+        curves = [[tuple(point) for point in curve] for curve in found.data["curves"]]
+    done = done or 0
+    stage = progress.stage("neurons: what deleting them costs", len(blocks), "blocks", done=done)
+    with stage as advance:
+        for block in blocks[done:]:
             layer = checkpoint.layer(block.layer)
             writers = dense_writers(config, block, layer, options.device)
             lifted = dense_block(config, block, layer, writers, dtype, options.device)
@@ -113,11 +134,18 @@ def deletion_costs(
             if "mlp" in block.parts:
                 moments = Moments(lifted.groups, config.dense_hidden_size, options.device)
             propagation.collect_dense(block, lifted, objective, moments)
-            if moments is not None:
+            if moments is not None and options.ranks.first:
                 check_finite(moments, block)
                 system, right = objective.normal_equations(moments, ridge, prior_of(writers.values()))
                 fewest = fewest_neurons(config, options.neuron_multiple)
                 curves.append(cost_curve(system, right, neuron_rows(writers), fewest))
+            ends = block is blocks[-1]
+            data = {"curves": curves}
+            with propagation.gathered() as first:
+                if first:
+                    streams = None if ends else propagation
+                    keeper.keep(Snapshot("allocation", block.index + 1, data, propagation=streams))
+            del layer, writers, lifted, moments  # one layer's at a time
             advance(1)
     return curves
 

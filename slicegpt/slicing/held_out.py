@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedModel
 
 from slicegpt.calibration import Calibration
 from slicegpt.errors import SliceGPTError
+from slicegpt.families import DenseSource
+from slicegpt.hardware.layerwise import losses_of
 from slicegpt.hardware.memory import fits_on
 from slicegpt.hardware.offload import moved
-from slicegpt.modeling.losses import window_losses
 from slicegpt.progress import Progress
 from slicegpt.slicing.reuse import Reuse
 
@@ -33,8 +35,8 @@ DEVIATIONS = 2.0
 
 
 def held_out_check(
-    dense: PreTrainedModel,
-    sliced: PreTrainedModel,
+    dense: PreTrainedModel | DenseSource,
+    sliced: PreTrainedModel | DenseSource,
     calibration: Calibration,
     device: torch.device,
     progress: Progress | None = None,
@@ -43,9 +45,10 @@ def held_out_check(
 ) -> dict | None:
     """Losses above the dense model's, in nats a token, on `calibration.seen` and `calibration.unseen`.
 
-    Both models are brought to `device` one after the other, and back.
+    Both models are brought to `device` one after the other, and back; of one that is not loaded, a layer at a time.
 
     Args:
+        dense, sliced: loaded models, or sources of models.
         ridge_chosen: whether the refit's λ was chosen by `calibration.held_out` (`SlicingReport.ridge_search`).
         reuse: where the dense model's losses are kept for other sizes of it.
 
@@ -61,18 +64,24 @@ def held_out_check(
         return None
     pairs = torch.cat((calibration.seen, calibration.unseen))
     tokens = windows * (pairs.shape[1] - 1)
-    if not tokens or not all(fits_on(model, device) for model in (dense, sliced)):
+    models = [
+        model.shell if isinstance(model, DenseSource) and model.in_memory else model
+        for model in (dense, sliced)
+    ]
+    if not tokens or not all(isinstance(model, DenseSource) or fits_on(model, device) for model in models):
         return None
     losses = []
-    for model in (dense, sliced):
+    for kind, model in zip(("dense", "sliced"), models, strict=True):
         try:
 
-            def evaluate(model: PreTrainedModel = model) -> torch.Tensor:
-                with moved(model, device):
-                    return torch.tensor(window_losses(model, pairs, 1, progress), dtype=torch.float64)
+            def evaluate(kind: str = kind, model: PreTrainedModel | DenseSource = model) -> torch.Tensor:
+                with nullcontext() if isinstance(model, DenseSource) else moved(model, device):
+                    name = f"held-out windows: {kind} model"
+                    of_windows = losses_of(model, pairs, 1, progress, device, name)
+                    return torch.tensor(of_windows, dtype=torch.float64)
 
             # Which windows they are follows from the calibration tokens, which `reuse` knows.
-            shared = reuse is not None and model is dense
+            shared = reuse is not None and kind == "dense"
             losses.append(reuse.value(("losses", device, len(pairs)), evaluate) if shared else evaluate())
         except (SliceGPTError, torch.OutOfMemoryError) as error:
             # The sliced model is worth more than this figure.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.recipe import AUTO, ORIENTATIONS, SIGNALS, Recipe
 from slicegpt.slicing.streams import STORAGES
 
@@ -31,6 +32,8 @@ class SlicingOptions:
             costs call for (`slicegpt.slicing.allocation`); False keeps that number.
         neuron_multiple: those numbers are multiples of it.
         fitted: the share of the calibration batches that it fits to; the covariances are of all of them.
+        ranks: the processes that share the calibration batches, see `slicegpt.hardware.ranks`. All of them slice the
+            same model by the same batches.
     """
 
     dtype: torch.dtype = torch.float32
@@ -45,6 +48,7 @@ class SlicingOptions:
     fitted: float = 1.0
     allocate: bool = True
     neuron_multiple: int = 64
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -65,7 +69,12 @@ class SlicingOptions:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, dtype: torch.dtype, device: torch.device, activation_storage: str = "auto"
+        cls,
+        recipe: Recipe,
+        dtype: torch.dtype,
+        device: torch.device,
+        activation_storage: str = "auto",
+        ranks: Ranks | None = None,
     ) -> SlicingOptions:
         """What a recipe says of how to slice; the rest is the machine's. Its `round_to` is a number."""
         return cls(
@@ -81,6 +90,7 @@ class SlicingOptions:
             fitted=recipe.refit_share,
             allocate=recipe.allocate,
             neuron_multiple=recipe.round_to,
+            ranks=ranks or Ranks(),
         )
 
 

@@ -7,24 +7,25 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 
 from slicegpt.calibration.batches import CalibrationBatch
-from slicegpt.conversion.canonical import build_model
 from slicegpt.conversion.folding import (
     TABLE_ROWS,
     centre,
-    fold_head,
+    folded_head_rows,
     named,
     reader_state,
-    rotate_table,
     rotate_writer,
+    rotated_rows,
 )
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint, DenseLayer, Linear
-from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.allocation import deletes_neurons
 from slicegpt.slicing.blocks import (
@@ -38,6 +39,7 @@ from slicegpt.slicing.blocks import (
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
+from slicegpt.slicing.keeping import Keeper, Snapshot
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
@@ -45,6 +47,7 @@ from slicegpt.slicing.propagation import Propagation, check_finite
 from slicegpt.slicing.refit import BlockFits, fit_block
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.rotation import align, random_orthogonal
+from slicegpt.slicing.sink import Pieces, Sink
 
 
 def fitted_batches(count: int, share: float) -> int:
@@ -58,12 +61,13 @@ class Slicer:
     Args:
         objective: of the refit.
         ridges: its λ. The tokens go on through the network with the fit at the first; with the same bases and neurons
-            every other one has entries of its own in `fitted_states`.
+            every one has entries of its own in the sink.
+        sink: where the model's tensors go, each one as soon as it is final.
+        keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
         reuse: what other sizes of the same model share with this one.
 
     Attributes:
-        carried: the first of `ridges`.
-        fitted_states: of each λ the entries of the model's state that depend on it.
+        ridges: those that something is fitted at; the first one alone where there is no refit.
         remaining: of each refitted block its index, and `BlockFits.remaining`.
     """
 
@@ -76,43 +80,49 @@ class Slicer:
         objective: Objective,
         ridges: Sequence[float],
         progress: Progress,
+        sink: Sink,
+        keeper: Keeper | None = None,
         reuse: Reuse | None = None,
     ):
         self.checkpoint = checkpoint
         self.config = config
         self.options = options
+        self.ranks = options.ranks
         self.objective = objective
         self.progress = progress
+        self.sink = sink
+        self.keeper = keeper or Keeper()
         self.mean_subtraction = checkpoint.family.mean_subtraction
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.state: dict[str, torch.Tensor] = {}
         self.remaining: list[tuple[int, dict[float, float | None]]] = []
         self.prunes = deletes_neurons(config)
         if self.prunes and not options.refit:
             raise SliceGPTError("which of them to delete is decided by the refit, which is off", "neurons")
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
-        self.carried = ridges[0]
-        self.fitted_states: dict[float, dict[str, torch.Tensor]]
-        self.fitted_states = {ridge: {} for ridge in (ridges if self.refits else (self.carried,))}
+        self.ridges = tuple(ridges) if self.refits else (ridges[0],)
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
         self.propagation = Propagation(
-            config, batches, options.dtype, options.device, options.activation_storage, fitted, reuse
+            config,
+            batches,
+            options.dtype,
+            options.device,
+            options.activation_storage,
+            fitted,
+            options.ranks,
+            reuse,
         )
         self.stage = self.propagation.stage
         self.report.tokens = self.propagation.tokens
         self.report.seconds = self.stage.seconds
 
-    def store(
-        self,
-        entries: dict[str, torch.Tensor],
-        prefix: str = "",
-        state: dict[str, torch.Tensor] | None = None,
-    ) -> None:
-        """Add entries to `state`, on the CPU; None: to that of every λ."""
-        state = self.state if state is None else state
-        state |= {f"{prefix}{name}": tensor.to("cpu") for name, tensor in entries.items()}
+    def agreed(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, on every rank; the others wait here while it decides."""
+        if self.ranks.size == 1:
+            return make()
+        with self.stage("exchange"):
+            return self.ranks.decide(make)
 
     # --- bases -------------------------------------------------------------------------------------------------
 
@@ -160,11 +170,16 @@ class Slicer:
                 return align(previous, basis, complement)
         return basis, None
 
+    def agree_on_basis(self, *arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`choose_basis` on rank 0; the others get the basis, and no factor, which is for the one that stores it."""
+        basis, factor = self.choose_basis(*arguments) if self.ranks.first else (None, None)
+        return self.agreed(lambda: basis), factor
+
     def new_covariance(self, boundary: int) -> Covariance | None:
         if not self.needs_covariance(boundary):
             return None
         config, options = self.config, self.options
-        if not len(self.propagation.streams):
+        if not self.propagation.count:
             raise SliceGPTError(f"boundary {boundary} needs calibration tokens, got none", "batches")
         return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
@@ -176,27 +191,32 @@ class Slicer:
         covariance = self.new_covariance(0)
         with self.stage("signals"):
             self.propagation.start(self.checkpoint, covariance)
-        if covariance is not None and self.options.vocabulary_prior:
+        if covariance is not None and self.options.vocabulary_prior and self.ranks.first:
             with self.stage("covariance"):
                 pieces = self.checkpoint.embedding.split(TABLE_ROWS)
                 rows = (centre(piece.to(device), self.mean_subtraction) for piece in pieces)
                 covariance.add_prior(rows, self.options.vocabulary_prior)
-        basis, _ = self.choose_basis(0, covariance, None, None)
+        basis, _ = self.agree_on_basis(0, covariance, None, None)
+        if not self.ranks.first:
+            return basis
         with self.stage("rotation"):
             table, positions = self.checkpoint.embedding, self.checkpoint.positions
             if self.config.embed_projection:
-                projection = rotate_table(
-                    torch.eye(len(basis), device=device), basis, self.mean_subtraction, dtype
-                )
-                self.store({"model.embed_projection.weight": projection.mT.contiguous()})
-                self.store({"model.embed_tokens.weight": table.to(dtype)})
+                identity = torch.eye(len(basis), device=device)
+                projection = torch.cat([*self.rotated(identity, basis)])
+                self.store("model.embed_projection.weight", projection.mT.contiguous())
+                self.store("model.embed_tokens.weight", table.to(dtype))
             else:
-                rows = rotate_table(table, basis, self.mean_subtraction, dtype)
-                self.store({"model.embed_tokens.weight": rows})
+                self.store("model.embed_tokens.weight", self.rotated(table, basis))
             if positions is not None:
-                rows = rotate_table(positions, basis, self.mean_subtraction, dtype)
-                self.store({"model.embed_positions.weight": rows})
+                self.store("model.embed_positions.weight", self.rotated(positions, basis))
         return basis
+
+    def store(self, name: str, value: Pieces) -> None:
+        self.sink.store({name: value})
+
+    def rotated(self, table: torch.Tensor, basis: torch.Tensor) -> Iterator[torch.Tensor]:
+        return rotated_rows(table, basis, self.mean_subtraction, self.options.dtype)
 
     def slice_block(self, block: Block, layer: DenseLayer, basis: torch.Tensor) -> torch.Tensor:
         """One block, whose stream stands in `basis`; returns the next boundary's basis.
@@ -217,19 +237,22 @@ class Slicer:
             if self.needs_pass(block):
                 lifted = LiftedBlock(config, block, basis, readers, writers, dtype)
 
-        fits, kept = BlockFits(dict.fromkeys(self.fitted_states, dense | shortcut)), None
+        fits, kept = BlockFits(dict.fromkeys(self.ridges, dense | shortcut)), None
         if self.refits:
             with self.stage("rotation"):
                 teacher_dtype = self.objective.teacher_dtype(dtype, device)
                 teacher = dense_block(config, block, layer, dense, teacher_dtype, device)
             moments, kept = self.propagation.collect(block, lifted, teacher, self.objective)
-            fits = self.fit(block, writers, moments)
-            lifted.set_writers(fits.writers[self.carried])
+            if self.ranks.first:
+                fits = self.fit(block, writers, moments)
+            lifted.set_writers(self.agreed(lambda: fits.writers[self.ridges[0]]))
             del moments, teacher  # [K, K + D] in float64, and a block's weights
         if lifted is not None:
             self.propagation.write(block, lifted, covariance, kept)
 
-        next_basis, factor = self.choose_basis(block.index + 1, covariance, block, basis)
+        next_basis, factor = self.agree_on_basis(block.index + 1, covariance, block, basis)
+        if not self.ranks.first:
+            return next_basis
         with self.stage("rotation"):
             self.store_block(block, readers, factor, fits, next_basis)
         return next_basis
@@ -241,7 +264,7 @@ class Slicer:
             neurons = None
         with self.stage("refit"):
             check_finite(moments, block)
-            fits = fit_block(self.objective, moments, writers, list(self.fitted_states), neurons)
+            fits = fit_block(self.objective, moments, writers, list(self.ridges), neurons)
         self.remaining.append((block.index, fits.remaining))
         return fits
 
@@ -259,13 +282,13 @@ class Slicer:
                 state = {
                     name: rows[fits.neurons] if "_proj." in name else rows for name, rows in state.items()
                 }
-            self.store(state, f"{block.prefix}.{MODULE_NAMES[part]}.")
+            root = f"{block.prefix}.{MODULE_NAMES[part]}"
+            self.sink.store({f"{root}.{name}": tensor for name, tensor in state.items()})
         if self.config.shortcuts[block.index] == "compact":
             shortcut = factor.mT.to(self.options.dtype).contiguous()
-            self.store({f"{block.prefix}.{block.shortcut}.factor": shortcut})
+            self.store(f"{block.prefix}.{block.shortcut}.factor", shortcut)
         for ridge, writers in fits.writers.items():
-            state = self.writer_state(block, writers, fits.neurons, basis)
-            self.store(state, state=self.fitted_states[ridge])
+            self.sink.store_fit(ridge, self.writer_state(block, writers, fits.neurons, basis))
 
     def writer_state(
         self,
@@ -290,30 +313,94 @@ class Slicer:
         device, dtype = self.options.device, self.options.dtype
         norm, head = self.checkpoint.final_norm, self.checkpoint.head
         if not self.config.tie_word_embeddings:
-            self.store(named("lm_head", fold_head(head, norm, basis, dtype), dtype))
+            rows, bias = folded_head_rows(head, norm, basis, dtype)
+            self.store("lm_head.weight", rows)
+            if bias is not None:
+                self.store("lm_head.bias", bias)
             return
         weight = torch.ones(len(basis), device=device) if norm.weight is None else norm.weight.to(device)
         if self.config.head_projection:
             scale = (basis.shape[0] / basis.shape[1]) ** 0.5
             projection = weight.double()[:, None] * basis * scale
-            self.store({"model.head_projection.weight": projection.to(dtype).contiguous()})
+            self.store("model.head_projection.weight", projection.to(dtype).contiguous())
         else:
-            self.store({"model.norm.weight": weight.to(dtype)})
+            self.store("model.norm.weight", weight.to(dtype))
         if norm.bias is not None:
             owner = "head_projection" if self.config.head_projection else "norm"
-            self.store({f"model.{owner}.bias": norm.bias.to(dtype)})
+            self.store(f"model.{owner}.bias", norm.bias.to(dtype))
         if head.bias is not None:
-            self.store({"lm_head.bias": head.bias.to(dtype)})
+            self.store("lm_head.bias", head.bias.to(dtype))
 
     @torch.no_grad()
-    def run(self) -> SlicedForCausalLM:
-        """Slice everything and return the model on the CPU."""
+    def run(self) -> None:
+        """Slice everything: all of the model's tensors are in the sink; of several ranks, in that of the first."""
         blocks = blocks_of(self.config)
-        passes = len(self.propagation.streams) + self.propagation.fitted
+        passes = self.propagation.count + self.propagation.fitted
         steps = sum(map(self.needs_pass, blocks)) * passes
-        with self.progress.stage("slicing", steps, "steps") as self.propagation.advance:
-            basis = self.slice_embedding()
-            for block in blocks:
-                basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
+        if self.ranks.first:
+            self.sink.open(self.config, self.options.dtype, self.ridges)
+        tokens, layers = self.propagation.tokens, self.config.num_hidden_layers
+        found = self.keeper.found("slicing")
+        done = self.agreed(lambda: None if found is None else found.done)
+        passed = sum(map(self.needs_pass, blocks[: done or 0])) * passes
+        with self.progress.stage("slicing", steps, "steps", tokens, passed) as self.propagation.advance:
+            if done is None:
+                basis, done = self.slice_embedding(), 0
+                self.keep(done, basis)
+            else:
+                basis = self.restore(found, done)
+            for _, pair in groupby(blocks[done:], key=lambda block: block.layer):
+                layer = None
+                for block in pair:
+                    layer = layer or self.checkpoint.layer(block.layer)
+                    self.propagation.advance.note(f"{block.layer} of {layers} layers")
+                    basis = self.slice_block(block, layer, basis)
+                    self.keep(block.index + 1, basis)
+            if not self.ranks.first:
+                return
             self.slice_head(basis)
-        return build_model(self.config, self.state | self.fitted_states[self.carried])
+
+    # --- an interrupted run ------------------------------------------------------------------------------------
+
+    def keep(self, done: int, basis: torch.Tensor) -> None:
+        """Between two blocks: what the next ones need, so that another process can go on from here."""
+        with self.propagation.gathered() as first:
+            if first:
+                self.keeper.keep(self.snapshot(done, basis))
+
+    def snapshot(self, done: int, basis: torch.Tensor) -> Snapshot:
+        """What `keep` keeps."""
+        spectra = {
+            f"eigenvalues.{boundary}": torch.tensor(values, dtype=torch.float64)
+            for boundary, values in enumerate(self.report.eigenvalues)
+            if values is not None
+        }
+        tensors = spectra | {"basis": basis, "generator": self.generator.get_state()}
+        data = {
+            "remaining": [[index, list(shares.items())] for index, shares in self.remaining],
+            "seconds": self.report.seconds,
+        }
+        ends = done == self.config.num_blocks
+        return Snapshot("slicing", done, data, tensors, None if ends else self.propagation)
+
+    def restore(self, found: Snapshot | None, done: int) -> torch.Tensor:
+        """Go on where another process has stopped, after `done` blocks; returns the basis there.
+
+        Args:
+            found: None on all ranks but the first, which has the snapshot.
+        """
+        if found is not None:
+            self.restore_figures(found)
+        if done < self.config.num_blocks:
+            self.propagation.restore(found and found.tensors)
+        return self.agreed(lambda: found.tensors["basis"].to(self.options.device))
+
+    def restore_figures(self, found: Snapshot) -> None:
+        """What the first rank alone knows."""
+        self.remaining = [(index, dict(shares)) for index, shares in found.data["remaining"]]
+        self.report.seconds.update(found.data["seconds"])
+        for boundary in range(found.done + 1):
+            name = f"eigenvalues.{boundary}"
+            known = found.tensors[name].tolist() if name in found.tensors else None
+            self.report.eigenvalues.append(known)
+        self.generator.set_state(found.tensors["generator"])

@@ -75,7 +75,11 @@ class Streams:
             self.tensors[index] = torch.empty(stream.shape, dtype=stream.dtype, pin_memory=True)
         self.tensors[index].copy_(stream, non_blocking=True)
 
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """One stream, on the device."""
+        return self.tensors[index].to(self.device, non_blocking=True)
+
     def __iter__(self) -> Iterator[tuple[int, TokenBatch, torch.Tensor]]:
         """Index, tokens and stream of every batch, the stream on the device."""
         for index, batch in enumerate(self.batches):
-            yield index, batch, self.tensors[index].to(self.device, non_blocking=True)
+            yield index, batch, self[index]

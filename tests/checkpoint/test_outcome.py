@@ -133,13 +133,13 @@ def test_notes():
         "dense": None,
         "sliced": 3.0,
         "device": "cuda",
-        "note": "the dense model was not in memory",
+        "note": "the dense model was not at hand",
     }
     check = {"dense_nll": 1.0, "sliced_nll": 800.0, "tokens": 10, "chose_ridge": True}
     more = {"perplexity": perplexity_record(check), "tokens_per_second": speed_record, "finetuning": {}}
     told = notes(RECORD | more)
     assert "which chose the refit's λ as well; before fine-tuning" in told[0]
-    assert told[1] == "tokens/s: of the runtime, one sequence, float16 (the dense model was not in memory)"
+    assert told[1] == "tokens/s: of the runtime, one sequence, float16 (the dense model was not at hand)"
     rows = outcome_rows(RECORD | more)
     assert (rows[2]["dense"], rows[2]["sliced"], rows[2]["change"]) == ("2.718", "not measured", "")
     assert (rows[3][""], rows[3]["dense"], rows[3]["sliced"]) == ("tokens/s, cuda", "not measured", "3")
@@ -183,7 +183,7 @@ def test_a_dense_model_that_is_not_there(model):
     found = compare(None, model)
     assert found["dense"] is None
     assert found["sliced"] > 0
-    assert found["note"] == "the dense model was not in memory"
+    assert found["note"] == "the dense model was not at hand"
 
 
 def test_models_that_are_too_large(model, monkeypatch):
