@@ -42,16 +42,19 @@ def fold_reader(linear: Linear, norm: Norm, basis: torch.Tensor) -> Linear:
 
 
 def fold_writer(linear: Linear, mean_subtraction: bool, device: torch.device) -> Linear:
-    """A layer that writes the stream: mean subtraction folded in, at full width, float64."""
-    columns = centre(linear.weight.to(device).mT, mean_subtraction)
+    """A layer that writes the stream, at full width: mean subtraction folded in, float64; without one the weight stays
+    as it is, for a large one takes several times less memory so."""
+    weight = linear.weight.to(device)
+    if mean_subtraction:
+        weight = centre(weight.mT, True).mT
     bias = None if linear.bias is None else centre(linear.bias.to(device), mean_subtraction)
-    return Linear(columns.mT, bias)
+    return Linear(weight, bias)
 
 
 def rotate_writer(linear: Linear, basis: torch.Tensor) -> Linear:
     """A layer that writes the stream at full width, brought onto a basis, float64."""
     bias = None if linear.bias is None else linear.bias @ basis
-    return Linear((linear.weight.mT @ basis).mT, bias)
+    return Linear((linear.weight.to(basis.device, torch.float64).mT @ basis).mT, bias)
 
 
 # Rows of a vocabulary-sized table that are held in float64 on the device at a time: 1 GB at D = 8192.

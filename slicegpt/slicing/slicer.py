@@ -220,9 +220,10 @@ class Slicer:
                 teacher_dtype = self.objective.teacher_dtype(dtype, device)
                 teacher = dense_block(config, block, layer, dense, teacher_dtype, device)
             moments, kept = self.propagation.collect(block, lifted, teacher, self.objective)
+            del teacher
             fits = self.fit(block, writers, moments)
             lifted.set_writers(fits.writers[self.carried])
-            del moments, teacher  # [K, K + D] in float64, and a block's weights
+            del moments  # [K, K + D] in float64
         if lifted is not None:
             self.propagation.write(block, lifted, covariance, kept)
 
@@ -238,7 +239,9 @@ class Slicer:
             neurons = None
         with self.stage("refit"):
             check_finite(moments, block)
-            fits = fit_block(self.objective, moments, writers, list(self.fitted_states), neurons)
+            fits = fit_block(
+                self.objective, moments, writers, list(self.fitted_states), neurons, self.options.scratch
+            )
         self.remaining.append((block.index, fits.remaining))
         return fits
 
