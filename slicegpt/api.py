@@ -137,7 +137,8 @@ def slice(
         max_shard_size: of a safetensors file, such as "5GB".
         device: where blocks run and eigenvectors are computed; None and "auto" take the first GPU where there is one.
             A layer at a time is there, so that the model may be larger than its memory.
-        activation_storage: "auto", "device" or "host": where the calibration tokens' activations stay between blocks.
+        activation_storage: "auto", "device", "host" or "disk" (that of `output`, else of temporary files): where the
+            calibration tokens' activations stay between blocks.
         progress: where stages are reported, such as `slicegpt.progress.Progress()`; None is silent.
         **choices: any other field of `slicegpt.recipe.Recipe`: `round_to`, `shortcut`, `orientation`, `slice_head`,
             `neurons`, `allocate`, `signal`, `refit`, `ridge`, `refit_share`, `vocabulary_prior`, `text_column`,
@@ -198,7 +199,8 @@ def slice(
         warnings = calibration_warnings(figures)
         for warning in warnings:
             progress.warn(warning)
-        options = SlicingOptions.of(recipe, dtype, device, activation_storage)
+        scratch = None if path is None else path.parent
+        options = SlicingOptions.of(recipe, dtype, device, activation_storage, scratch)
         sliced, seen = slice_drawn(dense, config, drawn, options, progress)
         check = held_out_check(dense, sliced, drawn, device, progress, seen.ridge_search is not None)
         if check is not None and (warning := held_out_warning(check)):

@@ -107,13 +107,13 @@ def add_parser(commands) -> None:
         default="auto",
         help="cpu, cuda, cuda:1, ...; auto (default) takes the first GPU where there is one",
     )
-    storage = {"choices": ("auto", "device", "host"), "dest": "activation_storage"}
+    storage = {"choices": ("auto", "device", "host", "disk"), "dest": "activation_storage"}
     machine.add_argument(
         "--activation-storage",
         **storage,
         default="auto",
-        help="where the calibration tokens' activations stay between blocks: on the device, on the host, or (default) "
-        "on the device where they take at most half of its free memory",
+        help="where the calibration tokens' activations stay between blocks: on the device, on the host, on the disk "
+        "of --output, or (default) on the first of them where they take at most half of what is free",
     )
     machine.add_argument("--signals", **storage, help=argparse.SUPPRESS)  # the option's former name
     machine.add_argument("--max-shard-size", type=shard_size, default="5GB", metavar="SIZE")

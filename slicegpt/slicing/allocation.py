@@ -92,7 +92,14 @@ def deletion_costs(
 ) -> list[list[tuple[int, float]]]:
     """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`."""
     dtype = objective.teacher_dtype(options.dtype, options.device)
-    propagation = Propagation(config, batches, options.dtype, options.device, options.activation_storage)
+    propagation = Propagation(
+        config,
+        batches,
+        options.dtype,
+        options.device,
+        options.activation_storage,
+        scratch=options.scratch,
+    )
     propagation.start(checkpoint, None)
     blocks, curves = blocks_of(config), []
     with progress.stage("neurons: what deleting them costs", len(blocks), "blocks") as advance:

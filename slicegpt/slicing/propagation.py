@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,7 +44,8 @@ class Propagation:
         batches: calibration tokens.
         dtype: of the streams.
         device: where blocks run.
-        activation_storage: where streams are kept: "auto", "device" or "host", see `choose_storage`.
+        activation_storage: where streams are kept: "auto", "device", "host" or "disk", see `choose_storage`.
+        scratch: the folder of those on the disk; None: that of temporary files.
         fitted: so many batches, the first ones, are refitted to: the dense model's stream is carried beside theirs.
 
     Attributes:
@@ -61,15 +63,16 @@ class Propagation:
         device: torch.device,
         activation_storage: str,
         fitted: int = 0,
+        scratch: str | os.PathLike | None = None,
     ):
         self.config, self.dtype, self.device = config, dtype, device
         self.fitted = fitted
         self.tokens = sum(batch.tokens for batch in batches)
         tokens = sum(batch.input_ids.numel() for batch in [*batches, *batches[:fitted]])
         stream_bytes = tokens * config.dense_hidden_size * dtype.itemsize
-        storage = choose_storage(activation_storage, stream_bytes, device)
-        self.streams = Streams(batches, device, storage)
-        self.dense_streams = Streams(batches[:fitted], device, storage)
+        storage = choose_storage(activation_storage, stream_bytes, device, scratch)
+        self.streams = Streams(batches, device, storage, scratch)
+        self.dense_streams = Streams(batches[:fitted], device, storage, scratch)
         self.stage = StageTimer(device)
         self.advance: Callable[[int], None] = lambda steps: None
         with torch.device("meta"):

@@ -95,7 +95,13 @@ class Slicer:
         self.fitted_states = {ridge: {} for ridge in (ridges if self.refits else (self.carried,))}
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
         self.propagation = Propagation(
-            config, batches, options.dtype, options.device, options.activation_storage, fitted
+            config,
+            batches,
+            options.dtype,
+            options.device,
+            options.activation_storage,
+            fitted,
+            options.scratch,
         )
         self.stage = self.propagation.stage
         self.report.tokens = self.propagation.tokens
