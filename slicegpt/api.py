@@ -12,53 +12,56 @@ The command line is made of these calls; everything that they take from the room
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration import calibration_warnings, coverage, load_documents
+from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.checkpoint.folders import check_output, check_space
+from slicegpt.checkpoint.kept_run import (
+    RunKeeper,
+    call_of,
+    check_inputs,
+    check_machine,
+    check_recipe,
+    finished,
+    interrupted_call,
+    read_calibration,
+)
 from slicegpt.checkpoint.loading import load_dense
+from slicegpt.checkpoint.model_files import ModelFiles
+from slicegpt.checkpoint.partial import check_partial, is_finished, partial_folder
 from slicegpt.checkpoint.record import calibration_record, size_record, slicing_record
 from slicegpt.checkpoint.report import SliceReport
-from slicegpt.checkpoint.saving import save_sliced
+from slicegpt.checkpoint.saving import save_sliced, write_beside_weights
 from slicegpt.conversion.plan import plan_recipe
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.report import Evaluation
 from slicegpt.evaluation.zero_shot import ZeroShotTasks
-from slicegpt.families import canonical_fields
+from slicegpt.families import DenseSource, canonical_fields, source_of
 from slicegpt.hardware.devices import find_device, find_dtype
 from slicegpt.hardware.offload import moved
-from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.modeling.losses import BatchSize
 from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
+from slicegpt.result import SliceResult
 from slicegpt.slicing import SlicingOptions
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
-from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_drawn
+from slicegpt.slicing.keeping import Keeper
+from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_source, whole
+from slicegpt.slicing.sink import MemorySink
 
 __all__ = ["Evaluation", "Recipe", "SliceReport", "SliceResult", "evaluate", "load", "slice"]
 
 # Config, tokenizer and record come on top of the weights; a twentieth and 16 MB are ample.
 _SPACE_FACTOR, _SPACE_BESIDES = 1.05, 16_000_000
-
-
-class SliceResult(NamedTuple):
-    """What `slice` returns: `model, tokenizer, report = slicegpt.slice(...)`.
-
-    Attributes:
-        model: the sliced model, on the CPU, in eval mode.
-        tokenizer: the dense model's.
-        report: what was done; it prints as a table, and `report.record` holds the figures.
-    """
-
-    model: SlicedForCausalLM
-    tokenizer: PreTrainedTokenizerBase
-    report: SliceReport
 
 
 def load(
@@ -110,6 +113,8 @@ def slice(
     max_shard_size: str = "5GB",
     device: str | torch.device | None = None,
     activation_storage: str = "auto",
+    resume: bool = False,
+    keep_state: str = "auto",
     progress: Progress | None = None,
     **choices: Any,
 ) -> SliceResult:
@@ -139,6 +144,10 @@ def slice(
             A layer at a time is there, so that the model may be larger than its memory.
         activation_storage: "auto", "device", "host" or "disk" (that of `output`, else of temporary files): where the
             calibration tokens' activations stay between blocks.
+        resume: go on with a run into `output` that was interrupted, after its last block; what it was called with
+            is taken as it was, and refused where it is given otherwise.
+        keep_state: "always", "never" or "auto": whether what an interrupted run needs to go on is written after every
+            block, beside `output`; auto does so from the second minute on. Of a loaded model nothing is kept.
         progress: where stages are reported, such as `slicegpt.progress.Progress()`; None is silent.
         **choices: any other field of `slicegpt.recipe.Recipe`: `round_to`, `shortcut`, `orientation`, `slice_head`,
             `neurons`, `allocate`, `signal`, `refit`, `ridge`, `refit_share`, `vocabulary_prior`, `text_column`,
@@ -163,7 +172,10 @@ def slice(
         >>> report.record["size"]["parameters"]
         >>> again = slicegpt.slice(recipe="runs/small")  # bit for bit the same
     """
-    progress = progress or Progress(quiet=True)
+    progress, began = progress or Progress(quiet=True), time.monotonic()
+    call = interrupted_call(None if isinstance(model, PreTrainedModel) else output, resume, keep_state)
+    if call is not None and is_finished(output):
+        return SliceResult(*finished(output))
     documents = None
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
         documents, calibration = _checked_documents(calibration, "calibration"), IN_MEMORY
@@ -176,55 +188,89 @@ def slice(
         "calibration": calibration,
     }
     choices |= {name: value for name, value in given.items() if value is not None}
-    recipe = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
-    size = recipe.size
-    path = None if output is None else check_output(output, overwrite, recipe.model)
+    if recipe is None and call is not None:
+        recipe = Recipe().override(**call["recipe"])
+    given = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
     device = find_device(device)
-    sources = calibration_sources(recipe, documents)
+    machine = {"device": device.type, "max_shard_size": max_shard_size, "self_contained": self_contained}
+    if call is not None:
+        check_recipe(call, given)
+        check_machine(call, machine)
+    recipe, size = given, given.size
+    path = None if output is None else check_output(output, overwrite, recipe.model)
+    if path is not None:
+        check_partial(path, resume, overwrite)
+    sources = [] if call is not None else calibration_sources(recipe, documents)
 
-    with _opened(model, tokenizer, recipe, progress) as (dense, tokenizer, name):
-        dtype = dense.dtype
+    with _opened(model, tokenizer, recipe, progress) as (dense, name), ExitStack() as opened:
+        dtype, tokenizer = dense.dtype, dense.tokenizer
+        if call is not None:
+            check_inputs(call, dense)
         recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch.")).resolved()
         config = plan_recipe(recipe, canonical_fields(dense), dtype)
         planned = size_record(config, dtype)
         if path is not None:
-            check_space(path, int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
+            check_space(path, 0 if resume else int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
         if size == "slice" and recipe.slice and planned["parameters"] >= planned["dense_parameters"]:
             progress.warn(
                 f"at this size the sliced model is no smaller than the dense one ({recipe.shortcut} shortcuts)"
             )
-        with progress.step(f"tokenising {recipe.calibration}"):
-            drawn = draw_samples(recipe, sources, dense, tokenizer, device, progress)
+        partial, sink, keeper = None, MemorySink(), Keeper()
+        if path is not None and not isinstance(model, PreTrainedModel):
+            partial = opened.enter_context(partial_folder(path, resume))
+            sink = opened.enter_context(closing(ModelFiles(partial.model, partial.folder, max_shard_size)))
+            keeper = RunKeeper(partial, sink, progress, keep_state, began)
+        if call is not None:
+            keeper.resume()
+            drawn = read_calibration(partial.folder)
+        else:
+            with progress.step(f"tokenising {recipe.calibration}"):
+                drawn = draw_samples(recipe, sources, whole(dense), tokenizer, device, progress)
+            if partial is not None:
+                keeper.begin(call_of(given, recipe, machine, dense), drawn)
         figures = coverage(drawn.batches, config.vocab_size, config.dense_hidden_size)
         warnings = calibration_warnings(figures)
         for warning in warnings:
             progress.warn(warning)
         scratch = None if path is None else path.parent
         options = SlicingOptions.of(recipe, dtype, device, activation_storage, scratch)
-        sliced, seen = slice_drawn(dense, config, drawn, options, progress)
-        check = held_out_check(dense, sliced, drawn, device, progress, seen.ridge_search is not None)
+        config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper)
+        sliced = sink.finished(dense.generation_config)
+        check = held_out_check(
+            whole(dense), whole(sliced), drawn, device, progress, seen.ridge_search is not None
+        )
         if check is not None and (warning := held_out_warning(check)):
             warnings.append(warning)
             progress.warn(warning)
 
-    calibrated = calibration_record(
-        recipe.calibration,
-        recipe.nsamples,
-        recipe.seqlen,
-        recipe.seed,
-        drawn.batches,
-        sources=drawn.sources,
-        coverage=figures,
-        held_out=check,
-        warnings=warnings,
-    )
-    record = slicing_record(sliced, seen, options, name or type(dense).__name__, calibrated)
-    if path is not None:
-        with progress.step(f"saving {os.fspath(output)}"):
-            save_sliced(
-                sliced, tokenizer, record, path, overwrite, max_shard_size, self_contained, recipe=recipe
-            )
-    return SliceResult(sliced.eval(), tokenizer, SliceReport(record))
+        calibrated = calibration_record(
+            recipe.calibration,
+            recipe.nsamples,
+            recipe.seqlen,
+            recipe.seed,
+            drawn.batches,
+            sources=drawn.sources,
+            coverage=figures,
+            held_out=check,
+            warnings=warnings,
+        )
+        record = slicing_record(config, seen, options, name or type(dense.shell).__name__, calibrated)
+        if path is not None:
+            with progress.step(f"saving {os.fspath(output)}"):
+                if partial is None:
+                    save_sliced(
+                        sliced.shell,
+                        tokenizer,
+                        record,
+                        path,
+                        overwrite,
+                        max_shard_size,
+                        self_contained,
+                        recipe,
+                    )
+                else:
+                    write_beside_weights(partial.model, path.name, tokenizer, record, self_contained, recipe)
+    return SliceResult(sliced.shell if partial is None else path, tokenizer, SliceReport(record))
 
 
 def evaluate(
@@ -340,8 +386,8 @@ def _opened(
     tokenizer: PreTrainedTokenizerBase | None,
     recipe: Recipe,
     progress: Progress,
-) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]]:
-    """The dense model on the CPU and in eval mode, its tokenizer and name; a loaded model is then as it was."""
+) -> Iterator[tuple[DenseSource, str | None]]:
+    """The dense model with its tokenizer, and its name; a loaded one is on the CPU and in eval mode until the end."""
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise SliceGPTError("is needed beside a loaded model, got None", "tokenizer")
@@ -351,14 +397,15 @@ def _opened(
         training = model.training
         try:
             with moved(model.eval(), torch.device("cpu")):
-                yield model, tokenizer, recipe.model or model.config.name_or_path or None
+                name = recipe.model or model.config.name_or_path or None
+                yield source_of(model, tokenizer, name), name
         finally:
             model.train(training)
         return
     if model is None and recipe.model is None:
         raise SliceGPTError("a name, a folder or a transformers model is needed, got none", "model")
     name = os.fspath(_checked_name(recipe.model if model is None else model))
-    with progress.step(f"loading {name}"):
+    with progress.step(f"opening {name}"):
         # What cannot be sliced is refused by its config, before weights are downloaded or read.
-        dense, found = load_dense(name, find_dtype(recipe.dtype), sliceable=True)
-    yield dense, tokenizer or found, name
+        source = open_dense(name, find_dtype(recipe.dtype), sliceable=True)
+    yield source if tokenizer is None else replace(source, tokenizer=tokenizer), name

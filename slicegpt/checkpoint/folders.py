@@ -4,8 +4,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slicegpt.errors import SliceGPTError
@@ -55,28 +55,53 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        yield temporary
-        _open_to_readers(temporary)
-        if path.exists():
-            replaced = temporary.with_suffix(".replaced")
-            path.rename(replaced)
-            temporary.rename(path)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(path)
-    except OSError as error:
+        with no_space_errors(path):
+            yield temporary
+            put_in_place(temporary, path, temporary.with_suffix(".replaced"))
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SliceGPTError(f"no space left while writing {path}; nothing was kept", "output") from error
         raise
+
+
+def put_in_place(folder: Path, path: Path, replaced: Path) -> None:
+    """A whole folder takes its final name; one that has it goes, once the new one is there.
+
+    Args:
+        replaced: a name on the same file system, free, which the old folder has in between.
+    """
+    open_to_readers(folder)
+    if not path.exists():
+        folder.rename(path)
+        return
+    path.rename(replaced)
+    folder.rename(path)
+    shutil.rmtree(replaced)
+
+
+@contextmanager
+def no_space_errors(path: Path, kept: Callable[[], str] = lambda: "nothing was kept") -> Iterator[None]:
+    """Within it, a full disk is one line about `path`, and what has become of what was there."""
+    try:
+        yield
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if "No space left" in str(error):  # safetensors and tokenizers raise their own types
-            raise SliceGPTError(f"no space left while writing {path}; nothing was kept", "output") from error
+        # safetensors and tokenizers raise their own types.
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error):
+            raise SliceGPTError(f"no space left while writing {path}; {kept()}", "output") from error
         raise
 
 
-def _open_to_readers(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Return when the names in a folder are on the disk, as far as the system can tell."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def open_to_readers(folder: Path) -> None:
     """Permissions as any new file has them: temporary folders and safetensors files begin private to their owner."""
     mask = os.umask(0)
     os.umask(mask)

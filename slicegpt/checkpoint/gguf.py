@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from slicegpt.checkpoint.checks import check_loaded, check_shapes, parameters_of, some
 from slicegpt.checkpoint.gguf_config import SETTINGS, config_from_gguf
+from slicegpt.checkpoint.tensors import PIECE_BYTES
 from slicegpt.errors import SliceGPTError, first_line
 from slicegpt.families import facts_of
 
@@ -36,6 +39,44 @@ def load_gguf(
         SliceGPTError: the extra is missing, the file is not a whole GGUF file of a known architecture, or it has
             settings or weights that would be lost.
     """
+    with _gguf_errors(file):
+        opened = _open(file, dtype or torch.float32)
+        state = {parameter: tensor.read() for parameter, tensor in opened.tensors.items()}
+        model, info = opened.model_class.from_pretrained(
+            None,
+            config=opened.config,
+            state_dict=state,
+            dtype=dtype or torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        check_loaded(file, model, info)
+    return model, opened.tokenizer
+
+
+@dataclass(frozen=True)
+class OpenedGGUF:
+    """What is in a GGUF file: all of it but the values of the weights.
+
+    Attributes:
+        tensors: by the names of the model's parameters; a tied one is there once.
+    """
+
+    config: PreTrainedConfig
+    model_class: type[PreTrainedModel]
+    tensors: dict[str, GGUFTensor]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_gguf(file: Path, dtype: torch.dtype | None = None) -> OpenedGGUF:
+    """Open a GGUF file whose tensors are read and de-quantised one at a time; see `load_gguf`."""
+    with _gguf_errors(file):
+        return _open(file, dtype or torch.float32)
+
+
+@contextlib.contextmanager
+def _gguf_errors(file: Path) -> Iterator[None]:
+    """Within it an error is one line that names the file; first of all, what is needed is there."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise SliceGPTError(
@@ -44,22 +85,77 @@ def load_gguf(
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise SliceGPTError(f"{file}: not a GGUF file")
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
     try:
-        with _parsed_once() as reader_of:
-            model = _load_model(reader_of(file), file, dtype or torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(**source)
+        yield
     except SliceGPTError as error:
         message = str(error)
         raise SliceGPTError(message if str(file) in message else f"{file}: {message}") from error
     except Exception as error:  # the reader fails with whatever numpy meets first
         reason = " ".join(first_line(error).split())
         raise SliceGPTError(f"{file}: truncated, corrupt or unsupported GGUF file: {reason[:200]}") from error
-    return model, tokenizer
 
 
-def _load_model(reader, file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of an open file."""
+def _open(file: Path, dtype: torch.dtype) -> OpenedGGUF:
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
+    with _parsed_once() as reader_of:
+        config, model_class, tensors = _read(reader_of(file), file, dtype)
+        return OpenedGGUF(config, model_class, tensors, AutoTokenizer.from_pretrained(**source))
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor of a GGUF file, de-quantised when it is read.
+
+    With plain reads: pages of the mapped file would stay resident, one layer's after the other's.
+
+    Attributes:
+        offset: where its bytes begin.
+        bytes_shape, bytes_dtype: of the array that `gguf` de-quantises.
+        kind: its `GGMLQuantizationType`.
+        heads: llama.cpp has put the rows of the two halves of each of so many heads in turn; 0: it has not.
+        dtype: the one that `read` converts to.
+    """
+
+    file: Path
+    offset: int
+    bytes_shape: tuple[int, ...]
+    bytes_dtype: np.dtype
+    kind: Any
+    heads: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def read(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Some rows of the first dimension, all of them without arguments."""
+        begin, end, _ = slice(begin, end).indices(self.shape[0])
+        if not self.heads:
+            return self._dequantised(begin, end)
+        rows = self._dequantised(0, self.shape[0])
+        rows = rows.view(self.heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+        return rows[begin:end]
+
+    def _dequantised(self, begin: int, end: int) -> torch.Tensor:
+        import gguf
+
+        out = torch.empty(end - begin, *self.shape[1:], dtype=self.dtype)
+        row = math.prod(self.bytes_shape[1:])
+        step = max(1, PIECE_BYTES // (4 * math.prod(self.shape[1:])))
+        try:
+            with self.file.open("rb") as stream:
+                stream.seek(self.offset + begin * row * self.bytes_dtype.itemsize)
+                for piece in out.split(step):
+                    data = np.fromfile(stream, self.bytes_dtype, len(piece) * row)
+                    data = data.reshape(len(piece), *self.bytes_shape[1:])
+                    piece.copy_(torch.from_numpy(np.array(gguf.dequantize(data, self.kind))))
+        except (OSError, ValueError) as error:
+            raise SliceGPTError(f"{self.file} cannot be read any more: {first_line(error)}") from error
+        return out
+
+
+def _read(
+    reader, file: Path, dtype: torch.dtype
+) -> tuple[PreTrainedConfig, type[PreTrainedModel], dict[str, GGUFTensor]]:
+    """Config, model class and tensors of an open file."""
     import gguf
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -86,24 +182,22 @@ def _load_model(reader, file: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise SliceGPTError(f"holds tensors that {model_class.__name__} has no place for: {some(surplus)}")
     check_shapes(file, expected, {names[name]: shapes[name] for name in tensors if name in names})
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    state = {}
+    stored = {}
     for name, parameter in names.items():
         if name not in tensors:
             continue  # said by `check_loaded`, unless the parameter is tied to another one
-        rows, part = values(name), name.split(".")[-2]
-        if architecture.permuted and part in heads:
-            rows = rows.reshape(heads[part], -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-        state[parameter] = torch.from_numpy(np.array(rows)).to(dtype)
-    model, info = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    check_loaded(file, model, info)
-    return model
+        tensor, part = tensors[name], name.split(".")[-2]
+        stored[parameter] = GGUFTensor(
+            file,
+            tensor.data_offset,
+            tensor.data.shape,
+            tensor.data.dtype,
+            tensor.tensor_type,
+            heads.get(part, 0) if architecture.permuted else 0,
+            torch.Size(shapes[name]),
+            dtype,
+        )
+    return config, model_class, stored
 
 
 def _parameter_names(

@@ -27,11 +27,11 @@ from transformers.utils import logging as transformers_logging
 
 from slicegpt.checkpoint.checks import check_loaded, check_shapes, parameters_of, some
 from slicegpt.checkpoint.names import SHIPPED_MODEL, check_name
+from slicegpt.checkpoint.tensors import PLAIN_DTYPES, read_safetensors_header
 from slicegpt.errors import SliceGPTError, first_line
 from slicegpt.families import FAMILIES, facts_of
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors call them
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -71,23 +71,28 @@ def load_dense(
     """
     check_name(name)
     device = _checked_device(device)
-    with _quiet_transformers():
-        if name.lower() == SHIPPED_MODEL:
-            from slicegpt.checkpoint.gguf import load_gguf, shipped_checkpoint
-
-            model, tokenizer = load_gguf(shipped_checkpoint(), dtype)
-        elif Path(name).is_file():
+    with quiet_transformers():
+        path = locate(name, revision, trust_remote_code, sliceable)
+        if path.is_file():
             from slicegpt.checkpoint.gguf import load_gguf
 
-            model, tokenizer = load_gguf(Path(name), dtype)
+            model, tokenizer = load_gguf(path, dtype)
         else:
-            local = Path(name).is_dir()
-            folder = Path(name) if local else _download(name, revision, trust_remote_code, sliceable)
-            model, tokenizer = _load_folder(folder, dtype, trust_remote_code, sliceable)
+            model, tokenizer = _load_folder(path, dtype, trust_remote_code, sliceable)
     model.config.name_or_path = (
         name  # a GGUF file's model would be called "None", a hub id's by its cache folder
     )
     return model.eval().to(device), tokenizer
+
+
+def locate(name: str, revision: str | None, trust_remote_code: bool, sliceable: bool) -> Path:
+    """The GGUF file or the folder that a name which `check_name` takes means; a hub id's is downloaded."""
+    if name.lower() == SHIPPED_MODEL:
+        from slicegpt.checkpoint.gguf import shipped_checkpoint
+
+        return shipped_checkpoint()
+    path = Path(name)
+    return path if path.exists() else _download(name, revision, trust_remote_code, sliceable)
 
 
 def check_folder(folder: Path) -> list[Path]:
@@ -143,63 +148,62 @@ def _check_kind(folder: Path) -> None:
 
 def _check_dtypes(folder: Path, header: dict[str, dict[str, Any]]) -> None:
     for name, entry in header.items():
-        if name.endswith(".weight") and entry.get("dtype") not in _DTYPES:
+        if name.endswith(".weight") and entry.get("dtype") not in PLAIN_DTYPES:
             raise SliceGPTError(
                 f"{folder}: {name} is stored as {entry.get('dtype')}, expected one of"
-                f" {', '.join(_DTYPES)}: give the checkpoint that was quantised"
+                f" {', '.join(PLAIN_DTYPES)}: give the checkpoint that was quantised"
             )
 
 
-def read_safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Return `{tensor name: {"dtype", "shape", "data_offsets"}}` without reading any weight.
+def open_folder(
+    folder: Path, trust_remote_code: bool, sliceable: bool
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, list[Path]]:
+    """Config, tokenizer and weight files of a folder, after all that can be checked before a weight is read.
 
     Raises:
-        SliceGPTError: the file is not safetensors, or its size is not what its header promises.
+        SliceGPTError: what `check_folder` finds, a config that describes another model than the files hold, or no
+            tokenizer.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise SliceGPTError(f"{file}: truncated, or not a safetensors file ({size} bytes)")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            sizes = [number for entry in header.values() for number in entry["shape"]]
-            if not all(isinstance(number, int) and number >= 0 for number in [*sizes, end]):
-                raise ValueError("sizes must be whole numbers")
-        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
-            raise SliceGPTError(f"{file}: corrupt, or not a safetensors file (unreadable header)") from error
-    if size != end:
-        raise SliceGPTError(f"{file}: truncated or corrupt: its header promises {end} bytes, it has {size}")
-    return header
-
-
-def _load_folder(
-    folder: Path, dtype: torch.dtype | None, trust_remote_code: bool, sliceable: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     _check_kind(folder)
     config = read_config(folder, trust_remote_code, sliceable)
-    check_folder(folder)
+    files = check_folder(folder)
     # A class that a checkpoint brings along may bear the name of a family of ours, and be made in its own way.
     if config.model_type in FAMILIES and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         _check_shapes(folder, config)
     # Without any of these, transformers 5 makes an empty tokenizer up instead of failing.
     if not trust_remote_code and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise SliceGPTError(f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
-    common = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **common)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except Exception as error:  # tokenizers raises bare Exception
         raise SliceGPTError(f"cannot read the tokenizer in {folder}: {first_line(error)}") from error
-    try:
+    return config, tokenizer, files
+
+
+def _load_folder(
+    folder: Path, dtype: torch.dtype | None, trust_remote_code: bool, sliceable: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    _, tokenizer, _ = open_folder(folder, trust_remote_code, sliceable)
+    common = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    with load_errors(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **common
         )
-    except Exception as error:  # safetensors, zipfile, pickle and transformers each have their own
-        raise SliceGPTError(f"cannot load {folder}: {first_line(error)}") from error
     check_loaded(f"{folder}", model, info)
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def load_errors(source: str | Path) -> Iterator[None]:
+    """Within it, whatever transformers and the libraries below it raise while loading becomes one line."""
+    try:
+        yield
+    except SliceGPTError:
+        raise
+    except Exception as error:  # safetensors, zipfile, pickle and transformers each have their own
+        raise SliceGPTError(f"cannot load {source}: {first_line(error)}") from error
 
 
 def read_config(folder: Path, trust_remote_code: bool = False, sliceable: bool = False) -> PreTrainedConfig:
@@ -287,7 +291,7 @@ def _checked_device(device: str | torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own progress bars and multi-line reports off the terminal while we load."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

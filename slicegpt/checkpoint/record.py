@@ -10,7 +10,7 @@ import transformers
 
 import slicegpt
 from slicegpt.calibration import CalibrationBatch, calibration_hash
-from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import boundary_report, decoder_parameters, stored_parameters
 from slicegpt.slicing import SlicingOptions, SlicingReport
 
@@ -52,13 +52,12 @@ def calibration_record(
 
 
 def slicing_record(
-    model: SlicedForCausalLM, report: SlicingReport, options: SlicingOptions, source: str, calibration: dict
+    config: SlicedConfig, report: SlicingReport, options: SlicingOptions, source: str, calibration: dict
 ) -> dict:
     """The record of one slicing run; `calibration` is its `calibration_record`.
 
     Eigenvalues keep six digits: they are for looking at, and full precision would be megabytes.
     """
-    config = model.config
     spectra = [
         None if values is None else [float(f"{value:.6g}") for value in values]
         for values in report.eigenvalues

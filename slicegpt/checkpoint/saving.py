@@ -63,16 +63,32 @@ def save_sliced(
     self_contained = self_contained or getattr(model.config, "auto_map", None) is not None
     with atomic_folder(path) as folder, _no_progress_bars():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        if self_contained:
-            write_modeling_code(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        write_json(folder / RECORD, record)
-        if recipe is not None:
-            recipe.write(folder / FILE_NAME)
-        card = model_card(record, path.name, self_contained, recipe is not None)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_beside_weights(folder, path.name, tokenizer, record, self_contained, recipe)
     return path
+
+
+def write_beside_weights(
+    folder: Path,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    record: dict,
+    self_contained: bool,
+    recipe: Recipe | None,
+) -> None:
+    """Write what stands in a model's folder beside its weights and their config.
+
+    Args:
+        name: that the folder will have.
+    """
+    if self_contained:
+        write_modeling_code(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_json(folder / RECORD, record)
+    if recipe is not None:
+        recipe.write(folder / FILE_NAME)
+    card = model_card(record, name, self_contained, recipe is not None)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 @dataclass(frozen=True)

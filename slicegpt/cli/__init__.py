@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not isinstance(error, KeyboardInterrupt) and not interrupts.received():
             raise
         interrupts.ignore()
-        print(interrupts.MESSAGE, file=sys.stderr)
+        print(interrupts.message(), file=sys.stderr)
         return interrupts.EXIT_CODE
 
 

@@ -2,12 +2,15 @@
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 EXIT_CODE = 130
 MESSAGE = "interrupted; nothing was written under the final name"
 
 _received = False
+_remark = ""
 
 
 def install() -> None:
@@ -26,6 +29,22 @@ def received() -> bool:
     imported make it an ImportError.
     """
     return _received
+
+
+@contextmanager
+def remark(make: Callable[[], str | None]) -> Iterator[None]:
+    """Within it, what an interruption ends is told of by `make()` as well, once all has been tidied up."""
+    global _remark
+    try:
+        yield
+    except BaseException:
+        _remark = make() or ""
+        raise
+
+
+def message() -> str:
+    """The one line that an interruption prints."""
+    return f"{MESSAGE}; {_remark}" if _remark else MESSAGE
 
 
 def ignore() -> None:

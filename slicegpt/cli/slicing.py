@@ -7,10 +7,12 @@ from pathlib import Path
 from slicegpt.calibration import check_sources
 from slicegpt.checkpoint.folders import check_output
 from slicegpt.checkpoint.names import check_name
+from slicegpt.checkpoint.partial import check_partial, interrupted_recipe, what_is_kept
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
 from slicegpt.table import check_writable
 
+from . import interrupts
 from .options import DTYPES, add_json, check_device, positive, shard_size
 
 
@@ -23,7 +25,7 @@ def add_parser(commands) -> None:
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(run=run, overwrite=False, self_contained=False, recipe=None)
+    parser.set_defaults(run=run, overwrite=False, self_contained=False, recipe=None, resume=False)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="may be left out where the recipe names it")
     parser.add_argument(
         "--recipe",
@@ -34,6 +36,11 @@ def add_parser(commands) -> None:
         "--output", required=True, metavar="DIR", help="folder to write; appears only when whole"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted run into the same --output; its other options need not be given again",
+    )
     parser.add_argument(
         "--self-contained",
         action="store_true",
@@ -116,6 +123,13 @@ def add_parser(commands) -> None:
         "of --output, or (default) on the first of them where they take at most half of what is free",
     )
     machine.add_argument("--signals", **storage, help=argparse.SUPPRESS)  # the option's former name
+    machine.add_argument(
+        "--keep-state",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="write what --resume needs after every block into DIR.partial: from the second minute on (auto, the "
+        "default), from the beginning, or not",
+    )
     machine.add_argument("--max-shard-size", type=shard_size, default="5GB", metavar="SIZE")
     parser.set_defaults(json=None)
     add_json(parser)
@@ -168,7 +182,10 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
     choices = {name: value for name, value in vars(options).items() if name in NAMES}
     if "widths" in choices:
         choices["widths"] = read_widths(choices["widths"])
-    recipe = (Recipe() if options.recipe is None else Recipe.read(options.recipe)).override(**choices)
+    if options.recipe is not None:
+        recipe = Recipe.read(options.recipe).override(**choices)
+    else:
+        recipe = (interrupted_recipe(options.output) if options.resume else Recipe()).override(**choices)
     if recipe.model is None:
         raise SliceGPTError("is needed here or in a recipe, got none", "model")
     _ = recipe.size  # an error where there is none
@@ -181,6 +198,7 @@ def run(options: argparse.Namespace) -> None:
     check_name(recipe.model, "model")
     check_device(options.device)
     check_output(options.output, options.overwrite, recipe.model)
+    check_partial(options.output, options.resume, options.overwrite)
     check_writable("--json", options.json)
     if recipe.calibration != IN_MEMORY:  # which the run itself refuses
         check_sources(recipe.calibration, recipe.text_column)
@@ -189,16 +207,19 @@ def run(options: argparse.Namespace) -> None:
     from slicegpt.progress import Progress
     from slicegpt.table import write_json
 
-    result = api.slice(
-        recipe=recipe,
-        output=options.output,
-        overwrite=options.overwrite,
-        self_contained=options.self_contained,
-        max_shard_size=options.max_shard_size,
-        device=options.device,
-        activation_storage=options.activation_storage,
-        progress=Progress(),
-    )
+    with interrupts.remark(lambda: what_is_kept(options.output)):
+        result = api.slice(
+            recipe=recipe,
+            output=options.output,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            keep_state=options.keep_state,
+            self_contained=options.self_contained,
+            max_shard_size=options.max_shard_size,
+            device=options.device,
+            activation_storage=options.activation_storage,
+            progress=Progress(),
+        )
     print(result.report)
     if options.json:
         write_json(options.json, result.report.summary)

@@ -10,6 +10,8 @@ families and `M = I` otherwise:
 network uses, which divides by d and not by D; see `SlicedConfig.boundary_eps`.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from slicegpt.families import DenseLayer, Linear, Norm
@@ -29,16 +31,22 @@ def centre(rows: torch.Tensor, mean_subtraction: bool) -> torch.Tensor:
 
 
 def fold_reader(linear: Linear, norm: Norm, basis: torch.Tensor) -> Linear:
-    """A layer that reads the normalised stream: norm scale, shift and rotation folded in, float64."""
+    """A layer that reads the normalised stream: norm scale, shift and rotation folded in, float64 [out, d]."""
     weight = linear.weight.to(basis.device, torch.float64)
-    bias = None if linear.bias is None else linear.bias.to(basis.device, torch.float64)
-    if norm.bias is not None:
-        shift = weight @ norm.bias.to(basis.device, torch.float64)
-        bias = shift if bias is None else bias + shift
+    bias = _folded_bias(weight, linear.bias, norm)
     if norm.weight is not None:
         weight = weight * norm.weight.to(basis.device, torch.float64)
     dense_width, width = basis.shape
     return Linear((weight @ basis) * (dense_width / width) ** 0.5, bias)
+
+
+def _folded_bias(weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm) -> torch.Tensor | None:
+    """`c + W β`, on the device of `weight`, which is float64; None where there is neither."""
+    bias = None if bias is None else bias.to(weight.device, torch.float64)
+    if norm.bias is None:
+        return bias
+    shift = weight @ norm.bias.to(weight.device, torch.float64)
+    return shift if bias is None else bias + shift
 
 
 def fold_writer(linear: Linear, mean_subtraction: bool, device: torch.device) -> Linear:
@@ -61,27 +69,35 @@ def rotate_writer(linear: Linear, basis: torch.Tensor) -> Linear:
 TABLE_ROWS = 16384
 
 
-def rotate_table(
+def rotated_rows(
     table: torch.Tensor, basis: torch.Tensor, mean_subtraction: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    """`table M V`, a table [rows, D] whose rows enter the stream, rounded once to `dtype`; on the table's device."""
-    pieces = [
-        (centre(rows.to(basis.device), mean_subtraction) @ basis).to(table.device, dtype)
-        for rows in table.split(TABLE_ROWS)
-    ]
-    return torch.cat(pieces)
+) -> Iterator[torch.Tensor]:
+    """`table M V`, a table [rows, D] whose rows enter the stream, in pieces, rounded once to `dtype`."""
+    for rows in table.split(TABLE_ROWS):
+        yield (centre(rows.to(basis.device), mean_subtraction) @ basis).to(table.device, dtype)
 
 
-def fold_head(head: Linear, norm: Norm, basis: torch.Tensor, dtype: torch.dtype) -> Linear:
-    """An untied head: it reads the normalised stream like any other layer, only there is more of it."""
+def folded_head_rows(
+    head: Linear, norm: Norm, basis: torch.Tensor, dtype: torch.dtype
+) -> tuple[Iterator[torch.Tensor], torch.Tensor | None]:
+    """An untied head: it reads the normalised stream like any other layer, only there is more of it.
+
+    Returns:
+        The rows of its weight in pieces, and its bias or None; both rounded once to `dtype`.
+    """
     weights = head.weight.split(TABLE_ROWS)
     biases = [None] * len(weights) if head.bias is None else head.bias.split(TABLE_ROWS)
-    pieces = [
-        fold_reader(Linear(weight, bias), norm, basis) for weight, bias in zip(weights, biases, strict=True)
-    ]
-    weight = torch.cat([piece.weight.to(head.weight.device, dtype) for piece in pieces])
-    bias = None if pieces[0].bias is None else torch.cat([piece.bias for piece in pieces])
-    return Linear(weight, bias)
+    bias = None
+    if head.bias is not None or norm.bias is not None:
+        pieces = zip(weights, biases, strict=True)
+        double = (_folded_bias(rows.to(basis.device, torch.float64), own, norm) for rows, own in pieces)
+        bias = torch.cat([piece.to(head.weight.device, dtype) for piece in double])
+
+    def rows() -> Iterator[torch.Tensor]:
+        for piece in weights:
+            yield fold_reader(Linear(piece), norm, basis).weight.to(head.weight.device, dtype)
+
+    return rows(), bias
 
 
 def named(name: str, linear: Linear, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -1,5 +1,8 @@
 """Model families, one short file each: how a Hugging Face checkpoint maps onto the canonical network."""
 
+from collections.abc import Mapping
+
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slicegpt.errors import SliceGPTError
@@ -17,6 +20,7 @@ from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
+from .source import DenseSource, Weights, source_of
 from .stablelm import STABLELM
 from .starcoder2 import STARCODER2
 
@@ -24,14 +28,17 @@ __all__ = [
     "FAMILIES",
     "Checkpoint",
     "DenseLayer",
+    "DenseSource",
     "Family",
     "LayerNames",
     "Linear",
     "Norm",
+    "Weights",
     "canonical_fields",
     "checkpoint_of",
     "facts_of",
     "family_of",
+    "source_of",
 ]
 
 FAMILIES = {
@@ -103,16 +110,28 @@ def facts_of(config: PreTrainedConfig) -> dict:
     return facts
 
 
-def checkpoint_of(model: PreTrainedModel) -> Checkpoint:
-    """A loaded Hugging Face model's tensors by their canonical names (no copies).
+def checkpoint_of(model: PreTrainedModel | DenseSource) -> Checkpoint:
+    """A Hugging Face model's tensors by their canonical names: of a loaded one no copies, of a source read at access.
 
     Raises:
         SliceGPTError: the model is of no family of ours, or has tensors that its family has no place for.
     """
+    if isinstance(model, DenseSource):
+        # Its shell knows whether the head is the table: no tensor need be compared.
+        return _checked(model.shell, model.tensors, None if model.in_memory else _is_tied(model.shell))
+    return _checked(model, model.state_dict(), None)
+
+
+def _is_tied(shell: PreTrainedModel) -> bool:
+    head = shell.get_output_embeddings()
+    return head is not None and head.weight is shell.get_input_embeddings().weight
+
+
+def _checked(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], tied: bool | None) -> Checkpoint:
     family = family_of(model.config)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise SliceGPTError("model: an adapter is loaded into it; merge it into the weights first")
-    checkpoint = Checkpoint(family, model.state_dict(), model.config)
+    checkpoint = Checkpoint(family, tensors, model.config, tied)
     unread = checkpoint.unread()
     if unread:
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
@@ -123,13 +142,20 @@ def checkpoint_of(model: PreTrainedModel) -> Checkpoint:
     return checkpoint
 
 
-def canonical_fields(model: PreTrainedModel) -> dict:
-    """The fields of `SlicedConfig` that do not depend on slicing, from a dense Hugging Face model.
+def canonical_fields(model: PreTrainedModel | DenseSource) -> dict:
+    """The fields of `SlicedConfig` that do not depend on slicing, from a dense Hugging Face model or a source of one.
 
-    Which biases exist is read off its tensors: a norm's shift becomes a bias of the layers that read it.
+    Which biases exist is read off its tensors: a norm's shift becomes a bias of the layers that read it. Of a source
+    only their shapes are needed, and none is read.
     """
-    config = model.config
-    facts, checkpoint = facts_of(config), checkpoint_of(model)
+    shell = model.shell if isinstance(model, DenseSource) else model
+    config = shell.config
+    facts = facts_of(config)
+    if isinstance(model, DenseSource) and not model.in_memory:
+        shapes = {name: tensor.to("meta") for name, tensor in shell.state_dict().items()}
+        checkpoint = _checked(shell, shapes, _is_tied(shell))
+    else:
+        checkpoint = checkpoint_of(model)
     layer, head, norm = checkpoint.layer(0), checkpoint.head, checkpoint.final_norm
     tied = checkpoint.tied
     fields = {name: getattr(config, name) for name in _TOKEN_FIELDS if hasattr(config, name)}
@@ -147,6 +173,6 @@ def canonical_fields(model: PreTrainedModel) -> dict:
             "lm_head_bias": head.bias is not None or (not tied and norm.bias is not None),
             "final_norm_bias": tied and norm.bias is not None,
             "source_model_type": config.model_type,
-            "source_parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "source_parameters": sum(parameter.numel() for parameter in shell.parameters()),
         }
     )

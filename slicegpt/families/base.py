@@ -91,14 +91,25 @@ class Family:
 class Checkpoint:
     """A dense model's tensors, read by their canonical names.
 
-    `tensors` is any mapping from checkpoint names to tensors: a module's `state_dict()`, or open safetensors; `config`
-    the checkpoint's.
+    Args:
+        tensors: any mapping from checkpoint names to tensors: a module's `state_dict()`, or the tensors of a
+            `slicegpt.families.DenseSource`, which are read from their files at every access.
+        config: the checkpoint's.
+        tied: whether the head is the embedding table; None: found out from the config and the tensors.
     """
 
-    def __init__(self, family: Family, tensors: Mapping[str, torch.Tensor], config: PreTrainedConfig):
+    def __init__(
+        self,
+        family: Family,
+        tensors: Mapping[str, torch.Tensor],
+        config: PreTrainedConfig,
+        tied: bool | None = None,
+    ):
         self.family = family
         self.tensors = tensors
         self.config = config
+        if tied is not None:
+            self.tied = tied  # takes the place of the cached property
 
     def _get(self, name: str) -> torch.Tensor | None:
         return self.tensors[name] if name in self.tensors else None  # noqa: SIM401  (a Mapping need not have get)
@@ -160,20 +171,22 @@ class Checkpoint:
 
     def layer(self, index: int) -> DenseLayer:
         names, root = self.family.layer, self.family.layers.format(index)
+        # A fused projection bears several names, and is to be read once.
+        linear = functools.cache(lambda name: self._linear(f"{root}.{name}"))
         norms = [
             None if name is None else self._get(f"{root}.{name}.weight")
             for name in (names.q_norm, names.k_norm)
         ]
         layer = DenseLayer(
             attention_norm=self._norm(f"{root}.{names.attention_norm}"),
-            q=self._linear(f"{root}.{names.q}"),
-            k=self._linear(f"{root}.{names.k}"),
-            v=self._linear(f"{root}.{names.v}"),
-            o=self._linear(f"{root}.{names.o}"),
+            q=linear(names.q),
+            k=linear(names.k),
+            v=linear(names.v),
+            o=linear(names.o),
             mlp_norm=self._norm(f"{root}.{names.mlp_norm}"),
-            gate=None if names.gate is None else self._linear(f"{root}.{names.gate}"),
-            up=self._linear(f"{root}.{names.up}"),
-            down=self._linear(f"{root}.{names.down}"),
+            gate=None if names.gate is None else linear(names.gate),
+            up=linear(names.up),
+            down=linear(names.down),
             q_norm=norms[0],
             k_norm=norms[1],
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.progress import Progress
 
 # 2^24 logits are 128 MiB in float64, and enough rows for the head's matrix product to run at full speed.
-_LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = 1 << 24
 
 
 # Tokens of a batch that is chosen here. A CPU is busy with this many; a GPU takes what its memory holds.
@@ -48,26 +48,31 @@ def window_losses(
     device = model.get_input_embeddings().weight.device
     report, losses = progress or Progress(quiet=True), []
     with torch.no_grad(), _evaluating(model):
-        token_losses = _loss_function(model, windows[:1, :16].to(device))
+        losses_of = _loss_function(model, windows[:1, :16].to(device))
         with report.stage("perplexity", len(windows), "windows") as advance:
-            size = _first_size(windows, device) if batch_size == "auto" else batch_size
+            size = first_size(windows, device) if batch_size == "auto" else batch_size
             while len(losses) < len(windows):
                 batch = windows[len(losses) : len(losses) + size]
                 try:
-                    losses += token_losses(batch.to(device)).sum(dim=1).tolist()
+                    losses += losses_of(batch.to(device)).sum(dim=1).tolist()
                 except torch.OutOfMemoryError:
                     if batch_size != "auto" or size == 1:
                         raise
                     size //= 2
                     continue
                 advance(len(batch))
-                bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
-                if bad is not None:
-                    raise SliceGPTError(f"the loss of window {bad} is {losses[bad]}", "model")
+                check_finite_losses(losses)
     return losses
 
 
-def _first_size(windows: torch.Tensor, device: torch.device) -> int:
+def check_finite_losses(losses: Sequence[float]) -> None:
+    """One clear error for the first window whose loss is NaN or infinite."""
+    bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is not None:
+        raise SliceGPTError(f"the loss of window {bad} is {losses[bad]}", "model")
+
+
+def first_size(windows: torch.Tensor, device: torch.device) -> int:
     """The windows [n, s] of a batch that "auto" begins with: a power of two, at most n."""
     tokens = _TOKENS_AT_ONCE["cuda" if device.type == "cuda" else "cpu"]
     fitting = max(1, min(tokens // windows.shape[1], len(windows)))
@@ -88,16 +93,16 @@ def _loss_function(model: PreTrainedModel, probe: torch.Tensor) -> Callable[[tor
 
     def from_logits(ids: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        size = max(1, _LOGITS_AT_ONCE // logits.shape[1])
+        size = max(1, LOGITS_AT_ONCE // logits.shape[1])
         pieces = zip(logits.split(size), ids[:, 1:].flatten().split(size), strict=True)
-        return torch.cat([_losses(part, labels) for part, labels in pieces]).view(len(ids), -1)
+        return torch.cat([token_losses(part, labels) for part, labels in pieces]).view(len(ids), -1)
 
     def from_hidden_states(ids: torch.Tensor) -> torch.Tensor:
         hidden = hidden_states(ids)[:, :-1].flatten(0, 1)
         targets = ids[:, 1:].flatten()
-        size = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+        size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
         pieces = zip(hidden.split(size), targets.split(size), strict=True)
-        return torch.cat([_losses(head(states), labels) for states, labels in pieces]).view(len(ids), -1)
+        return torch.cat([token_losses(head(states), labels) for states, labels in pieces]).view(len(ids), -1)
 
     if head is None or trunk is model:
         return from_logits
@@ -105,7 +110,7 @@ def _loss_function(model: PreTrainedModel, probe: torch.Tensor) -> Callable[[tor
     return from_hidden_states if plain else from_logits
 
 
-def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return float64 [n] from logits [n, V].
 
     A float32 softmax over 49k classes is biased: it shifts the mean loss of SmolLM2-135M by 3e-6, relative.

@@ -4,7 +4,8 @@ The files, in the order in which a run goes through them:
 
     pipeline     the steps of a run as a recipe has them: text, samples, slicing
     options      how to slice, and what slicing saw
-    driver       `slice_model`: allocation, one run of slicing, the choice of λ
+    driver       `slice_model`, `slice_checkpoint`: allocation, one run of slicing, the choice of λ
+    sink         where finished tensors go: into memory, or to the disk
     allocation   how many MLP neurons each layer keeps, by what deleting them costs in the dense model
     slicer       one run: embedding, block after block, head; a block is collected, fitted, written (`slice_block`)
       streams        the calibration tokens' residual stream between blocks: device, host or disk
@@ -25,8 +26,8 @@ The files, in the order in which a run goes through them:
     held_out     afterwards: was the calibration text enough?
 """
 
-from .driver import slice_model
+from .driver import slice_checkpoint, slice_model
 from .objective import Objective
 from .options import SlicingOptions, SlicingReport
 
-__all__ = ["Objective", "SlicingOptions", "SlicingReport", "slice_model"]
+__all__ = ["Objective", "SlicingOptions", "SlicingReport", "slice_checkpoint", "slice_model"]

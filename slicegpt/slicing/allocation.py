@@ -20,6 +20,7 @@ from slicegpt.families import Checkpoint
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, neuron_rows
+from slicegpt.slicing.keeping import Keeper, Snapshot
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.neurons import Equations, deletions
 from slicegpt.slicing.objective import Objective
@@ -47,6 +48,7 @@ def allocate_neurons(
     objective: Objective,
     ridge: float,
     progress: Progress,
+    keeper: Keeper | None = None,
 ) -> SlicedConfig:
     """`config` with the neurons of its layers shared out anew, in multiples of `options.neuron_multiple`.
 
@@ -55,9 +57,11 @@ def allocate_neurons(
     Args:
         batches: calibration tokens; the first ones are looked at, `SHARE` of them.
         objective, ridge: of the refit, and its λ, whose rise the costs are.
+        keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
     """
     looked_at = batches[: math.ceil(SHARE * len(batches))]
-    curves = deletion_costs(checkpoint, config, looked_at, options, objective, ridge, progress)
+    keeper = keeper or Keeper()
+    curves = deletion_costs(checkpoint, config, looked_at, options, objective, ridge, progress, keeper)
     neurons = share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
     return SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
 
@@ -89,6 +93,7 @@ def deletion_costs(
     objective: Objective,
     ridge: float,
     progress: Progress,
+    keeper: Keeper,
 ) -> list[list[tuple[int, float]]]:
     """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`."""
     dtype = objective.teacher_dtype(options.dtype, options.device)
@@ -100,10 +105,18 @@ def deletion_costs(
         options.activation_storage,
         scratch=options.scratch,
     )
-    propagation.start(checkpoint, None)
-    blocks, curves = blocks_of(config), []
+    blocks, curves, done = blocks_of(config), [], 0
+    found = keeper.found("allocation")
+    if found is None:
+        propagation.start(checkpoint, None)
+    else:
+        curves = [[tuple(point) for point in curve] for curve in found.data["curves"]]
+        done = found.done
+        if done < len(blocks):
+            propagation.restore(found.tensors)
     with progress.stage("neurons: what deleting them costs", len(blocks), "blocks") as advance:
-        for block in blocks:
+        advance(done)
+        for block in blocks[done:]:
             layer = checkpoint.layer(block.layer)
             writers = dense_writers(config, block, layer, options.device)
             lifted = dense_block(config, block, layer, writers, dtype, options.device)
@@ -117,6 +130,12 @@ def deletion_costs(
                 equations = partial(objective.normal_equations, moments, ridge, prior_of(writers.values()))
                 fewest = fewest_neurons(config, options.neuron_multiple)
                 curves.append(cost_curve(equations, neuron_rows(writers), fewest))
+            ends = block is blocks[-1]
+            data = {"curves": curves}
+            keeper.keep(
+                Snapshot("allocation", block.index + 1, data, propagation=None if ends else propagation)
+            )
+            del layer, writers, lifted, moments  # one layer's at a time
             advance(1)
     return curves
 

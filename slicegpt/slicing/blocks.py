@@ -1,5 +1,6 @@
 """The blocks between the boundaries, as slicing runs them: input weights final, output at full width."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,16 @@ def blocks_of(config: SlicedConfig) -> list[Block]:
         for i in range(config.num_hidden_layers)
         for k, part in enumerate(("attention", "mlp"))
     ]
+
+
+def fitted_names(config: SlicedConfig, names: Iterable[str]) -> list[str]:
+    """Which of a sliced model's tensors depend on the refit's λ: the output weights, dense shortcuts among them."""
+    layers = set()
+    for block in blocks_of(config):
+        layers |= {f"{block.prefix}.{MODULE_NAMES[part]}.{WRITER_NAMES[part]}" for part in block.parts}
+        if config.shortcuts[block.index] == "dense":
+            layers.add(f"{block.prefix}.{block.shortcut}")
+    return [name for name in names if name.rpartition(".")[0] in layers]
 
 
 class LiftedBlock(nn.Module):

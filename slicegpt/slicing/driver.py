@@ -1,4 +1,4 @@
-"""`slice_model`: the whole of slicing."""
+"""`slice_model` and `slice_checkpoint`: the whole of slicing, into memory or into any other sink."""
 
 import time
 from collections.abc import Sequence
@@ -7,13 +7,15 @@ import torch
 from transformers import PreTrainedModel
 
 from slicegpt.calibration.batches import CalibrationBatch
-from slicegpt.families import checkpoint_of
+from slicegpt.families import Checkpoint, checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
 from slicegpt.slicing.allocation import allocate_neurons, deletes_neurons
+from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.ridge import choose_ridge
+from slicegpt.slicing.sink import MemorySink, Sink
 from slicegpt.slicing.slicer import Slicer
 
 
@@ -26,48 +28,85 @@ def slice_model(
     held_out: torch.Tensor | None = None,
     objective: Objective | None = None,
 ) -> tuple[SlicedForCausalLM, SlicingReport]:
-    """Slice, or only rotate, a dense Hugging Face model.
+    """Slice, or only rotate, a dense Hugging Face model that is loaded; what comes out is in memory, too.
 
     Args:
         model: of a supported family (`slicegpt.families.FAMILIES`), on the CPU; it is not changed.
+
+    The other arguments and the errors are those of `slice_checkpoint`.
+
+    Returns:
+        The sliced model, on the CPU in `options.dtype`, and the report.
+    """
+    sink = MemorySink()
+    config, report = slice_checkpoint(
+        checkpoint_of(model), config, sink, batches, options, progress, held_out, objective
+    )
+    return sink.finished(None).shell, report
+
+
+def slice_checkpoint(
+    checkpoint: Checkpoint,
+    config: SlicedConfig,
+    sink: Sink,
+    batches: Sequence[CalibrationBatch] = (),
+    options: SlicingOptions | None = None,
+    progress: Progress | None = None,
+    held_out: torch.Tensor | None = None,
+    objective: Objective | None = None,
+    keeper: Keeper | None = None,
+) -> tuple[SlicedConfig, SlicingReport]:
+    """Slice, or only rotate, a dense model, of which one layer at a time need be in memory.
+
+    Args:
+        checkpoint: its tensors, in memory or read at access.
         config: planned by `slicegpt.conversion.plan.plan`. The neurons it keeps are shared out among the layers, see
             `options.allocate`.
+        sink: takes the sliced model's tensors.
         batches: calibration tokens; needed wherever a boundary is sliced or takes its basis from PCA.
         options: see `SlicingOptions`.
         progress: counts passes of one batch through one block.
         held_out: windows [n, s] of calibration tokens outside `batches`, by which the refit's ridge is chosen where
             `options.ridge` is None, see `slicegpt.slicing.ridge.choose_ridge`.
         objective: what the refit minimises; None: `slicegpt.slicing.objective.Objective()`.
+        keeper: keeps what an interrupted run needs to go on after its last block; with what was kept of one, the run
+            begins there.
 
     Returns:
-        The sliced model, on the CPU in `options.dtype`, and the report.
+        The config of the model that the sink holds, and the report.
 
     Errors:
         `SliceGPTError` for an unsupported model, missing calibration tokens, and NaN or infinity in the
         activations (the layer is named).
     """
     options, progress = options or SlicingOptions(), progress or Progress(quiet=True)
-    objective = objective or Objective()
-    checkpoint = checkpoint_of(model)
-    spent = {}
+    objective, keeper = objective or Objective(), keeper or Keeper()
+    journal = keeper.journal
     ridges = objective.ridges if options.ridge is None else (options.ridge,)
     equal = config.layer_neurons is None
     if equal and deletes_neurons(config) and options.allocate and options.refit and len(batches):
-        began = time.perf_counter()
-        config = allocate_neurons(checkpoint, config, batches, options, objective, ridges[0], progress)
-        spent["allocation"] = time.perf_counter() - began
+        if "neurons" not in journal:
+            began = time.perf_counter()
+            allocated = allocate_neurons(
+                checkpoint, config, batches, options, objective, ridges[0], progress, keeper
+            )
+            keeper.note(neurons=allocated.neurons, allocation=time.perf_counter() - began)
+        config = SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": journal["neurons"]})
 
-    slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress)
-    sliced, report, ridge = slicer.run(), slicer.report, ridges[0]
-    if slicer.refits and len(ridges) > 1:
+    slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress, sink, keeper)
+    slicer.run()
+    report, ridge = slicer.report, slicer.ridges[0]
+    if len(slicer.ridges) > 1:
         began = time.perf_counter()
         ridge, report.ridge_search = choose_ridge(
-            sliced, slicer.fitted_states, objective.unjudged_ridge, held_out, options.device, progress
+            sink, slicer.ridges, objective.unjudged_ridge, held_out, options, progress, keeper
         )
-        spent["ridge"] = time.perf_counter() - began
+        report.seconds["ridge"] = time.perf_counter() - began
+    sink.choose(ridge)
+    if "allocation" in journal:
+        report.seconds["allocation"] = journal["allocation"]
     report.refit = [
         {"block": block, "ridge": ridge, "remaining": remaining[ridge]}
         for block, remaining in slicer.remaining
     ]
-    report.seconds |= spent
-    return sliced, report
+    return config, report

@@ -4,6 +4,10 @@ sources = calibration_sources(recipe)                                  text; not
 config = plan_recipe(recipe, canonical_fields(model), model.dtype)     slicegpt.conversion.plan
 drawn = draw_samples(recipe, sources, model, tokenizer, device)        tokens
 sliced, report = slice_drawn(model, config, drawn, SlicingOptions.of(recipe, model.dtype, device))
+
+or, of a model that is read from its files a layer at a time, and with tensors that go where the sink puts them,
+
+config, report = slice_source(source, config, drawn, SlicingOptions.of(recipe, source.dtype, device), sink)
 """
 
 from collections.abc import Sequence
@@ -13,11 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration import Calibration, Source, load_sources, sample_sources
 from slicegpt.errors import SliceGPTError
+from slicegpt.families import DenseSource, checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
 from slicegpt.recipe import IN_MEMORY, Recipe
-from slicegpt.slicing.driver import slice_model
+from slicegpt.slicing.driver import slice_checkpoint, slice_model
+from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
+from slicegpt.slicing.sink import Sink
 
 
 def calibration_sources(recipe: Recipe, documents: Sequence[str] | None = None) -> list[Source]:
@@ -76,3 +83,30 @@ def slice_drawn(
     if model.generation_config is not None:
         sliced.generation_config = model.generation_config
     return sliced, report
+
+
+def slice_source(
+    source: DenseSource,
+    config: SlicedConfig,
+    drawn: Calibration,
+    options: SlicingOptions,
+    sink: Sink,
+    progress: Progress | None = None,
+    keeper: Keeper | None = None,
+) -> tuple[SlicedConfig, SlicingReport]:
+    """As `slice_drawn`, of a model that need not be in memory; see `slice_checkpoint`."""
+    checkpoint = checkpoint_of(source)
+    return slice_checkpoint(
+        checkpoint, config, sink, drawn.batches, options, progress, drawn.held_out, keeper=keeper
+    )
+
+
+def whole(source: DenseSource) -> PreTrainedModel:
+    if source.in_memory:
+        return source.shell
+    import copy
+
+    model = copy.deepcopy(source.shell)
+    model.load_state_dict(dict(source.tensors), assign=True)
+    model.tie_weights()
+    return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -97,6 +97,32 @@ class Propagation:
             self.streams[index] = stream
             if index < self.fitted:
                 self.dense_streams[index] = stream
+
+    # --- what a snapshot of a run holds of it ---
+
+    def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Names, dtypes and shapes of all streams."""
+        width = self.config.dense_hidden_size
+        return {
+            f"{kind}.{index}": (self.dtype, (*batch.input_ids.shape, width))
+            for kind, streams in self._kinds()
+            for index, batch in enumerate(streams.batches)
+        }
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All streams by name, one at a time."""
+        for kind, streams in self._kinds():
+            for index, _, stream in streams:
+                yield f"{kind}.{index}", stream
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the streams from where `tensors` put them; instead of `start`."""
+        for kind, streams in self._kinds():
+            for index in range(len(streams)):
+                streams[index] = tensors[f"{kind}.{index}"].to(self.device)
+
+    def _kinds(self) -> tuple[tuple[str, Streams], ...]:
+        return ("streams", self.streams), ("dense_streams", self.dense_streams)
 
     def inputs(self, block: Block, stream: torch.Tensor, batch: TokenBatch) -> dict:
         """Attention mask and rotary positions, as the block's attention takes them."""

@@ -7,24 +7,23 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from slicegpt.calibration.batches import CalibrationBatch
-from slicegpt.conversion.canonical import build_model
 from slicegpt.conversion.folding import (
     TABLE_ROWS,
     centre,
-    fold_head,
+    folded_head_rows,
     named,
     reader_state,
-    rotate_table,
     rotate_writer,
+    rotated_rows,
 )
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint, DenseLayer, Linear
-from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.allocation import deletes_neurons
 from slicegpt.slicing.blocks import (
@@ -38,12 +37,14 @@ from slicegpt.slicing.blocks import (
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
+from slicegpt.slicing.keeping import Keeper, Snapshot
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.propagation import Propagation, check_finite
 from slicegpt.slicing.refit import BlockFits, fit_block
 from slicegpt.slicing.rotation import align, random_orthogonal
+from slicegpt.slicing.sink import Pieces, Sink
 
 
 def fitted_batches(count: int, share: float) -> int:
@@ -57,11 +58,12 @@ class Slicer:
     Args:
         objective: of the refit.
         ridges: its λ. The tokens go on through the network with the fit at the first; with the same bases and neurons
-            every other one has entries of its own in `fitted_states`.
+            every one has entries of its own in the sink.
+        sink: where the model's tensors go, each one as soon as it is final.
+        keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
 
     Attributes:
-        carried: the first of `ridges`.
-        fitted_states: of each λ the entries of the model's state that depend on it.
+        ridges: those that something is fitted at; the first one alone where there is no refit.
         remaining: of each refitted block its index, and `BlockFits.remaining`.
     """
 
@@ -74,25 +76,27 @@ class Slicer:
         objective: Objective,
         ridges: Sequence[float],
         progress: Progress,
+        sink: Sink,
+        keeper: Keeper | None = None,
     ):
         self.checkpoint = checkpoint
         self.config = config
         self.options = options
         self.objective = objective
         self.progress = progress
+        self.sink = sink
+        self.keeper = keeper or Keeper()
         self.mean_subtraction = checkpoint.family.mean_subtraction
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.state: dict[str, torch.Tensor] = {}
+        self.reading: tuple[int, DenseLayer] | None = None
         self.remaining: list[tuple[int, dict[float, float | None]]] = []
         self.prunes = deletes_neurons(config)
         if self.prunes and not options.refit:
             raise SliceGPTError("which of them to delete is decided by the refit, which is off", "neurons")
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
-        self.carried = ridges[0]
-        self.fitted_states: dict[float, dict[str, torch.Tensor]]
-        self.fitted_states = {ridge: {} for ridge in (ridges if self.refits else (self.carried,))}
+        self.ridges = tuple(ridges) if self.refits else (ridges[0],)
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
         self.propagation = Propagation(
             config,
@@ -106,16 +110,6 @@ class Slicer:
         self.stage = self.propagation.stage
         self.report.tokens = self.propagation.tokens
         self.report.seconds = self.stage.seconds
-
-    def store(
-        self,
-        entries: dict[str, torch.Tensor],
-        prefix: str = "",
-        state: dict[str, torch.Tensor] | None = None,
-    ) -> None:
-        """Add entries to `state`, on the CPU; None: to that of every λ."""
-        state = self.state if state is None else state
-        state |= {f"{prefix}{name}": tensor.to("cpu") for name, tensor in entries.items()}
 
     # --- bases -------------------------------------------------------------------------------------------------
 
@@ -188,20 +182,32 @@ class Slicer:
         with self.stage("rotation"):
             table, positions = self.checkpoint.embedding, self.checkpoint.positions
             if self.config.embed_projection:
-                projection = rotate_table(
-                    torch.eye(len(basis), device=device), basis, self.mean_subtraction, dtype
-                )
-                self.store({"model.embed_projection.weight": projection.mT.contiguous()})
-                self.store({"model.embed_tokens.weight": table.to(dtype)})
+                identity = torch.eye(len(basis), device=device)
+                projection = torch.cat([*self.rotated(identity, basis)])
+                self.store("model.embed_projection.weight", projection.mT.contiguous())
+                self.store("model.embed_tokens.weight", table.to(dtype))
             else:
-                rows = rotate_table(table, basis, self.mean_subtraction, dtype)
-                self.store({"model.embed_tokens.weight": rows})
+                self.store("model.embed_tokens.weight", self.rotated(table, basis))
             if positions is not None:
-                rows = rotate_table(positions, basis, self.mean_subtraction, dtype)
-                self.store({"model.embed_positions.weight": rows})
+                self.store("model.embed_positions.weight", self.rotated(positions, basis))
         return basis
 
-    def slice_block(self, block: Block, layer: DenseLayer, basis: torch.Tensor) -> torch.Tensor:
+    def store(self, name: str, value: Pieces) -> None:
+        self.sink.store({name: value})
+
+    def rotated(self, table: torch.Tensor, basis: torch.Tensor) -> Iterator[torch.Tensor]:
+        return rotated_rows(table, basis, self.mean_subtraction, self.options.dtype)
+
+    def layer_of(self, block: Block) -> DenseLayer:
+        """Read once for all of its blocks, and only the caller's after the last of them."""
+        index, layer = self.reading or (None, None)
+        if index != block.layer:
+            layer = self.checkpoint.layer(block.layer)
+        last = self.config.parallel_blocks or block.parts == ("mlp",)
+        self.reading = None if last else (block.layer, layer)
+        return layer
+
+    def slice_block(self, block: Block, basis: torch.Tensor) -> torch.Tensor:
         """One block, whose stream stands in `basis`; returns the next boundary's basis.
 
         Its input weights are final. Its output weights are refitted in three steps: the moments of the calibration
@@ -209,7 +215,7 @@ class Slicer:
         first λ. The stream that comes out chooses the next basis, which the output weights are then brought onto.
         """
         config, dtype, device = self.config, self.options.dtype, self.options.device
-        covariance = self.new_covariance(block.index + 1)
+        layer = self.layer_of(block)
         with self.stage("rotation"):
             readers = {part: reader_state(part, layer, basis, dtype) for part in block.parts}
             dense = dense_writers(config, block, layer, device)
@@ -220,16 +226,18 @@ class Slicer:
             if self.needs_pass(block):
                 lifted = LiftedBlock(config, block, basis, readers, writers, dtype)
 
-        fits, kept = BlockFits(dict.fromkeys(self.fitted_states, dense | shortcut)), None
+        fits, kept = BlockFits(dict.fromkeys(self.ridges, dense | shortcut)), None
         if self.refits:
             with self.stage("rotation"):
                 teacher_dtype = self.objective.teacher_dtype(dtype, device)
                 teacher = dense_block(config, block, layer, dense, teacher_dtype, device)
+            del layer  # what is fitted has its output weights; the others are as large as two of them
             moments, kept = self.propagation.collect(block, lifted, teacher, self.objective)
             del teacher
             fits = self.fit(block, writers, moments)
-            lifted.set_writers(fits.writers[self.carried])
+            lifted.set_writers(fits.writers[self.ridges[0]])
             del moments  # [K, K + D] in float64
+        covariance = self.new_covariance(block.index + 1)
         if lifted is not None:
             self.propagation.write(block, lifted, covariance, kept)
 
@@ -246,7 +254,7 @@ class Slicer:
         with self.stage("refit"):
             check_finite(moments, block)
             fits = fit_block(
-                self.objective, moments, writers, list(self.fitted_states), neurons, self.options.scratch
+                self.objective, moments, writers, list(self.ridges), neurons, self.options.scratch
             )
         self.remaining.append((block.index, fits.remaining))
         return fits
@@ -263,13 +271,13 @@ class Slicer:
         for part, state in readers.items():
             if part == "mlp" and fits.neurons is not None:
                 state = {name: rows[fits.neurons] for name, rows in state.items()}
-            self.store(state, f"{block.prefix}.{MODULE_NAMES[part]}.")
+            root = f"{block.prefix}.{MODULE_NAMES[part]}"
+            self.sink.store({f"{root}.{name}": tensor for name, tensor in state.items()})
         if self.config.shortcuts[block.index] == "compact":
             shortcut = factor.mT.to(self.options.dtype).contiguous()
-            self.store({f"{block.prefix}.{block.shortcut}.factor": shortcut})
+            self.store(f"{block.prefix}.{block.shortcut}.factor", shortcut)
         for ridge, writers in fits.writers.items():
-            state = self.writer_state(block, writers, fits.neurons, basis)
-            self.store(state, state=self.fitted_states[ridge])
+            self.sink.store_fit(ridge, self.writer_state(block, writers, fits.neurons, basis))
 
     def writer_state(
         self,
@@ -294,30 +302,70 @@ class Slicer:
         device, dtype = self.options.device, self.options.dtype
         norm, head = self.checkpoint.final_norm, self.checkpoint.head
         if not self.config.tie_word_embeddings:
-            self.store(named("lm_head", fold_head(head, norm, basis, dtype), dtype))
+            rows, bias = folded_head_rows(head, norm, basis, dtype)
+            self.store("lm_head.weight", rows)
+            if bias is not None:
+                self.store("lm_head.bias", bias)
             return
         weight = torch.ones(len(basis), device=device) if norm.weight is None else norm.weight.to(device)
         if self.config.head_projection:
             scale = (basis.shape[0] / basis.shape[1]) ** 0.5
             projection = weight.double()[:, None] * basis * scale
-            self.store({"model.head_projection.weight": projection.to(dtype).contiguous()})
+            self.store("model.head_projection.weight", projection.to(dtype).contiguous())
         else:
-            self.store({"model.norm.weight": weight.to(dtype)})
+            self.store("model.norm.weight", weight.to(dtype))
         if norm.bias is not None:
             owner = "head_projection" if self.config.head_projection else "norm"
-            self.store({f"model.{owner}.bias": norm.bias.to(dtype)})
+            self.store(f"model.{owner}.bias", norm.bias.to(dtype))
         if head.bias is not None:
-            self.store({"lm_head.bias": head.bias.to(dtype)})
+            self.store("lm_head.bias", head.bias.to(dtype))
 
     @torch.no_grad()
-    def run(self) -> SlicedForCausalLM:
-        """Slice everything and return the model on the CPU."""
+    def run(self) -> None:
+        """Slice everything: all of the model's tensors are in the sink."""
         blocks = blocks_of(self.config)
         passes = len(self.propagation.streams) + self.propagation.fitted
         steps = sum(map(self.needs_pass, blocks)) * passes
+        self.sink.open(self.config, self.options.dtype, self.ridges)
         with self.progress.stage("slicing", steps, "steps") as self.propagation.advance:
-            basis = self.slice_embedding()
-            for block in blocks:
-                basis = self.slice_block(block, self.checkpoint.layer(block.layer), basis)
+            found = self.keeper.found("slicing")
+            if found is None:
+                basis, done = self.slice_embedding(), 0
+                self.keep(done, basis)
+            else:
+                basis, done = self.restore(found), found.done
+                self.propagation.advance(sum(map(self.needs_pass, blocks[:done])) * passes)
+            for block in blocks[done:]:
+                basis = self.slice_block(block, basis)
+                self.keep(block.index + 1, basis)
             self.slice_head(basis)
-        return build_model(self.config, self.state | self.fitted_states[self.carried])
+
+    # --- an interrupted run ------------------------------------------------------------------------------------
+
+    def keep(self, done: int, basis: torch.Tensor) -> None:
+        """Between two blocks: what the next ones need, so that another process can go on from here."""
+        spectra = {
+            f"eigenvalues.{boundary}": torch.tensor(values, dtype=torch.float64)
+            for boundary, values in enumerate(self.report.eigenvalues)
+            if values is not None
+        }
+        tensors = spectra | {"basis": basis, "generator": self.generator.get_state()}
+        data = {
+            "remaining": [[index, list(shares.items())] for index, shares in self.remaining],
+            "seconds": self.report.seconds,
+        }
+        ends = done == self.config.num_blocks
+        self.keeper.keep(Snapshot("slicing", done, data, tensors, None if ends else self.propagation))
+
+    def restore(self, found: Snapshot) -> torch.Tensor:
+        """Go on where another process has stopped; returns the basis there."""
+        self.remaining = [(index, dict(shares)) for index, shares in found.data["remaining"]]
+        self.report.seconds.update(found.data["seconds"])
+        for boundary in range(found.done + 1):
+            name = f"eigenvalues.{boundary}"
+            known = found.tensors[name].tolist() if name in found.tensors else None
+            self.report.eigenvalues.append(known)
+        self.generator.set_state(found.tensors["generator"])
+        if found.done < self.config.num_blocks:
+            self.propagation.restore(found.tensors)
+        return found.tensors["basis"].to(self.options.device)

@@ -69,7 +69,7 @@ def test_matches_plain_cross_entropy(name, tiny_tokenizer, documents, monkeypatc
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()
     # 50 positions at a time: pieces end inside windows, and the last piece of a batch is shorter.
-    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 50 * VOCABULARY)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 50 * VOCABULARY)
     expected = plain_nll(model, windows_of(documents, tiny_tokenizer, 64)[:7])
     result = perplexity(model, tiny_tokenizer, documents, seqlen=64, batch_size=3, max_windows=7)
     # Both are float64 sums of 441 losses of about 6: rounding is below 441 * 2^-53 relative.
@@ -112,7 +112,7 @@ def test_batch_size_does_not_matter(model, tiny_tokenizer, documents):
 
 
 def test_the_head_sees_few_positions_at_a_time(model, tiny_tokenizer, documents, monkeypatch):
-    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 20 * VOCABULARY)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 20 * VOCABULARY)
     rows = []
     model.lm_head.register_forward_hook(lambda _, args, __: rows.append(args[0].numel() // 32))
     perplexity(model, tiny_tokenizer, documents, seqlen=64, batch_size=2, max_windows=2)
@@ -125,7 +125,7 @@ def test_softmax_is_not_in_float32():
     torch.manual_seed(0)
     logits, targets = 10 * torch.randn(64, 49152), torch.randint(49152, (64,))
     expected = logits.double().logsumexp(-1) - logits.double()[range(64), targets]
-    torch.testing.assert_close(losses._losses(logits, targets), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(losses.token_losses(logits, targets), expected, rtol=1e-13, atol=0)
 
 
 def test_dropout_is_off(tiny_tokenizer, documents):

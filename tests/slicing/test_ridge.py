@@ -8,12 +8,14 @@ import torch
 from support.tiny_models import tiny_model, token_ids
 
 from slicegpt.calibration import CalibrationBatch
+from slicegpt.conversion.canonical import build_model
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.families import canonical_fields, checkpoint_of
 from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.modeling.losses import window_losses
 from slicegpt.progress import Progress
 from slicegpt.slicing import Objective, SlicingOptions, slice_model
+from slicegpt.slicing.sink import MemorySink
 from slicegpt.slicing.slicer import Slicer
 
 OPTIONS = SlicingOptions(dtype=torch.float64, ridge=0.1)
@@ -32,11 +34,12 @@ def planned(model, width=36, shape=None):
     return plan(fields, constant_widths(fields, width), shape or Shape(round_to=4))
 
 
-def sliced_apart(model, config, ridges=CANDIDATES) -> tuple[Slicer, SlicedForCausalLM]:
-    """The run of slicing itself, without a choice."""
+def sliced_apart(model, config, ridges=CANDIDATES) -> tuple[MemorySink, SlicedForCausalLM]:
+    """The run of slicing itself, without a choice: all fits, and the model that the tokens went on through."""
     checkpoint, options = checkpoint_of(model), replace(OPTIONS, ridge=None)
-    slicer = Slicer(checkpoint, config, batches(), options, Objective(), ridges, Progress(quiet=True))
-    return slicer, slicer.run()
+    sink = MemorySink()
+    Slicer(checkpoint, config, batches(), options, Objective(), ridges, Progress(quiet=True), sink).run()
+    return sink, build_model(config, sink.candidate(ridges[0]))
 
 
 @torch.no_grad()
@@ -47,18 +50,18 @@ def test_the_candidate_that_loses_least_is_stored(name, shortcut):
     model = tiny_model(name)
     config = planned(model, shape=Shape(shortcut, round_to=4))
     stored, report = slice_model(model, config, batches(), CHOSEN, held_out=HELD_OUT)
-    slicer, carried = sliced_apart(model, config)
+    sink, carried = sliced_apart(model, config)
     losses = {}
     for ridge in CANDIDATES:
         alone = copy.deepcopy(carried)
-        alone.load_state_dict(carried.state_dict() | slicer.fitted_states[ridge])
+        alone.load_state_dict(carried.state_dict() | sink.fits[ridge])
         losses[ridge] = sum(window_losses(alone, HELD_OUT)) / (3 * 19)
         if losses[ridge] > min(losses.values()):
             break
     best = min(losses, key=losses.get)
     assert report.ridge_search == pytest.approx(losses, rel=1e-12)  # one window or all of them at a time
     assert {entry["ridge"] for entry in report.refit} == {best}
-    expected = carried.state_dict() | slicer.fitted_states[best]
+    expected = carried.state_dict() | sink.fits[best]
     assert all(torch.equal(tensor, expected[key]) for key, tensor in stored.state_dict().items())
     fixed, _ = slice_model(model, config, batches(), OPTIONS)
     assert all(torch.equal(tensor, carried.state_dict()[key]) for key, tensor in fixed.state_dict().items())
@@ -69,8 +72,8 @@ def test_the_candidate_that_loses_least_is_stored(name, shortcut):
 def test_what_depends_on_the_ridge(name):
     """The output weights of every block, dense shortcuts among them: nothing else, and all of it differs."""
     model = tiny_model(name)
-    slicer, carried = sliced_apart(model, planned(model, shape=Shape("dense", round_to=4)))
-    first, *others = (slicer.fitted_states[ridge] for ridge in CANDIDATES)
+    sink, carried = sliced_apart(model, planned(model, shape=Shape("dense", round_to=4)))
+    first, *others = (sink.fits[ridge] for ridge in CANDIDATES)
     shortcuts = {key for key in carried.state_dict() if "shortcut" in key}
     assert shortcuts
     written = {key for key in carried.state_dict() if "o_proj" in key or "down_proj" in key}
@@ -91,7 +94,7 @@ def test_nothing_to_judge_by(held_out):
     stored, report = slice_model(model, planned(model), batches(), CHOSEN, held_out=held_out)
     assert report.ridge_search is None
     assert {entry["ridge"] for entry in report.refit} == {0.3}
-    fits = sliced_apart(model, planned(model))[0].fitted_states[0.3]
+    fits = sliced_apart(model, planned(model))[0].fits[0.3]
     assert all(torch.equal(stored.state_dict()[key], tensor) for key, tensor in fits.items())
 
 

@@ -1,0 +1,286 @@
+"""Losses of a model that is larger than memory: all windows pass one layer, then the next, so each is read once.
+
+The layers, the embedding, the norms and the head are the model's own modules, which transformers has made; only their
+weights come and go. So the losses are those of `slicegpt.modeling.losses.window_losses` on the loaded model, bit for
+bit where the head is taken in one piece; in several, the float64 sums over the vocabulary are taken in another order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from slicegpt.errors import SliceGPTError
+from slicegpt.families import DenseSource
+from slicegpt.modeling.losses import LOGITS_AT_ONCE, BatchSize, check_finite_losses, first_size, token_losses
+from slicegpt.progress import Progress
+
+# Of the embedding and of the head so many bytes are on the device at a time.
+TABLE_BYTES = 1 << 28
+
+
+def layerwise_losses(
+    source: DenseSource,
+    windows: torch.Tensor,
+    batch_size: BatchSize = 1,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+    windows_at_once: int | None = None,
+) -> list[float]:
+    """As `slicegpt.modeling.losses.window_losses`, of a model that need not fit into memory.
+
+    What is in memory at a time: one layer, the streams of the windows, and `TABLE_BYTES` of the head.
+
+    Args:
+        source: a dense or a sliced model.
+        windows: token ids [n, s].
+        batch_size: windows that pass a layer at a time; "auto": as many as keep a CPU busy.
+        device: where the layers run; the streams stay on the host.
+        windows_at_once: so many windows pass the model together; None: all of them. The weights are read once for
+            each such group.
+
+    Returns:
+        Of each window the sum of its tokens' negative log-likelihoods, the first token's left out, in nats.
+
+    Raises:
+        SliceGPTError: a loss is not finite, or the model's layers do not follow one another in one list.
+    """
+    model = LayerwiseModel(source, torch.device(device))
+    size = first_size(windows, torch.device("cpu")) if batch_size == "auto" else batch_size
+    report, losses = progress or Progress(quiet=True), []
+    groups = windows.split(windows_at_once or max(1, len(windows)))
+    layers = len(model.layers) * len(groups)
+    with torch.no_grad(), report.stage("perplexity, layer by layer", layers, "layers") as advance:
+        for group in groups:
+            losses += model.losses(list(group.split(size)), advance)
+    check_finite_losses(losses)
+    return losses
+
+
+def stream_bytes(source: DenseSource, windows: torch.Tensor) -> int:
+    """What the streams of windows [n, s] between two layers take."""
+    width = getattr(source.config, "dense_hidden_size", None) or source.config.hidden_size
+    return windows.numel() * width * source.dtype.itemsize
+
+
+def largest_part(source: DenseSource) -> int:
+    """Bytes of the largest layer, or of a piece of the head where that is more: what is on the device at a time."""
+    model = LayerwiseModel(source, torch.device("cpu"))
+    layers = [sum(each.nbytes for each in layer.parameters()) for layer in model.layers]
+    return max([*layers, min(TABLE_BYTES, model.head.weight.nbytes)])
+
+
+class _AllCalled(Exception):
+    """Every layer has been called; what comes after the last one is not wanted."""
+
+
+class _Stand(nn.Module):
+    """Stands where a layer stood: notes what it is called with, and passes the stream on as it is.
+
+    The last one returns `stream` in its place; without one it ends the pass.
+    """
+
+    def __init__(self, last: bool):
+        super().__init__()
+        self.last = last
+        self.call: tuple[torch.Tensor, tuple, dict] | None = None
+        self.stream: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.stream is not None:
+            return self.stream
+        self.call = hidden_states, args, kwargs
+        if self.last:
+            raise _AllCalled
+        return hidden_states
+
+
+class LayerwiseModel:
+    """A source's model with stands in the place of its layers, which are called one after the other.
+
+    Args:
+        source: dense or sliced, from files or in memory; a model in memory is left as it is.
+        device: where it runs.
+
+    Raises:
+        SliceGPTError: a model whose layers do not follow one another in one list.
+    """
+
+    def __init__(self, source: DenseSource, device: torch.device):
+        self.source, self.device = source, device
+        # Modules of our own, with the same parameters.
+        kept = {id(parameter): parameter for parameter in source.shell.parameters()}
+        self.shell = copy.deepcopy(source.shell, kept).eval()
+        self.trunk, self.head = self.shell.base_model, self.shell.get_output_embeddings()
+        self.table = self.shell.get_input_embeddings()
+        found = [
+            (name, module)
+            for name, module in self.trunk.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == source.config.num_hidden_layers
+        ]
+        if self.trunk is self.shell or self.head is None or len(found) != 1:
+            raise SliceGPTError(f"{source.name}: {type(self.shell).__name__} cannot be run layer by layer")
+        names = {module: name for name, module in self.shell.named_modules()}
+        self.trunk_name, self.head_name, self.table_name = (
+            names[module] for module in (self.trunk, self.head, self.table)
+        )
+        (path, layers), *_ = found
+        self.layers, self.layers_name = list(layers), f"{self.trunk_name}.{path}"
+        self.stands = [_Stand(last=layer is layers[-1]) for layer in layers]
+        parent, _, attribute = path.rpartition(".")
+        setattr(self.trunk.get_submodule(parent), attribute, nn.ModuleList(self.stands))
+        self.table.padding_idx = None  # the rows are numbered anew
+
+    def losses(self, batches: list[torch.Tensor], advance) -> list[float]:
+        """Of each window of the batches [b, s], the sum of its tokens' losses; `advance(1)` after every layer."""
+        rest = self._read(self.trunk_name, without=(self.layers_name, f"{self.table_name}.weight"))
+        streams, calls = self._enter(batches, rest)
+        for index, layer in enumerate(self.layers):
+            weights = self._read(f"{self.layers_name}.{index}")
+            for place, stream in enumerate(streams):
+                args, kwargs = calls[len(stream)][index]
+                out = self._call(layer, weights, stream.to(self.device), *args, **kwargs)
+                streams[place] = (out[0] if isinstance(out, tuple) else out).to(stream.device)
+            del weights
+            advance(1)
+        return self._leave(batches, streams, rest)
+
+    def _read(self, root: str, without: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+        """The tensors of a module on the device, by their names in it; none of those that begin with `without`."""
+        tensors = self.source.tensors
+        return {
+            name.removeprefix(f"{root}."): tensors[name].to(self.device)
+            for name in tensors
+            if name.startswith(f"{root}.") and not name.startswith(without)
+        }
+
+    def _call(self, module: nn.Module, weights: dict[str, torch.Tensor], *args, **kwargs):
+        """Call a module with `weights` in the place of its own, which hold nothing."""
+        # Tied names are told apart: the table is one of some tokens, the head a piece.
+        buffers = {name: buffer.to(self.device) for name, buffer in module.named_buffers()}
+        return torch.func.functional_call(module, buffers | weights, args, kwargs, tie_weights=False)
+
+    def _trunk(self, ids: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the head reads, [b, s, width]."""
+        out = self._call(self.trunk, weights, input_ids=ids, use_cache=False)
+        return out.last_hidden_state
+
+    def _enter(
+        self, batches: list[torch.Tensor], rest: dict[str, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], dict[int, list[tuple[tuple, dict]]]]:
+        """The streams before the first layer; and what the layers are called with besides, for each size of a batch.
+
+        Masks and positions depend on the shape of a batch alone, for no window is padded.
+        """
+        used, numbers = torch.unique(torch.cat([batch.flatten() for batch in batches]), return_inverse=True)
+        own = f"{self.table_name}.weight".removeprefix(f"{self.trunk_name}.")
+        weights = rest | {own: self._rows_of(used)}
+        streams, calls = [], {}
+        for batch, ids in zip(batches, numbers.split([batch.numel() for batch in batches]), strict=True):
+            with contextlib.suppress(_AllCalled):
+                self._trunk(ids.view(batch.shape).to(self.device), weights)
+            seen = [stand.call for stand in self.stands]
+            stream = seen[0][0]
+            if any(each[0].shape != stream.shape for each in seen):
+                raise SliceGPTError(f"{self.source.name}: its layers do not pass one stream on")
+            streams.append(stream.cpu())
+            calls.setdefault(len(batch), [(args, kwargs) for _, args, kwargs in seen])
+        for stand in self.stands:
+            stand.call = None
+        return streams, calls
+
+    def _rows_of(self, used: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding table, in ascending order; the table is read piece by piece."""
+        name = f"{self.table_name}.weight"
+        pieces = [
+            rows[used[(used >= begin) & (used < begin + len(rows))] - begin]
+            for begin, rows in self._pieces(name)
+        ]
+        return torch.cat(pieces).to(self.device)
+
+    def _pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The first row and the rows of pieces of a table that are `TABLE_BYTES` large."""
+        rows, width = self.source.tensors.shape(name)
+        step = max(1, TABLE_BYTES // (width * self.source.dtype.itemsize))
+        for begin in range(0, rows, step):
+            yield begin, self.source.tensors.rows(name, begin, min(begin + step, rows))
+
+    def _leave(
+        self, batches: list[torch.Tensor], streams: list[torch.Tensor], rest: dict[str, torch.Tensor]
+    ) -> list[float]:
+        """The losses of the streams behind the last layer. The head passes piece by piece, each over all tokens."""
+        own = f"{self.table_name}.weight".removeprefix(f"{self.trunk_name}.")
+        # What it gives is not looked at.
+        weights = rest | {own: torch.zeros(1, 1, dtype=self.source.dtype, device=self.device)}
+        nowhere = [torch.zeros_like(batch, device=self.device) for batch in batches]
+        weights[own] = weights[own].expand(1, self.table.weight.shape[1])
+        inside = {f"{self.trunk_name}.{name}": tensor for name, tensor in weights.items()}
+        tensors, name = self.source.tensors, f"{self.head_name}.bias"
+        bias = tensors[name].to(self.device) if name in tensors else None
+
+        def hidden_states(place: int) -> torch.Tensor:
+            self.stands[-1].stream = streams[place].to(self.device)
+            return self._trunk(nowhere[place], weights)
+
+        def all_logits(place: int, piece: dict[str, torch.Tensor]) -> torch.Tensor:
+            self.stands[-1].stream = streams[place].to(self.device)
+            out = self._call(self.shell, inside | piece, input_ids=nowhere[place], use_cache=False)
+            return out.logits
+
+        sums = [_LossSums(batch, self.head.weight.shape[0], self.device) for batch in batches]
+        plain = None
+        for begin, rows in self._pieces(f"{self.head_name}.weight"):
+            weight = rows.to(self.device)
+            shift = None if bias is None else bias[begin : begin + len(rows)]
+            piece = {f"{self.head_name}.weight": weight}
+            if shift is not None:
+                piece[f"{self.head_name}.bias"] = shift
+            # A few architectures do more than apply the head (scaled logits): found out as `window_losses` does.
+            if plain is None:
+                plain = torch.equal(functional.linear(hidden_states(0), weight, shift), all_logits(0, piece))
+                for place in range(len(streams)) if plain else ():
+                    streams[place] = hidden_states(place)[:, :-1].flatten(0, 1).cpu()
+            for place, total in enumerate(sums):
+                if plain:
+                    parts = streams[place].to(self.device).split(max(1, LOGITS_AT_ONCE // len(rows)))
+                    logits = (functional.linear(part, weight, shift) for part in parts)
+                else:
+                    whole = all_logits(place, piece)[:, :-1].flatten(0, 1)
+                    logits = iter(whole.split(max(1, LOGITS_AT_ONCE // len(rows))))
+                total.add(begin, logits)
+        self.stands[-1].stream = None
+        return list(itertools.chain.from_iterable(total.of_windows() for total in sums))
+
+
+class _LossSums:
+    """Losses of a batch's tokens, from logits that come some rows of the vocabulary at a time."""
+
+    def __init__(self, batch: torch.Tensor, vocabulary: int, device: torch.device):
+        self.windows, self.vocabulary = len(batch), vocabulary
+        self.targets = batch[:, 1:].flatten().to(device)
+        self.normaliser = torch.full(self.targets.shape, -torch.inf, dtype=torch.float64, device=device)
+        self.own = torch.zeros_like(self.normaliser)
+
+    def add(self, begin: int, logits: Iterator[torch.Tensor]) -> None:
+        """Logits [n, rows] of all tokens, part by part, for the rows of the head from `begin` on."""
+        first = 0
+        for part in logits:
+            these = slice(first, first + len(part))
+            targets, first = self.targets[these], first + len(part)
+            if part.shape[1] == self.vocabulary:
+                self.normaliser[these] = token_losses(part, targets)
+                continue
+            part = part.double()
+            self.normaliser[these] = torch.logaddexp(self.normaliser[these], part.logsumexp(dim=-1))
+            inside = (targets >= begin) & (targets < begin + part.shape[1])
+            rows = inside.nonzero().squeeze(1)
+            self.own[these][rows] = part[rows, targets[rows] - begin]
+
+    def of_windows(self) -> list[float]:
+        return (self.normaliser - self.own).view(self.windows, -1).sum(dim=1).tolist()
