@@ -152,6 +152,5 @@ def dense_block(
     device: torch.device,
 ) -> LiftedBlock:
     """The dense model's block, at full width, with the `writers` of its parts."""
-    identity = torch.eye(config.dense_hidden_size, dtype=torch.float64, device=device)
-    states = {part: reader_state(part, layer, identity, dtype) for part in block.parts}
+    states = {part: reader_state(part, layer, None, dtype, device) for part in block.parts}
     return LiftedBlock(config, block, None, states, writers, dtype)

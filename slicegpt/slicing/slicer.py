@@ -217,7 +217,7 @@ class Slicer:
         config, dtype, device = self.config, self.options.dtype, self.options.device
         layer = self.layer_of(block)
         with self.stage("rotation"):
-            readers = {part: reader_state(part, layer, basis, dtype) for part in block.parts}
+            readers = {part: reader_state(part, layer, basis, dtype, device) for part in block.parts}
             dense = dense_writers(config, block, layer, device)
             shortcut = {"shortcut": Linear(basis)} if config.shortcuts[block.index] == "dense" else {}
             # A dense shortcut is a matrix of its own: where there is a refit, it is fitted like the others.
