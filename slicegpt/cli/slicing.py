@@ -14,6 +14,7 @@ from slicegpt.table import check_writable
 
 from . import interrupts
 from .options import DTYPES, add_json, check_device, positive, shard_size
+from .planning import add_planning, check_planning, run_plan
 
 
 def add_parser(commands) -> None:
@@ -33,7 +34,7 @@ def add_parser(commands) -> None:
         help="choices to start from, .toml or .yaml, or the folder of a sliced model; options given here come first",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder to write; appears only when whole"
+        "--output", default=None, metavar="DIR", help="folder to write; appears only when whole"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     parser.add_argument(
@@ -131,6 +132,7 @@ def add_parser(commands) -> None:
         "default), from the beginning, or not",
     )
     machine.add_argument("--max-shard-size", type=shard_size, default="5GB", metavar="SIZE")
+    add_planning(parser)
     parser.set_defaults(json=None)
     add_json(parser)
 
@@ -194,7 +196,12 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
 
 def run(options: argparse.Namespace) -> None:
     # What can be checked without the model is checked before anything heavy is imported.
+    check_planning(options)
     recipe = recipe_from(options)
+    if options.dry_run:
+        check_writable("--json", options.json)
+        run_plan(options, recipe)
+        return
     check_name(recipe.model, "model")
     check_device(options.device)
     check_output(options.output, options.overwrite, recipe.model)
@@ -204,10 +211,12 @@ def run(options: argparse.Namespace) -> None:
         check_sources(recipe.calibration, recipe.text_column)
 
     from slicegpt import api
+    from slicegpt.hardware.memory import memory_limits
     from slicegpt.progress import Progress
     from slicegpt.table import write_json
 
-    with interrupts.remark(lambda: what_is_kept(options.output)):
+    limits = memory_limits(options.device_memory, options.host_memory)
+    with limits, interrupts.remark(lambda: what_is_kept(options.output)):
         result = api.slice(
             recipe=recipe,
             output=options.output,

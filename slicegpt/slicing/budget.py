@@ -8,6 +8,7 @@ the device), so does this model, by the same rules; tests hold it to 15 % of wha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from slicegpt.conversion.folding import READER_BYTES, TABLE_ROWS
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig
+from slicegpt.modeling.sizes import stored_parameters
 from slicegpt.slicing.blocks import Block, blocks_of
 from slicegpt.slicing.matrices import PANEL_BYTES
 from slicegpt.slicing.moments import TOKENS_PER_CALL
@@ -51,6 +53,8 @@ class Workload:
         storage: "auto", "device", "host" or "disk", of the streams.
         ranks: processes that share the samples, one device each.
         on_gpu: whether there are devices beside the host.
+        in_memory: whether the sliced model is kept there, for want of an output folder.
+        own_text: whether the dense model writes some of the text, for which it is loaded whole.
     """
 
     samples: int
@@ -65,6 +69,8 @@ class Workload:
     storage: str = "auto"
     ranks: int = 1
     on_gpu: bool = False
+    in_memory: bool = False
+    own_text: bool = False
 
     @property
     def batches(self) -> int:
@@ -127,7 +133,6 @@ class Budget:
     storage: str
     spills: bool
     machine: Machine
-    on_gpu: bool
 
     def peak(self, place: str) -> int:
         return max(stage.total(place) for stage in self.stages)
@@ -163,7 +168,7 @@ class _Model:
         self.device = "device" if work.on_gpu else "host"
         self.width, self.item = config.dense_hidden_size, work.dtype.itemsize
         self.centred = FAMILIES[config.source_model_type].mean_subtraction
-        self.storage, self.spills = self._storage(), False
+        self.storage, self.short = self._storage(), {}
 
     # --- sizes -------------------------------------------------------------------------------------------------
 
@@ -215,11 +220,17 @@ class _Model:
         stage.add("imports, tokenizer, text", self.base(), "host")
         if self.work.on_gpu:
             stage.add("CUDA context", GPU_CONTEXT, "device")
+        if self.work.in_memory:
+            fits = sum(self.columns(part) for part in ("attention", "mlp")) * self.config.num_hidden_layers
+            stage.add("sliced model", stored_parameters(self.config) * self.item, "host")
+            stage.add("sliced model", (self.work.ridges - 1) * fits * self.width * self.item, "host")
         if streams:
             place = {"device": self.device, "host": "host", "disk": "disk"}[self.storage]
             stage.add("streams", self.stream_bytes(), place)
             if self.storage != "device":  # one comes, one goes, one is worked on
-                stage.add("streams on their way", 3 * self.work.batch_tokens * self.width * self.item, self.device)
+                stage.add(
+                    "streams on their way", 3 * self.work.batch_tokens * self.width * self.item, self.device
+                )
             if self.storage == "disk" and self.work.on_gpu:
                 stage.add("streams on their way", 2 * self.work.batch_tokens * self.width * self.item, "host")
         return stage
@@ -230,7 +241,17 @@ class _Model:
         for block in {(block.parts, self.inputs(block)): block for block in blocks}.values():
             stages += self.block(block)
         stages += [self.head(), self.losses()]
-        return Budget(stages, self.storage, self.spills, self.machine, self.work.on_gpu)
+        if self.work.own_text:
+            stages.insert(0, self.own_text())
+        return Budget(stages, self.storage, any(self.short.values()), self.machine)
+
+    def own_text(self) -> Stage:
+        stage = self.stage("text of the model's own", streams=False)
+        size = (self.config.source_parameters or 0) * self.item
+        stage.add("dense model", size, "host")
+        if self.work.on_gpu and 2 * size < self.machine.device:
+            stage.add("dense model", size, "device")
+        return stage
 
     def embedding(self) -> Stage:
         stage = self.stage("embedding")
@@ -272,7 +293,9 @@ class _Model:
             return stage
 
         def teacher(stage: Stage) -> None:
-            stage.add("block of the dense model", (rows + inputs) * width * work.teacher_dtype.itemsize, self.device)
+            stage.add(
+                "block of the dense model", (rows + inputs) * width * work.teacher_dtype.itemsize, self.device
+            )
 
         whole = self.layer()
         folding = start("folding", whole)
@@ -296,10 +319,10 @@ class _Model:
             free = self.free(collecting) + self.batch_bytes(block, inputs, rows)
             kept = activations if 2 * activations <= free else 0
             collecting.add("activations kept", kept, self.device)
-            stages += [collecting, *self.solving(block, start, left, kept, prior)]
+            stages += [collecting, *self.solving(block, start, left, kept)]
 
         fits = work.ridges * right if refits else 0
-        fits_place = ("host" if work.on_gpu else "disk") if self.short_now(block) else self.device
+        fits_place = self.elsewhere(block)
         stages.append(writing := start("writing", left))
         writing.add("fits", fits, fits_place)
         writing.add("covariance", F64 * width * width, self.device)
@@ -311,18 +334,22 @@ class _Model:
         stages.append(storing := start("storing", left))
         storing.add("fits", fits, fits_place)
         storing.add("bases", F64 * width * width, self.device)
-        storing.add("output weights on their basis", 2 * F64 * own * before + own * before * item, self.device)
+        storing.add(
+            "output weights on their basis", 2 * F64 * own * before + own * before * item, self.device
+        )
         return stages
 
     def free(self, stage: Stage) -> float:
         limit = self.machine.device if self.work.on_gpu else self.machine.host
         return limit - stage.total(self.device)
 
-    def short_now(self, block: Block) -> bool:
-        """As `slicegpt.slicing.refit.is_short` found it; set by `solving`."""
-        return self._short.get(block.index, False) if hasattr(self, "_short") else False
+    def elsewhere(self, block: Block) -> str:
+        """Where the moments of a block are while it is solved, and its fits: out of the device where that is short."""
+        if not self.short.get(block.index):
+            return self.device
+        return "host" if self.work.on_gpu else "disk"
 
-    def solving(self, block: Block, start, left: int, kept: int, prior: int) -> list[Stage]:
+    def solving(self, block: Block, start: Callable[[str, int], Stage], left: int, kept: int) -> list[Stage]:
         """The choice of neurons and the last of the fits."""
         work, inputs = self.work, self.inputs(block)
         square, right = F64 * inputs * inputs, F64 * inputs * self.width
@@ -331,13 +358,14 @@ class _Model:
         for stage in (choosing, fitting):
             stage.add("activations kept", kept, self.device)
         free = self.free(choosing) - square - right
-        short = free < F64 * inputs * (inputs + 2 * self.width) + 4 * PANEL_BYTES
-        self._short = getattr(self, "_short", {}) | {block.index: short}
-        self.spills |= short
-        elsewhere = ("host" if work.on_gpu else "disk") if short else self.device
+        # As `slicegpt.slicing.refit.is_short` finds it.
+        self.short[block.index] = free < F64 * inputs * (inputs + 2 * self.width) + 4 * PANEL_BYTES
+        elsewhere = self.elsewhere(block)
         stages = []
         remaining = inputs
-        if "mlp" in block.parts and (gone := self.config.dense_intermediate_size - self.config.neurons[block.layer]):
+        if "mlp" in block.parts and (
+            gone := self.config.dense_intermediate_size - self.config.neurons[block.layer]
+        ):
             remaining = inputs - gone
             choosing.add("moments", square + right, elsewhere)
             choosing.add("system or its inverse", square, self.device)
@@ -346,8 +374,7 @@ class _Model:
             stages.append(choosing)
         fitting.add("moments", square + right, elsewhere)
         fitting.add("fits", (work.ridges - 1) * right, elsewhere)
-        solved = F64 * remaining * remaining + F64 * remaining * self.width
-        fitting.add("system or its inverse", max(0, solved - F64 * remaining * self.width), self.device)
+        fitting.add("system or its inverse", F64 * remaining * remaining, self.device)
         fitting.add("right-hand side or solution", F64 * remaining * self.width, self.device)
         fitting.add("panels", panels, self.device)
         return [*stages, fitting]
