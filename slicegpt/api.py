@@ -44,6 +44,7 @@ from slicegpt.conversion.plan import plan_recipe
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.report import Evaluation
+from slicegpt.evaluation.unloaded import unloaded
 from slicegpt.evaluation.zero_shot import ZeroShotTasks
 from slicegpt.families import DenseSource, canonical_fields, source_of
 from slicegpt.hardware.devices import find_device, find_dtype
@@ -55,7 +56,7 @@ from slicegpt.result import SliceResult
 from slicegpt.slicing import SlicingOptions
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
 from slicegpt.slicing.keeping import Keeper
-from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_source, whole
+from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_source
 from slicegpt.slicing.sink import MemorySink
 
 __all__ = ["Evaluation", "Recipe", "SliceReport", "SliceResult", "evaluate", "load", "slice"]
@@ -225,7 +226,7 @@ def slice(
             drawn = read_calibration(partial.folder)
         else:
             with progress.step(f"tokenising {recipe.calibration}"):
-                drawn = draw_samples(recipe, sources, whole(dense), tokenizer, device, progress)
+                drawn = draw_samples(recipe, sources, dense, tokenizer, device, progress)
             if partial is not None:
                 keeper.begin(call_of(given, recipe, machine, dense), drawn)
         figures = coverage(drawn.batches, config.vocab_size, config.dense_hidden_size)
@@ -236,9 +237,7 @@ def slice(
         options = SlicingOptions.of(recipe, dtype, device, activation_storage, scratch)
         config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper)
         sliced = sink.finished(dense.generation_config)
-        check = held_out_check(
-            whole(dense), whole(sliced), drawn, device, progress, seen.ridge_search is not None
-        )
+        check = held_out_check(dense, sliced, drawn, device, progress, seen.ridge_search is not None)
         if check is not None and (warning := held_out_warning(check)):
             warnings.append(warning)
             progress.warn(warning)
@@ -289,6 +288,7 @@ def evaluate(
     batch_size: BatchSize = 1,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    layerwise: bool | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure perplexity on a text, accuracy on zero-shot tasks, or both, of a dense or a sliced model.
@@ -311,6 +311,8 @@ def evaluate(
         batch_size: windows or questions at a time; "auto" chooses, and takes fewer where memory runs out.
         dtype: of the weights of a model that is loaded here; None and "auto" keep the stored one.
         device: where a model that is loaded here runs; None and "auto" take the first GPU where there is one.
+        layerwise: the model is not loaded: all windows pass it layer by layer, each of which is read from its file
+            once. The figures are the same. None: where the model does not fit into memory. Tasks need it whole.
         progress: where stages are reported; None is silent.
 
     Returns:
@@ -339,21 +341,30 @@ def evaluate(
         with progress.step(f"loading tasks {', '.join(names)}"):
             tasks = ZeroShotTasks(names, include_path, num_fewshot, limit)
     if isinstance(model, PreTrainedModel):
-        name = model.config.name_or_path or type(model).__name__
+        name, place = model.config.name_or_path or type(model).__name__, model.device
+        if layerwise:
+            raise SliceGPTError("is for a model that is not loaded; give its name", "layerwise")
         if tokenizer is None:
             raise SliceGPTError("is needed beside a loaded model, got None", "tokenizer")
     else:
-        name = os.fspath(_checked_name(model))
-        with progress.step(f"loading {name}"):
-            model, tokenizer = load(name, dtype, find_device(device))
+        name, place = os.fspath(_checked_name(model)), find_device(device)
+        source = unloaded(name, find_dtype(dtype), place, layerwise, tasks is not None, progress)
+        if source is None:
+            with progress.step(f"loading {name}"):
+                model, tokenizer = load(name, dtype, place)
+        else:
+            model, tokenizer = source, source.tokenizer
     measured = scores = None
     if documents is not None:
         with renamed(documents="data"):
-            measured = perplexity(model, tokenizer, documents, seqlen, batch_size, max_windows, progress)
+            measured = perplexity(
+                model, tokenizer, documents, seqlen, batch_size, max_windows, progress, place
+            )
     if tasks is not None:
         scores = tasks.score(model, tokenizer, batch_size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Evaluation(name, parameters, str(model.dtype).removeprefix("torch."), measured, scores)
+    shell = model.shell if isinstance(model, DenseSource) else model
+    parameters = sum(parameter.numel() for parameter in shell.parameters())
+    return Evaluation(name, parameters, str(shell.dtype).removeprefix("torch."), measured, scores)
 
 
 def _read(recipe: str | os.PathLike | None) -> Recipe:

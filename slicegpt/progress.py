@@ -41,6 +41,11 @@ class Progress:
             yield
             advance(1)
 
+    def say(self, line: str) -> None:
+        """Print a line; a quiet one does not."""
+        if not self.quiet:
+            print(line, file=self.stream, flush=True)
+
     def warn(self, message: str) -> None:
         """Say what the user should know before results are trusted; a quiet one hands it to Python's `warnings`."""
         if self.quiet:

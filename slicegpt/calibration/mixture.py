@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # sources are named, and their files read, before torch is im
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from slicegpt.calibration.batches import CalibrationBatch
+    from slicegpt.families import DenseSource
     from slicegpt.progress import Progress
 
 SELF = "self"  # text sampled from the dense model
@@ -186,7 +187,7 @@ def sample_sources(
     batch_size: int = 8,
     seed: int = 42,
     varied_seqlen: bool = False,
-    model: PreTrainedModel | None = None,
+    model: PreTrainedModel | DenseSource | None = None,
     progress: Progress | None = None,
     device: torch.device | None = None,
 ) -> Calibration:
@@ -198,7 +199,8 @@ def sample_sources(
 
     Args:
         varied_seqlen: a document a sample, where a source has documents.
-        model: the dense model, needed by the source "self"; what does not fit into it is refused.
+        model: the dense model, needed by the source "self"; what does not fit into it is refused. One that is not
+            loaded is so for as long as it writes, where there is memory for all of it.
         device: where the model writes; it is brought there and back. None: where it is.
 
     Raises:
@@ -207,8 +209,9 @@ def sample_sources(
     import torch
 
     from slicegpt.calibration.batches import check_positive, collate, draw_samples
-    from slicegpt.calibration.self_sampling import generate_samples
+    from slicegpt.calibration.self_sampling import generate_samples, whole_model
     from slicegpt.calibration.tokens import check_fits
+    from slicegpt.families import DenseSource
     from slicegpt.hardware.offload import moved
 
     check_positive(nsamples=nsamples, seqlen=seqlen, batch_size=batch_size)
@@ -216,6 +219,7 @@ def sample_sources(
     shares, spares = share_out(nsamples, weights), share_out(HELD_OUT, weights)
     texts = [source.weight * (source.documents is not None) for source in sources]
     others = share_out(UNSEEN, texts) if any(texts) else [0] * len(sources)
+    shell = model.shell if isinstance(model, DenseSource) else model
     drawn: list[list[torch.Tensor]] = []
     held_out, judges, substitutes = [], [], []
     for source, share, spare, other in zip(sources, shares, spares, others, strict=True):
@@ -227,12 +231,13 @@ def sample_sources(
         if source.name == SELF:
             if model is None:
                 raise SliceGPTError("the source 'self' needs the dense model, got None", "model")
-            with moved(model, device):
+            with whole_model(model, share + spare, seqlen) as writer, moved(writer, device):
                 samples = list(
-                    generate_samples(model, tokenizer, share + spare, seqlen, seed, progress=progress)
+                    generate_samples(writer, tokenizer, share + spare, seqlen, seed, progress=progress)
                 )
+            del writer  # one that was loaded for this is freed
         elif source.name == RANDOM_TOKENS:
-            rows = None if model is None else model.get_input_embeddings().weight.shape[0]
+            rows = None if shell is None else shell.get_input_embeddings().weight.shape[0]
             samples = _random_tokens(tokenizer, share, seqlen, seed, rows)
         else:
             try:
@@ -256,8 +261,8 @@ def sample_sources(
     samples = [drawn[i][j] for _, i, j in sorted(places)]
     if varied_seqlen:
         samples.sort(key=len, reverse=True)
-    if model is not None:
-        check_fits(model, torch.cat(samples), max(map(len, samples)))
+    if shell is not None:
+        check_fits(shell, torch.cat(samples), max(map(len, samples)))
     record = [
         {
             "name": source.name,

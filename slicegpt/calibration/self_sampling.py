@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,14 @@ from transformers.cache_utils import DynamicLayer
 
 from slicegpt.calibration.tokens import check_fits
 from slicegpt.errors import SliceGPTError
-from slicegpt.families import facts_of
+from slicegpt.families import DenseSource, facts_of
 from slicegpt.hardware.devices import kernels_for_new_shapes
-from slicegpt.hardware.memory import free_memory
+from slicegpt.hardware.memory import free_memory, has_room
 from slicegpt.modeling import CACHE
 from slicegpt.progress import Progress
+
+# A model's weights and what it computes with, in units of the weights.
+_MARGIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -202,16 +206,47 @@ def generate_samples(
     return torch.where(is_document[:, None], ids[:, cut:], ids[:, :seqlen])
 
 
+@contextmanager
+def whole_model(
+    model: PreTrainedModel | DenseSource, sequences: int, length: int
+) -> Iterator[PreTrainedModel]:
+    """The model that writes: one that is not loaded is so within it, for it reads every weight once a token.
+
+    Args:
+        sequences, length: what it will write.
+
+    Raises:
+        SliceGPTError: the model and the keys and values of the sequences do not fit into the host's free memory.
+    """
+    if not isinstance(model, DenseSource):
+        yield model
+        return
+    batch = min(sequences, SamplingSettings().batch_size)
+    needed = int(_MARGIN * model.total_bytes) + batch * _sequence_bytes(model.shell, length)
+    host = torch.device("cpu")
+    if not model.in_memory and not has_room(needed, host):
+        raise SliceGPTError(
+            f"'self' is text that the dense model writes, which needs all of it in memory: {needed / 1e9:.1f} GB, and"
+            f" {free_memory(host) / 1e9:.1f} GB are free; name a text instead",
+            "calibration",
+        )
+    yield model.load()
+
+
 def _sequences_that_fit(model: PreTrainedModel, length: int) -> int:
     """Sequences whose keys and values take at most half of what is free on a GPU. A CPU is not asked: there the text
     must not depend on what else runs."""
     if model.device.type != "cuda":
         return sys.maxsize
+    return max(1, free_memory(model.device) // 2 // _sequence_bytes(model, length))
+
+
+def _sequence_bytes(model: PreTrainedModel, length: int) -> int:
+    """What the keys and values of one sequence take."""
     facts = facts_of(model.config)
     heads = facts.get("num_key_value_heads") or facts["num_attention_heads"]
     head_dim = facts.get("head_dim") or facts["dense_hidden_size"] // facts["num_attention_heads"]
-    sequence = 2 * facts["num_hidden_layers"] * heads * head_dim * length * model.dtype.itemsize
-    return max(1, free_memory(model.device) // 2 // sequence)
+    return 2 * facts["num_hidden_layers"] * heads * head_dim * length * model.dtype.itemsize
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -15,10 +15,14 @@ from slicegpt.checkpoint.names import check_name
 from slicegpt.checkpoint.shells import empty_shell, model_class_of
 from slicegpt.checkpoint.tensors import FileTensor, open_files, same_content
 from slicegpt.families import DenseSource, Weights, source_of
+from slicegpt.hardware.memory import has_room
 
 __all__ = ["DenseSource", "open_dense", "source_of"]
 
 logger = logging.getLogger("slicegpt")
+
+# What a loaded model takes, activations and logits included, in units of its weights.
+_MARGIN = 1.2
 
 
 def open_dense(
@@ -65,6 +69,37 @@ def open_dense(
             shell.generation_config = _generation_config(path, shell)
     shell.config.name_or_path = name
     return _source(name, tokenizer, shell, names, stored)
+
+
+def source_if_too_large(
+    name: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> DenseSource | None:
+    """The source of a model that does not fit, whole, into what is free on a device and on the host; None for one that
+    does.
+
+    Its files are opened only where their sizes leave it open.
+    """
+    check_name(name)
+    with quiet_transformers():
+        path = locate(name, revision, trust_remote_code, False)
+    # Weights of 16 bits may be loaded in 64; those of a GGUF file in 32, where they have two bits.
+    most = 16 * path.stat().st_size if path.is_file() else 4 * _weights_size(path)
+    if _fits(most, device):
+        return None
+    source = open_dense(name, dtype, revision, trust_remote_code)
+    return None if source.in_memory or _fits(source.total_bytes, device) else source
+
+
+def _weights_size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    return all(has_room(_MARGIN * size, place) for place in (device, torch.device("cpu")))
 
 
 def source_of_state(

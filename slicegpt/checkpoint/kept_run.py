@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ class RunKeeper(Keeper):
 
     def note(self, **decisions: Any) -> None:
         super().note(**decisions)
-        self.keep(self._last)
+        # Those of a snapshot that was found are read now: its file goes when there are newer ones.
+        self.keep(replace(self._last, tensors=dict(self._last.tensors)))
 
     def _write(self, snapshot: Snapshot) -> None:
         folder, writing = self.partial.folder, "state.writing"

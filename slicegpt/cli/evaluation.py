@@ -30,6 +30,11 @@ def add_parser(commands) -> None:
         metavar="N",
         help="windows or questions at a time, or auto (1)",
     )
+    parser.add_argument(
+        "--layerwise",
+        action=argparse.BooleanOptionalAction,
+        help="load no model, but read it layer by layer for all windows: default where it does not fit into memory",
+    )
     text = parser.add_argument_group("perplexity")
     text.add_argument("--data", metavar="DATA", help="a text file, or whatever --calibration takes")
     text.add_argument("--split", choices=("train", "test"), default="test", help="of a named data set (test)")
@@ -59,6 +64,8 @@ def check(options: argparse.Namespace) -> None:
                 raise SliceGPTError(f"--{name.replace('_', '-')} needs --tasks")
     if options.data is None and (options.text_column is not None or options.max_windows is not None):
         raise SliceGPTError("--text-column and --max-windows need --data")
+    if options.layerwise and options.tasks is not None:
+        raise SliceGPTError("--layerwise is for perplexity: --tasks need the whole model in memory")
     check_device(options.device)
     check_writable("--json", options.json)
     for name in options.models:
@@ -92,6 +99,7 @@ def run(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             dtype=options.dtype,
             device=device,
+            layerwise=options.layerwise,
             progress=progress,
         )
         for name in options.models

@@ -7,11 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration.tokens import check_fits, encode_text
 from slicegpt.errors import SliceGPTError
-from slicegpt.modeling.losses import BatchSize, check_batch_size, window_losses
+from slicegpt.families import DenseSource
+from slicegpt.hardware.layerwise import losses_of
+from slicegpt.modeling.losses import BatchSize, check_batch_size
 from slicegpt.progress import Progress
 
 
@@ -35,13 +38,14 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: PreTrainedModel,
+    model: PreTrainedModel | DenseSource,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
     seqlen: int = 2048,
     batch_size: BatchSize = 1,
     max_windows: int | None = None,
     progress: Progress | None = None,
+    device: torch.device | str = "cpu",
 ) -> PerplexityResult:
     """Measure the perplexity of any causal language model on a text.
 
@@ -50,9 +54,11 @@ def perplexity(
     are computed from the model's logits, and summed, in float64.
 
     Args:
+        model: a loaded one, or the source of one that is run layer by layer.
         batch_size: windows at a time, or "auto", see `window_losses`.
         max_windows: evaluate only the first so many windows.
         progress: where to report; None is silent.
+        device: where a source's layers run; a loaded model stays where it is.
 
     Raises:
         SliceGPTError: an argument is out of range, the text is shorter than a window, or a loss is not
@@ -71,9 +77,9 @@ def perplexity(
         raise SliceGPTError(
             f"the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}", "documents"
         )
-    check_fits(model, windows)
+    check_fits(model.shell if isinstance(model, DenseSource) else model, windows)
     start = time.perf_counter()
-    total = sum(window_losses(model, windows, batch_size, progress))
+    total = sum(losses_of(model, windows, batch_size, progress, device))
     tokens = len(windows) * (seqlen - 1)
     nll = total / tokens
     if nll > 700:  # exp() overflows; a model that guesses evenly among a million tokens has 14

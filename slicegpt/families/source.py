@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -74,7 +76,7 @@ class Weights(Mapping[str, torch.Tensor]):
         return self.stored[name].read(begin, end)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # comparing two would read all of their tensors
 class DenseSource:
     """A model as slicing and evaluation read it: from files, a tensor at a time, or from a model in memory.
 
@@ -114,6 +116,23 @@ class DenseSource:
     def in_memory(self) -> bool:
         """Whether the model is loaded."""
         return all(isinstance(each, MemoryTensor) for each in self.tensors.stored.values())
+
+    def load(self) -> PreTrainedModel:
+        """The whole model, in eval mode: a loaded one itself, else a new one for each call."""
+        if self.in_memory:
+            return self.shell
+        # Copied with the very parameters of the shell: copies of them would take the memory of a whole model.
+        model = copy.deepcopy(self.shell, {id(each): each for each in self.shell.parameters()})
+        loaded: dict[int, nn.Parameter] = {}
+        for root, module in model.named_modules():
+            for own, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in loaded:
+                    tensor = self.tensors[f"{root}.{own}" if root else own]
+                    loaded[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                module._parameters[own] = loaded[id(parameter)]
+        return model.eval()
 
 
 def source_of(

@@ -64,6 +64,12 @@ def _free(device: torch.device) -> int:
     return free
 
 
+def has_room(needed: float, device: torch.device) -> bool:
+    """Whether so many bytes can still be allocated on a device; true where the system does not tell."""
+    free = free_memory(device)
+    return not free or needed <= free
+
+
 def _fields(file: Path) -> dict[str, int]:
     """The lines `name number ...` of a file; none where it cannot be read."""
     fields = {}

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedModel
 
 from slicegpt.calibration import Calibration
 from slicegpt.errors import SliceGPTError
+from slicegpt.families import DenseSource
+from slicegpt.hardware.layerwise import losses_of
 from slicegpt.hardware.memory import fits_on
 from slicegpt.hardware.offload import moved
-from slicegpt.modeling.losses import window_losses
 from slicegpt.progress import Progress
 
 logger = logging.getLogger("slicegpt")
@@ -32,8 +34,8 @@ DEVIATIONS = 2.0
 
 
 def held_out_check(
-    dense: PreTrainedModel,
-    sliced: PreTrainedModel,
+    dense: PreTrainedModel | DenseSource,
+    sliced: PreTrainedModel | DenseSource,
     calibration: Calibration,
     device: torch.device,
     progress: Progress | None = None,
@@ -41,9 +43,10 @@ def held_out_check(
 ) -> dict | None:
     """Losses above the dense model's, in nats a token, on `calibration.seen` and `calibration.unseen`.
 
-    Both models are brought to `device` one after the other, and back.
+    Both models are brought to `device` one after the other, and back; of one that is not loaded, a layer at a time.
 
     Args:
+        dense, sliced: loaded models, or sources of models.
         ridge_chosen: whether the refit's λ was chosen by `calibration.held_out` (`SlicingReport.ridge_search`).
 
     Returns:
@@ -57,13 +60,18 @@ def held_out_check(
         return None
     pairs = torch.cat((calibration.seen, calibration.unseen))
     tokens = windows * (pairs.shape[1] - 1)
-    if not tokens or not all(fits_on(model, device) for model in (dense, sliced)):
+    models = [
+        model.shell if isinstance(model, DenseSource) and model.in_memory else model
+        for model in (dense, sliced)
+    ]
+    if not tokens or not all(isinstance(model, DenseSource) or fits_on(model, device) for model in models):
         return None
     losses = []
-    for model in (dense, sliced):
+    for model in models:
         try:
-            with moved(model, device):
-                losses.append(torch.tensor(window_losses(model, pairs, 1, progress), dtype=torch.float64))
+            with nullcontext() if isinstance(model, DenseSource) else moved(model, device):
+                of_windows = losses_of(model, pairs, 1, progress, device)
+            losses.append(torch.tensor(of_windows, dtype=torch.float64))
         except (SliceGPTError, torch.OutOfMemoryError) as error:
             # The sliced model is worth more than this figure.
             logger.warning("held-out windows were not compared: %s", str(error).splitlines()[0])

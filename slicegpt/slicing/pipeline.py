@@ -48,7 +48,7 @@ def calibration_sources(recipe: Recipe, documents: Sequence[str] | None = None) 
 def draw_samples(
     recipe: Recipe,
     sources: Sequence[Source],
-    model: PreTrainedModel,
+    model: PreTrainedModel | DenseSource,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     progress: Progress | None = None,
@@ -99,14 +99,3 @@ def slice_source(
     return slice_checkpoint(
         checkpoint, config, sink, drawn.batches, options, progress, drawn.held_out, keeper=keeper
     )
-
-
-def whole(source: DenseSource) -> PreTrainedModel:
-    if source.in_memory:
-        return source.shell
-    import copy
-
-    model = copy.deepcopy(source.shell)
-    model.load_state_dict(dict(source.tensors), assign=True)
-    model.tie_weights()
-    return model

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from slicegpt.modeling.layerwise import layerwise_losses
+from slicegpt.hardware.layerwise import layerwise_losses
 from slicegpt.progress import Progress
 from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.options import SlicingOptions

@@ -1,14 +1,13 @@
 """A source gives the tensors of the loaded model, refuses what loading refuses, and holds one tensor at a time."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.checkpoint_folders import edit_config, edit_weights, tiny_llama
+from safetensors.torch import load_file
+from support.checkpoint_folders import edit_config, edit_weights, save_deep, tiny_llama
 from support.gguf_files import write_gguf
+from support.memory import run_and_measure
 from support.tiny_models import CASES, tiny_model
 
 from slicegpt.checkpoint.dense_source import open_dense, source_of
@@ -265,12 +264,13 @@ def test_a_file_that_changes_after_it_was_opened(folder):
 # --- memory ---
 
 MEASURE = """
-import resource, sys
+import sys, torch
+from slicegpt.bench.harness.memory import peak_bytes
 from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.families import checkpoint_of
 
 source = open_dense(sys.argv[1])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: peak_bytes(torch.device("cpu"))
 checkpoint = checkpoint_of(source)
 checkpoint.layer(0)
 before = peak()
@@ -280,30 +280,10 @@ print(before, peak(), source.total_bytes)
 """
 
 
-def test_memory_does_not_grow_with_the_layers(folder, tmp_path):
+def test_memory_does_not_grow_with_the_layers(tiny_tokenizer, tmp_path):
     """16 layers of 29 MB each: reading all of them after the first raises the peak by one more layer at most (the
     allocator may keep the pages of the one before), where a mapped file would keep all of its 236 MB resident."""
-    edit_config(folder, hidden_size=1024, intermediate_size=1024, num_hidden_layers=16, head_dim=256)
-    shapes = {
-        "input_layernorm": (1024,),
-        "post_attention_layernorm": (1024,),
-        **{f"self_attn.{part}_proj": (1024, 1024) for part in "qkvo"},
-        **{f"mlp.{part}_proj": (1024, 1024) for part in ("gate", "up", "down")},
-    }
-    weights = {
-        f"model.layers.{layer}.{name}.weight": torch.zeros(shape, dtype=torch.bfloat16)
-        for layer in range(16)
-        for name, shape in shapes.items()
-    }
-    weights |= {"model.norm.weight": torch.zeros(1024, dtype=torch.bfloat16)}
-    weights |= {
-        f"{name}.weight": torch.zeros(512, 1024, dtype=torch.bfloat16)
-        for name in ("model.embed_tokens", "lm_head")
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "-c", MEASURE, str(folder)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    before, after, total = map(int, output.split())
+    layer = save_deep(tmp_path, tiny_tokenizer, 16)
+    before, after, total = run_and_measure(MEASURE, str(tmp_path))
     assert total > 230e6
-    layer = 7 * 1024**2 * 4  # config.json says float32, in which the tensors are read
     assert after - before <= 1.25 * layer

@@ -52,3 +52,23 @@ def edit_weights(folder: Path, change: Callable[[dict], object]) -> None:
 def edit_config(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def save_deep(folder: Path, tokenizer, layers: int) -> int:
+    """A Llama of zeros in bfloat16, by its `config.json` in float32; returns the bytes of a layer in that, 29 MB."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=1024,
+        intermediate_size=1024,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        dtype="float32",
+        architectures=["LlamaForCausalLM"],
+    )
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    zeros = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(zeros, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(shape.numel() for name, shape in shapes.items() if name.startswith("model.layers.0.")) * 4

@@ -1,20 +1,25 @@
-"""`slice` runs in processes of their own that are killed in the middle of a write: a worker that forks for each.
+"""Runs of `slice` in processes that are killed in the middle of a write: a worker that forks for each.
 
-    python killed_runs.py < {"arguments": {...}, "kills": [[n, ...], ...]} > results, one JSON line a run
+    python killed_runs.py < {"arguments": {...}, "kills": [[n, ...], ...]}
 
-Of every run: the n-th write since the start of a process is cut in half, and the process killed there; the run is then
-resumed, and killed again at the next n, until it is left alone. A fork takes a tenth of a second, importing torch ten.
+For each entry of `kills`: the n-th write since the start of the process is cut in half, and the process killed there;
+the run is resumed, and killed again at the next n, until it is left alone. Prints, one JSON line an entry, the output
+folder, the exit codes, what the newest state said after each kill, and the writes of the process that was left alone.
+A fork takes a tenth of a second; importing torch takes ten.
 """
 
 import json
 import os
 import signal
 import sys
+import warnings
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from slicegpt import api
-from slicegpt.checkpoint.partial import is_resumable
+from slicegpt.checkpoint.partial import STATE_FILES, is_resumable, partial_path
 from slicegpt.checkpoint.tensor_files import TensorFiles
 
 write = TensorFiles._write
@@ -35,13 +40,15 @@ def cut_off(last: int | None):
     return staticmethod(counted)
 
 
-def forked(arguments: dict, resume: bool, last: int | None) -> tuple[int, int]:
+def forked(arguments: dict, last: int | None) -> tuple[int, int]:
     """Exit status of a run, and the writes that it took where it was left alone."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
+        warnings.simplefilter("ignore")
         TensorFiles._write = cut_off(last)
+        resume = is_resumable(arguments["output"])
         api.slice(**arguments, resume=resume, keep_state="always", device="cpu")
         os.write(writing, str(writes).encode())
         os._exit(0)
@@ -51,16 +58,32 @@ def forked(arguments: dict, resume: bool, last: int | None) -> tuple[int, int]:
         return os.waitstatus_to_exitcode(status), int(stream.read() or 0)
 
 
+def newest_state(output: str) -> str:
+    """Stage and decisions of the newest snapshot; "none" before the first."""
+    files = sorted(Path(partial_path(output)).glob(STATE_FILES))
+    if not files:
+        return "none"
+    with safe_open(files[-1], "pt") as opened:
+        state = json.loads(opened.metadata()["state"])
+    return "ridge" if "losses" in state["journal"] else state["stage"]
+
+
 def main() -> None:
     job = json.load(sys.stdin)
     for index, kills in enumerate(job["kills"]):
         arguments = job["arguments"] | {"output": f"{job['arguments']['output']}-{index}"}
         codes, stages = [], []
-        for last in [*kills, None]:
-            output = arguments["output"]
-            code, count = forked(arguments, is_resumable(output), last)
-            codes.append(code)
-        print(json.dumps({"output": output, "codes": codes, "writes": count}), flush=True)
+        for last in kills:
+            codes.append(forked(arguments, last)[0])
+            stages.append(newest_state(arguments["output"]))
+        code, count = forked(arguments, None)
+        result = {
+            "output": arguments["output"],
+            "codes": [*codes, code],
+            "stages": stages,
+            "writes": count,
+        }
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,39 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import DenseSource
-from slicegpt.modeling.losses import LOGITS_AT_ONCE, BatchSize, check_finite_losses, first_size, token_losses
+from slicegpt.hardware.memory import free_memory
+from slicegpt.modeling.losses import (
+    LOGITS_AT_ONCE,
+    BatchSize,
+    check_finite_losses,
+    first_size,
+    token_losses,
+    window_losses,
+)
 from slicegpt.progress import Progress
 
 # Of the embedding and of the head so many bytes are on the device at a time.
 TABLE_BYTES = 1 << 28
+
+
+def losses_of(
+    model: PreTrainedModel | DenseSource,
+    windows: torch.Tensor,
+    batch_size: BatchSize = 1,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+) -> list[float]:
+    """Of each of `windows` [n, s] the sum of its tokens' losses: `window_losses` of a loaded model, where it is;
+    `layerwise_losses` on `device` of a source whose tensors are in files."""
+    if isinstance(model, DenseSource):
+        if not model.in_memory:
+            return layerwise_losses(model, windows, batch_size, progress, device)
+        model = model.shell
+    return window_losses(model, windows, batch_size, progress)
 
 
 def layerwise_losses(
@@ -42,8 +67,8 @@ def layerwise_losses(
         windows: token ids [n, s].
         batch_size: windows that pass a layer at a time; "auto": as many as keep a CPU busy.
         device: where the layers run; the streams stay on the host.
-        windows_at_once: so many windows pass the model together; None: all of them. The weights are read once for
-            each such group.
+        windows_at_once: so many windows pass the model together, and the weights are read once for each such group;
+            None: as many as have streams that take half of the host's free memory at most.
 
     Returns:
         Of each window the sum of its tokens' negative log-likelihoods, the first token's left out, in nats.
@@ -54,7 +79,7 @@ def layerwise_losses(
     model = LayerwiseModel(source, torch.device(device))
     size = first_size(windows, torch.device("cpu")) if batch_size == "auto" else batch_size
     report, losses = progress or Progress(quiet=True), []
-    groups = windows.split(windows_at_once or max(1, len(windows)))
+    groups = windows.split(windows_at_once or _windows_that_fit(source, windows))
     layers = len(model.layers) * len(groups)
     with torch.no_grad(), report.stage("perplexity, layer by layer", layers, "layers") as advance:
         for group in groups:
@@ -63,17 +88,12 @@ def layerwise_losses(
     return losses
 
 
-def stream_bytes(source: DenseSource, windows: torch.Tensor) -> int:
-    """What the streams of windows [n, s] between two layers take."""
+def _windows_that_fit(source: DenseSource, windows: torch.Tensor) -> int:
+    """Of windows [n, s] so many have streams that take at most half of the host's free memory."""
     width = getattr(source.config, "dense_hidden_size", None) or source.config.hidden_size
-    return windows.numel() * width * source.dtype.itemsize
-
-
-def largest_part(source: DenseSource) -> int:
-    """Bytes of the largest layer, or of a piece of the head where that is more: what is on the device at a time."""
-    model = LayerwiseModel(source, torch.device("cpu"))
-    layers = [sum(each.nbytes for each in layer.parameters()) for layer in model.layers]
-    return max([*layers, min(TABLE_BYTES, model.head.weight.nbytes)])
+    window = max(1, windows.shape[1] * width * source.dtype.itemsize)
+    free = free_memory(torch.device("cpu"))
+    return max(1, free // 2 // window if free else len(windows))
 
 
 class _AllCalled(Exception):
