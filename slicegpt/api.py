@@ -54,6 +54,7 @@ from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
 from slicegpt.result import SliceResult
 from slicegpt.slicing import SlicingOptions
+from slicegpt.slicing.affordable import check_affordable, this_machine, workload_of
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
 from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_source
@@ -210,6 +211,10 @@ def slice(
         recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch.")).resolved()
         config = plan_recipe(recipe, canonical_fields(dense), dtype)
         planned = size_record(config, dtype)
+        scratch = None if path is None else path.parent
+        kept = path is None or isinstance(model, PreTrainedModel)
+        work = workload_of(recipe, dtype, device, activation_storage, in_memory=kept)
+        activation_storage = check_affordable(config, work, this_machine(device, scratch)).storage
         if path is not None:
             check_space(path, 0 if resume else int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
         if size == "slice" and recipe.slice and planned["parameters"] >= planned["dense_parameters"]:
@@ -233,7 +238,6 @@ def slice(
         warnings = calibration_warnings(figures)
         for warning in warnings:
             progress.warn(warning)
-        scratch = None if path is None else path.parent
         options = SlicingOptions.of(recipe, dtype, device, activation_storage, scratch)
         config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper)
         sliced = sink.finished(dense.generation_config)

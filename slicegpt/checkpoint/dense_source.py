@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.checkpoint.gguf import GGUFTensor, open_gguf
@@ -57,7 +58,7 @@ def open_dense(
             if files[0].suffix != ".safetensors":
                 return _load_whole(name, dtype, revision, trust_remote_code, ".bin files")
             stored = open_files(files)
-            dtype = dtype or _stored_dtype(config, files, stored)
+            dtype = dtype or _stored_dtype(config, files[0], stored)
             with load_errors(path):
                 model_class = model_class_of(config, trust_remote_code)
         with load_errors(path):
@@ -143,12 +144,13 @@ def _load_whole(
     return source_of(model, tokenizer, name)
 
 
-def _stored_dtype(config: PreTrainedConfig, files: list[Path], stored: dict[str, FileTensor]) -> torch.dtype:
-    """The dtype that transformers loads a folder in: the config's, else that of the first weight."""
+def _stored_dtype(config: PreTrainedConfig, file: Path, stored: dict[str, FileTensor]) -> torch.dtype:
+    """The dtype that transformers loads a folder in: the config's, else that of the first weight of its first file."""
     if config.dtype is not None:
         return config.dtype
-    first = sorted((tensor.offset, tensor.stored) for tensor in stored.values() if tensor.file == files[0])
-    return next((dtype for _, dtype in first if dtype.is_floating_point), torch.float32)
+    with safe_open(file, framework="pt") as opened:  # in the order that transformers sees them
+        dtypes = [stored[name].stored for name in opened.keys()]  # noqa: SIM118  (no mapping)
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
 def _tie_equal(shell: PreTrainedModel, names: dict[str, str], stored: dict[str, FileTensor]) -> None:

@@ -31,7 +31,7 @@ from slicegpt.modeling.losses import (
 from slicegpt.progress import Progress
 
 # Of the embedding and of the head so many bytes are on the device at a time.
-TABLE_BYTES = 1 << 28
+TABLE_BYTES = 1 << 27
 
 
 def losses_of(
@@ -150,6 +150,7 @@ class LayerwiseModel:
         self.trunk_name, self.head_name, self.table_name = (
             names[module] for module in (self.trunk, self.head, self.table)
         )
+        self.table_in_trunk = f"{self.table_name}.weight".removeprefix(f"{self.trunk_name}.")
         (path, layers), *_ = found
         self.layers, self.layers_name = list(layers), f"{self.trunk_name}.{path}"
         self.stands = [_Stand(last=layer is layers[-1]) for layer in layers]
@@ -199,8 +200,7 @@ class LayerwiseModel:
         Masks and positions depend on the shape of a batch alone, for no window is padded.
         """
         used, numbers = torch.unique(torch.cat([batch.flatten() for batch in batches]), return_inverse=True)
-        own = f"{self.table_name}.weight".removeprefix(f"{self.trunk_name}.")
-        weights = rest | {own: self._rows_of(used)}
+        weights = rest | {self.table_in_trunk: self._rows_of(used)}
         streams, calls = [], {}
         for batch, ids in zip(batches, numbers.split([batch.numel() for batch in batches]), strict=True):
             with contextlib.suppress(_AllCalled):
@@ -235,23 +235,23 @@ class LayerwiseModel:
         self, batches: list[torch.Tensor], streams: list[torch.Tensor], rest: dict[str, torch.Tensor]
     ) -> list[float]:
         """The losses of the streams behind the last layer. The head passes piece by piece, each over all tokens."""
-        own = f"{self.table_name}.weight".removeprefix(f"{self.trunk_name}.")
-        # What it gives is not looked at.
-        weights = rest | {own: torch.zeros(1, 1, dtype=self.source.dtype, device=self.device)}
+        # The model still begins with its embedding, of one row here; nobody looks at what that gives.
+        row = torch.zeros(1, self.table.weight.shape[1], dtype=self.source.dtype, device=self.device)
+        weights = rest | {self.table_in_trunk: row}
         nowhere = [torch.zeros_like(batch, device=self.device) for batch in batches]
-        weights[own] = weights[own].expand(1, self.table.weight.shape[1])
         inside = {f"{self.trunk_name}.{name}": tensor for name, tensor in weights.items()}
         tensors, name = self.source.tensors, f"{self.head_name}.bias"
         bias = tensors[name].to(self.device) if name in tensors else None
 
-        def hidden_states(place: int) -> torch.Tensor:
-            self.stands[-1].stream = streams[place].to(self.device)
-            return self._trunk(nowhere[place], weights)
+        def hidden_states(stream: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            self.stands[-1].stream = stream.to(self.device)
+            return self._trunk(ids, weights)
 
-        def all_logits(place: int, piece: dict[str, torch.Tensor]) -> torch.Tensor:
-            self.stands[-1].stream = streams[place].to(self.device)
-            out = self._call(self.shell, inside | piece, input_ids=nowhere[place], use_cache=False)
-            return out.logits
+        def all_logits(
+            stream: torch.Tensor, ids: torch.Tensor, piece: dict[str, torch.Tensor]
+        ) -> torch.Tensor:
+            self.stands[-1].stream = stream.to(self.device)
+            return self._call(self.shell, inside | piece, input_ids=ids, use_cache=False).logits
 
         sums = [_LossSums(batch, self.head.weight.shape[0], self.device) for batch in batches]
         plain = None
@@ -263,17 +263,23 @@ class LayerwiseModel:
                 piece[f"{self.head_name}.bias"] = shift
             # A few architectures do more than apply the head (scaled logits): found out as `window_losses` does.
             if plain is None:
-                plain = torch.equal(functional.linear(hidden_states(0), weight, shift), all_logits(0, piece))
+                probe = streams[0][:1, :16], nowhere[0][:1, :16]
+                plain = torch.equal(
+                    functional.linear(hidden_states(*probe), weight, shift), all_logits(*probe, piece)
+                )
                 for place in range(len(streams)) if plain else ():
-                    streams[place] = hidden_states(place)[:, :-1].flatten(0, 1).cpu()
-            for place, total in enumerate(sums):
+                    states = hidden_states(streams[place], nowhere[place])
+                    streams[place] = states[:, :-1].flatten(0, 1).cpu()
+            at_once = max(1, LOGITS_AT_ONCE // len(rows))
+            for stream, ids, total in zip(streams, nowhere, sums, strict=True):
                 if plain:
-                    parts = streams[place].to(self.device).split(max(1, LOGITS_AT_ONCE // len(rows)))
+                    parts = stream.to(self.device).split(at_once)
                     logits = (functional.linear(part, weight, shift) for part in parts)
                 else:
-                    whole = all_logits(place, piece)[:, :-1].flatten(0, 1)
-                    logits = iter(whole.split(max(1, LOGITS_AT_ONCE // len(rows))))
+                    whole = all_logits(stream, ids, piece)[:, :-1].flatten(0, 1)
+                    logits = iter(whole.split(at_once))
                 total.add(begin, logits)
+            del rows, weight, piece  # before the next one is read
         self.stands[-1].stream = None
         return list(itertools.chain.from_iterable(total.of_windows() for total in sums))
 

@@ -1,8 +1,10 @@
 """Calibration from several sources: parsing, shares, generated samples, and whether the text was enough."""
 
 import copy
+import gc
 import math
 import re
+import weakref
 
 import pytest
 import torch
@@ -28,7 +30,9 @@ from slicegpt.calibration.self_sampling import (
     generate_samples,
     ordinary_tokens,
 )
+from slicegpt.checkpoint.dense_source import DenseSource, open_dense
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware import memory
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +363,42 @@ def test_few_samples_are_paired_as_well(files, tiny_tokenizer):
     assert drawn.held_out.shape == (4, 32)
     assert drawn.unseen.shape == drawn.seen.shape == (1, 32)
     assert not drawn.unseen_are_held_out
+
+
+def test_a_model_that_is_not_loaded_writes_the_same(files, tiny_tokenizer, model, tmp_path, monkeypatch):
+    """It is in memory while it writes and no longer; text and random tokens need only its shape."""
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    source, loaded = open_dense(str(tmp_path)), []
+    load = DenseSource.load
+
+    def watched(self):
+        whole = load(self)
+        loaded.append(weakref.ref(whole))
+        return whole
+
+    monkeypatch.setattr(DenseSource, "load", watched)
+    for spec, count in ((f"{files / 'a.txt'}:1,random-tokens:1", 0), (f"{files / 'a.txt'}:1,self:1", 1)):
+        drawn, expected = (
+            sample_sources(load_sources(spec), tiny_tokenizer, 4, 16, model=each) for each in (source, model)
+        )
+        assert calibration_hash(drawn.batches) == calibration_hash(expected.batches)
+        assert len(loaded) == count
+    gc.collect()
+    assert loaded[0]() is None
+
+
+def test_a_model_that_does_not_fit_writes_nothing(tiny_tokenizer, model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    source = open_dense(str(tmp_path))
+    monkeypatch.setattr(memory, "free_memory", lambda device: source.total_bytes)
+    monkeypatch.setattr(DenseSource, "load", None)
+    with pytest.raises(
+        SliceGPTError, match="calibration: 'self' is text that the dense model writes"
+    ) as error:
+        sample_sources(load_sources("self"), tiny_tokenizer, 4, 16, model=source)
+    assert str(error.value).endswith("name a text instead")
 
 
 # --- what does not fit the model ---

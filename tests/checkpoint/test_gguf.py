@@ -6,6 +6,7 @@ import torch
 from support.gguf_files import architecture_settings, parameters, write_gguf
 from support.tiny_models import LONG_ROPE, relative_error, tiny_model, token_ids
 
+from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.checkpoint.gguf_config import ARCHITECTURES
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.errors import SliceGPTError
@@ -171,6 +172,9 @@ def test_what_would_be_lost_is_named(name, tmp_path, tiny_tokenizer):
         load_dense(str(file))
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+    with pytest.raises(SliceGPTError) as same:
+        open_dense(str(file))
+    assert str(same.value) == str(error.value)
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ import torch
 from support.tiny_models import tiny_model
 
 from slicegpt.calibration import Source, sample_sources
+from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.conversion.plan import Shape, constant_widths, plan
-from slicegpt.families import canonical_fields
+from slicegpt.families import canonical_fields, source_of
 from slicegpt.slicing import slice_model
 from slicegpt.slicing.held_out import EXCESS, follows_samples, held_out_check, held_out_warning
 
@@ -48,6 +49,20 @@ def test_against_the_models_own_losses(model, sliced, drawn):
         check["held_out"] - check["seen"], abs=2e-5
     )  # rounded to 1e-5
     assert check["chose_ridge"] is False
+
+
+def test_models_that_are_not_loaded(model, sliced, drawn, tiny_tokenizer, tmp_path):
+    """From their files, and from memory: the figures of the loaded models."""
+    expected = held_out_check(model, sliced, drawn, CPU)
+    sources = []
+    for name, each in (("dense", model), ("sliced", sliced)):
+        each.save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+        sources.append(open_dense(str(tmp_path / name)))
+    assert not any(source.in_memory for source in sources)
+    assert held_out_check(*sources, drawn, CPU) == expected
+    assert held_out_check(source_of(model), sources[1], drawn, CPU) == expected
+    assert held_out_check(model, source_of(sliced), drawn, CPU) == expected
 
 
 def test_windows_that_chose_the_ridge_are_named(model, sliced, drawn):
