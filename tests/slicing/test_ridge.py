@@ -8,7 +8,6 @@ import torch
 from support.tiny_models import tiny_model, token_ids
 
 from slicegpt.calibration import CalibrationBatch
-from slicegpt.conversion.canonical import build_model
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.families import canonical_fields, checkpoint_of
 from slicegpt.modeling import SlicedForCausalLM
@@ -39,7 +38,7 @@ def sliced_apart(model, config, ridges=CANDIDATES) -> tuple[MemorySink, SlicedFo
     checkpoint, options = checkpoint_of(model), replace(OPTIONS, ridge=None)
     sink = MemorySink()
     Slicer(checkpoint, config, batches(), options, Objective(), ridges, Progress(quiet=True), sink).run()
-    return sink, build_model(config, sink.candidate(ridges[0]))
+    return sink, sink.candidate(ridges[0]).shell
 
 
 @torch.no_grad()
