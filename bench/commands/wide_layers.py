@@ -42,7 +42,7 @@ def config_of(
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     if width is not None:
-        config.num_attention_heads = width * config.num_attention_heads // config.hidden_size
+        config.num_attention_heads = max(1, width * config.num_attention_heads // config.hidden_size)
         config.num_key_value_heads = min(config.num_key_value_heads, config.num_attention_heads)
         config.hidden_size = width
     if neurons is not None:

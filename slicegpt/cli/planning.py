@@ -96,8 +96,8 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
     from slicegpt.hardware.devices import find_dtype
     from slicegpt.hardware.memory import memory_limits
     from slicegpt.slicing.affordable import advice, best_budget, this_machine, workload_of
-    from slicegpt.slicing.budget import Machine
     from slicegpt.slicing.effort import effort_of, measured_rates, paper_rates
+    from slicegpt.slicing.workload import Machine
 
     fields, dtype = fields_and_dtype(recipe.model, find_dtype(recipe.dtype))
     recipe = recipe.override(dtype=str(dtype).removeprefix("torch.")).resolved()

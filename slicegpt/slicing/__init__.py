@@ -23,7 +23,8 @@ The files, in the order in which a run goes through them:
       rotation       the orientation of that basis, and compact shortcuts
       timing         seconds of each stage
     ridge        λ: the candidate whose sliced model loses least on held-out windows
-    budget       beforehand: what memory a run takes, part by part
+    workload     beforehand: what a run does, and what machine it has
+    budget       what memory it takes, part by part
     effort       what operations, and how long they take
     affordable   whether it fits, and what would make it fit
     held_out     afterwards: was the calibration text enough?

@@ -20,11 +20,10 @@ from slicegpt.slicing.budget import (
     IMPORTS,
     TOKENIZER,
     Budget,
-    Machine,
-    Workload,
     budget_of,
 )
 from slicegpt.slicing.objective import Objective
+from slicegpt.slicing.workload import Machine, Workload
 
 # An estimate may be wrong by this much: a run is refused only where it would not fit if it took that much less.
 TOLERANCE = 0.15

@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
 from slicegpt.conversion.folding import READER_BYTES, TABLE_ROWS
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig
@@ -21,6 +19,7 @@ from slicegpt.slicing.blocks import Block, blocks_of
 from slicegpt.slicing.matrices import PANEL_BYTES
 from slicegpt.slicing.moments import TOKENS_PER_CALL
 from slicegpt.slicing.neurons import ROUNDS
+from slicegpt.slicing.workload import Machine, Workload
 
 # What a process has once the package, PyTorch and transformers are imported (Linux, x86-64, PyTorch 2.13's CPU build),
 # and what the tokenizer, the text and the allocators add to it.
@@ -37,67 +36,6 @@ EIGENSOLVER = 8
 LOSSES = 3 * (1 << 27)
 
 F64 = 8
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a run does, besides what its config says.
-
-    Attributes:
-        samples, seqlen, batch_size: of the calibration.
-        share: of the samples that the refit fits to; 0 without a refit.
-        dtype: of weights and streams; teacher_dtype: of the dense model's blocks.
-        ridges: candidates of λ.
-        windows: held-out windows that choose λ.
-        allocate: whether the neurons are shared out by a pass through the dense model before.
-        storage: "auto", "device", "host" or "disk", of the streams.
-        ranks: processes that share the samples, one device each.
-        on_gpu: whether there are devices beside the host.
-        in_memory: whether the sliced model is kept there, for want of an output folder.
-        own_text: whether the dense model writes some of the text, for which it is loaded whole.
-    """
-
-    samples: int
-    seqlen: int
-    batch_size: int
-    share: float = 1.0
-    dtype: torch.dtype = torch.float32
-    teacher_dtype: torch.dtype = torch.float32
-    ridges: int = 3
-    windows: int = 4
-    allocate: bool = True
-    storage: str = "auto"
-    ranks: int = 1
-    on_gpu: bool = False
-    in_memory: bool = False
-    own_text: bool = False
-
-    @property
-    def batches(self) -> int:
-        """Of the rank that has most."""
-        return math.ceil(math.ceil(self.samples / self.batch_size) / self.ranks)
-
-    @property
-    def batch_tokens(self) -> int:
-        return min(self.samples, self.batch_size) * self.seqlen
-
-    @property
-    def tokens(self) -> int:
-        return min(self.samples * self.seqlen, self.batches * self.batch_tokens)
-
-    @property
-    def fitted_tokens(self) -> int:
-        fitted = math.ceil(round(self.share * math.ceil(self.samples / self.batch_size), 9))
-        return min(math.ceil(fitted / self.ranks) * self.batch_tokens, self.tokens) if self.share else 0
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Bytes that a run may take: of a device's memory (of the host's where it is the device), the host's, the disk."""
-
-    device: float
-    host: float
-    disk: float = math.inf
 
 
 @dataclass
@@ -270,7 +208,7 @@ class _Model:
 
     def add_table_pieces(self, stage: Stage) -> None:
         rows = min(TABLE_ROWS, self.config.vocab_size)
-        stage.add("tables in float64", 4 * F64 * rows * self.width, self.device)
+        stage.add("tables in float64", 3 * F64 * rows * self.width, self.device)
 
     def block(self, block: Block) -> list[Stage]:
         """Of one block: folded, collected, neurons chosen, fitted, written, the next basis chosen, stored."""
@@ -301,7 +239,7 @@ class _Model:
         folding = start("folding", whole)
         biggest = max(self.rows(part) for part in block.parts)
         pieces = min(READER_BYTES, F64 * biggest * width)
-        folding.add("layers in float64", 4 * pieces, self.device)
+        folding.add("layers in float64", 3 * pieces, self.device)
         if refits:
             teacher(folding)
         stages = [folding]

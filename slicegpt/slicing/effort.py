@@ -20,7 +20,7 @@ from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import gram_
 from slicegpt.slicing.allocation import FEWEST, SHARE
 from slicegpt.slicing.blocks import Block, blocks_of
-from slicegpt.slicing.budget import Workload
+from slicegpt.slicing.workload import Workload
 
 KINDS = ("half", "fp64", "gram", "solver")
 

@@ -10,8 +10,9 @@ from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import Recipe
 from slicegpt.slicing.affordable import advice, best_budget, check_affordable, this_machine, workload_of
-from slicegpt.slicing.budget import Machine, Workload, budget_of
+from slicegpt.slicing.budget import budget_of
 from slicegpt.slicing.effort import Rates, effort_of, selection, solving
+from slicegpt.slicing.workload import Machine, Workload
 
 WORK = Workload(128, 2048, 8, dtype=torch.float16, teacher_dtype=torch.float16, on_gpu=True)
 LARGE = Machine(1e12, 1e12, 1e13)
