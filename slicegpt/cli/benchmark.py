@@ -20,6 +20,7 @@ from .benchmark_options import (
     names,
     settings_of,
 )
+from .memory_benchmark import add_memory
 from .options import add_device, add_json, positive, resolve_device, resolve_dtype
 from .prediction import add_predict
 from .sharing import shared
@@ -32,6 +33,7 @@ def add_parser(commands) -> None:
     add_throughput(benchmarks)
     add_layers(benchmarks)
     add_slicing(benchmarks)
+    add_memory(benchmarks)
     add_predict(benchmarks)
     add_report(benchmarks)
 
