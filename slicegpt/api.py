@@ -58,6 +58,7 @@ from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
 from slicegpt.result import SliceResult
 from slicegpt.runtime.speed import compare_speed
 from slicegpt.slicing import Reuse, SlicingOptions
+from slicegpt.slicing.affordable import check_affordable, this_machine, workload_of
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
 from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_source
@@ -153,7 +154,8 @@ def slice(
         max_shard_size: of a safetensors file, such as "5GB".
         device: where blocks run and eigenvectors are computed; None and "auto" take the first GPU where there is one.
             A layer at a time is there, so that the model may be larger than its memory.
-        activation_storage: "auto", "device" or "host": where the calibration tokens' activations stay between blocks.
+        activation_storage: "auto", "device", "host" or "disk" (that of `output`, else of temporary files): where the
+            calibration tokens' activations stay between blocks.
         resume: go on with a run into `output` that was interrupted, after its last block; what it was called with
             is taken as it was, and refused where it is given otherwise.
         keep_state: "always", "never" or "auto": whether what an interrupted run needs to go on is written after every
@@ -234,9 +236,13 @@ def slice(
         recipe = settled(recipe, canonical_fields(dense), device)
         config = plan_recipe(recipe, canonical_fields(dense), dtype)
         planned = size_record(config, dtype)
+        scratch = None if path is None else path.parent
+        kept = output is None or isinstance(model, PreTrainedModel)
+        work = workload_of(recipe, dtype, device, activation_storage, ranks.size, in_memory=kept)
+        activation_storage = check_affordable(config, work, this_machine(device, scratch)).storage
         if path is not None:
             check_space(path, 0 if resume else int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
-        options = SlicingOptions.of(recipe, dtype, device, activation_storage, ranks)
+        options = SlicingOptions.of(recipe, dtype, device, activation_storage, scratch, ranks)
         if not ranks.first:
             # It needs neither the text nor the model that may write some of it, and keeps nothing.
             drawn = ranks.decide(lambda: None)

@@ -21,6 +21,7 @@ from .benchmark_options import (
     names,
     settings_of,
 )
+from .memory_benchmark import add_memory
 from .options import add_device, add_json, add_shared, byte_size, positive, resolve_device, resolve_dtype
 from .parser import add_option
 from .prediction import add_predict
@@ -34,6 +35,7 @@ def add_parser(commands) -> None:
     add_throughput(benchmarks)
     add_layers(benchmarks)
     add_slicing(benchmarks)
+    add_memory(benchmarks)
     add_predict(benchmarks)
     add_report(benchmarks)
 

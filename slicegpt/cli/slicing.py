@@ -16,6 +16,7 @@ from slicegpt.table import check_writable
 from . import interrupts
 from .options import add_json, add_self_contained, add_shared, check_device, number_or_auto, shard_size
 from .parser import add_option
+from .planning import add_planning, check_planning, run_plan
 from .sharing import shared
 
 
@@ -42,7 +43,7 @@ def add_parser(commands) -> None:
         help="choices to start from, .toml or .yaml, or the folder of a sliced model; options given here come first",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder to write; appears only when whole"
+        "--output", default=None, metavar="DIR", help="folder to write; appears only when whole"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     parser.add_argument(
@@ -115,10 +116,10 @@ def add_parser(commands) -> None:
         machine,
         "--activation-storage",
         former=["--signals"],
-        choices=("auto", "device", "host"),
+        choices=("auto", "device", "host", "disk"),
         default="auto",
-        help="where the calibration tokens' activations stay between blocks: on the device, on the host, or auto: "
-        "on the device where they take at most half of its free memory",
+        help="where the calibration tokens' activations stay between blocks: on the device, on the host, on the disk "
+        "of --output, or auto: on the first of them where they take at most half of what is free",
     )
     machine.add_argument(
         "--keep-state",
@@ -140,6 +141,7 @@ def add_parser(commands) -> None:
         default=True,
         help="measure tokens/s of the runtime, dense and sliced, for a few seconds at the end",
     )
+    add_planning(parser)
     parser.set_defaults(json=None)
     add_json(parser)
 
@@ -197,7 +199,13 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
 
 def run(options: argparse.Namespace) -> None:
     # What can be checked without the model is checked before anything heavy is imported.
+    check_planning(options)
     recipe = recipe_from(options)
+    if options.dry_run:
+        if launched().rank == 0:
+            check_writable("--json", options.json)
+            run_plan(options, recipe)
+        return
     if recipe.model is not None:
         check_name(recipe.model, "model")
     check_device(options.device)
@@ -209,10 +217,12 @@ def run(options: argparse.Namespace) -> None:
             check_sources(recipe.calibration, recipe.text_column)
 
     from slicegpt import api
+    from slicegpt.hardware.memory import memory_limits
     from slicegpt.table import write_json
 
+    limits = memory_limits(options.device_memory, options.host_memory)
     kept = interrupts.remark(lambda: what_is_kept(options.output))
-    with kept, shared(options, lambda: what_is_kept(options.output)) as (ranks, device, progress):
+    with limits, kept, shared(options, lambda: what_is_kept(options.output)) as (ranks, device, progress):
         result = api.slice(
             recipe=recipe,
             output=options.output,

@@ -30,12 +30,18 @@ def centre(rows: torch.Tensor, mean_subtraction: bool) -> torch.Tensor:
     return rows - rows.mean(dim=-1, keepdim=True) if mean_subtraction else rows
 
 
-def fold_reader(linear: Linear, norm: Norm, basis: torch.Tensor) -> Linear:
-    """A layer that reads the normalised stream: norm scale, shift and rotation folded in, float64."""
-    weight = linear.weight.to(basis.device, torch.float64)
+def fold_reader(linear: Linear, norm: Norm, basis: torch.Tensor | None) -> Linear:
+    """A layer that reads the normalised stream: norm scale, shift and rotation folded in, float64 [out, d].
+
+    Args:
+        basis: None for the identity.
+    """
+    weight = linear.weight.to(linear.weight.device if basis is None else basis.device, torch.float64)
     bias = _folded_bias(weight, linear.bias, norm)
     if norm.weight is not None:
-        weight = weight * norm.weight.to(basis.device, torch.float64)
+        weight = weight * norm.weight.to(weight.device, torch.float64)
+    if basis is None:
+        return Linear(weight, bias)
     dense_width, width = basis.shape
     return Linear((weight @ basis) * (dense_width / width) ** 0.5, bias)
 
@@ -50,16 +56,19 @@ def _folded_bias(weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm) ->
 
 
 def fold_writer(linear: Linear, mean_subtraction: bool, device: torch.device) -> Linear:
-    """A layer that writes the stream: mean subtraction folded in, at full width, float64."""
-    columns = centre(linear.weight.to(device).mT, mean_subtraction)
+    """A layer that writes the stream, at full width: mean subtraction folded in, float64; without one the weight stays
+    as it is, for a large one takes several times less memory so."""
+    weight = linear.weight.to(device)
+    if mean_subtraction:
+        weight = centre(weight.mT, True).mT
     bias = None if linear.bias is None else centre(linear.bias.to(device), mean_subtraction)
-    return Linear(columns.mT, bias)
+    return Linear(weight, bias)
 
 
 def rotate_writer(linear: Linear, basis: torch.Tensor) -> Linear:
     """A layer that writes the stream at full width, brought onto a basis, float64."""
     bias = None if linear.bias is None else linear.bias @ basis
-    return Linear((linear.weight.mT @ basis).mT, bias)
+    return Linear((linear.weight.to(basis.device, torch.float64).mT @ basis).mT, bias)
 
 
 # Rows of a vocabulary-sized table that are held in float64 on the device at a time: 1 GB at D = 8192.
@@ -97,6 +106,30 @@ def folded_head_rows(
     return rows(), bias
 
 
+# Of a layer that reads the stream so many bytes are in float64 on the device at a time; one that is no larger is
+# multiplied in one piece.
+READER_BYTES = 1 << 28
+
+
+def folded_reader(
+    linear: Linear, norm: Norm, basis: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Linear:
+    """`fold_reader` in pieces of rows, rounded once to `dtype`, on `device`.
+
+    Args:
+        basis: None for the identity, which nothing is multiplied with.
+    """
+    step = max(1, READER_BYTES // (8 * linear.weight.shape[1]))
+    weights = linear.weight.split(step)
+    biases = [None] * len(weights) if linear.bias is None else linear.bias.split(step)
+    pieces = []
+    for weight, bias in zip(weights, biases, strict=True):
+        piece = fold_reader(Linear(weight.to(device), bias), norm, basis)
+        pieces.append(Linear(piece.weight.to(dtype), None if piece.bias is None else piece.bias.to(dtype)))
+    bias = None if pieces[0].bias is None else torch.cat([piece.bias for piece in pieces])
+    return Linear(torch.cat([piece.weight for piece in pieces]), bias)
+
+
 def named(name: str, linear: Linear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """State-dict entries of a folded layer, rounded once to the model's dtype."""
     entries = {f"{name}.weight": linear.weight.to(dtype).contiguous()}
@@ -111,18 +144,18 @@ def activation_state(layer: DenseLayer, dtype: torch.dtype, device: torch.device
 
 
 def reader_state(
-    part: str, layer: DenseLayer, basis: torch.Tensor, dtype: torch.dtype
+    part: str, layer: DenseLayer, basis: torch.Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """State of the layers of `part` ("attention" or "mlp") that read the stream, in `basis`."""
+    """State of the layers of `part` ("attention" or "mlp") that read the stream, in `basis` (None: the identity)."""
     norm = layer.attention_norm if part == "attention" else layer.mlp_norm
     state: dict[str, torch.Tensor] = {}
     for name, field in READERS[part]:
         linear = getattr(layer, field)
         if linear is not None:
-            state |= named(name, fold_reader(linear, norm, basis), dtype)
+            state |= named(name, folded_reader(linear, norm, basis, dtype, device), dtype)
     if part == "mlp":
-        state |= activation_state(layer, dtype, basis.device)
+        state |= activation_state(layer, dtype, device)
     if part == "attention" and layer.q_norm is not None:
-        state["q_norm.weight"] = layer.q_norm.to(basis.device, dtype)
-        state["k_norm.weight"] = layer.k_norm.to(basis.device, dtype)
+        state["q_norm.weight"] = layer.q_norm.to(device, dtype)
+        state["k_norm.weight"] = layer.k_norm.to(device, dtype)
     return state

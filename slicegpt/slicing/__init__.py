@@ -8,12 +8,14 @@ The files, in the order in which a run goes through them:
     sink         where finished tensors go: into memory, or to the disk
     allocation   how many MLP neurons each layer keeps, by what deleting them costs in the dense model
     slicer       one run: embedding, block after block, head; a block is collected, fitted, written (`slice_block`)
-      streams        the calibration tokens' residual stream between blocks, on the device or on the host
+      streams        the calibration tokens' residual stream between blocks: device, host or disk
+      stores             how its tensors come and go while a block runs
       blocks         what lies between two boundaries, with its output at full width
       propagation    the streams on their way past a block, in the sliced and in the dense model
       moments        the fitted tokens' second moments                    1. collect
       objective      what the output weights minimise over them           2. fit
       regression         the solution at one λ
+      matrices           factor, solution and inverse in place
       neurons            which MLP neurons to delete
       refit              a block's fits at every λ
       covariance     of the stream that the block has written             3. write
@@ -22,6 +24,10 @@ The files, in the order in which a run goes through them:
       timing         seconds of each stage
     reuse        what several sizes of one model share
     ridge        λ: the candidate whose sliced model loses least on held-out windows
+    workload     beforehand: what a run does, and what machine it has
+    budget       what memory it takes, part by part
+    effort       what operations, and how long they take
+    affordable   whether it fits, and what would make it fit
     held_out     afterwards: was the calibration text enough?
 """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -21,10 +22,11 @@ from slicegpt.progress import Progress
 from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, neuron_rows
 from slicegpt.slicing.keeping import Keeper, Snapshot
 from slicegpt.slicing.moments import Moments
-from slicegpt.slicing.neurons import deletions
+from slicegpt.slicing.neurons import Equations, deletions
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions
 from slicegpt.slicing.propagation import Propagation, check_finite
+from slicegpt.slicing.refit import make_room
 from slicegpt.slicing.regression import prior_of
 from slicegpt.slicing.reuse import Reuse
 
@@ -112,7 +114,13 @@ def deletion_costs(
     """
     dtype = objective.teacher_dtype(options.dtype, options.device)
     propagation = Propagation(
-        config, batches, options.dtype, options.device, options.activation_storage, ranks=options.ranks
+        config,
+        batches,
+        options.dtype,
+        options.device,
+        options.activation_storage,
+        scratch=options.scratch,
+        ranks=options.ranks,
     )
     blocks, curves = blocks_of(config), []
     found = keeper.found("allocation")
@@ -136,9 +144,10 @@ def deletion_costs(
             propagation.collect_dense(block, lifted, objective, moments)
             if moments is not None and options.ranks.first:
                 check_finite(moments, block)
-                system, right = objective.normal_equations(moments, ridge, prior_of(writers.values()))
+                make_room(moments, options.scratch)
+                equations = partial(objective.normal_equations, moments, ridge, prior_of(writers.values()))
                 fewest = fewest_neurons(config, options.neuron_multiple)
-                curves.append(cost_curve(system, right, neuron_rows(writers), fewest))
+                curves.append(cost_curve(equations, neuron_rows(writers), fewest))
             ends = block is blocks[-1]
             data = {"curves": curves}
             with propagation.gathered() as first:
@@ -150,16 +159,14 @@ def deletion_costs(
     return curves
 
 
-def cost_curve(
-    system: torch.Tensor, right: torch.Tensor, group: slice, fewest: int
-) -> list[tuple[int, float]]:
+def cost_curve(equations: Equations, group: slice, fewest: int) -> list[tuple[int, float]]:
     """The curve of one layer down to `fewest` neurons; the others as `choose_neurons` takes them."""
     whole = group.stop - group.start
     removable = whole - fewest
     step = max(1, -(-removable // POINTS))
     rounds = [min(step, removable - gone) for gone in range(0, removable, step)]
     remaining, rise, curve = whole, 0.0, [(whole, 0.0)]
-    for removed, (_, more) in zip(rounds, deletions(system, right, group, rounds), strict=True):
+    for removed, (_, more) in zip(rounds, deletions(equations, group, rounds), strict=True):
         remaining, rise = remaining - removed, rise + more.item()
         curve.append((remaining, rise))
     return curve

@@ -60,8 +60,8 @@ class LiftedBlock(nn.Module):
     Args:
         basis: V [D, d] float64; None for the identity, which makes it the dense model's block.
         states: of each part, all but its output projection.
-        writers: of each part, in order, the output projection at full width, float64. A last one, "shortcut", with
-            V itself as its weight, writes what a dense shortcut carries.
+        writers: of each part, in order, the output projection at full width. A last one, "shortcut", with V itself as
+            its weight, writes what a dense shortcut carries.
         dtype: of the weights and of what passes between them. A stream of a wider one stays in it.
     """
 
@@ -94,7 +94,9 @@ class LiftedBlock(nn.Module):
 
     def set_writers(self, writers: dict[str, Linear]) -> None:
         """Take the output weights [D, K], side by side, and the sum of their biases."""
-        self.weight = torch.cat([writer.weight for writer in writers.values()], dim=1).to(self.dtype)
+        device = next(self.parts.parameters()).device
+        weights = [writer.weight.to(device, self.dtype) for writer in writers.values()]
+        self.weight = torch.cat(weights, dim=1)
         biases = [writer.bias for writer in writers.values() if writer.bias is not None]
         self.bias = sum(biases).to(self.dtype) if biases else None
         self.groups = [writer.weight.shape[1] for writer in writers.values()]
@@ -126,7 +128,7 @@ class LiftedBlock(nn.Module):
 def dense_writers(
     config: SlicedConfig, block: Block, layer: DenseLayer, device: torch.device
 ) -> dict[str, Linear]:
-    """Of each part of a block, its output projection [D, K], float64, with the mean subtraction folded in."""
+    """Of each part of a block, its output projection [D, K] with the mean subtraction folded in, see `fold_writer`."""
     centred = FAMILIES[config.source_model_type].mean_subtraction
     return {part: fold_writer(getattr(layer, WRITERS[part][1]), centred, device) for part in block.parts}
 
@@ -150,6 +152,5 @@ def dense_block(
     device: torch.device,
 ) -> LiftedBlock:
     """The dense model's block, at full width, with the `writers` of its parts."""
-    identity = torch.eye(config.dense_hidden_size, dtype=torch.float64, device=device)
-    states = {part: reader_state(part, layer, identity, dtype) for part in block.parts}
+    states = {part: reader_state(part, layer, None, dtype, device) for part in block.parts}
     return LiftedBlock(config, block, None, states, writers, dtype)

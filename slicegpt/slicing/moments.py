@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 
 from slicegpt.hardware.devices import has_fast_bfloat16
 from slicegpt.hardware.ranks import Ranks
+from slicegpt.hardware.scratch import release, spilled
 from slicegpt.ops import cross_gram_, gram_
+from slicegpt.slicing.matrices import panels
 
 # Every call of `gram_` goes through a whole [K, K] in float64, which on a CPU costs as much as the products of some
 # hundred tokens: calibration batches of one sample are joined to this many tokens.
@@ -19,19 +22,23 @@ class Moments:
     """Second moments of activations [n, K] and of what their block has to write [n, D], all in float64.
 
     Attributes:
-        gram: [K, K]; cross: [K, D]; energy: the sum of squares of what is to be written.
+        gram: [K, K]; cross: [K, D]; energy: the sum of squares of what is to be written. Once all tokens are added,
+            `rows` and `diagonal` read them wherever `spill` has brought them.
         inputs, outputs: sums [K] and [D], for an intercept; tokens: their number, or the sum of their weights.
-        groups: columns of each kind of activations, K in all; their scales differ.
+        groups: columns of each kind of activations, K in all; their scales differ. size: K.
+        device: where the tokens are added, and where `rows` brings what it reads.
     """
 
     def __init__(self, groups: Sequence[int], outputs: int, device: torch.device):
         self.groups, inputs = tuple(groups), sum(groups)
+        self.size, self.device = inputs, device
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.gram, self.cross, self.energy = zeros(inputs, inputs), zeros(inputs, outputs), zeros()
         self.inputs, self.outputs, self.tokens = zeros(inputs), zeros(outputs), zeros()
+        self._diagonal: torch.Tensor | None = None  # of a spilled Gram matrix, whose pages it lies all over
 
     def add(
         self, activations: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None
@@ -67,7 +74,40 @@ class Moments:
             ranks.reduce_(sums)
 
     def is_finite(self) -> bool:
-        return all(bool(sums.isfinite().all()) for sums in (self.gram, self.cross, self.energy))
+        parts = (part for rows in panels(self.size, self.size) for part in self.rows(rows))
+        return bool(self.energy.isfinite()) and all(bool(part.isfinite().all()) for part in parts)
+
+    def diagonal(self) -> torch.Tensor:
+        """Of the Gram matrix, [K]."""
+        return self.gram.diagonal() if self._diagonal is None else self._diagonal
+
+    def rows(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `gram` [n, K] and of `cross` [n, D], on the device; not to be written to."""
+        return self._read(self.gram, rows), self.cross_rows(rows)
+
+    def cross_rows(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        return self._read(self.cross, rows)
+
+    def _read(self, matrix: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+        if self._diagonal is None:
+            return matrix[rows]
+        if isinstance(rows, slice):
+            part = matrix[rows]
+            read = part.to(self.device, copy=True)
+        else:
+            part, read = matrix, matrix[rows.cpu()].to(self.device)
+        release(part)
+        return read
+
+    def spill(self, folder: str | os.PathLike | None = None) -> None:
+        """Take `gram` and `cross` out of the device's memory: from a GPU to the host, from a CPU to a file in `folder`.
+
+        Nothing can be added any more.
+        """
+        if self._diagonal is None:
+            self._diagonal = self.gram.diagonal().clone()
+            self.gram = spilled(self.gram, folder)
+            self.cross = spilled(self.cross, folder)
 
 
 class JoinedBatches:

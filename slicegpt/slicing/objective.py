@@ -21,6 +21,7 @@ import torch
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.devices import has_fast_bfloat16
+from slicegpt.slicing.matrices import column_major, panels
 from slicegpt.slicing.moments import Moments
 
 
@@ -29,7 +30,7 @@ class Writer:
     """What a block writes: `a weight + bias`.
 
     Attributes:
-        weight: W [K, D] float64; bias: [D] float64, or None.
+        weight: W [K, D] float64, before a fit also in the checkpoint's dtype; bias: [D] float64, or None.
         loss: of the tokens that it was fitted to, `Objective.loss`; None where it was not fitted.
     """
 
@@ -103,51 +104,79 @@ class Objective:
         """`λ g²` [K]. g² is the mean diagonal of aᵀ w a, apart for each kind of activations where several are fitted
         at once (attention's, the MLP's, the stream before a dense shortcut); of deviations from the means where an
         `intercept` is fitted along."""
-        diagonal = moments.gram.diagonal()
+        diagonal = moments.diagonal()
         if intercept:
             diagonal = diagonal - moments.inputs.square() / moments.tokens
         scales = torch.cat([part.mean().expand(len(part)) for part in diagonal.split(moments.groups)])
         return ridge * scales
 
     def normal_equations(
-        self, moments: Moments, ridge: float, prior: Writer
+        self, moments: Moments, ridge: float, prior: Writer, kept: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`H` [K, K] and `B` [K, D] of the fit at one λ, `H W' = B`; a bias is eliminated, without a penalty.
+        """`H` [k, k] and `B` [k, D] of the fit at one λ, `H W' = B`; a bias is eliminated, without a penalty.
+
+        Both are new, float64, with contiguous columns (`slicegpt.slicing.matrices`), and the caller's to overwrite;
+        they are filled from panels of the moments, which may be out of the device's memory.
 
         Args:
             prior: `W`, what the penalty draws towards, and the bias where one is fitted.
+            kept: int64, the rows of W' that may differ from 0; None: all K.
         """
-        intercept = prior.bias is not None
+        intercept, mean = prior.bias is not None, moments.inputs / moments.tokens
         penalty = self.penalty(moments, ridge, intercept)
-        system, right = moments.gram.clone(), moments.cross + penalty[:, None] * prior.weight
-        if intercept:
-            mean = moments.inputs / moments.tokens
-            system.addr_(mean, moments.inputs, alpha=-1)
-            right.addr_(mean, moments.outputs, alpha=-1)
-        system.diagonal().add_(penalty)
+        size = moments.size if kept is None else len(kept)
+        system = column_major(size, size, moments.device)
+        right = column_major(size, prior.weight.shape[1], moments.device)
+        for part in panels(size, moments.size):
+            rows = part if kept is None else kept[part]
+            columns, cross = moments.rows(rows)
+            right[part] = self._right(moments, penalty, prior, rows, cross)
+            if intercept:  # these are columns of H, also of the product of the inputs' sums with their means
+                columns = torch.addr(columns, moments.inputs[rows], mean, alpha=-1)
+            if kept is not None:
+                columns = columns.index_select(1, kept)
+            system.mT[part] = columns
+        system.diagonal().add_(penalty if kept is None else penalty[kept])
         return system, right
 
+    def _right(
+        self,
+        moments: Moments,
+        penalty: torch.Tensor,
+        prior: Writer,
+        rows: slice | torch.Tensor,
+        cross: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rows of `B`, from those of the moments."""
+        right = cross + penalty[rows, None] * prior.weight[rows].double()
+        if prior.bias is not None:
+            right.addr_(moments.inputs[rows] / moments.tokens, moments.outputs, alpha=-1)
+        return right
+
     def loss(self, moments: Moments, writer: Writer) -> float:
-        """`Σ w ‖t - a W - bias‖²` over the tokens of `moments`, without the penalty: a quadratic form in them."""
-        weight, bias = writer.weight, writer.bias
-        loss = moments.energy + (weight * (moments.gram @ weight - 2 * moments.cross)).sum()
+        """`Σ w ‖t - a W' - bias‖²` over the tokens of `moments`, without the penalty: a quadratic form in them."""
+        weight, bias, loss = writer.weight.double(), writer.bias, moments.energy
+        for rows in panels(moments.size, moments.size):
+            gram, cross = moments.rows(rows)
+            loss = loss + (weight[rows] * (gram @ weight - 2 * cross)).sum()
         if bias is not None:
-            loss += bias @ (moments.tokens * bias - 2 * moments.outputs + 2 * (moments.inputs @ weight))
+            loss = loss + bias @ (moments.tokens * bias - 2 * moments.outputs + 2 * (moments.inputs @ weight))
         return loss.item()
 
-    def loss_of_solution(
-        self, moments: Moments, ridge: float, prior: Writer, weight: torch.Tensor, right: torch.Tensor
-    ) -> float:
-        """`loss` of a solution of `normal_equations`, rows of which may be 0, without another product with [K, K].
+    def loss_of_solution(self, moments: Moments, ridge: float, prior: Writer, weight: torch.Tensor) -> float:
+        """`loss` of a solution of `normal_equations`, rows of which may be 0, without a product with [K, K].
 
         In the rows that are not 0, `aᵀ w a W' = B - λ diag(g²) W'`.
 
         Args:
             weight: W' [K, D]; its bias is the best one.
-            right: B [K, D].
         """
         intercept, energy = prior.bias is not None, moments.energy
         if intercept:
             energy = energy - moments.outputs @ moments.outputs / moments.tokens
-        penalty = self.penalty(moments, ridge, intercept)[:, None]
-        return (energy - (weight * (right - penalty * (2 * prior.weight - weight))).sum()).item()
+        penalty = self.penalty(moments, ridge, intercept)
+        for rows in panels(moments.size, weight.shape[1]):
+            right = self._right(moments, penalty, prior, rows, moments.cross_rows(rows))
+            drawn = penalty[rows, None] * (2 * prior.weight[rows].double() - weight[rows])
+            energy = energy - (weight[rows] * (right - drawn)).sum()
+        return energy.item()

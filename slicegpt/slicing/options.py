@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -21,8 +22,9 @@ class SlicingOptions:
         device: where blocks run and eigenvectors are computed, one layer's weights at a time.
         orientation: "aligned" (needed for compact shortcuts), "random" or "pca": the basis inside each subspace.
         signal: "residual" or "normalized": what the covariance is taken of.
-        activation_storage: where the streams of the calibration tokens are kept between blocks: "device", "host", or
-            "auto": on the device where they take at most half of its free memory.
+        activation_storage: where the streams of the calibration tokens are kept between blocks: "device", "host",
+            "disk", or "auto", see `slicegpt.slicing.streams.choose_storage`.
+        scratch: the folder of what is kept on the disk meanwhile; None: that of temporary files.
         seed: of the random orientation.
         vocabulary_prior: the embedding's basis is chosen from the calibration tokens and, this much beside them,
             from the whole vocabulary, so that tokens which the text never shows keep their embeddings.
@@ -48,6 +50,7 @@ class SlicingOptions:
     fitted: float = 1.0
     allocate: bool = True
     neuron_multiple: int = 64
+    scratch: Path | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self):
@@ -74,6 +77,7 @@ class SlicingOptions:
         dtype: torch.dtype,
         device: torch.device,
         activation_storage: str = "auto",
+        scratch: Path | None = None,
         ranks: Ranks | None = None,
     ) -> SlicingOptions:
         """What a recipe says of how to slice; the rest is the machine's. Its `round_to` is a number."""
@@ -90,6 +94,7 @@ class SlicingOptions:
             fitted=recipe.refit_share,
             allocate=recipe.allocate,
             neuron_multiple=recipe.round_to,
+            scratch=scratch,
             ranks=ranks or Ranks(),
         )
 

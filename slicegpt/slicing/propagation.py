@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -46,7 +47,8 @@ class Propagation:
         batches: calibration tokens.
         dtype: of the streams.
         device: where blocks run.
-        activation_storage: where streams are kept: "auto", "device" or "host", see `choose_storage`.
+        activation_storage: where streams are kept: "auto", "device", "host" or "disk", see `choose_storage`.
+        scratch: the folder of those on the disk; None: that of temporary files.
         fitted: so many batches, the first ones, are refitted to: the dense model's stream is carried beside theirs.
         reuse: where that stream is kept for other sizes, see `slicegpt.slicing.reuse`.
         ranks: the batches are dealt out among them; sums over all batches are on rank 0 alone.
@@ -67,6 +69,7 @@ class Propagation:
         device: torch.device,
         activation_storage: str,
         fitted: int = 0,
+        scratch: str | os.PathLike | None = None,
         ranks: Ranks | None = None,
         reuse: Reuse | None = None,
     ):
@@ -81,9 +84,9 @@ class Propagation:
         fitted_batches, batches = self.ranks.deal(batches[:fitted]), self.ranks.deal(batches)
         tokens = sum(batch.input_ids.numel() for batch in [*batches, *fitted_batches])
         stream_bytes = tokens * config.dense_hidden_size * dtype.itemsize
-        storage = choose_storage(activation_storage, stream_bytes, device)
-        self.streams = Streams(batches, device, storage)
-        self.dense_streams = Streams(fitted_batches, device, storage)
+        storage = choose_storage(activation_storage, stream_bytes, device, scratch)
+        self.streams = Streams(batches, device, storage, scratch)
+        self.dense_streams = Streams(fitted_batches, device, storage, scratch)
         self.stage = StageTimer(device)
         self.advance: Callable[[int], None] = lambda steps: None
         with torch.device("meta"):

@@ -6,13 +6,18 @@ weights are fitted to them, and the block writes with these. What is minimised i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from slicegpt.families import Linear
+from slicegpt.hardware.memory import free_memory
+from slicegpt.hardware.scratch import spilled
 from slicegpt.slicing.blocks import neuron_rows
+from slicegpt.slicing.matrices import PANEL_BYTES
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.neurons import choose_neurons
 from slicegpt.slicing.objective import Objective, Writer
@@ -45,6 +50,7 @@ def fit_block(
     writers: Mapping[str, Linear],
     ridges: Sequence[float],
     neurons: int | None = None,
+    scratch: str | os.PathLike | None = None,
 ) -> BlockFits:
     """Fit a block's output weights to the moments of its tokens, once for every λ.
 
@@ -52,19 +58,37 @@ def fit_block(
         writers: of each part, in the order of the activations' columns, the output weights [D, K] before the fit.
         ridges: λ; the neurons are chosen at the first.
         neurons: how many MLP neurons stay; None: all.
+        scratch: the folder of what has no room beside the system that is solved; None: that of temporary files.
     """
     prior, kept, staying = prior_of(writers.values()), None, None
+    before = objective.loss(moments, prior)
+    make_room(moments, scratch)
     if neurons is not None:
         group = neuron_rows(writers)
-        kept = choose_neurons(*objective.normal_equations(moments, ridges[0], prior), group, neurons)
+        equations = partial(objective.normal_equations, moments, ridges[0], prior)
+        kept = choose_neurons(equations, moments.size, group, neurons).to(moments.device)
         staying = kept[(kept >= group.start) & (kept < group.stop)] - group.start
-    before, fitted, remaining = objective.loss(moments, prior), {}, {}
+    fitted, remaining = {}, {}
     measurable = before > SMALLEST_ERROR * moments.energy.item()
     for ridge in ridges:
         writer = fit(objective, moments, ridge, prior, kept)
+        if ridge != ridges[-1] and is_short(moments):
+            writer = replace(writer, weight=spilled(writer.weight, scratch))
         fitted[ridge] = split_parts(writer, writers, moments.groups)
         remaining[ridge] = writer.loss / before if measurable else None
     return BlockFits(fitted, staying, remaining)
+
+
+def is_short(moments: Moments) -> bool:
+    """Whether the device lacks the memory for one more system [K, K] with its right-hand side and solution [K, D]."""
+    size, width = moments.cross.shape
+    return free_memory(moments.device) < 8 * size * (size + 2 * width) + 4 * PANEL_BYTES
+
+
+def make_room(moments: Moments, scratch: str | os.PathLike | None) -> None:
+    """Before a system is solved: beside it, the moments stay on the device only where both have room there."""
+    if is_short(moments):
+        moments.spill(scratch)
 
 
 def split_parts(fitted: Writer, writers: Mapping[str, Linear], groups: Sequence[int]) -> dict[str, Linear]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from slicegpt.families import Linear
+from slicegpt.slicing.matrices import factorise_, pseudoinverse, solve_
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Objective, Writer
 
@@ -18,7 +19,8 @@ def prior_of(writers: Iterable[Linear]) -> Writer:
     """The output weights of a block's parts side by side, and the sum of their biases."""
     writers = list(writers)
     biases = [writer.bias for writer in writers if writer.bias is not None]
-    weight = torch.cat([writer.weight for writer in writers], dim=1).mT
+    weights = [writer.weight for writer in writers]
+    weight = (weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)).mT
     return Writer(weight, sum(biases) if biases else None)
 
 
@@ -30,33 +32,25 @@ def fit(
     Args:
         kept: int64, the rows of W' that may differ from 0; None: all.
     """
-    system, right = objective.normal_equations(moments, ridge, prior)
-    if kept is None:
-        weight = solve(system, right)
-    else:
-        weight = torch.zeros_like(right)
-        weight[kept] = solve(system[kept][:, kept], right[kept])
+    weight = solution(objective, moments, ridge, prior, kept)
+    if kept is not None:
+        rows, weight = weight, weight.new_zeros(moments.size, weight.shape[1])
+        weight[kept] = rows
     bias = None
     if prior.bias is not None:
         bias = (moments.outputs - moments.inputs @ weight) / moments.tokens
-    return Writer(weight, bias, objective.loss_of_solution(moments, ridge, prior, weight, right))
+    return Writer(weight, bias, objective.loss_of_solution(moments, ridge, prior, weight))
 
 
-def solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`system⁻¹ right` for a symmetric positive semidefinite system [K, K], float64.
-
-    By Cholesky; where that fails or does not solve the system, by the pseudoinverse from the eigenvalues.
-    """
-    factor, info = torch.linalg.cholesky_ex(system)
-    if not bool(info):
-        solution = torch.cholesky_solve(right, factor)
-        # A backward stable solution misses by about K·2⁻⁵³ of what it multiplies; a thousand times that is a failure.
-        residual = (system @ solution[:, :8] - right[:, :8]).norm()
-        limit = 1e3 * len(system) * 2.0**-53 * system.norm() * solution[:, :8].norm()
-        if bool(residual <= limit):
-            return solution
+def solution(
+    objective: Objective, moments: Moments, ridge: float, prior: Writer, kept: torch.Tensor | None
+) -> torch.Tensor:
+    """The rows `kept` of W', float64: by Cholesky, where that fails by the pseudoinverse."""
+    system, right = objective.normal_equations(moments, ridge, prior, kept)
+    if factorise_(system):
+        solve_(system, right)
+        return right
+    del system, right  # the one is lost, and the other takes as much memory as what follows
+    system, right = objective.normal_equations(moments, ridge, prior, kept)
     logger.warning("refit: Cholesky failed on a system of %d; taking the pseudoinverse", len(system))
-    values, vectors = torch.linalg.eigh(system.cpu())
-    floor = values[-1] * len(values) * torch.finfo(torch.float64).eps
-    inverse = torch.where(values > floor, 1 / values, 0.0)
-    return (vectors @ (inverse[:, None] * (vectors.mT @ right.cpu()))).to(right.device)
+    return (pseudoinverse(system) @ right.cpu()).to(right.device)

@@ -8,7 +8,6 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -95,6 +94,7 @@ class Slicer:
         self.mean_subtraction = checkpoint.family.mean_subtraction
         self.report = SlicingReport()
         self.generator = torch.Generator().manual_seed(options.seed)
+        self.reading: tuple[int, DenseLayer] | None = None
         self.remaining: list[tuple[int, dict[float, float | None]]] = []
         self.prunes = deletes_neurons(config)
         if self.prunes and not options.refit:
@@ -110,6 +110,7 @@ class Slicer:
             options.device,
             options.activation_storage,
             fitted,
+            options.scratch,
             options.ranks,
             reuse,
         )
@@ -218,7 +219,16 @@ class Slicer:
     def rotated(self, table: torch.Tensor, basis: torch.Tensor) -> Iterator[torch.Tensor]:
         return rotated_rows(table, basis, self.mean_subtraction, self.options.dtype)
 
-    def slice_block(self, block: Block, layer: DenseLayer, basis: torch.Tensor) -> torch.Tensor:
+    def layer_of(self, block: Block) -> DenseLayer:
+        """Read once for all of its blocks, and only the caller's after the last of them."""
+        index, layer = self.reading or (None, None)
+        if index != block.layer:
+            layer = self.checkpoint.layer(block.layer)
+        last = self.config.parallel_blocks or block.parts == ("mlp",)
+        self.reading = None if last else (block.layer, layer)
+        return layer
+
+    def slice_block(self, block: Block, basis: torch.Tensor) -> torch.Tensor:
         """One block, whose stream stands in `basis`; returns the next boundary's basis.
 
         Its input weights are final. Its output weights are refitted in three steps: the moments of the calibration
@@ -226,9 +236,9 @@ class Slicer:
         first λ. The stream that comes out chooses the next basis, which the output weights are then brought onto.
         """
         config, dtype, device = self.config, self.options.dtype, self.options.device
-        covariance = self.new_covariance(block.index + 1)
+        layer = self.layer_of(block)
         with self.stage("rotation"):
-            readers = {part: reader_state(part, layer, basis, dtype) for part in block.parts}
+            readers = {part: reader_state(part, layer, basis, dtype, device) for part in block.parts}
             dense = dense_writers(config, block, layer, device)
             shortcut = {"shortcut": Linear(basis)} if config.shortcuts[block.index] == "dense" else {}
             # A dense shortcut is a matrix of its own: where there is a refit, it is fitted like the others.
@@ -242,11 +252,14 @@ class Slicer:
             with self.stage("rotation"):
                 teacher_dtype = self.objective.teacher_dtype(dtype, device)
                 teacher = dense_block(config, block, layer, dense, teacher_dtype, device)
+            del layer  # what is fitted has its output weights; the others are as large as two of them
             moments, kept = self.propagation.collect(block, lifted, teacher, self.objective)
+            del teacher
             if self.ranks.first:
                 fits = self.fit(block, writers, moments)
             lifted.set_writers(self.agreed(lambda: fits.writers[self.ridges[0]]))
-            del moments, teacher  # [K, K + D] in float64, and a block's weights
+            del moments  # [K, K + D] in float64
+        covariance = self.new_covariance(block.index + 1)
         if lifted is not None:
             self.propagation.write(block, lifted, covariance, kept)
 
@@ -264,7 +277,9 @@ class Slicer:
             neurons = None
         with self.stage("refit"):
             check_finite(moments, block)
-            fits = fit_block(self.objective, moments, writers, list(self.ridges), neurons)
+            fits = fit_block(
+                self.objective, moments, writers, list(self.ridges), neurons, self.options.scratch
+            )
         self.remaining.append((block.index, fits.remaining))
         return fits
 
@@ -349,13 +364,10 @@ class Slicer:
                 self.keep(done, basis)
             else:
                 basis = self.restore(found, done)
-            for _, pair in groupby(blocks[done:], key=lambda block: block.layer):
-                layer = None
-                for block in pair:
-                    layer = layer or self.checkpoint.layer(block.layer)
-                    self.propagation.advance.note(f"{block.layer} of {layers} layers")
-                    basis = self.slice_block(block, layer, basis)
-                    self.keep(block.index + 1, basis)
+            for block in blocks[done:]:
+                self.propagation.advance.note(f"{block.layer} of {layers} layers")
+                basis = self.slice_block(block, basis)
+                self.keep(block.index + 1, basis)
             if not self.ranks.first:
                 return
             self.slice_head(basis)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slicegpt.hardware import memory
-from slicegpt.hardware.memory import free_memory
+from slicegpt.hardware.memory import free_memory, memory_limits
 
 CPU = torch.device("cpu")
 
@@ -50,3 +50,26 @@ def test_memory_that_the_allocator_keeps_unused_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
     assert free_memory(gpu) == 1300
+
+
+def test_a_limit_counts_what_the_process_has(files, monkeypatch):
+    """Of 6 GiB it has taken two; within an inner limit, one of 1 GiB, it has taken too much already."""
+    monkeypatch.setattr(memory, "_STATUS", files / "status")
+    (files / "status").write_text(f"Name:\tpython 3\nVmPeak:\t{9 << 20} kB\nVmRSS:\t{2 << 20} kB\n")
+    with memory_limits(host=6 << 30):
+        assert free_memory(CPU) == 4 << 30
+        with memory_limits(host=1 << 30):
+            assert free_memory(CPU) == 0
+        assert free_memory(CPU) == 4 << 30
+    with memory_limits(device=1, host=1 << 50):
+        assert free_memory(CPU) == 8 << 30  # no more than there is
+    assert free_memory(CPU) == 8 << 30
+
+
+def test_a_limit_of_a_gpu(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 20_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
+    with memory_limits(device=3000, host=1):
+        assert free_memory(gpu) == 2800

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from support.ridge_regression import moments_of, prior_of, problem, stacked_ridge
+from support.ridge_regression import in_columns, moments_of, prior_of, problem, stacked_ridge
 from support.tiny_models import relative_error
 
+from slicegpt.slicing import neurons
 from slicegpt.slicing.objective import Objective
-from slicegpt.slicing.regression import fit, solve
+from slicegpt.slicing.regression import fit, solution
 
 OBJECTIVE = Objective()
 
@@ -42,9 +43,19 @@ def test_loss_is_that_of_the_tokens(intercept, kept):
     assert loss == pytest.approx(residuals.square().sum().item(), rel=1e-10)
 
 
-def test_a_system_that_is_not_positive_definite_is_solved_in_its_range():
+def test_a_system_that_is_not_positive_definite_is_solved_in_its_range(caplog):
     """Cholesky fails on a singular matrix; the eigenvalues' pseudoinverse still solves a consistent system."""
     basis = torch.linalg.qr(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double())[0]
     system = basis @ torch.diag(torch.tensor([5.0, 3, 2, 1]).double()) @ basis.T - 1e-20 * torch.eye(9)
     right = system @ torch.ones(9, 2).double()
-    assert relative_error(system @ solve(system, right), right) < 1e-12
+
+    class Singular(Objective):
+        def normal_equations(self, *arguments):
+            return in_columns(system), in_columns(right)
+
+    solved = solution(Singular(), None, 0.1, None, None)
+    assert "taking the pseudoinverse" in caplog.text
+    assert relative_error(system @ solved, right) < 1e-12
+    inverse, solved = neurons.solved(lambda: (in_columns(system), in_columns(right)))
+    assert relative_error(system @ solved, right) < 1e-12
+    assert relative_error(system @ inverse @ system, system) < 1e-12

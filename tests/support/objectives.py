@@ -20,7 +20,7 @@ class PerColumn(Objective):
     """Every column of the activations is penalised in proportion to its own energy, not to the mean of all."""
 
     def penalty(self, moments, ridge: float, intercept: bool) -> torch.Tensor:
-        diagonal = moments.gram.diagonal()
+        diagonal = moments.diagonal()
         if intercept:
             diagonal = diagonal - moments.inputs.square() / moments.tokens
         return ridge * diagonal

@@ -2,10 +2,16 @@
 
 import torch
 
+from slicegpt.slicing.matrices import column_major
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Writer
 
 SUMS = ("gram", "cross", "energy", "inputs", "outputs", "tokens")  # of `Moments`
+
+
+def in_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """A copy with contiguous columns, as what is overwritten by a solution has to be."""
+    return column_major(*matrix.shape, matrix.device).copy_(matrix)
 
 
 def problem(

@@ -1,0 +1,51 @@
+"""`slicegpt bench memory`: a run's peak of memory beside its plan's."""
+
+import argparse
+import shlex
+
+from .benchmark_options import check_files, check_shape, settings_of
+from .options import DTYPES, add_json, positive, resolve_dtype
+
+_SLICING = "--params 0.8 --nsamples 8 --seqlen 512 --batch-size 1 --ridge 0.3"
+
+
+def add_memory(benchmarks) -> None:
+    parser = benchmarks.add_parser(
+        "memory",
+        help="what slicing takes of the host's memory, beside its plan",
+        description="Writes a checkpoint of a shape's widths with few layers and random weights, slices it on the CPU "
+        "in a process of its own, and compares the process's peak with what --dry-run says.",
+    )
+    parser.set_defaults(run=run_memory)
+    parser.add_argument("--shape", default="llama-2-70b", metavar="NAME", help="llama-2-70b (default), ...")
+    parser.add_argument("--layers", type=positive, default=2, metavar="N", help="layers (2)")
+    parser.add_argument("--width", type=positive, metavar="N", help="columns, in place of the shape's")
+    parser.add_argument("--neurons", type=positive, metavar="N", help="neurons, in place of the shape's")
+    parser.add_argument("--dtype", choices=DTYPES[1:], default="bfloat16", help="of the weights (bfloat16)")
+    parser.add_argument(
+        "--slicing", default=_SLICING, metavar="OPTIONS", help=f"of slicegpt slice, in one word: '{_SLICING}'"
+    )
+    parser.add_argument("--folder", metavar="DIR", help="for the checkpoint (that of temporary files)")
+    add_json(parser)
+    parser.set_defaults(csv=None)
+
+
+def run_memory(options: argparse.Namespace) -> None:
+    check_shape(options.shape)
+    check_files(options)
+    import torch
+
+    from slicegpt.bench.commands.wide_layers import config_of, measure_memory
+    from slicegpt.bench.harness.record import Record
+    from slicegpt.hardware.scratch import scratch_folder
+    from slicegpt.progress import Progress
+    from slicegpt.table import format_table
+
+    config = config_of(options.shape, options.layers, options.width, options.neurons)
+    record = Record("memory", settings_of(options), torch.device("cpu"), options.json, None)
+    slicing = shlex.split(options.slicing)
+    measure_memory(
+        config, resolve_dtype(options.dtype), slicing, scratch_folder(options.folder), record, Progress()
+    )
+    rows = [{"": name, "value": value} for name, value in record.rows[0].items()]
+    print(format_table(rows, ["", "value"]))

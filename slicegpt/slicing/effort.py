@@ -1,0 +1,183 @@
+"""How many operations a run of slicing takes, of which kind, and how long that is at given rates.
+
+    half       products of activations and weights in the run's dtype: forward passes, moments, lifting onto bases
+    fp64       factors, solutions and inverses, weights folded and brought onto bases
+    gram       covariances in float64, from operands of the run's dtype
+    solver     eigenvectors and shortcuts: float64, of which half is reading a matrix again and again
+
+A multiplication and an addition are two operations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from slicegpt.modeling import SlicedConfig
+from slicegpt.ops import gram_
+from slicegpt.slicing.allocation import FEWEST, SHARE
+from slicegpt.slicing.blocks import Block, blocks_of
+from slicegpt.slicing.workload import Workload
+
+KINDS = ("half", "fp64", "gram", "solver")
+
+# Of a symmetric matrix: reduction to tridiagonal form 4/3 D³, its eigenvectors up to 3 D³, brought back 2 D³; then the
+# singular vectors that align two bases, checks and products with them, about 6 D³.
+SOLVER = 12
+
+# Share of a rate that is reached, as a first guess: large products on a data sheet's GPU; and of eigensolvers, whose
+# reduction is bound by memory.
+PAPER_EFFICIENCY = 0.6
+SOLVER_EFFICIENCY = 0.25
+
+
+@dataclass
+class Effort:
+    """Operations of each kind, by stage; the stages are those of `SlicingReport.seconds`."""
+
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, stage: str, kind: str, operations: float) -> None:
+        kinds = self.stages.setdefault(stage, dict.fromkeys(KINDS, 0.0))
+        kinds[kind] += operations
+
+    def total(self, kind: str) -> float:
+        return sum(kinds[kind] for kinds in self.stages.values())
+
+    def seconds(self, rates: Rates) -> dict[str, float]:
+        return {
+            stage: sum(operations / getattr(rates, kind) for kind, operations in kinds.items())
+            for stage, kinds in self.stages.items()
+        }
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second of each kind, and where they are from."""
+
+    half: float
+    fp64: float
+    gram: float
+    solver: float
+    source: str
+
+
+def paper_rates(half: float, fp64: float, name: str, gram: float | None = None) -> Rates:
+    """Of a device from its data sheet's peaks, in operations a second.
+
+    Args:
+        gram: of covariances, where integer arithmetic makes them faster than float64.
+    """
+    return Rates(
+        PAPER_EFFICIENCY * half,
+        PAPER_EFFICIENCY * fp64,
+        PAPER_EFFICIENCY * max(gram or 0, fp64),
+        SOLVER_EFFICIENCY * fp64,
+        f"{name}'s data sheet, at {100 * PAPER_EFFICIENCY:.0f} % of its peaks",
+    )
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Of this machine, by products that take less than a second."""
+    size = 512 if device.type == "cpu" else 4096
+
+    def rate(run: Callable[[], object], operations: float) -> float:
+        run()
+        took = []
+        for _ in range(3):
+            _synchronise(device)
+            began = time.perf_counter()
+            run()
+            _synchronise(device)
+            took.append(time.perf_counter() - began)
+        return operations / sorted(took)[1]
+
+    def product(kind: torch.dtype) -> float:
+        a = torch.randn(size, size, device=device).to(kind)
+        return rate(lambda: a @ a, 2 * size**3)
+
+    rows, matrix = (
+        torch.randn(2 * size, size, device=device).to(dtype),
+        torch.zeros(size, size, dtype=torch.float64),
+    )
+    matrix = matrix.to(device)
+    half, fp64 = product(dtype), product(torch.float64)
+    gram = rate(lambda: gram_(matrix, rows), 2 * size * size * size)
+    return Rates(half, fp64, gram, SOLVER_EFFICIENCY * fp64, f"measured on {device} in less than a second")
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def effort_of(config: SlicedConfig, work: Workload) -> Effort:
+    """The operations of a run that slices to `config`, on the rank that has most to do."""
+    effort, width = Effort(), config.dense_hidden_size
+    fitted = work.fitted_tokens
+    deletes = min(config.neurons) < config.dense_intermediate_size
+    for block in blocks_of(config):
+        before, after = config.boundary_widths[block.index : block.index + 2]
+        rows, columns = block_shape(config, block)
+        own, inputs = (
+            columns,
+            columns + (before if config.shortcuts[block.index] == "dense" and work.share else 0),
+        )
+        attention = 0
+        if "attention" in block.parts:  # scores and sums, causal
+            attention = 2 * work.seqlen * config.num_attention_heads * config.head_dim
+        if work.share:
+            effort.add("teacher", "half", fitted * (2 * width * (rows + columns) + attention))
+            moments = inputs * inputs + 2 * inputs * width
+            effort.add("refit", "half", fitted * moments)
+            gone = config.dense_intermediate_size - config.neurons[block.layer] if "mlp" in block.parts else 0
+            effort.add("refit", "fp64", work.ridges * solving(inputs - gone, width))
+            if gone:
+                effort.add("refit", "fp64", selection(inputs, width, gone))
+            if deletes and work.allocate:
+                effort.add(
+                    "allocation", "half", SHARE * work.tokens * (2 * width * (rows + columns) + attention)
+                )
+                if "mlp" in block.parts:
+                    removed = round((1 - FEWEST) * config.dense_intermediate_size)
+                    effort.add("allocation", "half", SHARE * work.tokens * moments)
+                    effort.add("allocation", "fp64", selection(own, width, removed))
+        lifting = 4 * width * before
+        effort.add(
+            "signals", "half", work.tokens * (lifting + 2 * before * rows + 2 * width * columns + attention)
+        )
+        effort.add("covariance", "gram", work.tokens * width * width)
+        effort.add("eigensolver", "solver", SOLVER * width**3)
+        effort.add("rotation", "fp64", 2 * width * (before * rows + max(1, work.ridges) * after * inputs))
+    effort.add("rotation", "fp64", 4 * config.vocab_size * width * width)
+    if work.share and work.ridges > 1:
+        layers = sum(width * sum(block_shape(config, block)) for block in blocks_of(config))
+        head = config.vocab_size * width
+        effort.add("ridge", "half", work.ridges * work.windows * work.seqlen * 2 * (layers + head))
+    return effort
+
+
+def block_shape(config: SlicedConfig, block: Block) -> tuple[int, int]:
+    """Rows of the layers of a block that read the stream, and columns of those that write it, before slicing."""
+    rows = columns = 0
+    if "attention" in block.parts:
+        columns += config.num_attention_heads * config.head_dim
+        rows += columns + 2 * config.num_key_value_heads * config.head_dim
+    if "mlp" in block.parts:
+        columns += config.dense_intermediate_size
+        rows += (2 if config.gated_mlp else 1) * config.dense_intermediate_size
+    return rows, columns
+
+
+def solving(size: int, width: int) -> float:
+    """Operations of one fit: the factor, K³/3, and two triangular solutions, K² D each."""
+    return size**3 / 3 + 2 * size * size * width
+
+
+def selection(size: int, width: int, removed: int) -> float:
+    """Operations of the choice of neurons: a fit, the inverse from its factor, 2/3 K³, and all rounds together, which
+    take what is removed out of the inverse and out of the weights."""
+    return solving(size, width) + 2 * size**3 / 3 + 2 * removed * size * (size + width)
