@@ -49,6 +49,7 @@ from slicegpt.evaluation.zero_shot import ZeroShotTasks
 from slicegpt.families import DenseSource, canonical_fields, source_of
 from slicegpt.hardware.devices import find_device, find_dtype
 from slicegpt.hardware.offload import moved
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.modeling.losses import BatchSize
 from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
@@ -118,8 +119,9 @@ def slice(
     resume: bool = False,
     keep_state: str = "auto",
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
     **choices: Any,
-) -> SliceResult:
+) -> SliceResult | None:
     """Slice a model: delete rows and columns of its weight matrices along principal axes of its activations.
 
     One size is given, here or in the recipe.
@@ -151,13 +153,16 @@ def slice(
         keep_state: "always", "never" or "auto": whether what an interrupted run needs to go on is written after every
             block, beside `output`; auto does so from the second minute on. Of a loaded model nothing is kept.
         progress: where stages are reported, such as `slicegpt.progress.Progress()`; None is silent.
+        ranks: the processes that slice together, each of which calls this with the same arguments, see
+            `slicegpt.hardware.ranks.joined`; None: this one alone.
         **choices: any other field of `slicegpt.recipe.Recipe`: `round_to`, `shortcut`, `orientation`, `slice_head`,
             `neurons`, `allocate`, `signal`, `refit`, `ridge`, `refit_share`, `vocabulary_prior`, `text_column`,
             `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`, `dtype`.
 
     Returns:
         The sliced model (on the CPU), its tokenizer, and the report. The model is a transformers model: `generate`,
-        `save_pretrained` and `push_to_hub` work as usual.
+        `save_pretrained` and `push_to_hub` work as usual. Of several ranks the first alone returns them, and writes;
+        the others return None.
 
     Raises:
         SliceGPTError: one line naming the argument, its value and what was expected: no size or two of them, a size
@@ -174,10 +179,12 @@ def slice(
         >>> report.record["size"]["parameters"]
         >>> again = slicegpt.slice(recipe="runs/small")  # bit for bit the same
     """
-    progress, began = progress or Progress(quiet=True), time.monotonic()
-    call = interrupted_call(None if isinstance(model, PreTrainedModel) else output, resume, keep_state)
-    if call is not None and is_finished(output):
-        return SliceResult(*finished(output))
+    progress, ranks, began = progress or Progress(quiet=True), ranks or Ranks(), time.monotonic()
+    call = None
+    if ranks.first:
+        call = interrupted_call(None if isinstance(model, PreTrainedModel) else output, resume, keep_state)
+    if ranks.decide(lambda: call is not None and is_finished(output)):
+        return SliceResult(*finished(output)) if ranks.first else None
     documents = None
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
         documents, calibration = _checked_documents(calibration, "calibration"), IN_MEMORY
@@ -198,11 +205,13 @@ def slice(
     if call is not None:
         check_recipe(call, given)
         check_machine(call, machine)
-    recipe, size = given, given.size
-    path = None if output is None else check_output(output, overwrite, recipe.model)
+    # Whatever the others read: their file, or the folder to go on with, may not be there at all.
+    recipe = given = ranks.decide(lambda: given)
+    size = given.size
+    path = None if output is None or not ranks.first else check_output(output, overwrite, recipe.model)
     if path is not None:
         check_partial(path, resume, overwrite)
-    sources = [] if call is not None else calibration_sources(recipe, documents)
+    sources = calibration_sources(recipe, documents) if ranks.first and call is None else []
 
     with _opened(model, tokenizer, recipe, progress) as (dense, name), ExitStack() as opened:
         dtype, tokenizer = dense.dtype, dense.tokenizer
@@ -212,11 +221,17 @@ def slice(
         config = plan_recipe(recipe, canonical_fields(dense), dtype)
         planned = size_record(config, dtype)
         scratch = None if path is None else path.parent
-        kept = path is None or isinstance(model, PreTrainedModel)
-        work = workload_of(recipe, dtype, device, activation_storage, in_memory=kept)
+        kept = output is None or isinstance(model, PreTrainedModel)
+        work = workload_of(recipe, dtype, device, activation_storage, ranks.size, in_memory=kept)
         activation_storage = check_affordable(config, work, this_machine(device, scratch)).storage
         if path is not None:
             check_space(path, 0 if resume else int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
+        options = SlicingOptions.of(recipe, dtype, device, activation_storage, scratch, ranks)
+        if not ranks.first:
+            # It needs neither the text nor the model that may write some of it, and keeps nothing.
+            drawn = ranks.decide(lambda: None)
+            slice_source(dense, config, drawn, options, MemorySink(), progress)
+            return None
         if size == "slice" and recipe.slice and planned["parameters"] >= planned["dense_parameters"]:
             progress.warn(
                 f"at this size the sliced model is no smaller than the dense one ({recipe.shortcut} shortcuts)"
@@ -234,11 +249,16 @@ def slice(
                 drawn = draw_samples(recipe, sources, dense, tokenizer, device, progress)
             if partial is not None:
                 keeper.begin(call_of(given, recipe, machine, dense), drawn)
+        drawn = ranks.decide(lambda: drawn)
+        if len(drawn.batches) < ranks.size:
+            progress.warn(
+                f"{ranks.size - len(drawn.batches)} of {ranks.size} ranks have nothing to do: {recipe.nsamples} samples"
+                f" are {len(drawn.batches)} batches of {recipe.batch_size}"
+            )
         figures = coverage(drawn.batches, config.vocab_size, config.dense_hidden_size)
         warnings = calibration_warnings(figures)
         for warning in warnings:
             progress.warn(warning)
-        options = SlicingOptions.of(recipe, dtype, device, activation_storage, scratch)
         config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper)
         sliced = sink.finished(dense.generation_config)
         check = held_out_check(dense, sliced, drawn, device, progress, seen.ridge_search is not None)
@@ -294,6 +314,7 @@ def evaluate(
     device: str | torch.device | None = None,
     layerwise: bool | None = None,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Measure perplexity on a text, accuracy on zero-shot tasks, or both, of a dense or a sliced model.
 
@@ -318,6 +339,8 @@ def evaluate(
         layerwise: the model is not loaded: all windows pass it layer by layer, each of which is read from its file
             once. The figures are the same. None: where the model does not fit into memory. Tasks need it whole.
         progress: where stages are reported; None is silent.
+        ranks: the processes that share the windows, each of which calls this with the same arguments; None: this one
+            alone. Tasks are not shared.
 
     Returns:
         The figures: `perplexity` (`perplexity`, `nll` in nats a token, `tokens`, `windows`, `seconds`) and `zero_shot`
@@ -330,13 +353,15 @@ def evaluate(
     Example:
         >>> print(slicegpt.evaluate("runs/small", data="python-reference", seqlen=512, max_windows=16))
     """
-    progress = progress or Progress(quiet=True)
+    progress, ranks = progress or Progress(quiet=True), ranks or Ranks()
+    if tasks is not None and ranks.size > 1:
+        raise SliceGPTError(f"cannot be shared out among {ranks.size} processes: run them in one", "tasks")
     if data is None and tasks is None:
         raise SliceGPTError("a text is needed for perplexity, or names of tasks; got neither", "data")
     documents = None
     if isinstance(data, str | os.PathLike):
         with renamed(spec="data"):
-            documents = load_documents(os.fspath(data), split, text_column)
+            documents = load_documents(os.fspath(data), split, text_column) if ranks.first else []
     elif data is not None:
         documents = _checked_documents(data, "data")
     if tasks is not None and not isinstance(tasks, ZeroShotTasks):
@@ -362,7 +387,7 @@ def evaluate(
     if documents is not None:
         with renamed(documents="data"):
             measured = perplexity(
-                model, tokenizer, documents, seqlen, batch_size, max_windows, progress, place
+                model, tokenizer, documents, seqlen, batch_size, max_windows, progress, place, ranks
             )
     if tasks is not None:
         scores = tasks.score(model, tokenizer, batch_size)

@@ -6,7 +6,7 @@ sizes. It runs before and after slicing, because a machine's speed drifts.
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from slicegpt.checkpoint.loading import load_dense
 from slicegpt.conversion.plan import plan_recipe
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.progress import Progress
 from slicegpt.recipe import Recipe
 from slicegpt.slicing import SlicingOptions, slice_model
@@ -76,13 +77,23 @@ def load(
 
 
 @torch.no_grad()
-def dense_pass(model: PreTrainedModel, batches: list[CalibrationBatch], device: torch.device) -> float:
-    """Seconds of one pass of all batches through the decoder layers; `model` is on `device`."""
+def dense_pass(
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    device: torch.device,
+    ranks: Ranks | None = None,
+) -> float:
+    """Seconds of one pass of all batches through the decoder layers; `model` is on `device`.
+
+    Args:
+        ranks: until all of these are through with their batches.
+    """
     synchronise(device)
     start = time.perf_counter()
     for batch in batches:
         model.base_model(input_ids=batch.input_ids.to(device), use_cache=False)
     synchronise(device)
+    (ranks or Ranks()).wait()
     return time.perf_counter() - start
 
 
@@ -100,13 +111,18 @@ def measure_slicing(
     device: torch.device,
     record: Record,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Slice once, with a dense pass before and after; `record.rows` holds a row for each stage.
+
+    Several ranks share the tokens, of the dense pass as well; the figures are the first one's, which alone writes its
+    `record`.
 
     `record.content` also gets "tokens", "tokens_per_second", "ratio", "peak_bytes" and "added_bytes" (above what was
     in use before slicing).
     """
-    progress = progress or Progress(quiet=True)
+    progress, ranks = progress or Progress(quiet=True), ranks or Ranks()
+    save = record.save if ranks.first else lambda **content: None
     began = time.perf_counter()
     with progress.stage("loading", 1, "model") as advance:
         model, batches_of = load(options, dtype)
@@ -120,7 +136,8 @@ def measure_slicing(
     def dense_seconds(stage: str, size: int) -> float:
         with progress.stage(stage, recipe.nsamples, "samples") as advance:
             model.to(device)
-            seconds = dense_pass(model, batches_of(recipe.nsamples, size), device)
+            ranks.wait()
+            seconds = dense_pass(model, ranks.deal(batches_of(recipe.nsamples, size)), device, ranks)
             model.to("cpu")
             release_unused_memory(device)
             advance(recipe.nsamples)
@@ -133,33 +150,40 @@ def measure_slicing(
         for size in TRIAL_BATCHES:
             trials[size] = dense_pass(model, batches_of(min(TRIAL_SAMPLES, recipe.nsamples), size), device)
             advance(1)
-    best = min(trials, key=trials.get)
+    best = ranks.decide(lambda: min(trials, key=trials.get))
     dense = [dense_seconds("dense pass", best)]
     seconds = {"loading": loading, "one dense forward pass": dense[0]}
-    record.save(width=width, dense_batch_size=best, dense_seconds=dense, rows=rows_of(seconds, dense[0]))
+    save(
+        ranks=ranks.size,
+        width=width,
+        dense_batch_size=best,
+        dense_seconds=dense,
+        rows=rows_of(seconds, dense[0]),
+    )
 
     release_unused_memory(device)
     level = bytes_in_use(device)
     start_peak(device)
     began = time.perf_counter()
-    settings = SlicingOptions.of(recipe, model.dtype, device)
+    settings = SlicingOptions.of(recipe, model.dtype, device, ranks=ranks)
     sliced, report = slice_model(model, config, batches, settings, progress)
     synchronise(device)
     total = time.perf_counter() - began
     peak = peak_bytes(device)
     logging.disable_progress_bar()  # of transformers' shards
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, progress.stage("saving", 1, "model") as advance:
-        sliced.save_pretrained(folder)
-        advance(1)
+    if ranks.first:
+        with tempfile.TemporaryDirectory() as folder, progress.stage("saving", 1, "model") as advance:
+            sliced.save_pretrained(folder)
+            advance(1)
     saving = time.perf_counter() - began
 
-    def save() -> None:
+    def save_all() -> None:
         mean = sum(dense) / len(dense)
         stages = {**report.seconds, "other": total - sum(report.seconds.values())}
         seconds = {"one dense forward pass": mean, **stages, "slicing in all": total}
         seconds |= {"loading": loading, "saving": saving}
-        record.save(
+        save(
             tokens=report.tokens,
             dense_seconds=dense,
             slicing_seconds=total,
@@ -170,6 +194,6 @@ def measure_slicing(
             rows=rows_of(seconds, mean),
         )
 
-    save()
+    save_all()
     dense.append(dense_seconds("dense pass again", best))
-    save()
+    save_all()

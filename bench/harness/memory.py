@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-_STATUS = Path("/proc/self/status")
+from slicegpt.progress import resident_bytes
 
 
 def bytes_in_use(device: torch.device) -> int:
     """Bytes allocated by tensors on a GPU; resident in this process on a CPU (Linux only; 0 elsewhere)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _status("VmRSS")
+    return resident_bytes()[0]
 
 
 def start_peak(device: torch.device) -> None:
@@ -33,7 +33,7 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
+    return resident_bytes()[1]
 
 
 def release_unused_memory(device: torch.device, collect: bool = True) -> None:
@@ -58,11 +58,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     known = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
     return isinstance(error, RuntimeError) and any(part in text for part in known)
-
-
-def _status(field: str) -> int:
-    with suppress(OSError):
-        for line in _STATUS.read_text(encoding="ascii").splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-    return 0

@@ -194,7 +194,7 @@ def generate_samples(
     pieces = list(zip(starts.split(batch), banned.split(batch), strict=True))
     shortest = [int((piece >= 0).sum(dim=1).min()) for piece, _ in pieces]
     tokens = sum(max(0, seqlen + cut - length) for length in shortest)
-    with report.stage("sampling the model", tokens, "tokens") as advance:
+    with report.stage("sampling the model", tokens, "steps", nsamples * seqlen) as advance:
         written = [
             continue_tokens(
                 model, piece.to(device), seqlen + cut, generator, settings, never.to(device), advance

@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         serving,
         slicing,
     )
+    from slicegpt.cli.log_file import CommandParser
 
     parser = argparse.ArgumentParser(
         prog="slicegpt",
@@ -40,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"slicegpt {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log which kernels were chosen, and why")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
+    )
     for command in (
         slicing,
         finetune,
@@ -73,24 +76,55 @@ def main(arguments: list[str] | None = None) -> int:
         if not isinstance(error, KeyboardInterrupt) and not interrupts.received():
             raise
         interrupts.ignore()
-        print(interrupts.message(), file=sys.stderr)
+        from slicegpt.cli.sharing import is_silent
+
+        if not is_silent():
+            print(interrupts.message(), file=sys.stderr)
         return interrupts.EXIT_CODE
 
 
 def _run(arguments: list[str] | None) -> int:
-    import logging
+    import shlex
 
+    from slicegpt import __version__
+    from slicegpt.cli import log_file, sharing
     from slicegpt.cli.messages import message_of
     from slicegpt.errors import SliceGPTError
 
-    options = build_parser().parse_args(arguments)
-    logging.basicConfig(format="%(name)s: %(message)s")
-    logging.getLogger("slicegpt").setLevel(logging.DEBUG if options.verbose else logging.WARNING)
+    options = _parsed(arguments)
+    log_file.configure(options.verbose)
     try:
-        options.run(options)
+        sharing.check(options)
+        file = None if sharing.is_silent() else getattr(options, "log_file", None)
+        with log_file.logged(file, options.verbose):
+            log_file.log(
+                f"slicegpt {__version__}: {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
+            )
+            try:
+                options.run(options)
+            except BaseException as error:
+                text = message_of(error, options) if isinstance(error, SliceGPTError) else repr(error)
+                log_file.log(f"error: {text}")
+                raise
+            log_file.log("done")
     except SliceGPTError as error:
         if interrupts.received():
             raise
-        print(f"slicegpt {options.command}: error: {message_of(error, options)}", file=sys.stderr)
+        if not sharing.is_silent():
+            print(f"slicegpt {options.command}: error: {message_of(error, options)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The options; of several processes, one prints usage and help."""
+    import contextlib
+    import io
+
+    from slicegpt.cli.sharing import is_silent
+
+    with contextlib.ExitStack() as silence:
+        if is_silent():
+            silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        return build_parser().parse_args(arguments)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import NAMES, Recipe
@@ -23,6 +23,7 @@ from .benchmark_options import (
 from .memory_benchmark import add_memory
 from .options import add_device, add_json, positive, resolve_device, resolve_dtype
 from .prediction import add_predict
+from .sharing import shared
 
 
 def add_parser(commands) -> None:
@@ -299,9 +300,10 @@ def add_slicing(benchmarks) -> None:
         "slicing",
         help="what slicing costs, stage by stage",
         description="Slices a model once and compares every stage with a dense forward pass over the same tokens. "
-        "Nothing is kept; --shape takes random weights and tokens.",
+        "Nothing is kept; --shape takes random weights and tokens. Several GPUs share the tokens: torchrun "
+        "--nproc-per-node N -m slicegpt bench slicing ...",
     )
-    parser.set_defaults(run=run_slicing)
+    parser.set_defaults(run=run_slicing, shared=True)
     parser.add_argument("--model", metavar="M", help="a dense model")
     parser.add_argument("--shape", metavar="NAME", help="random weights: llama-2-7b, llama-1b, opt-66b, ...")
     parser.add_argument("--slice", type=float, default=0.25, metavar="F", help="fraction of columns (0.25)")
@@ -325,14 +327,13 @@ def add_slicing(benchmarks) -> None:
 def run_slicing(options: argparse.Namespace) -> None:
     check_networks(options)
     from slicegpt.bench.commands.slicing_time import SlicingTimeOptions, measure_slicing
-    from slicegpt.progress import Progress
 
     recipe = Recipe(**{name: value for name, value in vars(options).items() if name in NAMES})
-    device = resolve_device(options.device)
-    record = record_of(options, device)
-    what = SlicingTimeOptions(recipe, options.shape)
-    with measuring(record, options):
-        measure_slicing(what, resolve_dtype(options.dtype), device, record, Progress())
+    what, dtype = SlicingTimeOptions(recipe, options.shape), resolve_dtype(options.dtype)
+    with shared(options) as (ranks, device, progress):
+        record = record_of(options, device)
+        with measuring(record, options) if ranks.first else nullcontext():
+            measure_slicing(what, dtype, device, record, progress, ranks)
 
 
 def add_report(benchmarks) -> None:

@@ -5,9 +5,11 @@ import argparse
 from slicegpt.calibration import load_documents
 from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.launcher import launched
 from slicegpt.table import check_writable
 
-from .options import add_device, add_json, check_device, positive, positive_or_auto, resolve_device
+from .options import add_device, add_json, check_device, positive, positive_or_auto
+from .sharing import shared
 
 
 def add_parser(commands) -> None:
@@ -16,10 +18,11 @@ def add_parser(commands) -> None:
         help="perplexity and zero-shot accuracy, dense and sliced side by side",
         description=(
             "Perplexity by the published protocol (documents joined, windows of --seqlen that do not overlap),"
-            " accuracy on tasks of the LM Evaluation Harness, or both."
+            " accuracy on tasks of the LM Evaluation Harness, or both. Several GPUs share the windows:"
+            " torchrun --nproc-per-node N -m slicegpt eval ..."
         ),
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, shared=True)
     parser.add_argument(
         "models", nargs="+", metavar="DIR|MODEL", help="name the dense model first to compare with it"
     )
@@ -67,7 +70,11 @@ def check(options: argparse.Namespace) -> None:
     if options.layerwise and options.tasks is not None:
         raise SliceGPTError("--layerwise is for perplexity: --tasks need the whole model in memory")
     check_device(options.device)
-    check_writable("--json", options.json)
+    launch = launched()
+    if launch.size > 1 and options.tasks is not None:
+        raise SliceGPTError(f"cannot be shared out among {launch.size} processes: run them in one", "tasks")
+    if launch.rank == 0:
+        check_writable("--json", options.json)
     for name in options.models:
         check_name(name, "model")
 
@@ -75,35 +82,37 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     check(options)
     documents = tasks = None
-    if options.data is not None:  # read once for all models, and before the first of them
+    if options.data is not None and launched().rank == 0:  # once for all models, and before the first of them
         documents = load_documents(options.data, options.split, options.text_column)
 
     from slicegpt import api
     from slicegpt.evaluation.report import evaluation_tables
     from slicegpt.evaluation.zero_shot import ZeroShotTasks
-    from slicegpt.progress import Progress
     from slicegpt.table import write_json
 
-    device, progress = resolve_device(options.device), Progress()
-    if options.tasks is not None:
-        names = [name.strip() for name in options.tasks.split(",") if name.strip()]
-        with progress.step(f"loading tasks {options.tasks}"):
-            tasks = ZeroShotTasks(names, options.include_path, options.num_fewshot, options.limit)
-    results = [
-        api.evaluate(
-            name,
-            data=documents,
-            seqlen=options.seqlen,
-            max_windows=options.max_windows,
-            tasks=tasks,
-            batch_size=options.batch_size,
-            dtype=options.dtype,
-            device=device,
-            layerwise=options.layerwise,
-            progress=progress,
-        )
-        for name in options.models
-    ]
+    with shared(options) as (ranks, device, progress):
+        if options.tasks is not None:
+            names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+            with progress.step(f"loading tasks {options.tasks}"):
+                tasks = ZeroShotTasks(names, options.include_path, options.num_fewshot, options.limit)
+        results = [
+            api.evaluate(
+                name,
+                data=documents if ranks.first else options.data,
+                seqlen=options.seqlen,
+                max_windows=options.max_windows,
+                tasks=tasks,
+                batch_size=options.batch_size,
+                dtype=options.dtype,
+                device=device,
+                layerwise=options.layerwise,
+                progress=progress,
+                ranks=ranks,
+            )
+            for name in options.models
+        ]
+    if not ranks.first:
+        return
     print(evaluation_tables(results))
     if options.json:
         settings = {}

@@ -17,7 +17,7 @@ def add_parser(commands) -> None:
             " Several GPUs: torchrun --nproc-per-node N -m slicegpt finetune ..."
         ),
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, shared=True)
     parser.add_argument("model", metavar="DIR", help="folder written by slicegpt slice")
     parser.add_argument(
         "--output", required=True, metavar="OUT", help="folder to write; appears only when whole"

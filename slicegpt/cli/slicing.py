@@ -9,12 +9,14 @@ from slicegpt.checkpoint.folders import check_output
 from slicegpt.checkpoint.names import check_name
 from slicegpt.checkpoint.partial import check_partial, interrupted_recipe, what_is_kept
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.launcher import launched
 from slicegpt.recipe import IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
 from slicegpt.table import check_writable
 
 from . import interrupts
 from .options import DTYPES, add_json, check_device, positive, shard_size
 from .planning import add_planning, check_planning, run_plan
+from .sharing import shared
 
 
 def add_parser(commands) -> None:
@@ -22,11 +24,14 @@ def add_parser(commands) -> None:
         "slice",
         help="slice a model and save it",
         description="Slice MODEL (a folder, a hub id, a .gguf file, or smollm2-135m) and save it under --output. All "
-        "choices are written there as recipe.toml, which --recipe takes.",
+        "choices are written there as recipe.toml, which --recipe takes. Several GPUs: torchrun --nproc-per-node N -m "
+        "slicegpt slice ...",
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(run=run, overwrite=False, self_contained=False, recipe=None, resume=False)
+    parser.set_defaults(
+        run=run, shared=True, overwrite=False, self_contained=False, recipe=None, resume=False
+    )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="may be left out where the recipe names it")
     parser.add_argument(
         "--recipe",
@@ -184,6 +189,8 @@ def recipe_from(options: argparse.Namespace) -> Recipe:
     choices = {name: value for name, value in vars(options).items() if name in NAMES}
     if "widths" in choices:
         choices["widths"] = read_widths(choices["widths"])
+    if options.resume and launched().rank > 0:  # the first one has the folder, and tells what the run is
+        return Recipe().override(**choices)
     if options.recipe is not None:
         recipe = Recipe.read(options.recipe).override(**choices)
     else:
@@ -199,24 +206,27 @@ def run(options: argparse.Namespace) -> None:
     check_planning(options)
     recipe = recipe_from(options)
     if options.dry_run:
-        check_writable("--json", options.json)
-        run_plan(options, recipe)
+        if launched().rank == 0:
+            check_writable("--json", options.json)
+            run_plan(options, recipe)
         return
-    check_name(recipe.model, "model")
+    if recipe.model is not None:
+        check_name(recipe.model, "model")
     check_device(options.device)
-    check_output(options.output, options.overwrite, recipe.model)
-    check_partial(options.output, options.resume, options.overwrite)
-    check_writable("--json", options.json)
-    if recipe.calibration != IN_MEMORY:  # which the run itself refuses
-        check_sources(recipe.calibration, recipe.text_column)
+    if launched().rank == 0:  # the only one that reads the text, and writes
+        check_output(options.output, options.overwrite, recipe.model)
+        check_partial(options.output, options.resume, options.overwrite)
+        check_writable("--json", options.json)
+        if recipe.calibration != IN_MEMORY:  # which the run itself refuses
+            check_sources(recipe.calibration, recipe.text_column)
 
     from slicegpt import api
     from slicegpt.hardware.memory import memory_limits
-    from slicegpt.progress import Progress
     from slicegpt.table import write_json
 
     limits = memory_limits(options.device_memory, options.host_memory)
-    with limits, interrupts.remark(lambda: what_is_kept(options.output)):
+    kept = interrupts.remark(lambda: what_is_kept(options.output))
+    with limits, kept, shared(options, lambda: what_is_kept(options.output)) as (ranks, device, progress):
         result = api.slice(
             recipe=recipe,
             output=options.output,
@@ -225,10 +235,13 @@ def run(options: argparse.Namespace) -> None:
             keep_state=options.keep_state,
             self_contained=options.self_contained,
             max_shard_size=options.max_shard_size,
-            device=options.device,
+            device=device,
             activation_storage=options.activation_storage,
-            progress=Progress(),
+            progress=progress,
+            ranks=ranks,
         )
+    if result is None:
+        return
     print(result.report)
     if options.json:
         write_json(options.json, result.report.summary)

@@ -273,8 +273,7 @@ def run_frontier(
             spent.append(point["seconds"])
         # Points cost about the same, whatever their size: most of it is reading the calibration tokens.
         estimate = f"; about {remaining * sum(spent) / len(spent) / 60:.0f} min left" if spent else ""
-        if not frontier.progress.quiet:
-            print(f"{name}: {measured}{estimate}", file=frontier.progress.stream, flush=True)
+        frontier.progress.say(f"{name}: {measured}{estimate}")
 
     known = len(frontier.points)
     report("dense", frontier.dense(), known)

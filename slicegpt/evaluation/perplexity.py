@@ -14,6 +14,7 @@ from slicegpt.calibration.tokens import check_fits, encode_text
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import DenseSource
 from slicegpt.hardware.layerwise import losses_of
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.modeling.losses import BatchSize, check_batch_size
 from slicegpt.progress import Progress
 
@@ -46,6 +47,7 @@ def perplexity(
     max_windows: int | None = None,
     progress: Progress | None = None,
     device: torch.device | str = "cpu",
+    ranks: Ranks | None = None,
 ) -> PerplexityResult:
     """Measure the perplexity of any causal language model on a text.
 
@@ -59,6 +61,8 @@ def perplexity(
         max_windows: evaluate only the first so many windows.
         progress: where to report; None is silent.
         device: where a source's layers run; a loaded model stays where it is.
+        ranks: the windows are dealt out among them, in the batches of one rank; the text is that of the first, and all
+            of them return its figures.
 
     Raises:
         SliceGPTError: an argument is out of range, the text is shorter than a window, or a loss is not
@@ -71,17 +75,46 @@ def perplexity(
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
         raise SliceGPTError(f"{seqlen} is beyond the model's {positions} positions", "seqlen")
-    ids = encode_text("\n\n".join(documents), tokenizer)
-    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:max_windows]
-    if not len(windows):
-        raise SliceGPTError(
-            f"the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}", "documents"
-        )
+    ranks = ranks or Ranks()
+    windows = ranks.decide(lambda: text_windows(documents, tokenizer, seqlen)[:max_windows])
     check_fits(model.shell if isinstance(model, DenseSource) else model, windows)
     start = time.perf_counter()
-    total = sum(losses_of(model, windows, batch_size, progress, device))
+    total = sum(shared_losses(model, windows, batch_size, progress, device, ranks))
     tokens = len(windows) * (seqlen - 1)
     nll = total / tokens
     if nll > 700:  # exp() overflows; a model that guesses evenly among a million tokens has 14
         raise SliceGPTError(f"the mean loss of a token is {nll:.4g} nats: the model is broken", "model")
     return PerplexityResult(math.exp(nll), tokens, nll, len(windows), time.perf_counter() - start)
+
+
+def text_windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, seqlen: int) -> torch.Tensor:
+    """The windows [n, seqlen] of a text: see `perplexity`."""
+    ids = encode_text("\n\n".join(documents), tokenizer)
+    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    if not len(windows):
+        raise SliceGPTError(
+            f"the text has {len(ids):,} tokens, less than one window of seqlen={seqlen}", "documents"
+        )
+    return windows
+
+
+def shared_losses(
+    model: PreTrainedModel | DenseSource,
+    windows: torch.Tensor,
+    batch_size: BatchSize,
+    progress: Progress | None,
+    device: torch.device | str,
+    ranks: Ranks,
+) -> list[float]:
+    """`losses_of` all windows [n, s], of which every rank evaluates its share, in the batches of one rank."""
+    if ranks.size == 1:
+        return losses_of(model, windows, batch_size, progress, device)
+    size = 1 if batch_size == "auto" else batch_size
+    dealt = ranks.deal(torch.arange(len(windows)).split(size))
+    losses = torch.zeros(len(windows), dtype=torch.float64)
+    if dealt:
+        mine = torch.cat(dealt)
+        own = losses_of(model, windows[mine], batch_size, progress, device, of=len(windows))
+        losses[mine] = torch.tensor(own, dtype=torch.float64)
+    ranks.sum_(losses)  # of one number and zeros: exact
+    return losses.tolist()

@@ -317,11 +317,9 @@ class _Report(TrainerCallback):
         trained = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
         training = "" if trained is None else f", training loss {trained:.4f}"
         minutes = state.log_history[-1].get(ELAPSED, 0.0) / 60
-        print(
+        self.progress.say(
             f"step {state.global_step} of {state.max_steps}: held-out loss {loss:.4f}"
-            f" (perplexity {math.exp(min(loss, 700)):.4g}){training}, {minutes:.1f} min",
-            file=self.progress.stream,
-            flush=True,
+            f" (perplexity {math.exp(min(loss, 700)):.4g}){training}, {minutes:.1f} min"
         )
 
 

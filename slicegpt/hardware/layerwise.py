@@ -40,14 +40,17 @@ def losses_of(
     batch_size: BatchSize = 1,
     progress: Progress | None = None,
     device: torch.device | str = "cpu",
+    name: str = "perplexity",
+    of: int | None = None,
 ) -> list[float]:
     """Of each of `windows` [n, s] the sum of its tokens' losses: `window_losses` of a loaded model, where it is;
-    `layerwise_losses` on `device` of a source whose tensors are in files."""
+    `layerwise_losses` on `device` of a source whose tensors are in files. `name` and `of` are what `window_losses`
+    takes for its progress."""
     if isinstance(model, DenseSource):
         if not model.in_memory:
-            return layerwise_losses(model, windows, batch_size, progress, device)
+            return layerwise_losses(model, windows, batch_size, progress, device, name=name)
         model = model.shell
-    return window_losses(model, windows, batch_size, progress)
+    return window_losses(model, windows, batch_size, progress, name, of)
 
 
 def layerwise_losses(
@@ -57,6 +60,7 @@ def layerwise_losses(
     progress: Progress | None = None,
     device: torch.device | str = "cpu",
     windows_at_once: int | None = None,
+    name: str = "perplexity",
 ) -> list[float]:
     """As `slicegpt.modeling.losses.window_losses`, of a model that need not fit into memory.
 
@@ -66,6 +70,7 @@ def layerwise_losses(
         source: a dense or a sliced model.
         windows: token ids [n, s].
         batch_size: windows that pass a layer at a time; "auto": as many as keep a CPU busy.
+        progress, name: where to report, and what.
         device: where the layers run; the streams stay on the host.
         windows_at_once: so many windows pass the model together, and the weights are read once for each such group;
             None: as many as have streams that take half of the host's free memory at most.
@@ -81,7 +86,8 @@ def layerwise_losses(
     report, losses = progress or Progress(quiet=True), []
     groups = windows.split(windows_at_once or _windows_that_fit(source, windows))
     layers = len(model.layers) * len(groups)
-    with torch.no_grad(), report.stage("perplexity, layer by layer", layers, "layers") as advance:
+    stage = report.stage(f"{name}, layer by layer", layers, "layers", windows.numel())
+    with torch.no_grad(), stage as advance:
         for group in groups:
             losses += model.losses(list(group.split(size)), advance)
     check_finite_losses(losses)

@@ -36,11 +36,16 @@ def window_losses(
     windows: torch.Tensor,
     batch_size: BatchSize = 1,
     progress: Progress | None = None,
+    name: str = "perplexity",
+    of: int | None = None,
 ) -> list[float]:
     """Sum over each of `windows` [n, s] of its tokens' negative log-likelihoods, the first token's left out, in nats.
 
     Args:
         batch_size: windows at a time; "auto": as many as keep the device busy, halved where its memory runs out.
+        progress, name: where to report, and what.
+        of: windows that several ranks evaluate together, these included; None: these are all. The progress is of all,
+            as if the others were as far.
 
     Raises:
         SliceGPTError: a loss is not finite.
@@ -49,7 +54,8 @@ def window_losses(
     report, losses = progress or Progress(quiet=True), []
     with torch.no_grad(), _evaluating(model):
         losses_of = _loss_function(model, windows[:1, :16].to(device))
-        with report.stage("perplexity", len(windows), "windows") as advance:
+        everywhere = len(windows) if of is None else of
+        with report.stage(name, everywhere, "windows", everywhere * windows.shape[1]) as advance:
             size = first_size(windows, device) if batch_size == "auto" else batch_size
             while len(losses) < len(windows):
                 batch = windows[len(losses) : len(losses) + size]
@@ -60,7 +66,7 @@ def window_losses(
                         raise
                     size //= 2
                     continue
-                advance(len(batch))
+                advance(len(losses) * everywhere // len(windows) - advance.done)
                 check_finite_losses(losses)
     return losses
 

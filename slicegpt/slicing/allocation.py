@@ -62,7 +62,9 @@ def allocate_neurons(
     looked_at = batches[: math.ceil(SHARE * len(batches))]
     keeper = keeper or Keeper()
     curves = deletion_costs(checkpoint, config, looked_at, options, objective, ridge, progress, keeper)
-    neurons = share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
+    neurons = options.ranks.decide(
+        lambda: share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
+    )
     return SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
 
 
@@ -95,7 +97,10 @@ def deletion_costs(
     progress: Progress,
     keeper: Keeper,
 ) -> list[list[tuple[int, float]]]:
-    """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`."""
+    """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`.
+
+    Of several ranks the first alone has them.
+    """
     dtype = objective.teacher_dtype(options.dtype, options.device)
     propagation = Propagation(
         config,
@@ -104,18 +109,20 @@ def deletion_costs(
         options.device,
         options.activation_storage,
         scratch=options.scratch,
+        ranks=options.ranks,
     )
-    blocks, curves, done = blocks_of(config), [], 0
+    blocks, curves = blocks_of(config), []
     found = keeper.found("allocation")
-    if found is None:
+    done = options.ranks.decide(lambda: None if found is None else found.done)
+    if done is None:
         propagation.start(checkpoint, None)
-    else:
+    elif done < len(blocks):
+        propagation.restore(found and found.tensors)
+    if found is not None:
         curves = [[tuple(point) for point in curve] for curve in found.data["curves"]]
-        done = found.done
-        if done < len(blocks):
-            propagation.restore(found.tensors)
-    with progress.stage("neurons: what deleting them costs", len(blocks), "blocks") as advance:
-        advance(done)
+    done = done or 0
+    stage = progress.stage("neurons: what deleting them costs", len(blocks), "blocks", done=done)
+    with stage as advance:
         for block in blocks[done:]:
             layer = checkpoint.layer(block.layer)
             writers = dense_writers(config, block, layer, options.device)
@@ -124,7 +131,7 @@ def deletion_costs(
             if "mlp" in block.parts:
                 moments = Moments(lifted.groups, config.dense_hidden_size, options.device)
             propagation.collect_dense(block, lifted, objective, moments)
-            if moments is not None:
+            if moments is not None and options.ranks.first:
                 check_finite(moments, block)
                 make_room(moments, options.scratch)
                 equations = partial(objective.normal_equations, moments, ridge, prior_of(writers.values()))
@@ -132,9 +139,10 @@ def deletion_costs(
                 curves.append(cost_curve(equations, neuron_rows(writers), fewest))
             ends = block is blocks[-1]
             data = {"curves": curves}
-            keeper.keep(
-                Snapshot("allocation", block.index + 1, data, propagation=None if ends else propagation)
-            )
+            with propagation.gathered() as first:
+                if first:
+                    streams = None if ends else propagation
+                    keeper.keep(Snapshot("allocation", block.index + 1, data, propagation=streams))
             del layer, writers, lifted, moments  # one layer's at a time
             advance(1)
     return curves

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.ops import gram_
 
 
@@ -31,6 +32,10 @@ class Covariance:
             inverse = 1 / (rows.double().square().mean(dim=-1) + self.eps)
             weight = inverse if weight is None else torch.where(weight, inverse, 0.0)
         gram_(self.matrix, rows, weight)
+
+    def reduce_(self, ranks: Ranks) -> None:
+        """Add up what the ranks have added, on rank 0; on the others the matrix is of no use any more."""
+        ranks.reduce_symmetric_(self.matrix)
 
     def is_finite(self) -> bool:
         return bool(self.matrix.isfinite().all())

@@ -27,7 +27,7 @@ def slice_model(
     progress: Progress | None = None,
     held_out: torch.Tensor | None = None,
     objective: Objective | None = None,
-) -> tuple[SlicedForCausalLM, SlicingReport]:
+) -> tuple[SlicedForCausalLM | None, SlicingReport]:
     """Slice, or only rotate, a dense Hugging Face model that is loaded; what comes out is in memory, too.
 
     Args:
@@ -36,13 +36,14 @@ def slice_model(
     The other arguments and the errors are those of `slice_checkpoint`.
 
     Returns:
-        The sliced model, on the CPU in `options.dtype`, and the report.
+        The sliced model, on the CPU in `options.dtype`, and the report. Of several ranks (`options.ranks`) the first
+        alone has them: on the others the model is None.
     """
     sink = MemorySink()
     config, report = slice_checkpoint(
         checkpoint_of(model), config, sink, batches, options, progress, held_out, objective
     )
-    return sink.finished(None).shell, report
+    return sink.finished(None).shell if (options or SlicingOptions()).ranks.first else None, report
 
 
 def slice_checkpoint(
@@ -73,7 +74,8 @@ def slice_checkpoint(
             begins there.
 
     Returns:
-        The config of the model that the sink holds, and the report.
+        The config of the model that the sink holds, and the report. Of several ranks (`options.ranks`) the first alone
+        fills its sink and has all of the report.
 
     Errors:
         `SliceGPTError` for an unsupported model, missing calibration tokens, and NaN or infinity in the
@@ -85,17 +87,21 @@ def slice_checkpoint(
     ridges = objective.ridges if options.ridge is None else (options.ridge,)
     equal = config.layer_neurons is None
     if equal and deletes_neurons(config) and options.allocate and options.refit and len(batches):
-        if "neurons" not in journal:
+        neurons = options.ranks.decide(lambda: journal.get("neurons"))
+        if neurons is None:
             began = time.perf_counter()
             allocated = allocate_neurons(
                 checkpoint, config, batches, options, objective, ridges[0], progress, keeper
             )
-            keeper.note(neurons=allocated.neurons, allocation=time.perf_counter() - began)
-        config = SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": journal["neurons"]})
+            neurons = allocated.neurons
+            keeper.note(neurons=neurons, allocation=time.perf_counter() - began)
+        config = SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
 
     slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress, sink, keeper)
     slicer.run()
     report, ridge = slicer.report, slicer.ridges[0]
+    if not options.ranks.first:
+        return config, report
     if len(slicer.ridges) > 1:
         began = time.perf_counter()
         ridge, report.ridge_search = choose_ridge(

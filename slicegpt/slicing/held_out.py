@@ -67,10 +67,11 @@ def held_out_check(
     if not tokens or not all(isinstance(model, DenseSource) or fits_on(model, device) for model in models):
         return None
     losses = []
-    for model in models:
+    for kind, model in zip(("dense", "sliced"), models, strict=True):
         try:
             with nullcontext() if isinstance(model, DenseSource) else moved(model, device):
-                of_windows = losses_of(model, pairs, 1, progress, device)
+                name = f"held-out windows: {kind} model"
+                of_windows = losses_of(model, pairs, 1, progress, device, name)
             losses.append(torch.tensor(of_windows, dtype=torch.float64))
         except (SliceGPTError, torch.OutOfMemoryError) as error:
             # The sliced model is worth more than this figure.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from slicegpt.hardware.devices import has_fast_bfloat16
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.hardware.scratch import release, spilled
 from slicegpt.ops import cross_gram_, gram_
 from slicegpt.slicing.matrices import panels
@@ -65,6 +66,12 @@ class Moments:
         self.inputs += weight.to(dtype) @ activations.to(dtype)
         self.outputs += weight.to(dtype) @ target.to(dtype)
         self.tokens += weight.sum(dtype=torch.float64)
+
+    def reduce_(self, ranks: Ranks) -> None:
+        """Add up what the ranks have added, on rank 0; on the others the sums are of no use any more."""
+        ranks.reduce_symmetric_(self.gram)
+        for sums in (self.cross, self.inputs, self.outputs, self.energy, self.tokens):
+            ranks.reduce_(sums)
 
     def is_finite(self) -> bool:
         parts = (part for rows in panels(self.size, self.size) for part in self.rows(rows))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.recipe import AUTO, ORIENTATIONS, SIGNALS, Recipe
 from slicegpt.slicing.streams import STORAGES
 
@@ -33,6 +34,8 @@ class SlicingOptions:
             costs call for (`slicegpt.slicing.allocation`); False keeps that number.
         neuron_multiple: those numbers are multiples of it.
         fitted: the share of the calibration batches that it fits to; the covariances are of all of them.
+        ranks: the processes that share the calibration batches, see `slicegpt.hardware.ranks`. All of them slice the
+            same model by the same batches.
     """
 
     dtype: torch.dtype = torch.float32
@@ -48,6 +51,7 @@ class SlicingOptions:
     allocate: bool = True
     neuron_multiple: int = 64
     scratch: Path | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -74,6 +78,7 @@ class SlicingOptions:
         device: torch.device,
         activation_storage: str = "auto",
         scratch: Path | None = None,
+        ranks: Ranks | None = None,
     ) -> SlicingOptions:
         """What a recipe says of how to slice; the rest is the machine's."""
         return cls(
@@ -90,6 +95,7 @@ class SlicingOptions:
             allocate=recipe.allocate,
             neuron_multiple=recipe.round_to,
             scratch=scratch,
+            ranks=ranks or Ranks(),
         )
 
 

@@ -74,13 +74,13 @@ def slice_drawn(
     drawn: Calibration,
     options: SlicingOptions,
     progress: Progress | None = None,
-) -> tuple[SlicedForCausalLM, SlicingReport]:
+) -> tuple[SlicedForCausalLM | None, SlicingReport]:
     """Slice by drawn samples; the held-out windows among them choose the refit's λ. See `slice_model`.
 
     The sliced model generates as the dense one does: it gets the same generation config.
     """
     sliced, report = slice_model(model, config, drawn.batches, options, progress, drawn.held_out)
-    if model.generation_config is not None:
+    if sliced is not None and model.generation_config is not None:
         sliced.generation_config = model.generation_config
     return sliced, report
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -12,6 +13,7 @@ from slicegpt.conversion.folding import centre
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint
 from slicegpt.hardware.memory import free_memory
+from slicegpt.hardware.ranks import Ranks
 from slicegpt.modeling import SlicedConfig, SlicedModel
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.slicing.blocks import Block, LiftedBlock
@@ -47,12 +49,14 @@ class Propagation:
         activation_storage: where streams are kept: "auto", "device", "host" or "disk", see `choose_storage`.
         scratch: the folder of those on the disk; None: that of temporary files.
         fitted: so many batches, the first ones, are refitted to: the dense model's stream is carried beside theirs.
+        ranks: the batches are dealt out among them; sums over all batches are on rank 0 alone.
 
     Attributes:
-        streams: of all batches, in the sliced model.
-        dense_streams: of the fitted batches, in the dense model.
+        count, fitted: batches, and fitted ones, on all ranks together; tokens: theirs without padding.
+        streams: of this rank's batches, in the sliced model.
+        dense_streams: of its fitted batches, in the dense model.
         stage: times the stages.
-        advance: called with 1 after every pass of one batch through one block.
+        advance: called after every pass of one batch through one block with their number, on all ranks together.
     """
 
     def __init__(
@@ -64,15 +68,21 @@ class Propagation:
         activation_storage: str,
         fitted: int = 0,
         scratch: str | os.PathLike | None = None,
+        ranks: Ranks | None = None,
     ):
         self.config, self.dtype, self.device = config, dtype, device
-        self.fitted = fitted
+        self.ranks = ranks or Ranks()
+        self.count, self.fitted = len(batches), fitted
         self.tokens = sum(batch.tokens for batch in batches)
-        tokens = sum(batch.input_ids.numel() for batch in [*batches, *batches[:fitted]])
+        # Shapes of the ids of all ranks' batches, by which a snapshot has them.
+        shapes = [tuple(batch.input_ids.shape) for batch in batches]
+        self.shapes = {"streams": shapes, "dense_streams": shapes[:fitted]}
+        fitted_batches, batches = self.ranks.deal(batches[:fitted]), self.ranks.deal(batches)
+        tokens = sum(batch.input_ids.numel() for batch in [*batches, *fitted_batches])
         stream_bytes = tokens * config.dense_hidden_size * dtype.itemsize
         storage = choose_storage(activation_storage, stream_bytes, device, scratch)
         self.streams = Streams(batches, device, storage, scratch)
-        self.dense_streams = Streams(batches[:fitted], device, storage, scratch)
+        self.dense_streams = Streams(fitted_batches, device, storage, scratch)
         self.stage = StageTimer(device)
         self.advance: Callable[[int], None] = lambda steps: None
         with torch.device("meta"):
@@ -95,34 +105,69 @@ class Propagation:
             if covariance is not None:
                 covariance.add(stream, batch.attention_mask)
             self.streams[index] = stream
-            if index < self.fitted:
+            if index < len(self.dense_streams):
                 self.dense_streams[index] = stream
+        self.add_up(covariance)
 
     # --- what a snapshot of a run holds of it ---
 
     def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Names, dtypes and shapes of all streams."""
-        width = self.config.dense_hidden_size
-        return {
-            f"{kind}.{index}": (self.dtype, (*batch.input_ids.shape, width))
-            for kind, streams in self._kinds()
-            for index, batch in enumerate(streams.batches)
-        }
+        """Names, dtypes and shapes of all streams: they are numbered by batches, whoever has them."""
+        return {f"{kind}.{index}": (self.dtype, shape) for kind, index, shape in self._all()}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All streams by name, one at a time."""
-        for kind, streams in self._kinds():
-            for index, _, stream in streams:
-                yield f"{kind}.{index}", stream
+        """All streams by name, one at a time; on rank 0, with those of the others, within `gathered`."""
+        for kind, index, shape in self._all():
+            owner, place = index % self.ranks.size, index // self.ranks.size
+            if owner == self.ranks.rank:
+                yield f"{kind}.{index}", self._own(kind)[place]
+            else:
+                self.ranks.decide(lambda request=(kind, place, owner): request)
+                yield f"{kind}.{index}", self.ranks.receive(shape, self.dtype, owner)
 
-    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take the streams from where `tensors` put them; instead of `start`."""
-        for kind, streams in self._kinds():
-            for index in range(len(streams)):
-                streams[index] = tensors[f"{kind}.{index}"].to(self.device)
+    @contextmanager
+    def gathered(self) -> Iterator[bool]:
+        """Within it, rank 0 reads the streams of all ranks (`tensors`), or as many of them as it wants to.
 
-    def _kinds(self) -> tuple[tuple[str, Streams], ...]:
-        return ("streams", self.streams), ("dense_streams", self.dense_streams)
+        Yields:
+            Whether this is rank 0. The others have given what it asked for when they come here.
+        """
+        if self.ranks.size == 1:
+            yield True
+        elif self.ranks.first:
+            try:
+                yield True
+            finally:
+                self.ranks.decide(lambda: None)
+        else:
+            while (wanted := self.ranks.decide(lambda: None)) is not None:
+                kind, place, owner = wanted
+                if owner == self.ranks.rank:
+                    self.ranks.send(self._own(kind)[place], 0)
+            yield False
+
+    def restore(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
+        """Take the streams from where `tensors` of rank 0 put them, whatever ranks those had; instead of `start`."""
+        for kind, index, shape in self._all():
+            owner, place = index % self.ranks.size, index // self.ranks.size
+            if self.ranks.first:
+                stream = tensors[f"{kind}.{index}"].to(self.device)
+                if owner:
+                    self.ranks.send(stream, owner)
+                else:
+                    self._own(kind)[place] = stream
+            elif owner == self.ranks.rank:
+                self._own(kind)[place] = self.ranks.receive(shape, self.dtype, 0)
+
+    def _all(self) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+        """Kind, number and shape of the streams of all ranks."""
+        width = self.config.dense_hidden_size
+        for kind, shapes in self.shapes.items():
+            for index, shape in enumerate(shapes):
+                yield kind, index, (*shape, width)
+
+    def _own(self, kind: str) -> Streams:
+        return self.streams if kind == "streams" else self.dense_streams
 
     def inputs(self, block: Block, stream: torch.Tensor, batch: TokenBatch) -> dict:
         """Attention mask and rotary positions, as the block's attention takes them."""
@@ -158,7 +203,7 @@ class Propagation:
                 if teacher.dtype != self.dtype:
                     own = self.inputs(block, dense.to(teacher.dtype), batch)
                 self.dense_streams[index] = after = teacher(dense, **own)
-            self.advance(1)
+            self.advance(self.ranks.stands_for(index, self.fitted))
             with self.stage("signals"):
                 carried, activations = lifted.activations(stream, **inputs)
                 target = objective.target(after, carried)
@@ -169,7 +214,9 @@ class Propagation:
                 if carried is not None:
                     self.streams[index] = carried
         with self.stage("refit"):
-            return joined.finish(), kept
+            moments = joined.finish()
+        self.add_up(moments)
+        return moments, kept
 
     def write(
         self,
@@ -195,7 +242,8 @@ class Propagation:
             if covariance is not None:
                 with self.stage("covariance"):
                     covariance.add(out, batch.attention_mask)
-            self.advance(1)
+            self.advance(self.ranks.stands_for(index, self.count))
+        self.add_up(covariance)
 
     def collect_dense(
         self, block: Block, dense: LiftedBlock, objective: Objective, moments: Moments | None
@@ -210,7 +258,13 @@ class Propagation:
                 target = objective.target(out, carried)
                 self.add_moments(joined, objective, batch, activations.to(out.dtype), target, stream, out)
         if joined is not None:
-            joined.finish()
+            self.add_up(joined.finish())
+
+    def add_up(self, sums: Covariance | Moments | None) -> None:
+        """Sums over this rank's batches become those over all, on rank 0; the time includes waiting for the slowest."""
+        if sums is not None and self.ranks.size > 1:
+            with self.stage("exchange"):
+                sums.reduce_(self.ranks)
 
     def add_moments(
         self,

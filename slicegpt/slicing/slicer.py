@@ -7,7 +7,8 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -82,6 +83,7 @@ class Slicer:
         self.checkpoint = checkpoint
         self.config = config
         self.options = options
+        self.ranks = options.ranks
         self.objective = objective
         self.progress = progress
         self.sink = sink
@@ -106,10 +108,18 @@ class Slicer:
             options.activation_storage,
             fitted,
             options.scratch,
+            options.ranks,
         )
         self.stage = self.propagation.stage
         self.report.tokens = self.propagation.tokens
         self.report.seconds = self.stage.seconds
+
+    def agreed(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, on every rank; the others wait here while it decides."""
+        if self.ranks.size == 1:
+            return make()
+        with self.stage("exchange"):
+            return self.ranks.decide(make)
 
     # --- bases -------------------------------------------------------------------------------------------------
 
@@ -157,11 +167,16 @@ class Slicer:
                 return align(previous, basis, complement)
         return basis, None
 
+    def agree_on_basis(self, *arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`choose_basis` on rank 0; the others get the basis, and no factor, which is for the one that stores it."""
+        basis, factor = self.choose_basis(*arguments) if self.ranks.first else (None, None)
+        return self.agreed(lambda: basis), factor
+
     def new_covariance(self, boundary: int) -> Covariance | None:
         if not self.needs_covariance(boundary):
             return None
         config, options = self.config, self.options
-        if not len(self.propagation.streams):
+        if not self.propagation.count:
             raise SliceGPTError(f"boundary {boundary} needs calibration tokens, got none", "batches")
         return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
@@ -173,12 +188,14 @@ class Slicer:
         covariance = self.new_covariance(0)
         with self.stage("signals"):
             self.propagation.start(self.checkpoint, covariance)
-        if covariance is not None and self.options.vocabulary_prior:
+        if covariance is not None and self.options.vocabulary_prior and self.ranks.first:
             with self.stage("covariance"):
                 pieces = self.checkpoint.embedding.split(TABLE_ROWS)
                 rows = (centre(piece.to(device), self.mean_subtraction) for piece in pieces)
                 covariance.add_prior(rows, self.options.vocabulary_prior)
-        basis, _ = self.choose_basis(0, covariance, None, None)
+        basis, _ = self.agree_on_basis(0, covariance, None, None)
+        if not self.ranks.first:
+            return basis
         with self.stage("rotation"):
             table, positions = self.checkpoint.embedding, self.checkpoint.positions
             if self.config.embed_projection:
@@ -234,14 +251,17 @@ class Slicer:
             del layer  # what is fitted has its output weights; the others are as large as two of them
             moments, kept = self.propagation.collect(block, lifted, teacher, self.objective)
             del teacher
-            fits = self.fit(block, writers, moments)
-            lifted.set_writers(fits.writers[self.ridges[0]])
+            if self.ranks.first:
+                fits = self.fit(block, writers, moments)
+            lifted.set_writers(self.agreed(lambda: fits.writers[self.ridges[0]]))
             del moments  # [K, K + D] in float64
         covariance = self.new_covariance(block.index + 1)
         if lifted is not None:
             self.propagation.write(block, lifted, covariance, kept)
 
-        next_basis, factor = self.choose_basis(block.index + 1, covariance, block, basis)
+        next_basis, factor = self.agree_on_basis(block.index + 1, covariance, block, basis)
+        if not self.ranks.first:
+            return next_basis
         with self.stage("rotation"):
             self.store_block(block, readers, factor, fits, next_basis)
         return next_basis
@@ -322,28 +342,40 @@ class Slicer:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Slice everything: all of the model's tensors are in the sink."""
+        """Slice everything: all of the model's tensors are in the sink; of several ranks, in that of the first."""
         blocks = blocks_of(self.config)
-        passes = len(self.propagation.streams) + self.propagation.fitted
+        passes = self.propagation.count + self.propagation.fitted
         steps = sum(map(self.needs_pass, blocks)) * passes
-        self.sink.open(self.config, self.options.dtype, self.ridges)
-        with self.progress.stage("slicing", steps, "steps") as self.propagation.advance:
-            found = self.keeper.found("slicing")
-            if found is None:
+        if self.ranks.first:
+            self.sink.open(self.config, self.options.dtype, self.ridges)
+        tokens, layers = self.propagation.tokens, self.config.num_hidden_layers
+        found = self.keeper.found("slicing")
+        done = self.agreed(lambda: None if found is None else found.done)
+        passed = sum(map(self.needs_pass, blocks[: done or 0])) * passes
+        with self.progress.stage("slicing", steps, "steps", tokens, passed) as self.propagation.advance:
+            if done is None:
                 basis, done = self.slice_embedding(), 0
                 self.keep(done, basis)
             else:
-                basis, done = self.restore(found), found.done
-                self.propagation.advance(sum(map(self.needs_pass, blocks[:done])) * passes)
+                basis = self.restore(found, done)
             for block in blocks[done:]:
+                self.propagation.advance.note(f"{block.layer} of {layers} layers")
                 basis = self.slice_block(block, basis)
                 self.keep(block.index + 1, basis)
+            if not self.ranks.first:
+                return
             self.slice_head(basis)
 
     # --- an interrupted run ------------------------------------------------------------------------------------
 
     def keep(self, done: int, basis: torch.Tensor) -> None:
         """Between two blocks: what the next ones need, so that another process can go on from here."""
+        with self.propagation.gathered() as first:
+            if first:
+                self.keeper.keep(self.snapshot(done, basis))
+
+    def snapshot(self, done: int, basis: torch.Tensor) -> Snapshot:
+        """What `keep` keeps."""
         spectra = {
             f"eigenvalues.{boundary}": torch.tensor(values, dtype=torch.float64)
             for boundary, values in enumerate(self.report.eigenvalues)
@@ -355,10 +387,22 @@ class Slicer:
             "seconds": self.report.seconds,
         }
         ends = done == self.config.num_blocks
-        self.keeper.keep(Snapshot("slicing", done, data, tensors, None if ends else self.propagation))
+        return Snapshot("slicing", done, data, tensors, None if ends else self.propagation)
 
-    def restore(self, found: Snapshot) -> torch.Tensor:
-        """Go on where another process has stopped; returns the basis there."""
+    def restore(self, found: Snapshot | None, done: int) -> torch.Tensor:
+        """Go on where another process has stopped, after `done` blocks; returns the basis there.
+
+        Args:
+            found: None on all ranks but the first, which has the snapshot.
+        """
+        if found is not None:
+            self.restore_figures(found)
+        if done < self.config.num_blocks:
+            self.propagation.restore(found and found.tensors)
+        return self.agreed(lambda: found.tensors["basis"].to(self.options.device))
+
+    def restore_figures(self, found: Snapshot) -> None:
+        """What the first rank alone knows."""
         self.remaining = [(index, dict(shares)) for index, shares in found.data["remaining"]]
         self.report.seconds.update(found.data["seconds"])
         for boundary in range(found.done + 1):
@@ -366,6 +410,3 @@ class Slicer:
             known = found.tensors[name].tolist() if name in found.tensors else None
             self.report.eigenvalues.append(known)
         self.generator.set_state(found.tensors["generator"])
-        if found.done < self.config.num_blocks:
-            self.propagation.restore(found.tensors)
-        return found.tensors["basis"].to(self.options.device)

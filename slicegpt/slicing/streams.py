@@ -102,6 +102,10 @@ class Streams:
         """The stream's values must not change afterwards."""
         self.store.write(index, stream)
 
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """One stream, on the device."""
+        return self.store.fetch(index)()
+
     def __iter__(self) -> Iterator[tuple[int, TokenBatch, torch.Tensor]]:
         """Index, tokens and stream of every batch, the stream on the device; it must not be written to.
 
