@@ -35,7 +35,7 @@ from slicegpt.checkpoint.kept_run import (
     read_calibration,
 )
 from slicegpt.checkpoint.loading import load_dense
-from slicegpt.checkpoint.model_files import ModelFiles
+from slicegpt.checkpoint.model_files import ModelFiles, bytes_while_sliced
 from slicegpt.checkpoint.partial import check_partial, is_finished, partial_folder
 from slicegpt.checkpoint.record import calibration_record, size_record, slicing_record
 from slicegpt.checkpoint.report import SliceReport
@@ -53,7 +53,7 @@ from slicegpt.modeling.losses import BatchSize
 from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
 from slicegpt.result import SliceResult
-from slicegpt.slicing import SlicingOptions
+from slicegpt.slicing import Objective, SlicingOptions
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
 from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_source
@@ -210,7 +210,9 @@ def slice(
         config = plan_recipe(recipe, canonical_fields(dense), dtype)
         planned = size_record(config, dtype)
         if path is not None:
-            check_space(path, 0 if resume else int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
+            candidates = len(Objective().ridges) if recipe.refit and recipe.ridge == AUTO else 1
+            needed = bytes_while_sliced(config, dtype, candidates)
+            check_space(path, 0 if resume else int(needed * _SPACE_FACTOR) + _SPACE_BESIDES)
         if size == "slice" and recipe.slice and planned["parameters"] >= planned["dense_parameters"]:
             progress.warn(
                 f"at this size the sliced model is no smaller than the dense one ({recipe.shortcut} shortcuts)"

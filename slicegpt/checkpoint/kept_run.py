@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from slicegpt.calibration import Calibration, CalibrationBatch
 from slicegpt.checkpoint.folders import sync_folder
 from slicegpt.checkpoint.model_files import ModelFiles
-from slicegpt.checkpoint.partial import CALL, STATE_FILES, PartialFolder, read_call
+from slicegpt.checkpoint.partial import CALL, STATE_FILES, PartialFolder, partial_path, read_call
 from slicegpt.checkpoint.report import SliceReport
 from slicegpt.checkpoint.saving import read_record
 from slicegpt.checkpoint.tensor_files import TensorFiles
@@ -75,8 +75,7 @@ class RunKeeper(Keeper):
             number = int(re.sub(r"\D", "", file.name))
             self._number = max(self._number, number)
             try:
-                with safe_open(file, "pt") as opened:
-                    state = json.loads(opened.metadata()["state"])
+                state = read_state(file)
                 tensors = Weights(open_files([file]))
             except (SliceGPTError, SafetensorError, OSError, ValueError, TypeError, LookupError):
                 self.progress.warn(f"{file} is damaged; going on from the state before it")
@@ -154,6 +153,18 @@ class RunKeeper(Keeper):
         sync_folder(folder)
         for old in sorted(folder.glob(STATE_FILES))[:-2]:
             old.unlink()
+
+
+def read_state(file: Path) -> dict:
+    """What a snapshot's file says beside its tensors: `stage`, `done`, `data` and `journal`."""
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["state"])
+
+
+def newest_state(output: str | Path) -> dict | None:
+    """`read_state` of the newest snapshot of a run into `output`; None where there is none."""
+    file = max(partial_path(output).glob(STATE_FILES), default=None)
+    return None if file is None else read_state(file)
 
 
 # --- how the run was called ---------------------------------------------------------------------------------------

@@ -364,12 +364,31 @@ def test_a_shard_of_the_model_vanishes(folder, text, undisturbed, tmp_path, monk
             (copied / "model.safetensors").rename(tmp_path / "elsewhere")
 
     monkeypatch.setattr(kept_run.RunKeeper, "_write", vanish)
-    with pytest.raises(SliceGPTError, match=r"model.safetensors cannot be read any more: No such file"):
+    gone = r"model.safetensors cannot be read any more: No such file.*; what was done is kept in .*--resume"
+    with pytest.raises(SliceGPTError, match=gone):
         api.slice(copied, calibration=text, output=output, **KEPT)
     monkeypatch.undo()
     (tmp_path / "elsewhere").rename(copied / "model.safetensors")
     api.slice(output=output, resume=True, device="cpu")
     assert weights(output) == undisturbed
+
+
+@pytest.mark.parametrize("keep_state", ["always", "never"])
+def test_a_disk_that_fails(folder, text, tmp_path, monkeypatch, keep_state):
+    """Any other error of the system is one line, too."""
+    real = os.pwrite
+
+    def fail(handle, data, at):
+        if len(data) == 4 * 48 * 36:  # a query projection
+            raise OSError(errno.EIO, "Input/output error")
+        return real(handle, data, at)
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    kept = "what was done is kept" if keep_state == "always" else "nothing was kept"
+    arguments = CHOICES | {"slice": 0.25, "params": None, "keep_state": keep_state, "device": "cpu"}
+    with pytest.raises(SliceGPTError, match=f"out: Input/output error; {kept}"):
+        api.slice(folder, calibration=text, output=tmp_path / "out", **arguments)
+    assert is_resumable(tmp_path / "out") == (keep_state == "always")
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs a second file system")

@@ -13,13 +13,12 @@ import os
 import signal
 import sys
 import warnings
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from slicegpt import api
-from slicegpt.checkpoint.partial import STATE_FILES, is_resumable, partial_path
+from slicegpt.checkpoint.kept_run import newest_state
+from slicegpt.checkpoint.partial import is_resumable
 from slicegpt.checkpoint.tensor_files import TensorFiles
 
 write = TensorFiles._write
@@ -58,13 +57,11 @@ def forked(arguments: dict, last: int | None) -> tuple[int, int]:
         return os.waitstatus_to_exitcode(status), int(stream.read() or 0)
 
 
-def newest_state(output: str) -> str:
-    """Stage and decisions of the newest snapshot; "none" before the first."""
-    files = sorted(Path(partial_path(output)).glob(STATE_FILES))
-    if not files:
+def stage(output: str) -> str:
+    """Stage of the newest snapshot; "none" before the first."""
+    state = newest_state(output)
+    if state is None:
         return "none"
-    with safe_open(files[-1], "pt") as opened:
-        state = json.loads(opened.metadata()["state"])
     return "ridge" if "losses" in state["journal"] else state["stage"]
 
 
@@ -75,7 +72,7 @@ def main() -> None:
         codes, stages = [], []
         for last in kills:
             codes.append(forked(arguments, last)[0])
-            stages.append(newest_state(arguments["output"]))
+            stages.append(stage(arguments["output"]))
         code, count = forked(arguments, None)
         result = {
             "output": arguments["output"],
