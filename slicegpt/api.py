@@ -28,10 +28,10 @@ from slicegpt.checkpoint.kept_run import (
     RunKeeper,
     call_of,
     check_inputs,
-    check_machine,
     check_recipe,
     finished,
     interrupted_call,
+    machine_options,
     read_calibration,
 )
 from slicegpt.checkpoint.loading import load_dense
@@ -110,8 +110,8 @@ def slice(
     recipe: Recipe | str | os.PathLike | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
-    self_contained: bool = False,
-    max_shard_size: str = "5GB",
+    self_contained: bool | None = None,
+    max_shard_size: str | None = None,
     device: str | torch.device | None = None,
     activation_storage: str = "auto",
     resume: bool = False,
@@ -139,8 +139,9 @@ def slice(
             given here as well takes its place.
         tokenizer: of a loaded model.
         overwrite: an existing output folder is replaced once the new one is whole.
-        self_contained: put the modelling code beside the weights, for machines without slicegpt.
-        max_shard_size: of a safetensors file, such as "5GB".
+        self_contained: put the modelling code beside the weights, for machines without slicegpt, which load it with
+            `trust_remote_code=True`. None is True.
+        max_shard_size: of a safetensors file, such as "5GB", which None is.
         device: where blocks run and eigenvectors are computed; None and "auto" take the first GPU where there is one.
             A layer at a time is there, so that the model may be larger than its memory.
         activation_storage: "auto", "device" or "host": where the calibration tokens' activations stay between blocks.
@@ -191,11 +192,13 @@ def slice(
     if recipe is None and call is not None:
         recipe = Recipe().override(**call["recipe"])
     given = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
-    device = find_device(device)
-    machine = {"device": device.type, "max_shard_size": max_shard_size, "self_contained": self_contained}
     if call is not None:
         check_recipe(call, given)
-        check_machine(call, machine)
+    machine = machine_options(
+        call, device=device, max_shard_size=max_shard_size, self_contained=self_contained
+    )
+    device = find_device(machine["device"] if device in (None, AUTO) else device)
+    max_shard_size, self_contained = machine["max_shard_size"], machine["self_contained"]
     recipe, size = given, given.size
     path = None if output is None else check_output(output, overwrite, recipe.model)
     if path is not None:

@@ -12,6 +12,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from slicegpt.table import fit_text, output_width
+
 
 @dataclass
 class Progress:
@@ -51,4 +53,6 @@ class Progress:
         if self.quiet:
             warnings.warn(message, stacklevel=3)
         else:
-            print(f"warning: {message}", file=self.stream, flush=True)
+            # Between words: a terminal would break them.
+            text = fit_text(f"warning: {message}", output_width(self.stream))
+            print(text, file=self.stream, flush=True)

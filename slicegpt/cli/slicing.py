@@ -13,7 +13,7 @@ from slicegpt.recipe import IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGN
 from slicegpt.table import check_writable
 
 from . import interrupts
-from .options import DTYPES, add_json, check_device, positive, shard_size
+from .options import DTYPES, add_json, add_self_contained, check_device, positive, shard_size
 
 
 def add_parser(commands) -> None:
@@ -25,7 +25,7 @@ def add_parser(commands) -> None:
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(run=run, overwrite=False, self_contained=False, recipe=None, resume=False)
+    parser.set_defaults(run=run, overwrite=False, recipe=None, resume=False)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="may be left out where the recipe names it")
     parser.add_argument(
         "--recipe",
@@ -41,11 +41,8 @@ def add_parser(commands) -> None:
         action="store_true",
         help="go on with an interrupted run into the same --output; its other options need not be given again",
     )
-    parser.add_argument(
-        "--self-contained",
-        action="store_true",
-        help="put the modelling code beside the weights, for machines without slicegpt",
-    )
+    add_self_contained(parser)
+    parser.set_defaults(self_contained=None)  # as it was, where a run is resumed
 
     size = parser.add_argument_group("how much (one of)").add_mutually_exclusive_group()
     size.add_argument("--slice", type=float, metavar="F", help="fraction of columns to delete, in [0, 1)")
@@ -130,7 +127,9 @@ def add_parser(commands) -> None:
         help="write what --resume needs after every block into DIR.partial: from the second minute on (auto, the "
         "default), from the beginning, or not",
     )
-    machine.add_argument("--max-shard-size", type=shard_size, default="5GB", metavar="SIZE")
+    machine.add_argument(
+        "--max-shard-size", type=shard_size, default=None, metavar="SIZE", help="of a weight file (5GB)"
+    )
     parser.set_defaults(json=None)
     add_json(parser)
 
