@@ -158,7 +158,7 @@ def main() -> int:
             same = weights_hash(output) == expected
             rows += [row | {"same weights": same} for row in found]
             shutil.rmtree(output)
-    print(format_table(rows))
+    print(format_table(rows, list(rows[0])))
     different = sum(not row["same weights"] for row in rows)
     print(
         f"{len(rows)} kills, {different} of them in runs that ended with other weights; an undisturbed run takes"
