@@ -315,13 +315,18 @@ class Slicer:
             else:
                 basis, done = self.restore(found), found.done
                 self.propagation.advance(sum(map(self.needs_pass, blocks[:done])) * passes)
-            for _, pair in groupby(blocks[done:], key=lambda block: block.layer):
-                layer = None
-                for block in pair:
-                    layer = layer or self.checkpoint.layer(block.layer)
-                    basis = self.slice_block(block, layer, basis)
-                    self.keep(block.index + 1, basis)
+            basis = self.slice_blocks(blocks[done:], basis)
             self.slice_head(basis)
+
+    def slice_blocks(self, blocks: Sequence[Block], basis: torch.Tensor) -> torch.Tensor:
+        """One after the other; a layer is read once for its two blocks, and let go before the next one is read."""
+        for _, pair in groupby(blocks, key=lambda block: block.layer):
+            layer = None
+            for block in pair:
+                layer = layer or self.checkpoint.layer(block.layer)
+                basis = self.slice_block(block, layer, basis)
+                self.keep(block.index + 1, basis)
+        return basis
 
     # --- an interrupted run ------------------------------------------------------------------------------------
 
