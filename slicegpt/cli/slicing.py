@@ -35,7 +35,7 @@ def add_parser(commands) -> None:
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(run=run, shared=True, overwrite=False, self_contained=True, recipe=None, resume=False)
+    parser.set_defaults(run=run, shared=True, overwrite=False, recipe=None, resume=False)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="may be left out where the recipe names it")
     parser.add_argument(
         "--recipe",
@@ -52,6 +52,7 @@ def add_parser(commands) -> None:
         help="go on with an interrupted run into the same --output; its other options need not be given again",
     )
     add_self_contained(parser)
+    parser.set_defaults(self_contained=None)  # as it was, where a run is resumed
 
     size = parser.add_argument_group("how much (one of)").add_mutually_exclusive_group()
     add_option(
@@ -131,9 +132,9 @@ def add_parser(commands) -> None:
     machine.add_argument(
         "--max-shard-size",
         type=shard_size,
-        default="5GB",
+        default=None,
         metavar="SIZE",
-        help="bytes of a weight file at most",
+        help="bytes of a weight file at most (default: 5GB)",
     )
     machine.add_argument(
         "--timing",
