@@ -13,7 +13,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 # What clang-format checks, by csrc/.clang-format.
 KERNELS := $(wildcard $(addprefix csrc/,*.h *.cuh *.cu *.cpp cpu/*.h cpu/*.cpp))
 
-.PHONY: demo docs test test-vllm test-transformers install clean
+.PHONY: demo docs test test-vllm test-transformers wheels install clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -64,5 +64,12 @@ test-transformers: install
 	cd $(TRANSFORMERS_TESTS) && HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
 		$(abspath $(BIN))/python -m pytest tests/models/slicegpt --disable-warnings -q -rsfE -k "$(K)"
 
+# manylinux wheels with the CPU's kernels, in wheelhouse/; needs Docker or Podman. ARCHS names another architecture than
+# this machine's, or several: "x86_64 aarch64".
+ARCHS ?= auto64
+wheels: $(BIN)/python
+	$(BIN)/python -m pip install --quiet "cibuildwheel>=3"
+	$(BIN)/python -m cibuildwheel --platform linux --archs "$(ARCHS)"
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist site *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist site wheelhouse *.egg-info

@@ -28,14 +28,14 @@ from slicegpt.checkpoint.kept_run import (
     RunKeeper,
     call_of,
     check_inputs,
-    check_machine,
     check_recipe,
     finished,
     interrupted_call,
+    machine_options,
     read_calibration,
 )
 from slicegpt.checkpoint.loading import load_dense
-from slicegpt.checkpoint.model_files import ModelFiles
+from slicegpt.checkpoint.model_files import ModelFiles, bytes_while_sliced
 from slicegpt.checkpoint.partial import check_partial, is_finished, partial_folder
 from slicegpt.checkpoint.record import calibration_record, size_record, slicing_record
 from slicegpt.checkpoint.report import SliceReport
@@ -54,7 +54,7 @@ from slicegpt.modeling.losses import BatchSize
 from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
 from slicegpt.result import SliceResult
-from slicegpt.slicing import SlicingOptions
+from slicegpt.slicing import Objective, SlicingOptions
 from slicegpt.slicing.affordable import check_affordable, this_machine, workload_of
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
 from slicegpt.slicing.keeping import Keeper
@@ -112,8 +112,8 @@ def slice(
     recipe: Recipe | str | os.PathLike | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
-    self_contained: bool = False,
-    max_shard_size: str = "5GB",
+    self_contained: bool | None = None,
+    max_shard_size: str | None = None,
     device: str | torch.device | None = None,
     activation_storage: str = "auto",
     resume: bool = False,
@@ -142,8 +142,9 @@ def slice(
             given here as well takes its place.
         tokenizer: of a loaded model.
         overwrite: an existing output folder is replaced once the new one is whole.
-        self_contained: put the modelling code beside the weights, for machines without slicegpt.
-        max_shard_size: of a safetensors file, such as "5GB".
+        self_contained: put the modelling code beside the weights, for machines without slicegpt, which load it with
+            `trust_remote_code=True`. None is True.
+        max_shard_size: of a safetensors file, such as "5GB", which None is.
         device: where blocks run and eigenvectors are computed; None and "auto" take the first GPU where there is one.
             A layer at a time is there, so that the model may be larger than its memory.
         activation_storage: "auto", "device", "host" or "disk" (that of `output`, else of temporary files): where the
@@ -200,11 +201,13 @@ def slice(
     if recipe is None and call is not None:
         recipe = Recipe().override(**call["recipe"])
     given = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
-    device = find_device(device)
-    machine = {"device": device.type, "max_shard_size": max_shard_size, "self_contained": self_contained}
     if call is not None:
         check_recipe(call, given)
-        check_machine(call, machine)
+    machine = machine_options(
+        call, device=device, max_shard_size=max_shard_size, self_contained=self_contained
+    )
+    device = find_device(machine["device"] if device in (None, AUTO) else device)
+    max_shard_size, self_contained = machine["max_shard_size"], machine["self_contained"]
     # Whatever the others read: their file, or the folder to go on with, may not be there at all.
     recipe = given = ranks.decide(lambda: given)
     size = given.size
@@ -225,7 +228,9 @@ def slice(
         work = workload_of(recipe, dtype, device, activation_storage, ranks.size, in_memory=kept)
         activation_storage = check_affordable(config, work, this_machine(device, scratch)).storage
         if path is not None:
-            check_space(path, 0 if resume else int(planned["bytes"] * _SPACE_FACTOR) + _SPACE_BESIDES)
+            candidates = len(Objective().ridges) if recipe.refit and recipe.ridge == AUTO else 1
+            needed = bytes_while_sliced(config, dtype, candidates)
+            check_space(path, 0 if resume else int(needed * _SPACE_FACTOR) + _SPACE_BESIDES)
         options = SlicingOptions.of(recipe, dtype, device, activation_storage, scratch, ranks)
         if not ranks.first:
             # It needs neither the text nor the model that may write some of it, and keeps nothing.

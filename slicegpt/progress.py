@@ -17,6 +17,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from slicegpt.table import fit_text, output_width
+
 logger = logging.getLogger("slicegpt.progress")
 
 # A line after so many seconds, or so much of a stage, but not more often than `LEAST` seconds.
@@ -77,7 +79,8 @@ class Progress:
         logger.info(line)
         if on_screen:
             with tqdm.external_write_mode(file=self.stream):
-                print(line, file=self.stream, flush=True)
+                # Between words: a terminal would break them.
+                print(fit_text(line, output_width(self.stream)), file=self.stream, flush=True)
 
     def warn(self, message: str) -> None:
         """Say what the user should know before results are trusted; a quiet one hands it to Python's `warnings`."""

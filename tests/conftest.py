@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+os.environ.pop("COLUMNS", None)  # a shell's width would break the tables that tests read
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Before torch is imported: each worker takes its share of the cores. With all of them, OpenMP threads of one
     # worker would spin while those of another run, which makes both several times slower.

@@ -14,6 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
+from slicegpt.bench.harness.display import print_rows
 from slicegpt.bench.harness.record import write_results
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.conversion.plan import Shape, constant_widths, plan
@@ -23,7 +24,6 @@ from slicegpt.evaluation.methods import BASES, METHODS, describe_widths, plan_po
 from slicegpt.families import canonical_fields
 from slicegpt.progress import Progress
 from slicegpt.recipe import Recipe
-from slicegpt.table import format_table
 
 # (basis, nominal size) -> largest fraction of the published method's loss, in and out of the calibration's domain.
 TARGETS = {
@@ -165,9 +165,10 @@ def main() -> None:
     measured = list(dict.fromkeys(p["method"] for p in content["points"]))
     measured = [name for name in measured if name in METHODS and name != "published"]
     comparisons = {name: compare(content, name, fields, options.round_to) for name in measured}
-    for rows in comparisons.values():
+    for name, rows in comparisons.items():
         if rows:
-            print("\n" + format_table(rows, list(rows[0])))
+            print()
+            print_rows("comparison", [{**row, "method": name, "perplexity": row[name]} for row in rows])
     figures = {"settings": content["settings"], "points": content["points"], "comparisons": comparisons}
     write_results(options.json, "frontier", figures)
 

@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from slicegpt.bench.harness.display import print_table, stage_table
 from slicegpt.bench.harness.record import write_results
 from slicegpt.bench.harness.timing import synchronise
 from slicegpt.checkpoint.loading import load_dense
@@ -20,7 +21,7 @@ from slicegpt.progress import Progress
 from slicegpt.recipe import Recipe
 from slicegpt.slicing import SlicingOptions
 from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_drawn
-from slicegpt.table import format_table
+from slicegpt.table import fit_text
 
 
 def main() -> None:
@@ -57,10 +58,10 @@ def main() -> None:
         synchronise(device)
         seconds = time.perf_counter() - begin
         rows.append({"slicing": "with refit" if refit else "without", **report.seconds, "in all": seconds})
-    stages = list(dict.fromkeys(name for row in rows[::-1] for name in row))
-    print(format_table(rows, stages))
+    print_table(*stage_table(rows))
     ratio = rows[1]["in all"] / rows[0]["in all"]
-    print(f"{ratio:.2f} times the slicing time without the refit; {report.tokens} tokens, width {width}")
+    told = f"{ratio:.2f} times the slicing time without the refit; {report.tokens} tokens, width {width}"
+    print(fit_text(told))
     figures = {
         "settings": {name: value for name, value in vars(options).items() if name != "json"}
         | {"width": width, "tokens": report.tokens},

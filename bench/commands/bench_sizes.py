@@ -16,12 +16,12 @@ import torch
 from transformers import PreTrainedModel
 
 from slicegpt import api
+from slicegpt.bench.harness.display import print_rows
 from slicegpt.bench.harness.record import check_writable, write_results
 from slicegpt.bench.harness.timing import synchronise
 from slicegpt.modeling.sizes import describe_neurons
 from slicegpt.progress import Progress
 from slicegpt.runtime import Runtime
-from slicegpt.table import format_table
 
 PROMPT = "The quick brown fox jumps over the lazy dog and then it"
 
@@ -121,7 +121,7 @@ def main() -> None:
         held = [copy.deepcopy(model).to(dtype) for model in models]
         for row, speed in zip(rows, speeds(held, ids, options.tokens, options.turns), strict=True):
             row[f"tokens_per_second_{str(dtype).removeprefix('torch.')}"] = speed
-    print(format_table(rows, list(dict.fromkeys(name for row in rows for name in row))))
+    print_rows("sizes", rows)
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     write_results(options.json, "sizes", {"settings": settings, "rows": rows})
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
+from slicegpt.bench.harness.display import print_rows
 from slicegpt.bench.harness.record import write_results
 from slicegpt.checkpoint.saving import stored_size
-from slicegpt.table import format_table
 
 # Marks the line on which the child process prints its figures, among vLLM's logs.
 MARK = "figures: "
@@ -125,15 +125,7 @@ def main() -> None:
     for row in rows:
         row["speed-up"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
     print(f"{options.requests} requests of {options.input_tokens} + {options.output_tokens} tokens")
-    columns = [
-        "model",
-        "architecture",
-        "parameters",
-        "tokens_per_second",
-        "decode_tokens_per_second",
-        "speed-up",
-    ]
-    print(format_table(rows, columns))
+    print_rows("vllm", rows)
     figures = {
         "vllm": next(iter(runs.values()))[0]["vllm"],
         "requests": options.requests,

@@ -4,12 +4,10 @@ The published table of operation times omits the shortcuts; here they are operat
 compared with the time of the whole layer, measured separately.
 """
 
-import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -21,6 +19,7 @@ from slicegpt.bench.harness.record import Record
 from slicegpt.bench.harness.timing import CacheFlush, DeviceTimer, last_level_cache
 from slicegpt.bench.models.networks import MeasuredNetwork
 from slicegpt.errors import SliceGPTError, first_line
+from slicegpt.hardware.profiling import Trace, named_range
 from slicegpt.progress import Progress
 
 # Largest relative difference between the sum of the operations and the whole layer that counts as agreement.
@@ -287,31 +286,15 @@ def cache_note(network: MeasuredNetwork, options: LayersOptions) -> str | None:
 
 
 def write_trace(runs: Sequence[LayerRun], device: torch.device, file: str) -> None:
-    """One run of every variant under torch.profiler, as a Chrome trace (chrome://tracing, ui.perfetto.dev).
+    """One run of every variant as a Chrome trace; ranges are named "variant / operation"."""
 
-    Ranges are named "variant / operation"; on a GPU they are NVTX ranges too, for Nsight Systems.
-    """
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-
-    @contextlib.contextmanager
-    def nvtx(name: str):
-        if device.type != "cuda":
-            yield
-            return
-        torch.cuda.nvtx.range_push(name)
-        yield
-        torch.cuda.nvtx.range_pop()
-
-    with torch.no_grad(), profile(activities=activities) as profiler:
+    def once() -> None:
         for run in runs:
             state = dict(run.state)
             for operation in run.operations:
-                name = f"{run.variant} / {operation.name}"
-                with record_function(name), nvtx(name):
+                with named_range(f"{run.variant} / {operation.name}", device):
                     operation.run(state)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-    Path(file).unlink(missing_ok=True)
-    profiler.export_chrome_trace(file)
+
+    trace = Trace(device)
+    trace.record(once)
+    trace.write(file)

@@ -1,13 +1,13 @@
 """`slicegpt bench slicing`: the time of every stage of slicing, against a dense forward pass over the same tokens.
 
-The dense pass is Hugging Face's own model, decoder layers only (no head), without a cache, at the fastest of some batch
-sizes. It runs before and after slicing, because a machine's speed drifts.
+The dense pass is Hugging Face's own model, decoder layers only (no head), without a cache, at the batch size that
+`dense_batch_size` chooses. It runs before and after slicing, because a machine's speed drifts.
 """
 
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -22,14 +22,17 @@ from slicegpt.checkpoint.loading import load_dense
 from slicegpt.conversion.plan import plan_recipe
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
+from slicegpt.hardware.memory import free_memory
+from slicegpt.hardware.profiling import Trace
 from slicegpt.hardware.ranks import Ranks
 from slicegpt.progress import Progress
 from slicegpt.recipe import Recipe
 from slicegpt.slicing import SlicingOptions, slice_model
 
-# Samples and batch sizes of the trials that choose the dense pass's batch size.
-TRIAL_SAMPLES = 8
-TRIAL_BATCHES = (1, 2, 4, 8)
+# The largest batch of the dense pass, and the share of its samples that choosing the batch may take at most: slicing
+# itself takes several passes over all of them.
+MOST_BATCH = 8
+TRIAL_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,40 @@ def dense_pass(
     return time.perf_counter() - start
 
 
+def fitting_batch(model: PreTrainedModel, seqlen: int, free: int) -> int:
+    """The largest power of two, at most `MOST_BATCH`, whose activations take at most a quarter of the free bytes.
+
+    What a layer holds at once of a token: the stream and its norm, q, k, v and the attention's output (6 widths), gate,
+    up and their product (3 MLP widths).
+    """
+    config = model.config.get_text_config()
+    neurons = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    sample = seqlen * (6 * config.hidden_size + 3 * neurons) * model.dtype.itemsize
+    size = MOST_BATCH
+    while size > 1 and 4 * size * sample > free:
+        size //= 2
+    return size
+
+
+def dense_batch_size(
+    model: PreTrainedModel,
+    batches_of: Callable[[int, int], list[CalibrationBatch]],
+    recipe: Recipe,
+    device: torch.device,
+) -> int:
+    """The batch size of the dense pass; `model` is on `device`.
+
+    The largest that fits, or 1 where one trial over as many samples shows that it is faster. There is no trial where
+    both of its passes would be more than `TRIAL_SHARE` of all samples.
+    """
+    size = min(fitting_batch(model, recipe.seqlen, free_memory(device)), recipe.nsamples)
+    dense_pass(model, batches_of(1, 1), device)  # warms up
+    if size == 1 or 2 * size > TRIAL_SHARE * recipe.nsamples:
+        return size
+    seconds = {tried: dense_pass(model, batches_of(size, tried), device) for tried in (size, 1)}
+    return min(seconds, key=seconds.get)
+
+
 def rows_of(seconds: dict[str, float], dense: float | None) -> list[dict]:
     """A row for every stage: its seconds, and their ratio to a dense forward pass."""
     return [
@@ -111,6 +148,7 @@ def measure_slicing(
     device: torch.device,
     record: Record,
     progress: Progress | None = None,
+    trace: str | None = None,
     ranks: Ranks | None = None,
 ) -> None:
     """Slice once, with a dense pass before and after; `record.rows` holds a row for each stage.
@@ -119,7 +157,11 @@ def measure_slicing(
     `record`.
 
     `record.content` also gets "tokens", "tokens_per_second", "ratio", "peak_bytes" and "added_bytes" (above what was
-    in use before slicing).
+    in use before slicing), and "batch_choice_seconds".
+
+    Args:
+        trace: a file for a Chrome trace of a second run, of the first batch alone and after all that is timed; its
+            ranges are named "slicing / stage".
     """
     progress, ranks = progress or Progress(quiet=True), ranks or Ranks()
     save = record.save if ranks.first else lambda **content: None
@@ -143,14 +185,12 @@ def measure_slicing(
             advance(recipe.nsamples)
         return seconds
 
-    with progress.stage("choosing the dense pass's batch size", len(TRIAL_BATCHES), "sizes") as advance:
+    began = time.perf_counter()
+    with progress.stage("choosing the dense pass's batch size", 1, "sizes") as advance:
         model.to(device)
-        dense_pass(model, batches_of(1, 1), device)  # warms up
-        trials = {}
-        for size in TRIAL_BATCHES:
-            trials[size] = dense_pass(model, batches_of(min(TRIAL_SAMPLES, recipe.nsamples), size), device)
-            advance(1)
-    best = ranks.decide(lambda: min(trials, key=trials.get))
+        best = ranks.decide(lambda: dense_batch_size(model, batches_of, recipe, device))
+        advance(1)
+    record.content["batch_choice_seconds"] = time.perf_counter() - began
     dense = [dense_seconds("dense pass", best)]
     seconds = {"loading": loading, "one dense forward pass": dense[0]}
     save(
@@ -197,3 +237,9 @@ def measure_slicing(
     save_all()
     dense.append(dense_seconds("dense pass again", best))
     save_all()
+    if trace is not None and ranks.first:
+        with progress.stage(f"trace: {trace}", 1, "runs") as advance:
+            traced, alone = Trace(device), replace(settings, ranks=Ranks())
+            traced.record(lambda: slice_model(model, config, batches[:1], alone))
+            traced.write(trace)
+            advance(1)

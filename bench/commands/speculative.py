@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from slicegpt.bench.harness.display import print_rows
 from slicegpt.bench.harness.record import check_writable, write_results
 from slicegpt.calibration.documents import load_documents
 from slicegpt.checkpoint.loading import load_dense
-from slicegpt.table import format_table
 
 
 @dataclass
@@ -121,7 +121,7 @@ def main() -> None:
     prompts = read_prompts(tokenizer, options.data, options.prompts, options.prompt_tokens)
     measure(dense, drafts, prompts[:1], 8)  # warms up
     rows = describe(measure(dense, drafts, prompts, options.tokens), len(prompts) * options.tokens)
-    print(format_table(rows, list(rows[0])))
+    print_rows("speculative", rows)
     write_results(options.json, "speculative", {"options": vars(options), "rows": rows})
 
 

@@ -23,6 +23,7 @@ from slicegpt.bench.models.engines import (
 )
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.memory import free_memory
+from slicegpt.hardware.profiling import Trace, named_range
 from slicegpt.progress import Progress
 
 # Share of the free memory for the weights of networks that take turns; the rest is for caches.
@@ -39,6 +40,7 @@ class TokenOptions:
         batch: number of sequences.
         warmup: untimed steps before; the first step of every turn is untimed as well.
         cold: flush the last-level cache before every step.
+        traced: leave room for the two steps that `trace_steps` records.
     """
 
     tokens: int = 128
@@ -47,10 +49,12 @@ class TokenOptions:
     rounds: int = 8
     warmup: int = 4
     cold: bool = False
+    traced: bool = False
 
     @property
     def length(self) -> int:
-        return self.prompt + 1 + self.warmup + self.tokens + len(self.shares())
+        steps = self.warmup + self.tokens + len(self.shares()) + 2 * self.traced
+        return self.prompt + 1 + steps
 
     def shares(self) -> list[int]:
         """Steps of each round, as equal as possible."""
@@ -204,6 +208,7 @@ def measure_token_times(
     peaks: DevicePeaks | None,
     record: Record,
     progress: Progress | None = None,
+    trace: str | None = None,
 ) -> None:
     """Decode with every case in turns; `record` holds a row for each case after every round.
 
@@ -212,7 +217,9 @@ def measure_token_times(
 
     Args:
         peaks: of the device, for the fraction of its bandwidth; None omits it.
+        trace: a file for a Chrome trace of one more step of every case, with named ranges, after all that is timed.
     """
+    traced = None if trace is None else Trace(cases[0].network.device)
     check_positions(cases, options.length, "--prompt, --tokens")
     progress = progress or Progress(quiet=True)
     device = cases[0].network.device
@@ -249,7 +256,28 @@ def measure_token_times(
                 baseline = compare(rows, "ms_median", smaller_is_better=True)
                 record.save(rows=rows, baseline=baseline, ratios=token_ratios(rows))
         finished = list(record.rows)
+        if traced is not None:
+            trace_steps([run for run in runs if run.decoder is not None], traced)
         runs.clear()
         for network in {id(case.network): case.network for case in group}.values():
             network.release()
     record.save(taken_in_turns=len(groups) == 1)
+    if traced is not None:
+        traced.write(trace)
+
+
+def trace_steps(runs: Sequence[DecodingRun], trace: Trace) -> None:
+    """Record one step of every run, in a range named "network, engine / step", and the one before that warms up."""
+
+    def once() -> None:
+        for run in runs:
+            device = run.case.network.device
+            span = named_range(f"{run.case.network.label}, {run.case.engine.name} / step", device)
+
+            def ended(span=span, device=device) -> None:
+                synchronise(device)
+                span.__exit__(None, None, None)
+
+            run.decoder.steps(1, ended, span.__enter__)
+
+    trace.record(once)

@@ -1,144 +1,14 @@
-"""Rows of results as tables for people: the columns, their titles and units; and the notes below a table."""
+"""Results on the terminal: a run's tables, and the notes below them."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+from slicegpt.bench.harness.columns import SECONDARY, rounded, table
+from slicegpt.bench.harness.titles import threads_of
 from slicegpt.modeling.sizes import format_bytes
-from slicegpt.table import format_table
+from slicegpt.table import fit_text, format_table
 
 # A batch's growth of memory in use is reported above this; an allocator's reserve stays below.
 LEAK_BYTES = 64e6
-
-TITLES = {
-    "token": "Time per token",
-    "throughput": "Throughput",
-    "layers": "One transformer layer",
-    "slicing": "Cost of slicing",
-    "predict": "Prediction",
-    "published": "Published figures, predicted",
-    "gram": "Covariance (gram_)",
-}
-
-
-def title_of(content: Mapping) -> str:
-    """The benchmark and what it was run on."""
-    settings = content.get("settings", {})
-    name = TITLES.get(content["benchmark"], content["benchmark"])
-    if content["benchmark"] == "published":
-        return name  # its settings are those of another prediction
-    models = settings.get("model") or []
-    models = [Path(name).name for name in ([models] if isinstance(models, str) else models)]
-    subject = settings.get("shape") or ", ".join(models)
-    return f"{name}: {subject}" if subject else name
-
-
-def threads_of(environment: Mapping) -> str:
-    count = environment["threads"]
-    return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def _percent(value: float) -> str:
-    return f"{round(100 * value)} %"  # -0 is 0
-
-
-def _tenths(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f} x"
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def _as_it_is(value: object) -> object:
-    return value
-
-
-# (key of a row, title, formatter).
-COLUMNS = {
-    "token": (
-        ("network", "network", str),
-        ("engine", "engine", str),
-        ("ms_median", "ms per token", _round),
-        ("speedup", "speed-up", _times),
-        ("ms_p10", "p10", _round),
-        ("ms_p90", "p90", _round),
-        ("gpu_ms", "GPU-ms", _round),
-        ("tokens_per_second", "tokens/s", _round),
-        ("bytes", "weights", format_bytes),
-        ("gigabytes_per_second", "GB/s", _round),
-        ("bandwidth_fraction", "of bandwidth", _percent),
-        ("peak_bytes", "peak memory", format_bytes),
-        ("prompt_ms", "prompt ms", _round),
-    ),
-    "throughput": (
-        ("network", "network", str),
-        ("engine", "engine", str),
-        ("tokens_per_second", "tokens/s", _round),
-        ("speedup", "speed-up", _times),
-        ("batch", "at batch", int),
-        ("bytes", "weights", format_bytes),
-        ("peak_bytes", "memory there", format_bytes),
-        ("largest_batch", "largest batch", int),
-        ("reason", "stopped by", str),
-    ),
-    "layers": (
-        ("variant", "layer", str),
-        ("total_ms", "sum ms", _round),
-        ("layer_ms", "whole layer ms", _round),
-        ("difference", "difference", _percent),
-        ("shortcut_ms", "of which shortcuts", _round),
-        ("speedup", "speed-up", _times),
-    ),
-    "ratios": (
-        ("comparison", "speed-up of", str),
-        ("dtype", "dtype", str),
-        ("ratio", "measured", _times),
-        ("bytes_ratio", "bytes allow", _times),
-    ),
-    "agreement": (
-        ("result", "result", str),
-        ("ratio of", "ratio of", str),
-        ("first", "first", _times),
-        ("second", "second", _times),
-        ("apart", "apart", _tenths),
-    ),
-    "slicing": (
-        ("stage", "stage", str),
-        ("seconds", "seconds", _round),
-        ("of_dense_pass", "of a dense pass", _round),
-    ),
-    "predict": tuple(
-        (name, name, _as_it_is)
-        for name in (
-            "model",
-            "slice",
-            "width",
-            "GB",
-            "GPUs",
-            "fits",
-            "ms per token",
-            "GPU-ms per token",
-            "largest batch",
-            "tokens/s",
-        )
-    ),
-}
-
-
-def table(benchmark: str, rows: Sequence[Mapping]) -> tuple[list[str], list[list[object]]]:
-    """Titles, and the cells of every row: text, numbers, or None where nothing was measured.
-
-    Columns without any value are omitted.
-    """
-    columns = [column for column in COLUMNS[benchmark] if any(row.get(column[0]) is not None for row in rows)]
-    cells = [
-        [None if row.get(key) is None else written(row[key]) for key, _, written in columns] for row in rows
-    ]
-    return [title for _, title, _ in columns], cells
 
 
 def operation_table(rows: Sequence[Mapping]) -> tuple[list[str], list[list[object]]]:
@@ -146,20 +16,28 @@ def operation_table(rows: Sequence[Mapping]) -> tuple[list[str], list[list[objec
     rows = [row for row in rows if row["operations"]]
     names = list(dict.fromkeys(name for row in rows for name in row["operations"]))
     cells = [
-        [name, *(_round(row["operations"][name]) if name in row["operations"] else None for row in rows)]
+        [name, *(rounded(row["operations"][name]) if name in row["operations"] else None for row in rows)]
         for name in names
     ]
-    sums = ["sum", *(_round(row["total_ms"]) for row in rows)]
+    sums = ["sum", *(rounded(row["total_ms"]) for row in rows)]
     return ["ms", *(row["variant"] for row in rows)], [*cells, sums]
 
 
-def print_table(titles: Sequence[str], cells: Sequence[Sequence]) -> None:
-    print(format_table([dict(zip(titles, row, strict=True)) for row in cells], titles))
+def stage_table(rows: Sequence[Mapping]) -> tuple[list[str], list[list[object]]]:
+    """Seconds of every stage of slicing, one column for each run; a row is a run, with its name under "slicing"."""
+    stages = [name for name in dict.fromkeys(name for row in rows[::-1] for name in row) if name != "slicing"]
+    seconds = [[name, *(None if name not in row else rounded(row[name]) for row in rows)] for name in stages]
+    return ["seconds", *(row["slicing"] for row in rows)], seconds
 
 
-def print_rows(benchmark: str, rows: Sequence[Mapping]) -> None:
-    """Print the table."""
-    print_table(*table(benchmark, rows))
+def print_table(titles: Sequence[str], cells: Sequence[Sequence], secondary: Sequence[str] = ()) -> None:
+    rows = [dict(zip(titles, row, strict=True)) for row in cells]
+    print(format_table(rows, titles, secondary=secondary))
+
+
+def print_rows(kind: str, rows: Sequence[Mapping]) -> None:
+    """Print the table of a kind of result, without what the terminal has no room for."""
+    print_table(*table(kind, rows), SECONDARY.get(kind, ()))
 
 
 def skipped_line(row: Mapping) -> str:
@@ -168,23 +46,31 @@ def skipped_line(row: Mapping) -> str:
     return f"{row['network']}, {row['engine']}: {what} ({row['skipped']})"
 
 
+def stop_lines(rows: Sequence[Mapping]) -> list[str]:
+    """What ended the search for the best batch, one line a row: in the table it would take the room of two columns."""
+    return [f"{row['network']}, {row['engine']}: {row['reason']}" for row in rows if row.get("reason")]
+
+
 def print_skipped(skipped: Sequence[Mapping]) -> None:
     for row in skipped:
-        print(skipped_line(row))
+        print(fit_text(skipped_line(row)))
 
 
 def print_summary(content: Mapping) -> None:
     """Print a run's tables, what was not measured, and the notes."""
+    rows = content["rows"]
     if content["benchmark"] == "layers":
-        print_table(*operation_table(content["rows"]))
+        print_table(*operation_table(rows))
         print()
-    print_rows(content["benchmark"], content["rows"])
+    print_rows(content["benchmark"], rows)
+    for line in stop_lines(rows):
+        print(fit_text(line))
     print_skipped(content.get("skipped", ()))
     if content.get("ratios"):
         print()
         print_rows("ratios", content["ratios"])
     for note in notes(content):
-        print(note)
+        print(fit_text(note))
 
 
 def token_notes(rows: Sequence[Mapping]) -> list[str]:
@@ -215,7 +101,7 @@ def notes(content: Mapping) -> list[str]:
         told.append(f"Memory that a batch did not give back, above {format_bytes(LEAK_BYTES)}: {which}.")
     if content.get("taken_in_turns") is False:
         told.append("The networks do not fit into memory together: they were measured one after the other.")
-    if content.get("ratio"):
+    if content.get("ratio") and "added_bytes" in content:
         told.append(
             f"{content['tokens']:,} tokens, width {content['width']}: slicing takes {content['ratio']:.2f} times one "
             f"dense forward pass ({content['tokens_per_second']:,.0f} tokens/s) and at most "
@@ -237,6 +123,6 @@ def notes(content: Mapping) -> list[str]:
         told.append(
             f"Other work was running (load average {load} at the start, {threads_of(content['environment'])} measured)."
         )
-    if not content["complete"]:
+    if not content.get("complete", True):
         told.append("This run is incomplete.")
     return told

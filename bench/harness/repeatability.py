@@ -7,7 +7,7 @@ are compared: every speed-up, the comparisons of `bench token`, and the cost of 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slicegpt.bench.harness.display import title_of
+from slicegpt.bench.harness.titles import title_of
 from slicegpt.errors import SliceGPTError
 
 
@@ -31,7 +31,7 @@ def compare_runs(
     """Rows {result, ratio of, first, second, apart} for every ratio that two folders of results both have.
 
     Args:
-        first, second: as `report.read_results` returns them; files of the same name are compared.
+        first, second: as `results.read_results` returns them; files of the same name are compared.
         folders: of the first and of the second.
 
     Raises:

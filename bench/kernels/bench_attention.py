@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from slicegpt.bench.harness.display import print_rows
 from slicegpt.bench.harness.record import write_results
 from slicegpt.bench.harness.timing import milliseconds_of, quantiles
 from slicegpt.ops import decode_attention_
 from slicegpt.ops.decode_attention import DISPATCHER
-from slicegpt.table import format_table
 
 ON_GPU = torch.cuda.is_available()
 LAYERS = 8
@@ -129,7 +129,7 @@ def main() -> None:
         os.environ.pop("SLICEGPT_BACKEND", None)
         if before is not None:
             os.environ["SLICEGPT_BACKEND"] = before
-    print(format_table(rows, list(rows[0])))
+    print_rows("decode attention", rows)
 
 
 if __name__ == "__main__":

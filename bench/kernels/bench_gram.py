@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slicegpt.bench.harness.display import print_rows
 from slicegpt.bench.harness.memory import bytes_in_use, peak_bytes, release_unused_memory, start_peak
 from slicegpt.bench.harness.record import Record
 from slicegpt.bench.harness.timing import milliseconds_of, synchronise
@@ -35,7 +36,7 @@ from slicegpt.ops.cpu import extension as cpu_extension
 from slicegpt.ops.dispatch import requested_backend
 from slicegpt.ops.gram import choose
 from slicegpt.slicing.eigensolver import leading_eigenvectors
-from slicegpt.table import format_table
+from slicegpt.table import fit_text
 
 COLUMNS = (576, 1024, 2048, 4096, 8192)
 EIGEN_COLUMNS = (576, 2048, 4096, 8192)
@@ -180,9 +181,13 @@ def main() -> None:
 
     peaks = current_device()
     if peaks is None:
-        print(f"{torch.cuda.get_device_name()}: peaks not listed in bench/models/devices.py, no bounds")
+        print(
+            fit_text(
+                f"{torch.cuda.get_device_name()}: peaks not listed in bench/models/devices.py, no bounds"
+            )
+        )
     else:
-        print(f"{peaks.name}: {peaks}\n")
+        print(fit_text(f"{peaks.name}: {peaks}") + "\n")
     record = Record("gram", vars(options), DEVICE, options.json)
     rows, eigen = [], []
     figures = {"peaks": None if peaks is None else vars(peaks), "gram": rows, "eigensolver": eigen}
@@ -192,15 +197,17 @@ def main() -> None:
     for shape in shapes(options.quick):
         rows += measure(shape, peaks, options.repeats)
         record.save(**figures)  # an interrupted run keeps what it has, marked incomplete
-    print(format_table(rows, list(rows[0])), end="\n\n")
+    print_rows("gram", rows)
+    print()
     repeats = min(3, options.repeats)
     for size in eigen_sizes(options.quick):
         eigen += measure_eigensolver(size, repeats)
         record.save()
-    print(format_table(eigen, list(eigen[0])), end="\n\n")
+    print_rows("eigensolver", eigen)
+    print()
     closing = closing_table(peaks, rows)
-    print("262144 tokens of width 4096 in fp16; predicted: the roofline, which no kernel can beat:")
-    print(format_table(closing, list(closing[0])))
+    print(fit_text("262144 tokens of width 4096 in fp16; predicted: the roofline, which no kernel can beat:"))
+    print_rows("gram predictions", closing)
     record.save(complete=True, predictions=closing)
 
 

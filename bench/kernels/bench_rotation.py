@@ -26,6 +26,7 @@ from functools import lru_cache
 import pytest
 import torch
 
+from slicegpt.bench.harness.display import print_rows
 from slicegpt.bench.harness.record import Record
 from slicegpt.bench.harness.timing import last_level_cache
 from slicegpt.bench.kernels.rotation_methods import (
@@ -41,7 +42,7 @@ from slicegpt.bench.kernels.rotation_methods import (
 )
 from slicegpt.bench.models.devices import DevicePeaks, current_device
 from slicegpt.bench.models.shapes import MODELS, SIZES, Launch, NormLinearShape, launches
-from slicegpt.table import format_table
+from slicegpt.table import fit_text
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -51,20 +52,6 @@ QUICK_MODELS = ("llama-2-7b",) if ON_GPU else ("smollm2-135m",)
 QUICK_SIZES = ((0.0, "identity"), (0.25, "compact"), (0.25, "dense"))
 MAX_COPIES = 64 if ON_GPU else 4
 ROUND_SECONDS = 0.01
-COLUMNS = [
-    "model",
-    "slice",
-    "shortcut",
-    "part",
-    "T",
-    "dtype",
-    "method",
-    "cold us",
-    "warm us",
-    "of unfused",
-    "of plain",
-]
-COLUMNS += ["TFLOP/s", "GB/s", "bound", "error"]
 
 
 # --- timing -------------------------------------------------------------------------------------------------
@@ -210,11 +197,12 @@ def main() -> None:
     options.models = MODELS if options.models == ["all"] else options.models
 
     device = current_device()
-    print(
+    known = (
         f"{device.name}: {device}\n"
         if device
         else f"{torch.cuda.get_device_name()}: no peaks known, no bounds"
     )
+    print(fit_text(known))
     settings = {name: value for name, value in vars(options).items() if value != float("inf")}
     record = Record("rotation", settings, DEVICE, options.json)
     record.content["peaks"] = None if device is None else vars(device)
@@ -227,14 +215,13 @@ def main() -> None:
             rows += measure(*case, device, options)
             record.save()  # an interrupted run keeps what it has, marked incomplete
             torch._dynamo.reset()  # each shape is compiled separately: the limit of recompilations is not reached
-    print(format_table(rows, COLUMNS))
+    print_rows("rotation", rows)
     if skipped:
         print(f"{skipped} shapes were not measured: --seconds {options.seconds:.0f} were over")
     wrong = [row for row in rows if row["correct"] is False]
     for row in wrong:
-        print(
-            f"WRONG: {row['model']} {row['part']}, T = {row['T']}, {row['method']}: error {row['error']:.3g}"
-        )
+        where = f"{row['model']} {row['part']}, T = {row['T']}, {row['method']}"
+        print(fit_text(f"WRONG: {where}: error {row['error']:.3g}"))
     record.save(complete=True, not_measured=skipped)
     sys.exit(1 if wrong else 0)
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 import triton
 
+from slicegpt.bench.harness.columns import SECONDARY
 from slicegpt.bench.harness.record import environment
 from slicegpt.bench.kernels.bench_rotation import copies_for, medians, sequence
 from slicegpt.bench.kernels.rotation_methods import LaunchInputs, fused, make_inputs
@@ -140,7 +141,9 @@ def main() -> None:
                 "entries": entries,
             }
             write_json(output, content)
-    print(format_table(table, list(table[0])) if table else "nothing was measured")
+    print(
+        format_table(table, list(table[0]), secondary=SECONDARY["tuned"]) if table else "nothing was measured"
+    )
     if skipped:
         print(f"{skipped} shapes were not measured: --seconds {options.seconds:.0f} were over")
 

@@ -56,18 +56,22 @@ def check_fits(model: PreTrainedModel, ids: torch.Tensor, length: int | None = N
         SliceGPTError: an id beyond the embedding table (the tokenizer has more tokens than the model), or a sequence
             beyond a table of learned positions.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    check_rows(ids, model.get_input_embeddings().weight.shape[0])
+    positions, length = learned_positions(model), ids.shape[-1] if length is None else length
+    if positions is not None and length > positions:
+        raise SliceGPTError(
+            f"a sequence of {length} tokens is beyond the model's {positions} learned positions"
+        )
+
+
+def check_rows(ids: torch.Tensor, rows: int) -> None:
+    """Refuse token ids that an embedding table of so many rows lacks; see `check_fits`."""
     largest = int(ids.max()) if ids.numel() else 0
     if largest >= rows:
         raise SliceGPTError(
             f"the text has the token {largest}, and the model's embedding table {rows} rows: the tokenizer"
             " has more tokens than the model (resize the model's embeddings, or take the tokenizer that it came with)",
             "tokenizer",
-        )
-    positions, length = learned_positions(model), ids.shape[-1] if length is None else length
-    if positions is not None and length > positions:
-        raise SliceGPTError(
-            f"a sequence of {length} tokens is beyond the model's {positions} learned positions"
         )
 
 

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -55,11 +55,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        with no_space_errors(path):
-            yield temporary
-            put_in_place(temporary, path, temporary.with_suffix(".replaced"))
-    except BaseException:
+        yield temporary
+        put_in_place(temporary, path, temporary.with_suffix(".replaced"))
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if is_full_disk(error):
+            raise SliceGPTError(f"no space left while writing {path}; nothing was kept", "output") from error
         raise
 
 
@@ -78,17 +79,10 @@ def put_in_place(folder: Path, path: Path, replaced: Path) -> None:
     shutil.rmtree(replaced)
 
 
-@contextmanager
-def no_space_errors(path: Path, kept: Callable[[], str] = lambda: "nothing was kept") -> Iterator[None]:
-    """Within it, a full disk is one line about `path`, and what has become of what was there."""
-    try:
-        yield
-    except BaseException as error:
-        # safetensors and tokenizers raise their own types.
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error):
-            raise SliceGPTError(f"no space left while writing {path}; {kept()}", "output") from error
-        raise
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that there is no space left; safetensors and tokenizers raise their own types."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left" in str(error)
 
 
 def sync_folder(folder: Path) -> None:

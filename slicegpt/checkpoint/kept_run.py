@@ -22,21 +22,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from slicegpt.calibration import Calibration, CalibrationBatch
 from slicegpt.checkpoint.folders import sync_folder
 from slicegpt.checkpoint.model_files import ModelFiles
-from slicegpt.checkpoint.partial import CALL, STATE_FILES, PartialFolder, read_call
+from slicegpt.checkpoint.partial import CALL, STATE_FILES, PartialFolder, partial_path, read_call
 from slicegpt.checkpoint.report import SliceReport
 from slicegpt.checkpoint.saving import read_record
 from slicegpt.checkpoint.tensor_files import TensorFiles
 from slicegpt.checkpoint.tensors import open_files
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import DenseSource, Weights
+from slicegpt.hardware.devices import find_device
 from slicegpt.progress import Progress
-from slicegpt.recipe import Recipe
+from slicegpt.recipe import AUTO, Recipe
 from slicegpt.slicing.keeping import Keeper, Snapshot
 
 # Seconds after which a run is worth keeping.
@@ -75,8 +77,7 @@ class RunKeeper(Keeper):
             number = int(re.sub(r"\D", "", file.name))
             self._number = max(self._number, number)
             try:
-                with safe_open(file, "pt") as opened:
-                    state = json.loads(opened.metadata()["state"])
+                state = read_state(file)
                 tensors = Weights(open_files([file]))
             except (SliceGPTError, SafetensorError, OSError, ValueError, TypeError, LookupError):
                 self.progress.warn(f"{file} is damaged; going on from the state before it")
@@ -156,6 +157,18 @@ class RunKeeper(Keeper):
             old.unlink()
 
 
+def read_state(file: Path) -> dict:
+    """What a snapshot's file says beside its tensors: `stage`, `done`, `data` and `journal`."""
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["state"])
+
+
+def newest_state(output: str | Path) -> dict | None:
+    """`read_state` of the newest snapshot of a run into `output`; None where there is none."""
+    file = max(partial_path(output).glob(STATE_FILES), default=None)
+    return None if file is None else read_state(file)
+
+
 # --- how the run was called ---------------------------------------------------------------------------------------
 
 
@@ -216,11 +229,34 @@ def check_recipe(call: dict, recipe: Recipe) -> None:
             _refuse(name, old.get(name), new.get(name))
 
 
-def check_machine(call: dict, machine: Mapping[str, Any]) -> None:
-    """As `check_recipe`, for the other options."""
-    for name, value in machine.items():
-        if call["machine"].get(name) != value:
-            _refuse(name, call["machine"].get(name), value)
+def machine_options(
+    call: dict | None,
+    *,
+    device: str | torch.device | None,
+    max_shard_size: str | None,
+    self_contained: bool | None,
+) -> dict[str, Any]:
+    """The options that are no part of a recipe and decide about what is written, filled in; of the device its type.
+
+    Args:
+        call: of the run to go on with, whose options take the place of those that are None (a device of "auto").
+
+    Raises:
+        SliceGPTError: as `check_recipe`.
+    """
+    given = {
+        "device": None if device in (None, AUTO) else find_device(device).type,
+        "max_shard_size": max_shard_size,
+        "self_contained": self_contained,
+    }
+    if call is None:
+        defaults = {"device": find_device(None).type, "max_shard_size": "5GB", "self_contained": True}
+    else:
+        defaults = call["machine"]
+        for name, value in given.items():
+            if value not in (None, defaults[name]):
+                _refuse(name, defaults[name], value)
+    return {name: defaults[name] if value is None else value for name, value in given.items()}
 
 
 def _refuse(name: str, old: Any, new: Any) -> None:

@@ -128,7 +128,7 @@ def _check_shapes(folder: Path, config: PreTrainedConfig) -> None:
             f"{folder} lacks weights: {len(stored)} tensors cannot be num_hidden_layers ="
             f" {config.num_hidden_layers} layers"
         )
-    check_shapes(f"{folder}", parameters_of(config, f"load_dense: {folder}"), stored)
+    check_shapes(f"{folder}", parameters_of(config, f"{folder}"), stored)
 
 
 def _check_kind(folder: Path) -> None:

@@ -43,7 +43,9 @@ The licence of the original model applies. Evaluate the sliced model on your own
 _WITH_PACKAGE = """import slicegpt  # registers the architecture with transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 """
-_WITHOUT_PACKAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer  # the network is in this repository
+_WITHOUT_PACKAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# The network is in this repository. After `import slicegpt`, where it is installed, nothing has to be trusted.
 """
 
 
@@ -68,7 +70,7 @@ def _describe_finetuning(run: dict | None) -> str:
     )
 
 
-def model_card(record: dict, name: str, self_contained: bool = False, recipe: bool = False) -> str:
+def model_card(record: dict, name: str, self_contained: bool = True, recipe: bool = False) -> str:
     """Markdown with a metadata header, as the Hugging Face hub shows it.
 
     Args:

@@ -28,6 +28,15 @@ _ONE_FILE, _INDEX, _PATTERN = (
 )
 
 
+def bytes_while_sliced(config: SlicedConfig, dtype: torch.dtype, candidates: int) -> int:
+    """What the files of a `ModelFiles` take: the weights, and what each of several candidates of λ needs besides."""
+    tensors = {name: tensor.numel() for name, tensor in skeleton(config).named_parameters()}
+    fits = sum(tensors[name] for name in fitted_names(config, tensors)) * (
+        candidates if candidates > 1 else 0
+    )
+    return (sum(tensors.values()) + fits) * dtype.itemsize
+
+
 class ModelFiles:
     """A `slicegpt.slicing.sink.Sink` in a folder.
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slicegpt.checkpoint.folders import no_space_errors, put_in_place, sync_folder
+from slicegpt.checkpoint.folders import is_full_disk, put_in_place, sync_folder
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import Recipe
 
@@ -180,18 +180,30 @@ class PartialFolder:
 def partial_folder(path: Path, resume: bool = False) -> Iterator[PartialFolder]:
     """A folder to write a model in, which takes the name `path` when all went well.
 
-    When not, it vanishes, unless it holds a state to go on from; what is raised then says so.
+    When not, it vanishes, unless it holds a state to go on from. What the machine is to blame for (a full disk, a file
+    that is gone) is then one line, which says what is kept.
     """
     partial = PartialFolder(path)
     partial.enter(resume)
     try:
-        with no_space_errors(path, lambda: _kept(path)):
-            yield partial
-            partial.finish()
-    except BaseException:
+        yield partial
+        partial.finish()
+    except BaseException as error:
         partial.leave()
-        raise
+        told = _told(error, path)
+        if told is None:
+            raise
+        raise told from error
 
 
-def _kept(path: Path) -> str:
-    return what_is_kept(path) or "nothing was kept"
+def _told(error: BaseException, path: Path) -> SliceGPTError | None:
+    """What a run that ended by an error of the system says; None for all others."""
+    kept = what_is_kept(path)
+    if is_full_disk(error):
+        return SliceGPTError(f"no space left while writing {path}; {kept or 'nothing was kept'}", "output")
+    if isinstance(error, OSError):
+        where = path if error.filename is None else error.filename
+        return SliceGPTError(f"{where}: {error.strerror or error}; {kept or 'nothing was kept'}")
+    if isinstance(error, SliceGPTError) and isinstance(error.__cause__, OSError) and kept:
+        return SliceGPTError(f"{error.reason}; {kept}", error.argument)
+    return None

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from slicegpt.checkpoint.folders import atomic_folder, check_output
 from slicegpt.checkpoint.loading import read_safetensors_header
 from slicegpt.checkpoint.model_card import model_card
-from slicegpt.checkpoint.self_contained import write_modeling_code
+from slicegpt.checkpoint.self_contained import leave_out_modeling_code, write_modeling_code
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import FILE_NAME, Recipe
 from slicegpt.table import write_json
@@ -40,7 +40,7 @@ def save_sliced(
     output: str | Path,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
-    self_contained: bool = False,
+    self_contained: bool = True,
     recipe: Recipe | None = None,
 ) -> Path:
     """Write config, safetensors, tokenizer, generation config, `slicing.json` and a model card under `output`.
@@ -48,8 +48,7 @@ def save_sliced(
     Args:
         record: what `slicing.json` says; the card is made from it.
         overwrite: an existing folder is replaced once the new one is whole.
-        self_contained: write the modelling code as well, so that the folder loads without slicegpt; a model that
-            came from such a folder keeps to it.
+        self_contained: write the modelling code as well, so that the folder loads without slicegpt.
         recipe: the choices that made the model, written as `recipe.toml`; None: of no use to repeat it, as after
             fine-tuning.
 
@@ -60,7 +59,6 @@ def save_sliced(
         `SliceGPTError` for an existing folder, a path that cannot be written, and a full disk.
     """
     path = check_output(output, overwrite)
-    self_contained = self_contained or getattr(model.config, "auto_map", None) is not None
     with atomic_folder(path) as folder, _no_progress_bars():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         write_beside_weights(folder, path.name, tokenizer, record, self_contained, recipe)
@@ -80,8 +78,7 @@ def write_beside_weights(
     Args:
         name: that the folder will have.
     """
-    if self_contained:
-        write_modeling_code(folder)
+    (write_modeling_code if self_contained else leave_out_modeling_code)(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_json(folder / RECORD, record)

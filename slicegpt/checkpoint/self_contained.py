@@ -39,21 +39,41 @@ def portable_source(module: str) -> str:
     return _HEADER.format(version=slicegpt.__version__, module=module) + source
 
 
+def modeling_files() -> dict[str, bytes]:
+    """The modelling code as it stands in a folder: name of the file -> content."""
+    return {f"{name}.py": portable_source(module).encode() for module, name in MODULES.items()}
+
+
+def with_auto_map(config: dict, self_contained: bool = True) -> dict:
+    """`config.json` as a dictionary, with the classes of its folder named in it, or without."""
+    plain = {name: value for name, value in config.items() if name != "auto_map"}
+    return plain | {"auto_map": AUTO_MAP} if self_contained else plain
+
+
 def write_modeling_code(folder: Path) -> None:
     """Make a saved model self-contained: modelling code beside the weights, `auto_map` in `config.json`.
 
     It then loads with `trust_remote_code=True` where slicegpt is not installed. Where slicegpt is imported, its own
-    classes are used, as before.
+    classes are used, as before, and nothing has to be trusted.
     """
-    for module, name in MODULES.items():
-        (folder / f"{name}.py").write_text(portable_source(module), encoding="utf-8")
+    for name, content in modeling_files().items():
+        (folder / name).write_bytes(content)
+    _rewrite_config(folder, self_contained=True)
+
+
+def leave_out_modeling_code(folder: Path) -> None:
+    """The opposite: no `auto_map`, which a model that came from a self-contained folder brings along."""
+    for name in modeling_files():
+        (folder / name).unlink(missing_ok=True)
+    _rewrite_config(folder, self_contained=False)
+
+
+def config_text(config: dict) -> str:
+    """`config.json` as transformers writes it."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _rewrite_config(folder: Path, self_contained: bool) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(
-        json.dumps(config | {"auto_map": AUTO_MAP}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
-
-
-def is_self_contained(folder: str | Path) -> bool:
-    """Whether a folder's `config.json` names modelling code of its own."""
-    return "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    file.write_text(config_text(with_auto_map(config, self_contained)), encoding="utf-8")

@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     from slicegpt import __version__
     from slicegpt.cli import (
         benchmark,
+        completion,
         demo,
         env,
         evaluation,
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         demo,
     ):
         command.add_parser(commands)
+    completion.add_parser(commands, parser)
     return parser
 
 

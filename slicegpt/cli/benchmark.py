@@ -1,13 +1,15 @@
 """`slicegpt bench`: what a sliced model gains, against the dense one."""
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import NAMES, Recipe
-from slicegpt.table import check_writable
+from slicegpt.table import check_writable, fit_text
 
 from .benchmark_options import (
     SHORTCUTS,
@@ -93,6 +95,13 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plot", metavar="FILE", help="a plot, .png or .svg (extra plot)")
 
 
+def add_trace(parser: argparse.ArgumentParser, what: str) -> None:
+    """`--trace`."""
+    parser.add_argument(
+        "--trace", metavar="FILE", help=f"a Chrome trace with named ranges {what}, for ui.perfetto.dev"
+    )
+
+
 def networks_of(options: argparse.Namespace) -> list:
     from slicegpt.bench.models.networks import choose_networks
     from slicegpt.conversion.plan import Shape
@@ -133,6 +142,8 @@ def measuring(record, options: argparse.Namespace) -> Iterator[None]:
             print(f"stopped by an error: {kept}", file=sys.stderr)
         raise
     show(record, options)
+    if options.json:
+        print(f"next: slicegpt bench report {shlex.quote(os.path.dirname(options.json) or '.')}")
 
 
 def show(record, options: argparse.Namespace) -> None:
@@ -140,7 +151,7 @@ def show(record, options: argparse.Namespace) -> None:
 
     print_summary(record.content)
     if options.plot:
-        from slicegpt.bench.harness.charts import plot_results
+        from slicegpt.bench.report.charts import plot_results
 
         plot_results(record.content, options.plot)
 
@@ -172,6 +183,7 @@ def add_token(benchmarks) -> None:
     parser.add_argument("--batch", type=positive, default=1, help="sequences (1)")
     parser.add_argument("--rounds", type=positive, default=8, help="turns that the steps are split into (8)")
     parser.add_argument("--cold-l2", action="store_true", help="overwrite the last cache before every step")
+    add_trace(parser, "of one more step of every network and engine")
     add_results(parser)
 
 
@@ -184,14 +196,21 @@ def run_token(options: argparse.Namespace) -> None:
 
     networks = networks_of(options)
     cases, skipped = benchmark_cases(networks, chosen_engines(options.engines))
-    how = TokenOptions(options.tokens, options.prompt, options.batch, options.rounds, cold=options.cold_l2)
+    how = TokenOptions(
+        options.tokens,
+        options.prompt,
+        options.batch,
+        options.rounds,
+        cold=options.cold_l2,
+        traced=options.trace is not None,
+    )
     check_positions(cases, how.length, "--prompt, --tokens")
     record = record_of(options, networks[0].device)
     record.content["skipped"] = skipped
     peaks = current_device(networks[0].device)
     record.content["peaks"] = None if peaks is None else vars(peaks)
     with measuring(record, options):
-        measure_token_times(cases, how, peaks, record, Progress())
+        measure_token_times(cases, how, peaks, record, Progress(), options.trace)
         if networks[0].device.type == "cpu":  # other load may have hidden the peak the first time
             use_higher_bandwidth(record, current_device(networks[0].device))
 
@@ -277,9 +296,7 @@ def add_layers(benchmarks) -> None:
         "--repeats", type=positive, default=40, help="runs, of which the fastest quarter counts (40)"
     )
     parser.add_argument("--cold-l2", action="store_true", help="overwrite the last cache before every run")
-    parser.add_argument(
-        "--trace", metavar="FILE", help="a Chrome trace with named ranges, for ui.perfetto.dev"
-    )
+    add_trace(parser, "of one run of every variant")
     add_results(parser)
 
 
@@ -321,6 +338,7 @@ def add_slicing(benchmarks) -> None:
     parser.add_argument("--seqlen", type=positive, default=2048)
     parser.add_argument("--batch-size", type=positive, default=8)
     add_device(parser)
+    add_trace(parser, "of a second run, of one batch,")
     add_results(parser)
 
 
@@ -333,7 +351,7 @@ def run_slicing(options: argparse.Namespace) -> None:
     with shared(options) as (ranks, device, progress):
         record = record_of(options, device)
         with measuring(record, options) if ranks.first else nullcontext():
-            measure_slicing(what, dtype, device, record, progress, ranks)
+            measure_slicing(what, dtype, device, record, progress, options.trace, ranks)
 
 
 def add_report(benchmarks) -> None:
@@ -355,7 +373,8 @@ def add_report(benchmarks) -> None:
 def run_report(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from slicegpt.bench.harness.report import read_results, render
+    from slicegpt.bench.report.page import render
+    from slicegpt.bench.report.results import read_results
 
     check_files(options)
     results = read_results(options.folder)
@@ -379,7 +398,8 @@ def print_agreement(first: list, second: list, options: argparse.Namespace) -> N
     print_rows("agreement", rows)
     apart = [row["apart"] for row in rows]
     worst = max(rows, key=lambda row: row["apart"])
-    print(
+    told = (
         f"{len(rows)} ratios: {statistics.median(apart):.1%} apart in the median, at most {worst['apart']:.1%} "
         f"({worst['ratio of']}); {sum(value <= 0.1 for value in apart)} within 10 %."
     )
+    print(fit_text(told))

@@ -66,7 +66,7 @@ def check_shape(name: str | None) -> None:
 
 def check_files(options: argparse.Namespace) -> None:
     """Every file that a benchmark shall write can be written, and is of a kind that it can write."""
-    from slicegpt.bench.harness.charts import check_plot
+    from slicegpt.bench.report.charts import check_plot
 
     for name in ("json", "csv", "plot", "trace", "output"):
         check_writable(f"--{name}", getattr(options, name, None))

@@ -81,11 +81,11 @@ def run(options: argparse.Namespace) -> None:
         }
         rows.append(measure(label, sliced, tokenizer, test, options, progress) | shape)
     whole = {"width": record["dense_width"], "neurons": record["dense_neurons"]}
-    table = format_table([whole | row | {"bytes": format_bytes(row["bytes"])} for row in rows], COLUMNS)
+    shown = [whole | row | {"bytes": format_bytes(row["bytes"])} for row in rows]
     plot_spectra(records, folder / "spectra.png")
     seconds = time.perf_counter() - started
-    write_report(folder, rows, table, options, seconds)
-    print(table)
+    write_report(folder, rows, format_table(shown, COLUMNS, width=None), options, seconds)
+    print(format_table(shown, COLUMNS, secondary=("neurons", "width")))
     for row in rows:
         print(f"\n{row['model']}: {' '.join(row['text'].split())}")
     print(f"\n{folder}/report.md, spectra.png and the sliced models, in {seconds:.0f} s")

@@ -68,24 +68,35 @@ def describe() -> dict:
 
 
 def run(options: argparse.Namespace) -> None:
-    from slicegpt.modeling.sizes import format_bytes
-    from slicegpt.table import format_table, write_json
+    from slicegpt.table import write_json
 
     facts = describe()
-    rows = [(name, version or "not installed") for name, version in facts["versions"].items()]
-    rows.append(("platform", f"{facts['platform']}, {facts['threads']} threads"))
-    rows += [
+    print(described(facts))
+    if options.json:
+        write_json(options.json, facts)
+
+
+def described(facts: dict) -> str:
+    """`describe`'s facts as paragraphs of names and values."""
+    from slicegpt.modeling.sizes import format_bytes
+    from slicegpt.table import format_facts
+
+    versions = dict(facts["versions"])
+    top = [(name, versions.pop(name)) for name in ("slicegpt", "python")]
+    top.append(("platform", f"{facts['platform']}, threads: {facts['threads']}"))
+    devices = [
         (
             each["device"],
             f"{each['name']}, sm_{each['capability'].replace('.', '')}, {format_bytes(each['memory'])}",
         )
         for each in facts["devices"]
     ] or [("cuda devices", "none")]
-    rows += list(facts["kernels"].items())
-    for extra, there in facts["extras"].items():
-        rows.append((f"extra {extra}", "installed" if there else f"missing: pip install slicegpt[{extra}]"))
-    print(
-        format_table([{"": name, "slicegpt env": str(value)} for name, value in rows], ["", "slicegpt env"])
-    )
-    if options.json:
-        write_json(options.json, facts)
+    extras = [
+        (f"extra {extra}", "installed" if there else f'missing: pip install "slicegpt[{extra}]"')
+        for extra, there in facts["extras"].items()
+    ]
+    packages = [(name, version or "not installed") for name, version in versions.items()]
+    parts = (top, packages, devices, list(facts["kernels"].items()), extras)
+    label = max(len(name) for part in parts for name, _ in part)
+    # One column of names for all of them: the paragraphs stand below each other.
+    return "\n\n".join(format_facts([(name.ljust(label), value) for name, value in part]) for part in parts)

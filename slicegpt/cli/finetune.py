@@ -5,7 +5,7 @@ import argparse
 from slicegpt.checkpoint.names import check_name
 from slicegpt.table import check_writable
 
-from .options import add_json, check_device, positive, resolve_device, seed
+from .options import add_json, add_self_contained, check_device, positive, resolve_device, seed
 
 
 def add_parser(commands) -> None:
@@ -29,6 +29,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--no-merge", action="store_true", help="write the adapters as a PEFT folder instead of merging them"
     )
+    add_self_contained(parser)
 
     data = parser.add_argument_group("text")
     data.add_argument(
@@ -179,6 +180,7 @@ def run(options: argparse.Namespace) -> None:
         teacher=options.teacher,
         source=options.data,
         merged=not options.no_merge,
+        self_contained=options.self_contained,
         resume=options.resume,
         overwrite=options.overwrite,
         device=device,
@@ -195,7 +197,7 @@ def print_result(result) -> None:
     """Held-out perplexity before and after, and what was trained."""
     import math
 
-    from slicegpt.table import format_table
+    from slicegpt.table import fit_text, format_table
 
     rows = [
         {
@@ -210,9 +212,14 @@ def print_result(result) -> None:
         },
     ]
     print(format_table(rows, list(rows[0])))
-    print(
+    told = (
         f"{result.tokens:,} tokens in {result.steps} steps, {result.seconds:.0f} s;"
         f" {result.trained_parameters:,} parameters trained; kept: step {result.best_step}"
     )
+    print(fit_text(told))
     if result.loss_after > result.loss_before:
-        print("note: the held-out loss rose: the tuned model is worse than the sliced one on this text")
+        print(
+            fit_text(
+                "note: the held-out loss rose: the tuned model is worse than the sliced one on this text"
+            )
+        )

@@ -1,7 +1,10 @@
-"""`slicegpt generate`: continue a prompt, printed as it is generated."""
+"""`slicegpt generate`: continue a prompt, or chat, printed as it is generated.
+
+The text goes to standard output; what is said about it, such as tokens/s, to standard error.
+"""
 
 import argparse
-import time
+import sys
 
 from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
@@ -9,16 +12,38 @@ from slicegpt.table import check_writable
 
 from .options import add_device, add_json, check_device, positive, seed
 
+# Where --max-new-tokens does not say.
+NEW_TOKENS, ANSWER_TOKENS = 64, 512
+
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
-        "generate", help="continue a prompt", description="Continue a prompt with a model."
+        "generate",
+        help="continue a prompt, or chat",
+        description="Continue a prompt with a model, or answer messages in a chat. Standard output holds the text "
+        "alone; tokens/s and the engine are told on standard error.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="DIR|MODEL")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=positive, default=64)
-    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue; with --chat a single message")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="a conversation in the model's chat template, a message a line; Ctrl-C stops an answer, Ctrl-D ends",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: a message before all others")
+    parser.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help="tokens of a chat; beyond, the oldest messages are forgotten (4096, or the model's where it has fewer)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help=f"of a continuation ({NEW_TOKENS}) or an answer in a chat ({ANSWER_TOKENS})",
+    )
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=positive, default=50)
@@ -26,34 +51,19 @@ def add_parser(commands) -> None:
     parser.add_argument("--seed", type=seed, default=42)
     parser.add_argument(
         "--runtime",
-        choices=("plain", "fused"),
-        default="plain",
-        help="plain: transformers' generate; fused: packed weights, fused operators and a static cache",
+        choices=("auto", "fused", "plain"),
+        default="auto",
+        help="fused: this package's, packed weights, fused operators and a static cache; plain: transformers' "
+        "generate; auto (default): fused, or plain for a model that fused cannot run",
     )
     add_device(parser)
     add_json(parser)
 
 
-def encode(tokenizer, prompt: str, chat: bool):
-    """Token ids and mask of the prompt; an error where there is nothing to continue or no chat template."""
-    from slicegpt.calibration.files import check_unicode
-
-    check_unicode(prompt, "the prompt", "prompt")
-    if chat:
-        if not tokenizer.chat_template:
-            raise SliceGPTError("the model's tokenizer has no chat template", "chat")
-        messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if not inputs["input_ids"].shape[1]:
-        raise SliceGPTError("must hold at least one token, got an empty one", "prompt")
-    return inputs
-
-
-def run(options: argparse.Namespace) -> None:
-    # What can be checked without the model is checked before anything heavy is imported.
+def check_options(options: argparse.Namespace) -> None:
+    """What can be told without the model."""
+    if options.prompt is None and not options.chat:
+        raise SliceGPTError("is needed, unless --chat is given", "prompt")
     # Logits divided by less are beyond float32.
     if options.sample and not options.temperature >= 1e-6:
         raise SliceGPTError(f"must be at least 1e-6, got {options.temperature}", "temperature")
@@ -63,74 +73,93 @@ def run(options: argparse.Namespace) -> None:
     check_writable("--json", options.json)
     check_name(options.model, "model")
 
-    from transformers import TextStreamer
 
+def run(options: argparse.Namespace) -> None:
+    # What can be checked without the model is checked before anything heavy is imported.
+    check_options(options)
+    (run_chat if options.prompt is None else run_prompt)(options)
+
+
+def load_model(options: argparse.Namespace):
+    """The model, its tokenizer, and how tokens are chosen."""
     from slicegpt.api import load
-    from slicegpt.calibration import check_fits
-    from slicegpt.table import write_json
+    from slicegpt.runtime import Sampling
 
     model, tokenizer = load(options.model, options.dtype, options.device)
-    inputs = encode(tokenizer, options.prompt, options.chat).to(model.device)
-    check_fits(model, inputs["input_ids"], inputs["input_ids"].shape[1] + options.max_new_tokens)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    generate = _fused if options.runtime == "fused" else _plain
-    new_tokens, seconds = generate(options, model, tokenizer, inputs, streamer)
+    sampling = Sampling()
+    if options.sample:
+        sampling = Sampling(True, options.temperature, options.top_k, options.top_p)
+    return model, tokenizer, sampling
+
+
+def encode(tokenizer, prompt: str, options: argparse.Namespace):
+    """Token ids [1, tokens] of the prompt; an error where there is nothing to continue or no chat template."""
+    from slicegpt.calibration.files import check_unicode
+
+    check_unicode(prompt, "the prompt", "prompt")
+    if options.chat:
+        from slicegpt.cli.chat import apply_template
+
+        return apply_template(tokenizer, [*first_messages(options), {"role": "user", "content": prompt}])
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not ids.shape[1]:
+        raise SliceGPTError("must hold at least one token, got an empty one", "prompt")
+    return ids
+
+
+def first_messages(options: argparse.Namespace) -> list[dict[str, str]]:
+    return [] if options.system is None else [{"role": "system", "content": options.system}]
+
+
+def run_prompt(options: argparse.Namespace) -> None:
+    """Continue one prompt."""
+    from slicegpt.calibration import check_fits
+    from slicegpt.cli.answering import Printer, open_engine
+    from slicegpt.table import write_json
+
+    model, tokenizer, sampling = load_model(options)
+    ids = encode(tokenizer, options.prompt, options)
+    count = options.max_new_tokens or NEW_TOKENS
+    length = ids.shape[1] + count
+    check_fits(model, ids, length)
+    with open_engine(options.runtime, model, tokenizer, sampling, options.seed, length) as engine:
+        del model  # the runtime has a copy of a dense model's weights
+        if not options.chat:
+            print(options.prompt, end="", flush=True)
+        printer = Printer(tokenizer, ids, continues=not options.chat)
+        engine.answer(ids, count, printer, lambda: False)
+    answer = printer.answer
+    print(answer.summary(engine.label), file=sys.stderr)
     if options.json:
         write_json(
             options.json,
             {
                 "prompt": options.prompt,
-                "text": tokenizer.decode(new_tokens, skip_special_tokens=True),
-                "tokens": len(new_tokens),
-                "seconds": round(seconds, 3),
-                "runtime": options.runtime,
+                "text": tokenizer.decode(answer.tokens, skip_special_tokens=True),
+                "tokens": len(answer.tokens),
+                "seconds": round(answer.times[-1], 3),
+                "prompt_tokens": answer.prompt,
+                "prompt_seconds": round(answer.times[0], 3),
+                "tokens_per_second": answer.tokens_per_second,
+                "runtime": engine.name,
+                "engine": engine.label,
             },
         )
 
 
-def _plain(options: argparse.Namespace, model, tokenizer, inputs, streamer) -> tuple[list[int], float]:
-    """The new tokens and the seconds they took."""
-    import torch
+def run_chat(options: argparse.Namespace) -> None:
+    """Answer messages from standard input until there are no more."""
+    from slicegpt.cli.answering import open_engine
+    from slicegpt.cli.chat import converse, open_conversation
+    from slicegpt.table import write_json
 
-    sampling = {"do_sample": False}
-    if options.sample:
-        sampling = {
-            "do_sample": True,
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-        }
-    torch.manual_seed(options.seed)
-    start = time.perf_counter()
-    output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=options.max_new_tokens,
-        streamer=streamer,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **sampling,
-    )
-    seconds = time.perf_counter() - start
-    return output[0, inputs["input_ids"].shape[1] :].tolist(), seconds
-
-
-def _fused(options: argparse.Namespace, model, tokenizer, inputs, streamer) -> tuple[list[int], float]:
-    """The new tokens and the seconds they took; packing the weights is not counted."""
-    from slicegpt.runtime import Runtime, Sampling
-
-    sampling = Sampling()
-    if options.sample:
-        sampling = Sampling(True, options.temperature, options.top_k, options.top_p)
-    length = inputs["input_ids"].shape[1] + options.max_new_tokens
-    runtime = Runtime(model, max_length=length, release=True)
-    start = time.perf_counter()
-    output = runtime.generate(
-        inputs["input_ids"],
-        inputs["attention_mask"],
-        options.max_new_tokens,
-        sampling,
-        options.seed,
-        streamer=streamer,
-    )
-    seconds = time.perf_counter() - start
-    return output[0, inputs["input_ids"].shape[1] :].tolist(), seconds
+    model, tokenizer, sampling = load_model(options)
+    count = options.max_new_tokens or ANSWER_TOKENS
+    conversation = open_conversation(tokenizer, model, options.context, count, options.system)
+    with open_engine(
+        options.runtime, model, tokenizer, sampling, options.seed, conversation.context
+    ) as engine:
+        del model
+        converse(engine, conversation)
+    if options.json:
+        write_json(options.json, {"messages": conversation.messages, "runtime": engine.name})

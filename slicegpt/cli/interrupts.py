@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -45,6 +46,39 @@ def remark(make: Callable[[], str | None]) -> Iterator[None]:
 def message() -> str:
     """The one line that an interruption prints."""
     return f"{MESSAGE}; {_remark}" if _remark else MESSAGE
+
+
+def forget() -> None:
+    """A KeyboardInterrupt has been answered, and the command goes on."""
+    global _received
+    _received = False
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Within it the first SIGINT only makes the function that it yields return True; the next one interrupts.
+
+    Work that asks that function between its steps ends where it is whole. Where SIGINT is ignored, it stays so.
+    """
+    asked = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if not asked:
+            asked = True
+        elif callable(before):
+            before(signum, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    # Python sets handlers in the main thread alone; None: somebody's in C.
+    ours = threading.current_thread() is threading.main_thread() and before not in (signal.SIG_IGN, None)
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def ignore() -> None:

@@ -21,7 +21,7 @@ OPTIONS = {
         "neuron_multiple": "--round-to",
     },
     "eval": {"model": "MODEL"},
-    "generate": {"model": "MODEL"},
+    "generate": {"model": "MODEL", "max_length": "--max-new-tokens", "input_ids": "--prompt"},
     "info": {"model": "MODEL"},
     "frontier": {
         "model": "MODEL",

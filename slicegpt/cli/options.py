@@ -15,6 +15,16 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE as JSON")
 
 
+def add_self_contained(parser: argparse.ArgumentParser) -> None:
+    """`--no-self-contained`, of the commands that write a sliced folder."""
+    parser.add_argument(
+        "--self-contained",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put the modelling code beside the weights, for machines without slicegpt (default)",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser, dtypes: Callable[[str], list[str]] | None = None) -> None:
     """`--device` and `--dtype`; of several dtypes, `dtypes` reads the list."""
     parser.add_argument(

@@ -15,6 +15,16 @@ from .benchmark_options import (
 )
 from .options import DTYPES, add_json, positive, resolve_dtype
 
+# Columns of the published tables that a narrow terminal leaves out, the least important first.
+SECONDARY = (
+    "own efficiency",
+    "cache %",
+    "batch that fits",
+    "speed-up error %",
+    "GPUs predicted",
+    "GPUs published",
+)
+
 
 def add_predict(benchmarks) -> None:
     parser = benchmarks.add_parser(
@@ -118,17 +128,17 @@ def run_published(options: argparse.Namespace) -> None:
     from slicegpt.bench.commands import reproduce
     from slicegpt.bench.commands.published import TOKEN_TIMES
     from slicegpt.bench.harness.record import write_csv
-    from slicegpt.table import format_table
+    from slicegpt.table import fit_text, format_table
 
     devices = dict.fromkeys([row.device for row in TOKEN_TIMES] + [reproduce.THROUGHPUT_DEVICE])
     record = paper_record("published", options, ", ".join(devices))
     tables, notes = reproduce.tables(), []
     for title, (rows, own) in tables.items():
-        print(f"{title}, published and predicted\n{format_table(rows, list(rows[0]))}")
-        print(*own, "", sep="\n")
+        print(f"{title}, published and predicted\n{format_table(rows, list(rows[0]), secondary=SECONDARY)}")
+        print(*map(fit_text, own), "", sep="\n")
         notes += own
     notes.append(reproduce.calibration_note())
-    print(notes[-1])
+    print(fit_text(notes[-1]))
     figures = {title: rows for title, (rows, _) in tables.items()}
     record.save(complete=True, efficiencies=reproduce.efficiencies(), notes=notes, **figures)
     if options.csv:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from slicegpt.errors import SliceGPTError
 
+from .options import add_self_contained
+
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
@@ -17,6 +19,7 @@ def add_parser(commands) -> None:
     parser.add_argument("repo_id", metavar="USER/NAME")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (the main one)")
+    add_self_contained(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -24,4 +27,11 @@ def run(options: argparse.Namespace) -> None:
         raise SliceGPTError(f"{options.folder} is no folder", "folder")
     from slicegpt.checkpoint.hub import push_folder
 
-    print(push_folder(options.folder, options.repo_id, options.private, revision=options.revision))
+    address = push_folder(
+        options.folder,
+        options.repo_id,
+        options.private,
+        revision=options.revision,
+        self_contained=options.self_contained,
+    )
+    print(address)

@@ -14,7 +14,7 @@ from slicegpt.recipe import IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGN
 from slicegpt.table import check_writable
 
 from . import interrupts
-from .options import DTYPES, add_json, check_device, positive, shard_size
+from .options import DTYPES, add_json, add_self_contained, check_device, positive, shard_size
 from .planning import add_planning, check_planning, run_plan
 from .sharing import shared
 
@@ -29,9 +29,7 @@ def add_parser(commands) -> None:
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(
-        run=run, shared=True, overwrite=False, self_contained=False, recipe=None, resume=False
-    )
+    parser.set_defaults(run=run, shared=True, overwrite=False, recipe=None, resume=False)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="may be left out where the recipe names it")
     parser.add_argument(
         "--recipe",
@@ -47,11 +45,8 @@ def add_parser(commands) -> None:
         action="store_true",
         help="go on with an interrupted run into the same --output; its other options need not be given again",
     )
-    parser.add_argument(
-        "--self-contained",
-        action="store_true",
-        help="put the modelling code beside the weights, for machines without slicegpt",
-    )
+    add_self_contained(parser)
+    parser.set_defaults(self_contained=None)  # as it was, where a run is resumed
 
     size = parser.add_argument_group("how much (one of)").add_mutually_exclusive_group()
     size.add_argument("--slice", type=float, metavar="F", help="fraction of columns to delete, in [0, 1)")
@@ -136,7 +131,9 @@ def add_parser(commands) -> None:
         help="write what --resume needs after every block into DIR.partial: from the second minute on (auto, the "
         "default), from the beginning, or not",
     )
-    machine.add_argument("--max-shard-size", type=shard_size, default="5GB", metavar="SIZE")
+    machine.add_argument(
+        "--max-shard-size", type=shard_size, default=None, metavar="SIZE", help="of a weight file (5GB)"
+    )
     add_planning(parser)
     parser.set_defaults(json=None)
     add_json(parser)
@@ -235,7 +232,8 @@ def run(options: argparse.Namespace) -> None:
             keep_state=options.keep_state,
             self_contained=options.self_contained,
             max_shard_size=options.max_shard_size,
-            device=device,
+            # One process alone goes on where the run was, whatever auto would be now.
+            device=options.device if ranks.size == 1 else device,
             activation_storage=options.activation_storage,
             progress=progress,
             ranks=ranks,

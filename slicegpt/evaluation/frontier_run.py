@@ -85,7 +85,7 @@ def measure_frontier(
         progress: None is silent.
 
     Returns:
-        The table.
+        The table, as wide as the terminal.
 
     Raises:
         SliceGPTError: a method, size, text or model that cannot be had (found before anything is computed), or a
@@ -137,10 +137,11 @@ def measure_frontier(
 
     points = run_frontier(frontier, methods, sizes, options.basis, recipe.round_to, sparse)
     rows = table_rows(points, options.basis)
-    table = format_table(rows, list(dict.fromkeys(column for row in rows for column in row)))
-    (folder / f"frontier-{options.basis}.txt").write_text(table + "\n", encoding="utf-8")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    file_text = format_table(rows, columns, width=None)  # whole, whatever the terminal has room for
+    (folder / f"frontier-{options.basis}.txt").write_text(file_text + "\n", encoding="utf-8")
     try:
         plot_frontier(points, options.basis, folder / f"frontier-{options.basis}.png")
     except SliceGPTError as error:  # the figures are there; only matplotlib is not
         progress.warn(f"no plot: {error}")
-    return table
+    return format_table(rows, columns, secondary=("parameters", "size", "width"))

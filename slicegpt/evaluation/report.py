@@ -67,7 +67,8 @@ def perplexity_table(evaluations: Sequence[Evaluation]) -> str:
     results = [each.record for each in evaluations]
     rows = [row | {"against first": row["perplexity"] / results[0]["perplexity"]} for row in results]
     columns = ["model", "parameters", "perplexity", "tokens", "seconds"]
-    return format_table(rows, columns if len(rows) == 1 else [*columns[:3], "against first", *columns[3:]])
+    columns = columns if len(rows) == 1 else [*columns[:3], "against first", *columns[3:]]
+    return format_table(rows, columns, secondary=("seconds", "tokens"))
 
 
 def task_table(evaluations: Sequence[Evaluation]) -> str:
@@ -88,4 +89,4 @@ def task_table(evaluations: Sequence[Evaluation]) -> str:
             rows.append(row | dict(zip(columns, values, strict=True)))
     means = [each.mean for each in answers]
     rows.append({"task": "mean", "measure": "acc_norm or acc"} | dict(zip(columns, means, strict=True)))
-    return format_table(rows, ["task", "measure", "questions", *columns])
+    return format_table(rows, ["task", "measure", "questions", *columns], secondary=("questions",))

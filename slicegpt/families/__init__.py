@@ -130,14 +130,15 @@ def _is_tied(shell: PreTrainedModel) -> bool:
 def _checked(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], tied: bool | None) -> Checkpoint:
     family = family_of(model.config)
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise SliceGPTError("model: an adapter is loaded into it; merge it into the weights first")
+        raise SliceGPTError("an adapter is loaded into it; merge it into the weights first", "model")
     checkpoint = Checkpoint(family, tensors, model.config, tied)
     unread = checkpoint.unread()
     if unread:
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         raise SliceGPTError(
-            f"model: {type(model).__name__} has weights that {family.architectures[0]} has no place for:"
-            f" {', '.join(unread[:3])}{more}"
+            f"{type(model).__name__} has weights that {family.architectures[0]} has no place for:"
+            f" {', '.join(unread[:3])}{more}",
+            "model",
         )
     return checkpoint
 

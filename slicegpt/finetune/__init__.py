@@ -8,7 +8,7 @@ from slicegpt.lazy import lazy_exports
 
 for _package in ("peft", "accelerate"):
     if importlib.util.find_spec(_package) is None:
-        raise SliceGPTError(f'finetune: needs {_package}: pip install "slicegpt[finetune]"')
+        raise SliceGPTError(f'fine-tuning needs {_package}: pip install "slicegpt[finetune]"')
 
 if TYPE_CHECKING:
     from .adapters import attach, merge

@@ -46,6 +46,7 @@ def finetune(
     teacher: str | None = None,
     source: str = "text",
     merged: bool = True,
+    self_contained: bool = True,
     resume: bool = False,
     overwrite: bool = False,
     device: torch.device | None = None,
@@ -64,6 +65,7 @@ def finetune(
         teacher: a dense model (see `load_dense`) to learn the next token's distribution from.
         source: what the record calls the text.
         merged: write a sliced model of the same size; otherwise a PEFT folder that loads onto `folder`.
+        self_contained: of a merged model: put the modelling code beside the weights, for machines without slicegpt.
         resume: go on from the last checkpoint where there is one.
         overwrite: replace an existing output, and start anew over another run's checkpoints.
         device: None takes the GPU where there is one.
@@ -133,7 +135,8 @@ def finetune(
     entry = run_record(result, source, adapters, options, teacher, text)
     if merged:
         sliced, _ = load_dense(str(folder))
-        save_sliced(merge(sliced, adapted), tokenizer, record | {"finetuning": entry}, path, overwrite)
+        record |= {"finetuning": entry}
+        save_sliced(merge(sliced, adapted), tokenizer, record, path, overwrite, self_contained=self_contained)
     else:
         save_adapters(adapted, tokenizer, entry, folder, path)
     shutil.rmtree(work)

@@ -29,6 +29,7 @@ from torch import Tensor
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops.contracts import DTYPES
 from slicegpt.ops.cpu import epilogue as cpu_epilogue
+from slicegpt.ops.cpu import extension as cpu_extension
 from slicegpt.ops.cpu import gemm as cpu_gemm
 from slicegpt.ops.cuda import decode as cuda_decode
 from slicegpt.ops.cuda import epilogue as cuda_epilogue
@@ -122,6 +123,12 @@ class Dispatcher:
         call = f"{dtype}, {self._describe(capability, dtype, detail)} on {device_name(capability)}"
         if name is None:
             raise SliceGPTError(f"{self.op}: backend {backend!r} does not take {call}")
+        if (
+            capability is None
+            and backend == "auto"
+            and any(one.device == "cpu" for one in self.implementations)
+        ):
+            cpu_extension.warn_if_missing()
         instead = "" if self.has(backend) else f" (it has no {backend!r} implementation)"
         logger.info("%s: %s: %s%s", self.op, call, name, instead)
         return name

@@ -1,7 +1,7 @@
 """`Runtime`: prefill in chunks, then generation, on packed weights and a preallocated cache."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from slicegpt.runtime.executor import Executor
 from slicegpt.runtime.leases import CacheLease, CachePool
 from slicegpt.runtime.packing import pack, position_limit
 from slicegpt.runtime.sampling import Sampling
+from slicegpt.runtime.session import Session
 
 DECODERS = {"growing": GrowingDecoder, "fused": FusedDecoder, "static": StaticDecoder, "graph": GraphDecoder}
 
@@ -100,7 +101,7 @@ class Runtime:
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [batch, tokens, vocab_size] of every position; those of padding mean nothing."""
-        input_ids, mask = self._checked(input_ids, attention_mask, 0)
+        input_ids, mask = self.checked(input_ids, attention_mask, 0)
         with self._pool.lease(*input_ids.shape, self.new_cache, self._current_stream()) as lease:
             lease.cache.mark(mask)
             pieces = [
@@ -110,12 +111,15 @@ class Runtime:
             return torch.cat(pieces, dim=1)
 
     def _prefill(
-        self, input_ids: Tensor, mask: Tensor | None, cache: KVCache
+        self, input_ids: Tensor, mask: Tensor | None, cache: KVCache, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Fill the cache chunk by chunk; yields `Executor.blocks` of each: stream [batch * chunk, d] and its sums."""
+        """Fill the cache chunk by chunk; yields `Executor.blocks` of each: stream [batch * chunk, d] and its sums.
+
+        first: tokens of the prompt whose keys and values are in the cache already.
+        """
         length = input_ids.shape[1]
         positions = _positions(input_ids, mask)
-        for start in range(0, length, self.prefill_chunk):
+        for start in range(first, length, self.prefill_chunk):
             columns = slice(start, min(start + self.prefill_chunk, length))
             ids, places = input_ids[:, columns], positions[:, columns]
             angles = self.executor.angles(places)
@@ -125,8 +129,8 @@ class Runtime:
             yield past
 
     @torch.inference_mode()
-    def _last_logits(self, input_ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        for stream, sums in self._prefill(input_ids, mask, cache):
+    def _last_logits(self, input_ids: Tensor, mask: Tensor | None, cache: KVCache, first: int = 0) -> Tensor:
+        for stream, sums in self._prefill(input_ids, mask, cache, first):
             last = stream.unflatten(0, (len(input_ids), -1))[:, -1]
             # The CPU's kernels, which are called without the operator's checks, read contiguous sums.
             last_sums = None if sums is None else sums.unflatten(0, (len(input_ids), -1))[:, -1].contiguous()
@@ -188,11 +192,17 @@ class Runtime:
         """
         if max_new_tokens < 1:
             raise SliceGPTError(f"must be at least 1, got {max_new_tokens}", "max_new_tokens")
-        input_ids, mask = self._checked(input_ids, attention_mask, max_new_tokens)
+        input_ids, mask = self.checked(input_ids, attention_mask, max_new_tokens)
         stop_ids = () if ignore_eos else self.stop_ids
         return self._stream(
             input_ids, mask, max_new_tokens, sampling or Sampling(), seed, stop_ids, self._current_stream()
         )
+
+    @contextmanager
+    def session(self, length: int, sampling: Sampling | None = None) -> Iterator[Session]:
+        """A conversation on one cache of at least `length` tokens, which is lent until the context ends."""
+        with self._pool.lease(1, length, self.new_cache, self._current_stream()) as lease:
+            yield Session(self, lease, sampling or Sampling())
 
     def _current_stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
@@ -210,7 +220,7 @@ class Runtime:
         batch, length = input_ids.shape
         with self._pool.lease(batch, length + count, self.new_cache, stream) as lease:
             with lease.on_stream():
-                decoder, first = self._started(lease, input_ids, mask, sampling, seed, stop_ids)
+                decoder, first = self.started(lease, input_ids, mask, sampling, seed, stop_ids)
             finished = torch.zeros(batch, dtype=torch.bool)
             stops = torch.tensor(stop_ids, dtype=torch.long)
             for token in tokens_on_host(decoder, first, count, lease.on_stream):
@@ -220,7 +230,7 @@ class Runtime:
                     if finished.all():
                         return
 
-    def _started(
+    def started(
         self,
         lease: CacheLease,
         input_ids: Tensor,
@@ -228,8 +238,12 @@ class Runtime:
         sampling: Sampling,
         seed: int | None,
         stop_ids: tuple[int, ...],
+        cached: int = 0,
     ) -> tuple[BatchDecoder, Tensor]:
-        """The lease's decoder after the prompt, and the first token [batch]."""
+        """The lease's decoder after the prompt, and the first token [batch].
+
+        cached: tokens that the prompt begins with and whose keys and values the lease's cache holds, fewer than all.
+        """
         cache = lease.cache
         decoder = lease.decoder(
             (sampling, stop_ids), lambda: self.new_decoder(cache, sampling, stop_ids, lease.generator)
@@ -242,7 +256,7 @@ class Runtime:
         lease.generator.manual_seed(seed)
         # After the decoder was made: capturing its graph writes to the cache.
         cache.mark(mask)
-        logits = self._last_logits(input_ids, mask, cache)
+        logits = self._last_logits(input_ids, mask, cache, cached)
         position = _positions(input_ids, mask)[:, -1] + 1
         return decoder, decoder.start(logits, position, input_ids.shape[1], mask is not None)
 
@@ -280,7 +294,7 @@ class Runtime:
             )
         return self.decoder
 
-    def _checked(
+    def checked(
         self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int
     ) -> tuple[Tensor, Tensor | None]:
         """The ids on the device, and the mask as bool, or None where nothing is padded."""

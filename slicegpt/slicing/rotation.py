@@ -42,7 +42,7 @@ def align(
     """
     (dense_width, width), next_width = previous.shape, basis.shape[1]
     if next_width < width:
-        raise SliceGPTError(f"align: basis must have at least {width} columns, got {next_width}")
+        raise SliceGPTError(f"must have at least {width} columns, got {next_width}", "basis")
     left, sines, _ = torch.linalg.svd(previous.mT @ complement, full_matrices=False)
     # The turned directions as seen from `basis`: orthogonal columns of length cos θ. Householder QR keeps them
     # orthonormal where cos θ vanishes (svd sorts sin θ down; flipped, the long and accurate columns come first).
@@ -71,7 +71,7 @@ def align(
     tolerance = 256 * dense_width * torch.finfo(torch.float64).eps
     if not error <= tolerance:
         raise SliceGPTError(
-            f"align: the shortcut misses the bases by {error:.1e}, at most {tolerance:.1e} is rounding; "
+            f"the shortcut misses the bases by {error:.1e}, at most {tolerance:.1e} is rounding; "
             "previous, basis and complement must have orthonormal columns"
         )
     return turned, factor

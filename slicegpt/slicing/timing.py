@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from slicegpt.hardware.profiling import named_range
+
 
 class StageTimer:
     """Seconds spent in each of several stages, device work included.
@@ -24,7 +26,8 @@ class StageTimer:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        with named_range(f"slicing / {name}", self.device):
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         self.seconds[name] += time.perf_counter() - start

@@ -56,20 +56,35 @@ def record_of(model) -> dict:
     }
 
 
+@pytest.mark.parametrize("stored_with_code", [False, True])
 @pytest.mark.parametrize("self_contained", [False, True])
-def test_push(hub, model, tmp_path, capsys, self_contained):
-    folder = save_sliced(model, None, record_of(model), tmp_path / "small", self_contained=self_contained)
-    assert main(["push", str(folder), "someone/small-25", "--private"]) == 0
+def test_push(hub, model, tmp_path, capsys, self_contained, stored_with_code):
+    """With or without the modelling code, whichever the folder has."""
+    folder = save_sliced(model, None, record_of(model), tmp_path / "small", self_contained=stored_with_code)
+    option = [] if self_contained else ["--no-self-contained"]
+    assert main(["push", str(folder), "someone/small-25", "--private", *option]) == 0
     assert "/someone/small-25/commit/" in capsys.readouterr().out
     assert hub.private == {"someone/small-25": True}
     stored = hub.files["someone/small-25"]
-    assert set(stored) == {file.name for file in folder.iterdir()}
+    as_wanted = save_sliced(model, None, record_of(model), tmp_path / "wanted", self_contained=self_contained)
+    assert set(stored) == {file.name for file in as_wanted.iterdir()}
     for name in set(stored) - {"README.md"}:
-        assert stored[name] == (folder / name).read_bytes()
+        assert stored[name] == (as_wanted / name).read_bytes()
     card = stored["README.md"].decode()
     assert 'from_pretrained("someone/small-25"' in card
     assert ("trust_remote_code=True" in card) == ("modeling_slicegpt.py" in stored) == self_contained
     assert f"{record_of(model)['size']['parameters']:,}" in card
+
+
+def test_push_of_a_folder_that_names_code_and_does_not_hold_it(hub, model, tmp_path):
+    """As transformers' `save_pretrained` leaves it."""
+    folder = save_sliced(model, None, record_of(model), tmp_path / "small")
+    whole = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "README.md"}
+    for file in folder.glob("*_slicegpt.py"):
+        file.unlink()
+    assert main(["push", str(folder), "someone/small"]) == 0
+    stored = hub.files["someone/small"]
+    assert {name: stored[name] for name in set(stored) - {"README.md"}} == whole
 
 
 # transformers keeps its client of the hub: this one is a process of its own.

@@ -56,6 +56,8 @@ def cpu_seconds(command: list[str], cwd) -> tuple[float, int, str]:
         ("frontier nosuch --data text.txt --method best", 2, "'best'"),
         ("push nosuch user/name", 2, "nosuch is no folder"),
         ("info there", 2, "has no config.json"),
+        ("completion bash", 0, "complete -o default -F _slicegpt slicegpt"),
+        ("generate nosuch", 2, "--prompt: is needed, unless --chat is given"),
     ],
 )
 def test_answers_without_torch_in_half_a_second(sliced, arguments, code, expected):

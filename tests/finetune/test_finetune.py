@@ -499,7 +499,7 @@ sys.exit(main(["finetune", "m", "--data", "d", "--output", "o"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2
-    assert 'finetune: needs peft: pip install "slicegpt[finetune]"' in done.stderr
+    assert 'fine-tuning needs peft: pip install "slicegpt[finetune]"' in done.stderr
 
 
 def test_defaults_are_the_papers():

@@ -330,6 +330,38 @@ def test_without_the_module(monkeypatch):
     DISPATCHER.forget()
 
 
+# slicegpt.ops and two operators as they are where the compiled module is missing; the arguments are environment
+# variables for the second half.
+WITHOUT_MODULE = """
+import sys
+sys.modules["slicegpt._cpu"] = None
+import torch
+from slicegpt.ops import gram_, norm_linear
+print("imported", file=sys.stderr)
+h, weight = torch.ones(2, 8), torch.ones(4, 8)
+for _ in range(3):
+    norm_linear(h, weight, None, None, 4, "none", 8.0, 1e-5)
+    gram_(torch.zeros(8, 8, dtype=torch.float64), h)
+norm_linear(h.double(), weight.double(), None, None, 4, "none", 8.0, 1e-5)
+"""
+
+
+@pytest.mark.parametrize("variables", [{}, {"SLICEGPT_CPU_ISA": "none"}, {"SLICEGPT_BACKEND": "reference"}])
+def test_one_warning_where_the_kernels_are_missing(variables):
+    """At the first call and not at import; none for those who left the kernels out themselves."""
+    command = [sys.executable, "-c", WITHOUT_MODULE]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    imported, *warnings = done.stderr.splitlines()
+    assert imported == "imported"
+    if variables:
+        assert not warnings
+    else:
+        (line,) = warnings
+        assert "running without the CPU's kernels" in line
+        assert "install g++" in line
+
+
 def test_instruction_sets_by_name():
     with pytest.raises(
         SliceGPTError, match=r"SLICEGPT_CPU_ISA must be none or one of .*portable.*, got 'mmx'"

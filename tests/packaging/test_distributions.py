@@ -133,6 +133,24 @@ def test_wheel_with_the_cpu_part(tree):
     version, *instruction_sets = done.stdout.split()
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
     assert instruction_sets[-1] == "portable"
+    assert_loads_on_any_processor(tree / "build" / "cpu")
+
+
+def assert_loads_on_any_processor(objects: Path) -> None:
+    """What an object for newer processors shares with the others would be run on older ones as well.
+
+    A weak function (an inline one or a template's) is taken from any object that has it, so the linker could take the
+    one with AVX-512; constructors of static objects run when the module is loaded.
+    """
+    if shutil.which("nm") is None or shutil.which("readelf") is None:
+        return
+    for name in ("avx2", "avx512", "avx512_bf16", "amx"):
+        symbols = subprocess.check_output(["nm", objects / f"{name}.o"], text=True)
+        weak = re.findall(r"^\S+ [WV] (\S+)$", symbols, re.MULTILINE)
+        assert not [symbol for symbol in weak if not symbol.startswith("DW.ref.")], weak
+        sections = subprocess.check_output(["readelf", "-SW", objects / f"{name}.o"], text=True)
+        assert ".init_array" not in sections
+        assert ".ctors" not in sections
 
 
 @needs_backend

@@ -4,7 +4,8 @@
 
 For each entry of `kills`: the n-th write since the start of the process is cut in half, and the process killed there;
 the run is resumed, and killed again at the next n, until it is left alone. Prints, one JSON line an entry, the output
-folder, the exit codes, what the newest state said after each kill, and the writes of the process that was left alone.
+folder, the exit codes, the stage of the newest snapshot after each kill, and of the process that was left alone its
+writes, and the number of them after each snapshot with the snapshot's stage.
 A fork takes a tenth of a second; importing torch takes ten.
 """
 
@@ -13,13 +14,12 @@ import os
 import signal
 import sys
 import warnings
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from slicegpt import api
-from slicegpt.checkpoint.partial import STATE_FILES, is_resumable, partial_path
+from slicegpt.checkpoint.kept_run import RunKeeper, newest_state
+from slicegpt.checkpoint.partial import is_resumable
 from slicegpt.checkpoint.tensor_files import TensorFiles
 
 write = TensorFiles._write
@@ -40,31 +40,36 @@ def cut_off(last: int | None):
     return staticmethod(counted)
 
 
-def forked(arguments: dict, last: int | None) -> tuple[int, int]:
-    """Exit status of a run, and the writes that it took where it was left alone."""
+def forked(arguments: dict, last: int | None) -> tuple[int, dict]:
+    """Exit status of a run; and its writes and snapshots where it was left alone."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
         TensorFiles._write = cut_off(last)
+        snapshots = []
+
+        def noted(self, snapshot):
+            write_snapshot(self, snapshot)
+            snapshots.append([writes, stage(arguments["output"])])
+
+        write_snapshot, RunKeeper._write = RunKeeper._write, noted
         resume = is_resumable(arguments["output"])
         api.slice(**arguments, resume=resume, keep_state="always", device="cpu")
-        os.write(writing, str(writes).encode())
+        os.write(writing, json.dumps({"writes": writes, "snapshots": snapshots}).encode())
         os._exit(0)
     os.close(writing)
     _, status = os.waitpid(child, 0)
     with os.fdopen(reading) as stream:
-        return os.waitstatus_to_exitcode(status), int(stream.read() or 0)
+        return os.waitstatus_to_exitcode(status), json.loads(stream.read() or "{}")
 
 
-def newest_state(output: str) -> str:
-    """Stage and decisions of the newest snapshot; "none" before the first."""
-    files = sorted(Path(partial_path(output)).glob(STATE_FILES))
-    if not files:
+def stage(output: str) -> str:
+    """Stage of the newest snapshot; "none" before the first."""
+    state = newest_state(output)
+    if state is None:
         return "none"
-    with safe_open(files[-1], "pt") as opened:
-        state = json.loads(opened.metadata()["state"])
     return "ridge" if "losses" in state["journal"] else state["stage"]
 
 
@@ -75,13 +80,13 @@ def main() -> None:
         codes, stages = [], []
         for last in kills:
             codes.append(forked(arguments, last)[0])
-            stages.append(newest_state(arguments["output"]))
-        code, count = forked(arguments, None)
+            stages.append(stage(arguments["output"]))
+        code, facts = forked(arguments, None)
         result = {
             "output": arguments["output"],
             "codes": [*codes, code],
             "stages": stages,
-            "writes": count,
+            **facts,
         }
         print(json.dumps(result), flush=True)
 

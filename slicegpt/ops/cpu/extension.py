@@ -6,7 +6,9 @@ instead of the best one here; none leaves the kernels out.
 """
 
 import importlib.util
+import logging
 import os
+import sys
 from types import ModuleType
 
 import torch
@@ -52,6 +54,26 @@ def why_not() -> str | None:
     if _import_error:
         return f"slicegpt._cpu does not load: {_import_error}"
     return "slicegpt was installed without its CPU part (no C++ compiler was found, or SLICEGPT_CPU=0)"
+
+
+_told = False
+
+
+def warn_if_missing() -> None:
+    """One warning in a process, where an operator on a CPU would have taken the kernels and they are not there.
+
+    Nothing is said to those who left them out with SLICEGPT_CPU_ISA=none, nor off Linux, where there are none.
+    """
+    global _told
+    if module is not None or _told or os.environ.get(ISA_VARIABLE) == "none" or sys.platform != "linux":
+        return
+    _told = True
+    remedy = (
+        "" if _import_error else "; install g++ (apt install g++, dnf install gcc-c++) and slicegpt again"
+    )
+    logging.getLogger("slicegpt").warning(
+        "running without the CPU's kernels, slower: %s%s", why_not(), remedy
+    )
 
 
 def is_available() -> bool:

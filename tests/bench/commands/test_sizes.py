@@ -56,4 +56,4 @@ def test_dense_and_sliced_rows(tiny_tokenizer, tmp_path, monkeypatch, documents,
         assert row["tokens_per_second_float32"] > 0
         assert row["tokens_per_second_bfloat16"] > 0
     assert content["settings"]["sizes"] == "0.9"
-    assert "tokens_per_second_float32" in capsys.readouterr().out
+    assert "tokens/s float32" in capsys.readouterr().out

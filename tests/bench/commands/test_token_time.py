@@ -162,3 +162,30 @@ def test_runtime_that_turns_a_network_down_is_reported(tiny_networks, monkeypatc
     rows, record = token_rows(benchmark_cases([network], chosen_engines(["plain", "fused"]))[0])
     assert [row["engine"] for row in rows] == ["plain"]
     assert "'tanh' is not supported" in record.content["skipped"][0]["skipped"]
+
+
+def test_trace_of_one_step(tiny_networks, tmp_path):
+    """A range a case, in one file; the step is not among those that were timed."""
+    cases, _ = benchmark_cases(tiny_networks(), chosen_engines(["hf", "fused"]))
+    record, trace = Record("token", {}, CPU), tmp_path / "trace.json"
+    options = TokenOptions(tokens=4, prompt=5, rounds=2, traced=True)
+    assert options.length == TokenOptions(tokens=4, prompt=5, rounds=2).length + 2
+    measure_token_times(cases, options, None, record, trace=str(trace))
+    assert [row["tokens"] for row in record.rows] == [4, 4, 4]
+    ranges = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
+    for name in ("dense, hf", "dense, fused", "sliced 50 %, fused"):
+        assert f"{name} / step" in ranges
+    assert "aten::mm" in ranges or "aten::addmm" in ranges
+
+
+def test_trace_of_networks_that_take_turns_in_memory(tiny_networks, tmp_path, monkeypatch):
+    """Groups are traced one after the other, and written together."""
+    monkeypatch.setattr(
+        "slicegpt.bench.commands.token_time.groups_by_memory", lambda cases, _: [[c] for c in cases]
+    )
+    cases, _ = benchmark_cases(tiny_networks(), chosen_engines(["fused"]))
+    trace = tmp_path / "trace.json"
+    options = TokenOptions(tokens=2, prompt=5, rounds=1, traced=True)
+    measure_token_times(cases, options, None, Record("token", {}, CPU), trace=str(trace))
+    ranges = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"dense, fused / step", "sliced 50 %, fused / step"} <= ranges

@@ -1,0 +1,63 @@
+"""A run of slicing into a folder holds a layer of the model at a time, however many there are."""
+
+import weakref
+
+import pytest
+import torch
+from support.saved_models import save_dense, save_text
+
+from slicegpt import api
+from slicegpt.checkpoint.tensor_files import TensorFiles
+from slicegpt.checkpoint.tensors import FileTensor
+
+LAYERS = 8
+
+pytestmark = pytest.mark.filterwarnings("ignore:the calibration text is small")
+
+
+class Alive:
+    """Bytes of those tensors that something still holds."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def add(self, tensor: torch.Tensor) -> None:
+        size = tensor.untyped_storage().nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(tensor.untyped_storage(), self.remove, size)
+
+    def remove(self, size: int) -> None:
+        self.now -= size
+
+
+def test_one_layer_at_a_time(tiny_tokenizer, documents, tmp_path, monkeypatch):
+    """Of all that is read, dense or sliced: allocation, slicing, choice of λ and the look at held-out windows."""
+    folder = save_dense(tmp_path / "dense", tiny_tokenizer, num_hidden_layers=LAYERS)
+    text = save_text(tmp_path / "train.txt", documents)
+    alive, written, read, write = Alive(), [], FileTensor.read, TensorFiles.write
+
+    def noted(self, begin=0, end=None):
+        tensor = read(self, begin, end)
+        alive.add(tensor)
+        return tensor
+
+    def listed(self, name, tensor):
+        written.append(name)
+        write(self, name, tensor)
+
+    monkeypatch.setattr(FileTensor, "read", noted)
+    monkeypatch.setattr(TensorFiles, "write", listed)
+    result = api.slice(
+        folder, params=0.85, round_to=4, calibration=text, nsamples=16, seqlen=32, output=tmp_path / "out"
+    )
+    record = result.report.record
+    assert len(set(record["neurons"])) > 1
+    assert record["ridge_search"]
+    assert record["calibration"]["held_out"]
+    # The largest part is the head, with the last norm: 512 rows of 48 numbers in float32; a layer has 386 such rows.
+    assert alive.most <= 4 * 48 * (512 + 1)
+    # Blocks are written in their order, and not at the end.
+    factors = [name for name in written if "attention_shortcut" in name]
+    assert factors == [f"model.layers.{layer}.attention_shortcut.factor" for layer in range(LAYERS)]
+    assert written.index("model.layers.0.self_attn.q_proj.weight") < written.index(factors[1])
