@@ -7,7 +7,7 @@ The dense pass is Hugging Face's own model, decoder layers only (no head), witho
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -188,9 +188,8 @@ def measure_slicing(
     began = time.perf_counter()
     with progress.stage("choosing the dense pass's batch size", 1, "sizes") as advance:
         model.to(device)
-        found = dense_batch_size(model, batches_of, recipe, device)
+        best = ranks.decide(lambda: dense_batch_size(model, batches_of, recipe, device))
         advance(1)
-    best = ranks.decide(lambda: found)
     record.content["batch_choice_seconds"] = time.perf_counter() - began
     dense = [dense_seconds("dense pass", best)]
     seconds = {"loading": loading, "one dense forward pass": dense[0]}
@@ -240,7 +239,7 @@ def measure_slicing(
     save_all()
     if trace is not None and ranks.first:
         with progress.stage(f"trace: {trace}", 1, "runs") as advance:
-            traced, alone = Trace(device), SlicingOptions.of(recipe, model.dtype, device)
+            traced, alone = Trace(device), replace(settings, ranks=Ranks())
             traced.record(lambda: slice_model(model, config, batches[:1], alone))
             traced.write(trace)
             advance(1)

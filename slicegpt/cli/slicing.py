@@ -232,7 +232,8 @@ def run(options: argparse.Namespace) -> None:
             keep_state=options.keep_state,
             self_contained=options.self_contained,
             max_shard_size=options.max_shard_size,
-            device=device,
+            # One process alone goes on where the run was, whatever auto would be now.
+            device=options.device if ranks.size == 1 else device,
             activation_storage=options.activation_storage,
             timing=options.timing,
             progress=progress,
