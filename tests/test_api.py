@@ -255,7 +255,7 @@ def test_load(folder, sliced_folder):
         ),
         ({"slice": 0.1, "nsamples": 10**6}, "nsamples: 1000000 samples of 32 tokens need"),
         ({"slice": 0.1, "device": "tpu9"}, r"device: expected cpu or cuda\[:N\], got 'tpu9'"),
-        ({"slice": 0.1, "activation_storage": "disk"}, "must be one of auto, device, host, got 'disk'"),
+        ({"slice": 0.1, "activation_storage": "tape"}, "must be one of auto, device, host, disk, got 'tape'"),
         ({"slice": 0.1, "recipe": "no/such.toml"}, "recipe: cannot read no/such.toml"),
         ({"slice": 0.1, "output": "/proc/no/out"}, "output: cannot make the folder /proc/no"),
     ],

@@ -23,6 +23,7 @@ from slicegpt.slicing.budget import (
     budget_of,
 )
 from slicegpt.slicing.objective import Objective
+from slicegpt.slicing.streams import check_storage
 from slicegpt.slicing.workload import Machine, Workload
 
 # An estimate may be wrong by this much: a run is refused only where it would not fit if it took that much less.
@@ -47,6 +48,7 @@ def workload_of(
         ranks: processes that share the samples.
         in_memory: there is no output folder.
     """
+    check_storage(activation_storage)
     on_gpu, objective = device is None or device.type == "cuda", Objective()
     teacher = objective.teacher_dtype(dtype, device) if device is not None else dtype
     if device is None and dtype == torch.float32:

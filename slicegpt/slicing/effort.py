@@ -47,7 +47,7 @@ class Effort:
     def total(self, kind: str) -> float:
         return sum(kinds[kind] for kinds in self.stages.values())
 
-    def seconds(self, rates: Rates) -> dict[str, float]:
+    def seconds(self, rates: OperationRates) -> dict[str, float]:
         return {
             stage: sum(operations / getattr(rates, kind) for kind, operations in kinds.items())
             for stage, kinds in self.stages.items()
@@ -55,7 +55,7 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Rates:
+class OperationRates:
     """Operations a second of each kind, and where they are from."""
 
     half: float
@@ -65,13 +65,13 @@ class Rates:
     source: str
 
 
-def paper_rates(half: float, fp64: float, name: str, gram: float | None = None) -> Rates:
+def paper_rates(half: float, fp64: float, name: str, gram: float | None = None) -> OperationRates:
     """Of a device from its data sheet's peaks, in operations a second.
 
     Args:
         gram: of covariances, where integer arithmetic makes them faster than float64.
     """
-    return Rates(
+    return OperationRates(
         PAPER_EFFICIENCY * half,
         PAPER_EFFICIENCY * fp64,
         PAPER_EFFICIENCY * max(gram or 0, fp64),
@@ -80,7 +80,7 @@ def paper_rates(half: float, fp64: float, name: str, gram: float | None = None) 
     )
 
 
-def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+def measured_rates(device: torch.device, dtype: torch.dtype) -> OperationRates:
     """Of this machine, by products that take less than a second."""
     size = 512 if device.type == "cpu" else 4096
 
@@ -106,7 +106,9 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     matrix = matrix.to(device)
     half, fp64 = product(dtype), product(torch.float64)
     gram = rate(lambda: gram_(matrix, rows), 2 * size * size * size)
-    return Rates(half, fp64, gram, SOLVER_EFFICIENCY * fp64, f"measured on {device} in less than a second")
+    return OperationRates(
+        half, fp64, gram, SOLVER_EFFICIENCY * fp64, f"measured on {device} in less than a second"
+    )
 
 
 def _synchronise(device: torch.device) -> None:

@@ -23,6 +23,13 @@ class TokenBatch:
     attention_mask: torch.Tensor | None
 
 
+def check_storage(activation_storage: str) -> None:
+    """One clear error for what names no storage."""
+    if activation_storage not in STORAGES:
+        allowed = ", ".join(STORAGES)
+        raise SliceGPTError(f"must be one of {allowed}, got {activation_storage!r}", "activation_storage")
+
+
 def choose_storage(
     activation_storage: str,
     stream_bytes: int,
@@ -39,9 +46,7 @@ def choose_storage(
     Raises:
         SliceGPTError: `activation_storage` is none of these, or the disk has no room for the streams.
     """
-    if activation_storage not in STORAGES:
-        allowed = ", ".join(STORAGES)
-        raise SliceGPTError(f"must be one of {allowed}, got {activation_storage!r}", "activation_storage")
+    check_storage(activation_storage)
     host = torch.device("cpu")
     if activation_storage == "auto":
         places = {"device": device, "host": host}

@@ -131,7 +131,7 @@ def test_old_name_of_activation_storage(folder, documents, capsys, tmp_path):
     more = ["--calibration", str(text), "--output", str(tmp_path / "out"), "--signals", "host"]
     assert main([*command, *more, "--no-refit"]) == 0
     with pytest.raises(SystemExit):
-        main([*command, *more[:-1], "disk"])
+        main([*command, *more[:-1], "tape"])
 
 
 def test_demo(folder, documents, capsys, tmp_path):

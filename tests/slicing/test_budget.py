@@ -11,7 +11,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import Recipe
 from slicegpt.slicing.affordable import advice, best_budget, check_affordable, this_machine, workload_of
 from slicegpt.slicing.budget import budget_of
-from slicegpt.slicing.effort import Rates, effort_of, selection, solving
+from slicegpt.slicing.effort import OperationRates, effort_of, selection, solving
 from slicegpt.slicing.workload import Machine, Workload
 
 WORK = Workload(128, 2048, 8, dtype=torch.float16, teacher_dtype=torch.float16, on_gpu=True)
@@ -135,5 +135,5 @@ def test_operations_of_one_layer():
     assert effort.stages["refit"]["fp64"] == 22 * (solving(width, width) + solving(neurons, width))
     assert "allocation" not in effort.stages  # no neurons are deleted
     assert "ridge" not in effort.stages
-    seconds = effort.seconds(Rates(2e12, 1e12, 1e12, 1e11, "by hand"))
+    seconds = effort.seconds(OperationRates(2e12, 1e12, 1e12, 1e11, "by hand"))
     assert seconds["teacher"] == tokens * dense / 2e12
