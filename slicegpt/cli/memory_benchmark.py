@@ -6,7 +6,7 @@ import shlex
 from .benchmark_options import check_files, check_shape, settings_of
 from .options import DTYPES, add_json, positive, resolve_dtype
 
-_SLICING = "--params 0.8 --nsamples 8 --seqlen 512 --batch-size 1 --ridge 0.3"
+_SLICING = "--keep 0.8 --nsamples 8 --seqlen 512 --batch-size 1 --ridge 0.3"
 
 
 def add_memory(benchmarks) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import Recipe
 
-from .benchmark_options import PAPER_DEVICES, memory
-from .options import check_device, positive, resolve_device
+from .benchmark_options import PAPER_DEVICES
+from .options import byte_size, check_device, positive, resolve_device
 
 # Where a plan's memory is, as its table calls it.
 _COLUMNS = {"device": "GPU", "host": "host", "disk": "disk"}
@@ -24,12 +24,12 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--device-memory",
-        type=memory,
+        type=byte_size,
         metavar="SIZE",
         help="no more of the GPU's memory than this, such as 24GB; a plan may assume a GPU that is not here",
     )
     group.add_argument(
-        "--host-memory", type=memory, metavar="SIZE", help="no more of the host's memory than this"
+        "--host-memory", type=byte_size, metavar="SIZE", help="no more of the host's memory than this"
     )
     group.add_argument("--gpu", metavar="NAME", help=f"plan for a GPU: {', '.join(PAPER_DEVICES)}")
     group.add_argument("--ranks", type=positive, metavar="N", help="plan for N processes, one GPU each")
