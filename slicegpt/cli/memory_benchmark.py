@@ -4,7 +4,7 @@ import argparse
 import shlex
 
 from .benchmark_options import check_files, check_shape, settings_of
-from .options import DTYPES, add_json, positive, resolve_dtype
+from .options import add_json, add_shared, positive, resolve_dtype
 
 _SLICING = "--keep 0.8 --nsamples 8 --seqlen 512 --batch-size 1 --ridge 0.3"
 
@@ -15,15 +15,21 @@ def add_memory(benchmarks) -> None:
         help="what slicing takes of the host's memory, beside its plan",
         description="Writes a checkpoint of a shape's widths with few layers and random weights, slices it on the CPU "
         "in a process of its own, and compares the process's peak with what --dry-run says.",
+        examples=(
+            "slicegpt bench memory --width 1024 --neurons 4096",
+            "slicegpt bench memory --shape llama-2-70b --layers 2 --json memory.json",
+        ),
     )
     parser.set_defaults(run=run_memory)
-    parser.add_argument("--shape", default="llama-2-70b", metavar="NAME", help="llama-2-70b (default), ...")
-    parser.add_argument("--layers", type=positive, default=2, metavar="N", help="layers (2)")
+    parser.add_argument(
+        "--shape", default="llama-2-70b", metavar="NAME", help="whose widths: llama-2-70b, opt-66b, ..."
+    )
+    parser.add_argument("--layers", type=positive, default=2, metavar="N", help="layers")
     parser.add_argument("--width", type=positive, metavar="N", help="columns, in place of the shape's")
     parser.add_argument("--neurons", type=positive, metavar="N", help="neurons, in place of the shape's")
-    parser.add_argument("--dtype", choices=DTYPES[1:], default="bfloat16", help="of the weights (bfloat16)")
+    add_shared(parser, "--dtype", help="of the weights; auto is bfloat16")
     parser.add_argument(
-        "--slicing", default=_SLICING, metavar="OPTIONS", help=f"of slicegpt slice, in one word: '{_SLICING}'"
+        "--slicing", default=_SLICING, metavar="OPTIONS", help="of slicegpt slice, in one word"
     )
     parser.add_argument("--folder", metavar="DIR", help="for the checkpoint (that of temporary files)")
     add_json(parser)
@@ -45,7 +51,12 @@ def run_memory(options: argparse.Namespace) -> None:
     record = Record("memory", settings_of(options), torch.device("cpu"), options.json, None)
     slicing = shlex.split(options.slicing)
     measure_memory(
-        config, resolve_dtype(options.dtype), slicing, scratch_folder(options.folder), record, Progress()
+        config,
+        resolve_dtype(options.dtype) or torch.bfloat16,
+        slicing,
+        scratch_folder(options.folder),
+        record,
+        Progress(),
     )
     rows = [{"": name, "value": value} for name, value in record.rows[0].items()]
     print(format_table(rows, ["", "value"]))

@@ -152,7 +152,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
 
 def describe(content: dict) -> str:
     """The plan in words and tables."""
-    from slicegpt.checkpoint.model_card import summarise
+    from slicegpt.checkpoint.outcome import summarise
     from slicegpt.modeling.sizes import describe_neurons, format_bytes
     from slicegpt.table import format_table
 

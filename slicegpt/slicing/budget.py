@@ -39,7 +39,7 @@ F64 = 8
 
 
 @dataclass
-class Stage:
+class PlannedStage:
     """What lives at once at one moment of a run.
 
     Attributes:
@@ -67,7 +67,7 @@ class Budget:
         spills: whether the moments leave the device while a system is solved.
     """
 
-    stages: list[Stage]
+    stages: list[PlannedStage]
     storage: str
     spills: bool
     machine: Machine
@@ -75,7 +75,7 @@ class Budget:
     def peak(self, place: str) -> int:
         return max(stage.total(place) for stage in self.stages)
 
-    def peak_stage(self, place: str) -> Stage:
+    def peak_stage(self, place: str) -> PlannedStage:
         return max(self.stages, key=lambda stage: stage.total(place))
 
     def parts(self) -> dict[str, dict[str, int]]:
@@ -152,9 +152,9 @@ class _Model:
     def base(self) -> int:
         return IMPORTS + TOKENIZER + (GPU_LIBRARIES if self.work.on_gpu else 0)
 
-    def stage(self, name: str, streams: bool = True) -> Stage:
+    def stage(self, name: str, streams: bool = True) -> PlannedStage:
         """What is there all along."""
-        stage = Stage(name)
+        stage = PlannedStage(name)
         stage.add("imports, tokenizer, text", self.base(), "host")
         if self.work.on_gpu:
             stage.add("CUDA context", GPU_CONTEXT, "device")
@@ -183,7 +183,7 @@ class _Model:
             stages.insert(0, self.own_text())
         return Budget(stages, self.storage, any(self.short.values()), self.machine)
 
-    def own_text(self) -> Stage:
+    def own_text(self) -> PlannedStage:
         stage = self.stage("text of the model's own", streams=False)
         size = (self.config.source_parameters or 0) * self.item
         stage.add("dense model", size, "host")
@@ -191,7 +191,7 @@ class _Model:
             stage.add("dense model", size, "device")
         return stage
 
-    def embedding(self) -> Stage:
+    def embedding(self) -> PlannedStage:
         stage = self.stage("embedding")
         table = self.config.vocab_size * self.width * self.item
         stage.add("embedding table", table, "host")
@@ -200,17 +200,17 @@ class _Model:
         self.add_table_pieces(stage)
         return stage
 
-    def head(self) -> Stage:
+    def head(self) -> PlannedStage:
         stage = self.stage("head")
         stage.add("head", self.config.vocab_size * self.width * self.item, "host")
         self.add_table_pieces(stage)
         return stage
 
-    def add_table_pieces(self, stage: Stage) -> None:
+    def add_table_pieces(self, stage: PlannedStage) -> None:
         rows = min(TABLE_ROWS, self.config.vocab_size)
         stage.add("tables in float64", 3 * F64 * rows * self.width, self.device)
 
-    def block(self, block: Block) -> list[Stage]:
+    def block(self, block: Block) -> list[PlannedStage]:
         """Of one block: folded, collected, neurons chosen, fitted, written, the next basis chosen, stored."""
         work, width, item = self.work, self.width, self.item
         inputs, own = self.inputs(block), sum(self.columns(part) for part in block.parts)
@@ -221,7 +221,7 @@ class _Model:
         square, right = F64 * inputs * inputs, F64 * inputs * width
         prior = (F64 if self.centred or inputs > own else item) * inputs * width
 
-        def start(what: str, layer: int) -> Stage:
+        def start(what: str, layer: int) -> PlannedStage:
             stage = self.stage(f"{name}: {what}")
             stage.add("layer as stored", layer * item, "host")
             stage.add("bases", F64 * width * before + item * width * before, self.device)
@@ -230,7 +230,7 @@ class _Model:
                 stage.add("output weights before the fit", prior, self.device)
             return stage
 
-        def teacher(stage: Stage) -> None:
+        def teacher(stage: PlannedStage) -> None:
             stage.add(
                 "block of the dense model", (rows + inputs) * width * work.teacher_dtype.itemsize, self.device
             )
@@ -277,7 +277,7 @@ class _Model:
         )
         return stages
 
-    def free(self, stage: Stage) -> float:
+    def free(self, stage: PlannedStage) -> float:
         limit = self.machine.device if self.work.on_gpu else self.machine.host
         return limit - stage.total(self.device)
 
@@ -287,7 +287,9 @@ class _Model:
             return self.device
         return "host" if self.work.on_gpu else "disk"
 
-    def solving(self, block: Block, start: Callable[[str, int], Stage], left: int, kept: int) -> list[Stage]:
+    def solving(
+        self, block: Block, start: Callable[[str, int], PlannedStage], left: int, kept: int
+    ) -> list[PlannedStage]:
         """The choice of neurons and the last of the fits."""
         work, inputs = self.work, self.inputs(block)
         square, right = F64 * inputs * inputs, F64 * inputs * self.width
@@ -330,7 +332,7 @@ class _Model:
         adding = together * inputs * 4 + 2 * together * (inputs + self.width) + 2 * 4096 * inputs
         return max(passing, waiting + adding)
 
-    def losses(self) -> Stage:
+    def losses(self) -> PlannedStage:
         """Held-out windows pass the dense and the sliced model, a layer at a time."""
         stage = self.stage("held-out windows", streams=False)
         layer = self.layer() * self.item
