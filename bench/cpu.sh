@@ -15,7 +15,7 @@ steps=(token token-1b throughput throughput-1b layers layers-1b slicing slicing-
 
 small=(--model smollm2-135m --slice 0,0.25,0.5 --round-to 8)
 # Half the memory of float32, and fast on CPUs with matrix units.
-large=(--shape llama-1b --slice 0,0.25,0.5 --dtype bfloat16)
+large=(--shape llama-1b --slice 0,0.25,0.5 --round-to 64 --dtype bfloat16)
 both=(--dtype float32,bfloat16)
 generate=hf,hf-generate,hf-generate-static,fused
 calibration=(--round-to 8 --nsamples 16 --seqlen 512)
@@ -34,7 +34,7 @@ for step in "${steps[@]}"; do
         slicing) "$slicegpt" bench slicing --model smollm2-135m "${calibration[@]}" "${results[@]}" ;;
         slicing-no-refit) "$slicegpt" bench slicing --model smollm2-135m --no-refit "${calibration[@]}" "${results[@]}" ;;
         slicing-half) "$slicegpt" bench slicing --model smollm2-135m --slice 0.5 "${calibration[@]}" "${results[@]}" ;;
-        slicing-1b) "$slicegpt" bench slicing --shape llama-1b --nsamples 4 --seqlen 128 "${results[@]}" ;;
+        slicing-1b) "$slicegpt" bench slicing --shape llama-1b --round-to 64 --nsamples 4 --seqlen 128 "${results[@]}" ;;
         *) echo "bench/cpu.sh: no step $step" >&2; exit 2 ;;
     esac
 done

@@ -16,6 +16,8 @@ __device__ __forceinline__ float activate(float x, Activation activation) {
             return 0.5f * x * (1.f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
         case Activation::kSilu:
             return x / (1.f + expf(-x));
+        case Activation::kRelu2:
+            return x < 0.f ? 0.f : x * x;
         default:
             return x;
     }

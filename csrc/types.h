@@ -15,7 +15,7 @@ enum Status : int {
 
 // The orders are slicegpt/ops/contracts.py's DTYPES and ACTIVATIONS.
 enum class Dtype : int { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
-enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4, kRelu2 = 5 };
 
 // Columns of the stream that one sum of squares covers; contracts.py's SUMSQ_COLUMNS.
 constexpr int kSumColumns = 32;

@@ -1,6 +1,6 @@
 """Slice a model, save it as a Hugging Face folder, and load that with transformers alone.
 
-python examples/slice_and_save.py smollm2-135m --params 0.9 --output smollm2-90
+python examples/slice_and_save.py smollm2-135m --keep 0.9 --output smollm2-90
 """
 
 import argparse
@@ -12,7 +12,7 @@ from slicegpt.progress import Progress
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="a folder, a hub id, a .gguf file or smollm2-135m")
-parser.add_argument("--params", type=float, default=0.9, help="fraction of all parameters to keep (0.9)")
+parser.add_argument("--keep", type=float, default=0.9, help="fraction of all parameters to keep (0.9)")
 parser.add_argument("--calibration", default="python-reference", help="text to calibrate on")
 parser.add_argument("--nsamples", type=int, default=32)
 parser.add_argument("--seqlen", type=int, default=512)
@@ -21,11 +21,10 @@ options = parser.parse_args()
 
 result = slicegpt.slice(
     options.model,
-    params=options.params,
+    keep=options.keep,
     calibration=options.calibration,
     nsamples=options.nsamples,
     seqlen=options.seqlen,
-    round_to=8,  # 64 for models that are thousands of columns wide
     output=options.output,
     progress=Progress(),
 )

@@ -58,7 +58,8 @@ def decode_attention_(inputs: DecodeAttentionInputs, splits: int | None = None) 
         rows, keys, values, valid, inputs.slot, cos, inputs.sin, inputs.norm, sums, peaks,
         rows.stride(0), *keys.stride()[:3], valid.stride(0), inputs.norm_eps, head_dim**-0.5 * 1.4426950408889634,
         GROUP=group, KEY_HEADS=key_heads, HEAD_DIM=head_dim, ROTARY=0 if cos is None else cos.shape[-1],
-        WINDOW=inputs.window, SPLITS=splits, DOT=dot, BLOCK_G=triton.next_power_of_2(max(16, group)) if dot else 1,
+        ROTATE_FIRST=inputs.rotate_first, WINDOW=inputs.window, SPLITS=splits, DOT=dot,
+        BLOCK_G=triton.next_power_of_2(max(16, group)) if dot else 1,
         BLOCK_N=block_tokens(width, rows.itemsize, dot), WIDTH=width,
         num_warps=4, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
@@ -73,13 +74,14 @@ def decode_attention_(inputs: DecodeAttentionInputs, splits: int | None = None) 
 def _states(
     row, norm, cos, sin, index, columns, norm_eps,
     KEY_HEADS: tl.constexpr, LAST: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    ROTATE_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Heads `index` of `row`'s k | q, normed and rotated, [heads, columns] float32; zeros from head LAST on."""
     inside = (index < LAST)[:, None] & (columns < HEAD_DIM)[None, :]
     head = index[:, None] * HEAD_DIM
     states = row + KEY_HEADS * HEAD_DIM + head
     x = tl.load(states + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    if norm is not None:
+    if norm is not None and not ROTATE_FIRST:
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + norm_eps)
         x *= scale[:, None] * tl.load(norm + head + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     if ROTARY > 0:
@@ -87,13 +89,16 @@ def _states(
         partner = tl.where(columns < ROTARY // 2, columns + ROTARY // 2, columns - ROTARY // 2)
         partner = tl.where(turned, partner, columns)
         y = tl.load(states + partner[None, :], mask=inside, other=0.0).to(tl.float32)
-        if norm is not None:
+        if norm is not None and not ROTATE_FIRST:
             y *= scale[:, None] * tl.load(norm + head + partner[None, :], mask=inside, other=0.0).to(
                 tl.float32
             )
         c = tl.load(cos + columns, mask=turned, other=1.0).to(tl.float32)
         s = tl.load(sin + columns, mask=turned, other=0.0).to(tl.float32)
         x = x * c[None, :] + y * s[None, :]
+    if norm is not None and ROTATE_FIRST:
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + norm_eps)
+        x *= scale[:, None] * tl.load(norm + head + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     return x
 
 
@@ -101,8 +106,9 @@ def _states(
 def _attend(
     rows, keys, values, valid, slot, cos, sin, norm, sums, peaks,
     row_stride, batch_stride, head_stride, token_stride, valid_stride, norm_eps, score_scale,
-    GROUP: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr, DOT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    ROTATE_FIRST: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One split of one head of one sequence; the last split has the new token, which it puts into the cache.
 
@@ -127,7 +133,7 @@ def _attend(
     first_head = KEY_HEADS + first_query
     q = _states(
         row, norm, cos, sin, first_head + group, columns, norm_eps,
-        KEY_HEADS, KEY_HEADS * (1 + GROUP), HEAD_DIM, ROTARY,
+        KEY_HEADS, KEY_HEADS * (1 + GROUP), HEAD_DIM, ROTARY, ROTATE_FIRST,
     ).to(rows.dtype.element_ty)  # fmt: skip
 
     here = tl.load(slot)
@@ -169,7 +175,7 @@ def _attend(
     if split == SPLITS - 1:
         k = _states(
             row, norm, cos, sin, key_head + tl.arange(0, 1), columns, norm_eps,
-            KEY_HEADS, KEY_HEADS, HEAD_DIM, ROTARY,
+            KEY_HEADS, KEY_HEADS, HEAD_DIM, ROTARY, ROTATE_FIRST,
         ).to(rows.dtype.element_ty)  # fmt: skip
         v = tl.load(row + key_head * HEAD_DIM + columns[None, :], mask=inside[None, :], other=0.0)
         at = cache + here * token_stride + columns[None, :]

@@ -107,7 +107,7 @@ def normal_cdf(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """relu, gelu (erf), gelu_tanh, silu or none of float32 values."""
+    """relu, gelu (erf), gelu_tanh, silu, relu2 or none of float32 values."""
     if ACTIVATION == "relu":
         return tl.where(x < 0.0, 0.0, x)  # keeps NaN, as torch does
     elif ACTIVATION == "gelu":
@@ -117,5 +117,7 @@ def activate(x, ACTIVATION: tl.constexpr):
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "silu":
         return x * tl.sigmoid(x)
+    elif ACTIVATION == "relu2":
+        return tl.where(x < 0.0, 0.0, x * x)
     else:
         return x

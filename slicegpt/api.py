@@ -2,7 +2,7 @@
 
     import slicegpt
 
-    model, tokenizer, report = slicegpt.slice("smollm2-135m", params=0.9, calibration="python-reference")
+    model, tokenizer, report = slicegpt.slice("smollm2-135m", keep=0.9, calibration="python-reference")
     print(report)
     print(slicegpt.evaluate(model, tokenizer=tokenizer, data="python-reference", max_windows=8))
 
@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration import calibration_warnings, coverage, load_documents
+from slicegpt.calibration.defaults import default_calibration, default_test
 from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.checkpoint.folders import check_output, check_space
 from slicegpt.checkpoint.kept_run import (
@@ -36,11 +37,12 @@ from slicegpt.checkpoint.kept_run import (
 )
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.checkpoint.model_files import ModelFiles, bytes_while_sliced
+from slicegpt.checkpoint.outcome import asked_record
 from slicegpt.checkpoint.partial import check_partial, is_finished, partial_folder
 from slicegpt.checkpoint.record import calibration_record, size_record, slicing_record
 from slicegpt.checkpoint.report import SliceReport
 from slicegpt.checkpoint.saving import save_sliced, write_beside_weights
-from slicegpt.conversion.plan import plan_recipe
+from slicegpt.conversion.plan import plan_recipe, settled
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.report import Evaluation
@@ -53,7 +55,8 @@ from slicegpt.modeling.losses import BatchSize
 from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
 from slicegpt.result import SliceResult
-from slicegpt.slicing import Objective, SlicingOptions
+from slicegpt.runtime.speed import compare_speed
+from slicegpt.slicing import Objective, Reuse, SlicingOptions
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
 from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.pipeline import calibration_sources, draw_samples, slice_source
@@ -101,9 +104,9 @@ def load(
 def slice(
     model: str | os.PathLike | PreTrainedModel | None = None,
     *,
-    params: float | None = None,
+    keep: float | None = None,
     slice: float | None = None,
-    target_bytes: float | None = None,
+    target_bytes: float | str | None = None,
     widths: Sequence[int] | None = None,
     calibration: str | os.PathLike | Sequence[str] | None = None,
     output: str | os.PathLike | None = None,
@@ -114,6 +117,9 @@ def slice(
     max_shard_size: str | None = None,
     device: str | torch.device | None = None,
     activation_storage: str = "auto",
+    held_out: bool = True,
+    timing: bool = True,
+    reuse: Reuse | None = None,
     resume: bool = False,
     keep_state: str = "auto",
     progress: Progress | None = None,
@@ -126,12 +132,13 @@ def slice(
     Args:
         model: a name or a folder as `load` takes it, or a loaded transformers model of a supported family, which is
             not changed. None: what the recipe names.
-        params: fraction of all parameters to keep, in (0, 1]: the true size, shortcuts and head counted.
+        keep: fraction of all parameters to keep, in (0, 1]: the true size, shortcuts and head counted. (`params` is
+            its former name, which still works.)
         slice: fraction of columns to delete, in [0, 1): the paper's percentage.
-        target_bytes: bytes that the weights may take.
+        target_bytes: bytes that the weights may take: a number, or a text: "400MB" (1e6), "400MiB" (2**20).
         widths: columns at every boundary: one whole number before each block, and one before the head.
         calibration: the text to calibrate on: `DATA[:WEIGHT],...` of text files, folders, `.jsonl`, `.json`, `.csv`,
-            `.parquet`, `python-reference`, `wikitext2` (the default), `ptb`, `c4`, `alpaca`, `self` (the model writes
+            `.parquet`, `python-reference`, `wikitext2`, `ptb`, `c4`, `alpaca`, `self` (the model writes
             it) and `random-tokens`; or the documents themselves, as a list of strings.
         output: folder to write: config, safetensors, tokenizer, `slicing.json`, `recipe.toml` and a model card. It
             appears only when it is whole. None: nothing is written.
@@ -145,6 +152,11 @@ def slice(
         device: where blocks run and eigenvectors are computed; None and "auto" take the first GPU where there is one.
             A layer at a time is there, so that the model may be larger than its memory.
         activation_storage: "auto", "device" or "host": where the calibration tokens' activations stay between blocks.
+        held_out: compare with the dense model on windows of the calibration text that are held out, at the end: the
+            report's perplexities, and a warning where the text was small.
+        timing: measure the runtime's tokens/s, dense and sliced, for a few seconds at the end, where both fit.
+        reuse: `slicegpt.slicing.Reuse()`, handed to several calls for one loaded model: what they all need of it is
+            found once. The slices are the same.
         resume: go on with a run into `output` that was interrupted, after its last block; what it was called with
             is taken as it was, and refused where it is given otherwise.
         keep_state: "always", "never" or "auto": whether what an interrupted run needs to go on is written after every
@@ -168,7 +180,7 @@ def slice(
 
     Example:
         >>> model, tokenizer, report = slicegpt.slice(
-        ...     "smollm2-135m", params=0.9, calibration="python-reference", nsamples=64, output="runs/small"
+        ...     "smollm2-135m", keep=0.9, calibration="python-reference", nsamples=64, output="runs/small"
         ... )
         >>> report.record["size"]["parameters"]
         >>> again = slicegpt.slice(recipe="runs/small")  # bit for bit the same
@@ -182,7 +194,7 @@ def slice(
         documents, calibration = _checked_documents(calibration, "calibration"), IN_MEMORY
     given = {
         "model": model if isinstance(model, str | os.PathLike) else None,
-        "params": params,
+        "keep": keep,
         "slice": slice,
         "target_bytes": target_bytes,
         "widths": widths,
@@ -203,13 +215,16 @@ def slice(
     path = None if output is None else check_output(output, overwrite, recipe.model)
     if path is not None:
         check_partial(path, resume, overwrite)
+    if recipe.calibration == AUTO:
+        recipe = recipe.override(calibration=default_calibration(progress))
     sources = [] if call is not None else calibration_sources(recipe, documents)
 
     with _opened(model, tokenizer, recipe, progress) as (dense, name), ExitStack() as opened:
         dtype, tokenizer = dense.dtype, dense.tokenizer
         if call is not None:
             check_inputs(call, dense)
-        recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch.")).resolved()
+        recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch."))
+        recipe = settled(recipe, canonical_fields(dense), device)
         config = plan_recipe(recipe, canonical_fields(dense), dtype)
         planned = size_record(config, dtype)
         if path is not None:
@@ -238,12 +253,16 @@ def slice(
         for warning in warnings:
             progress.warn(warning)
         options = SlicingOptions.of(recipe, dtype, device, activation_storage)
-        config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper)
-        sliced = sink.finished(dense.generation_config)
-        check = held_out_check(dense, sliced, drawn, device, progress, seen.ridge_search is not None)
+        config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper, reuse)
+        sliced, check, speed = sink.finished(dense.generation_config), None, None
+        if held_out:
+            chosen = seen.ridge_search is not None
+            check = held_out_check(dense, sliced, drawn, device, progress, chosen, reuse)
         if check is not None and (warning := held_out_warning(check)):
             warnings.append(warning)
             progress.warn(warning)
+        if timing:
+            speed = compare_speed(dense, sliced, drawn.batches[0].input_ids[0], device, progress)
 
         calibrated = calibration_record(
             recipe.calibration,
@@ -256,7 +275,8 @@ def slice(
             held_out=check,
             warnings=warnings,
         )
-        record = slicing_record(config, seen, options, name or type(dense.shell).__name__, calibrated)
+        source = name or type(dense.shell).__name__
+        record = slicing_record(config, seen, options, source, calibrated, asked_record(recipe), speed)
         if path is not None:
             with progress.step(f"saving {os.fspath(output)}"):
                 if partial is None:
@@ -272,7 +292,8 @@ def slice(
                     )
                 else:
                     write_beside_weights(partial.model, path.name, tokenizer, record, self_contained, recipe)
-    return SliceResult(sliced.shell if partial is None else path, tokenizer, SliceReport(record))
+    report = SliceReport(record, None if output is None else os.fspath(output))
+    return SliceResult(sliced.shell if partial is None else path, tokenizer, report)
 
 
 def evaluate(
@@ -301,7 +322,8 @@ def evaluate(
             is, in its dtype.
         tokenizer: of a loaded model.
         data: a text for the perplexity: a file, a folder, `python-reference`, `wikitext2`, `ptb`, `c4` or `alpaca`;
-            or the documents themselves, as a list of strings.
+            or the documents themselves, as a list of strings. None, and no tasks: `wikitext2` where the hub gives it,
+            else `python-reference`.
         split: "train" or "test" part of a named text.
         text_column: of a file with columns; None is "text".
         seqlen: tokens of a window; the windows do not overlap.
@@ -323,7 +345,7 @@ def evaluate(
         (`scores`, `mean`). It prints as a table.
 
     Raises:
-        SliceGPTError: neither a text nor tasks, a text that is too short, a name that is unknown, a loss that is not
+        SliceGPTError: a text that is too short, a name that is unknown, a loss that is not
             finite.
 
     Example:
@@ -331,7 +353,7 @@ def evaluate(
     """
     progress = progress or Progress(quiet=True)
     if data is None and tasks is None:
-        raise SliceGPTError("a text is needed for perplexity, or names of tasks; got neither", "data")
+        data = default_test(progress)
     documents = None
     if isinstance(data, str | os.PathLike):
         with renamed(spec="data"):

@@ -7,23 +7,38 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from slicegpt.errors import SliceGPTError, first_line
+from slicegpt.recipe_rules import (
+    AUTO,
+    FLAG,
+    FORMER_NAMES,
+    POSITIVE,
+    Rule,
+    byte_count,
+    choice,
+    number,
+    number_or_auto,
+    one_of,
+    present_names,
+    takes_former_names,
+    text,
+    whole,
+    whole_numbers,
+    whole_or_auto,
+)
 
-SIZES = ("params", "slice", "target_bytes", "widths")
+SIZES = ("keep", "slice", "target_bytes", "widths")
 SHORTCUT_MODES = ("compact", "dense")
 ORIENTATIONS = ("aligned", "random", "pca")
 SIGNALS = ("residual", "normalized")
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
-AUTO = "auto"
 # The calibration of a run whose documents were handed over as such: no file can name them.
 IN_MEMORY = "documents in memory"
 # A recipe's name in the folder of the model that it made.
@@ -34,88 +49,10 @@ _HEADER = (
 )
 
 
-# --- what a choice may be -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What a choice may be.
-
-    Attributes:
-        kind: of value, for the message.
-        convert: to the plain type that is stored; TypeError where it is of another kind.
-        bounds: what `holds` asks, for the message.
-        optional: None may stand for a choice that is not made.
-    """
-
-    kind: str
-    convert: Callable[[Any], Any]
-    bounds: str = ""
-    holds: Callable[[Any], bool] = lambda value: True
-    optional: bool = False
-
-    def check(self, name: str, value: Any) -> Any:
-        if value is None and self.optional:
-            return None
-        try:
-            value = self.convert(value)
-        except TypeError:
-            raise SliceGPTError(f"must be {self.kind}, got {value!r}", name) from None
-        if not self.holds(value):
-            raise SliceGPTError(f"must {self.bounds}, got {value!r}", name)
-        return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError
-    return float(value)
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError
-    return int(value)
-
-
-def _number_or_auto(value: Any) -> float | str:
-    return AUTO if isinstance(value, str) and value == AUTO else _number(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError
-    return os.fspath(value)
-
-
-def _whole_numbers(value: Any) -> tuple[int, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError
-    return tuple(map(_whole, value))
-
-
-def _one_of(names: Sequence[str], optional: bool = False) -> _Rule:
-    allowed = f"one of {', '.join(names)}"
-    return _Rule(allowed, _text, f"be {allowed}", lambda value: value in names, optional)
-
-
-_POSITIVE = _Rule("a whole number", _whole, "be at least 1", lambda value: value >= 1)
-_FLAG = _Rule("true or false", _flag)
-
-
-def _choice(group: str, default: Any, rule: _Rule) -> Any:
-    return field(default=default, metadata={"rule": rule, "group": group})
-
-
 # --- the recipe ---------------------------------------------------------------------------------------------------
 
 
+@takes_former_names
 @dataclass(frozen=True)
 class Recipe:
     """All choices of a slicing run; what belongs to the machine (device, output folder, shard size) is none of them.
@@ -125,23 +62,26 @@ class Recipe:
 
     Attributes:
         model: what is sliced: `smollm2-135m`, a folder, a `.gguf` file or a hub id; None: given with the call.
-        params: fraction of all parameters to keep, in (0, 1]: the true size. At most one of the four sizes is given.
+        keep: fraction of all parameters to keep, in (0, 1]: the true size. At most one of the four sizes is given.
+            Formerly `params`, which is still taken and can be read.
         slice: fraction of columns to delete, in [0, 1): the paper's percentage.
-        target_bytes: bytes that the weights may take.
+        target_bytes: bytes that the weights may take, a number or a text such as "400MB" (1e6) or "400MiB" (2**20).
         widths: columns at every boundary, one whole number each.
-        round_to: widths and numbers of neurons are multiples of it.
+        round_to: widths and numbers of neurons are multiples of it; "auto": what the model's width and the device need
+            (`slicegpt.conversion.multiples`).
         shortcut: "compact" or "dense"; None is compact where the orientation allows it.
         orientation: "aligned", "random" or "pca": the basis inside each subspace; compact shortcuts need aligned ones.
         slice_head: slice the last boundary, which the head reads, too.
         neurons: fraction of MLP neurons to delete, in [0, 1), or "auto", in step with the columns. None is auto where
-            a true size is asked for (`params`, `target_bytes`) and the refit is on, else 0.
+            a true size is asked for (`keep`, `target_bytes`) and the refit is on, else 0.
         allocate: layers keep more or fewer neurons as deleting them costs; else all the same.
         signal: "residual" or "normalized": what the covariance is taken of.
         refit: fit every block's output weights to the dense model's stream.
         ridge: λ of the refit, above 0, relative to the mean diagonal; or "auto": by the loss on held-out windows.
         refit_share: share of the calibration samples that the refit fits to, in (0, 1].
-        calibration: `DATA[:WEIGHT],...`: text files, folders, `.jsonl`, `.parquet`, `python-reference`, `wikitext2`,
-            `ptb`, `c4`, `alpaca`, `self` (the model writes it), `random-tokens`.
+        calibration: "auto" (`wikitext2` where the hub gives it, else `self`), or `DATA[:WEIGHT],...`: text files,
+            folders, `.jsonl`, `.parquet`, `python-reference`, `wikitext2`, `ptb`, `c4`, `alpaca`,
+            `self` (the model writes it), `random-tokens`.
         vocabulary_prior: the embedding's basis counts the whole vocabulary, this much beside the text.
         text_column: of files with columns; None is "text".
         nsamples: calibration samples.
@@ -155,80 +95,97 @@ class Recipe:
         SliceGPTError: a choice of the wrong kind or out of range, or choices that contradict each other.
 
     Example:
-        >>> recipe = Recipe(params=0.9, calibration="train.txt")
-        >>> recipe.override(slice=0.25).params is None  # one size takes the place of the other
+        >>> recipe = Recipe(keep=0.9, calibration="train.txt")
+        >>> recipe.override(slice=0.25).keep is None  # one size takes the place of the other
         True
     """
 
-    model: str | None = _choice("", None, _Rule("text", _text, optional=True))
+    model: str | None = choice("", None, Rule("text", text, optional=True))
 
-    params: float | None = _choice(
-        "size", None, _Rule("a number", _number, "lie in (0, 1]", lambda value: 0 < value <= 1, True)
+    keep: float | None = choice(
+        "size", None, Rule("a number", number, "lie in (0, 1]", lambda value: 0 < value <= 1, True)
     )
-    slice: float | None = _choice(
-        "size", None, _Rule("a number", _number, "lie in [0, 1)", lambda value: 0 <= value < 1, True)
+    slice: float | None = choice(
+        "size", None, Rule("a number", number, "lie in [0, 1)", lambda value: 0 <= value < 1, True)
     )
-    target_bytes: float | None = _choice(
-        "size", None, _Rule("a number", _number, "lie in [1, 1e18)", lambda value: 1 <= value < 1e18, True)
+    target_bytes: float | None = choice(
+        "size",
+        None,
+        Rule(
+            "a number of bytes such as 400e6 or 400MB",
+            byte_count,
+            "lie in [1, 1e18)",
+            lambda value: 1 <= value < 1e18,
+            True,
+        ),
     )
-    widths: tuple[int, ...] | None = _choice(
-        "size", None, _Rule("a list of whole numbers", _whole_numbers, "hold one at least", bool, True)
+    widths: tuple[int, ...] | None = choice(
+        "size", None, Rule("a list of whole numbers", whole_numbers, "hold one at least", bool, True)
     )
 
-    round_to: int = _choice("shape", 64, _POSITIVE)
-    shortcut: str | None = _choice("shape", None, _one_of(SHORTCUT_MODES, optional=True))
-    orientation: str = _choice("shape", "aligned", _one_of(ORIENTATIONS))
-    slice_head: bool = _choice("shape", False, _FLAG)
-    neurons: float | str | None = _choice(
+    round_to: int | str = choice(
+        "shape",
+        AUTO,
+        Rule(
+            f"a whole number or {AUTO}",
+            whole_or_auto,
+            "be at least 1",
+            lambda value: value == AUTO or value >= 1,
+        ),
+    )
+    shortcut: str | None = choice("shape", None, one_of(SHORTCUT_MODES, optional=True))
+    orientation: str = choice("shape", "aligned", one_of(ORIENTATIONS))
+    slice_head: bool = choice("shape", False, FLAG)
+    neurons: float | str | None = choice(
         "shape",
         None,
-        _Rule(
+        Rule(
             f"a number or {AUTO}",
-            _number_or_auto,
+            number_or_auto,
             f"lie in [0, 1) or be {AUTO}",
             lambda value: value == AUTO or 0 <= value < 1,
             True,
         ),
     )
-    allocate: bool = _choice("shape", True, _FLAG)
-    signal: str = _choice("shape", "residual", _one_of(SIGNALS))
+    allocate: bool = choice("shape", True, FLAG)
+    signal: str = choice("shape", "residual", one_of(SIGNALS))
 
-    refit: bool = _choice("output refit", True, _FLAG)
-    ridge: float | str = _choice(
+    refit: bool = choice("output refit", True, FLAG)
+    ridge: float | str = choice(
         "output refit",
         AUTO,
-        _Rule(
+        Rule(
             f"a number or {AUTO}",
-            _number_or_auto,
+            number_or_auto,
             f"be above 0 or {AUTO}",
             lambda value: value == AUTO or 0 < value < math.inf,
         ),
     )
-    refit_share: float = _choice(
-        "output refit", 1.0, _Rule("a number", _number, "lie in (0, 1]", lambda value: 0 < value <= 1)
+    refit_share: float = choice(
+        "output refit", 1.0, Rule("a number", number, "lie in (0, 1]", lambda value: 0 < value <= 1)
     )
 
-    calibration: str = _choice("calibration", "wikitext2", _Rule("text", _text, "name a text", bool))
-    vocabulary_prior: float = _choice(
-        "calibration", 0.0, _Rule("a number", _number, "be at least 0", lambda value: 0 <= value < math.inf)
+    calibration: str = choice("calibration", AUTO, Rule("text", text, "name a text", bool))
+    vocabulary_prior: float = choice(
+        "calibration", 0.0, Rule("a number", number, "be at least 0", lambda value: 0 <= value < math.inf)
     )
-    text_column: str | None = _choice("calibration", None, _Rule("text", _text, optional=True))
-    nsamples: int = _choice("calibration", 128, _POSITIVE)
-    seqlen: int = _choice("calibration", 2048, _POSITIVE)
-    batch_size: int = _choice("calibration", 8, _POSITIVE)
-    seed: int = _choice(
+    text_column: str | None = choice("calibration", None, Rule("text", text, optional=True))
+    nsamples: int = choice("calibration", 128, POSITIVE)
+    seqlen: int = choice("calibration", 2048, POSITIVE)
+    batch_size: int = choice("calibration", 8, POSITIVE)
+    seed: int = choice(
         "calibration",
         42,
-        _Rule("a whole number", _whole, "lie in [-2^63, 2^63)", lambda value: -(1 << 63) <= value < 1 << 63),
+        Rule("a whole number", whole, "lie in [-2^63, 2^63)", lambda value: -(1 << 63) <= value < 1 << 63),
     )
-    varied_seqlen: bool = _choice("calibration", False, _FLAG)
+    varied_seqlen: bool = choice("calibration", False, FLAG)
 
-    dtype: str = _choice("weights", AUTO, _one_of(DTYPES))
+    dtype: str = choice("weights", AUTO, one_of(DTYPES))
 
     def __post_init__(self):
-        for choice in fields(self):
-            value = choice.metadata["rule"].check(choice.name, getattr(self, choice.name))
-            object.__setattr__(self, choice.name, value)
+        for own in fields(self):
+            value = own.metadata["rule"].check(own.name, getattr(self, own.name))
+            object.__setattr__(self, own.name, value)
         given = [name for name in SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise SliceGPTError(f"only one size can be asked for, got {' and '.join(given)}", "size")
@@ -270,10 +227,15 @@ class Recipe:
         Raises:
             SliceGPTError: a name that is no choice, and as the class does.
         """
+        choices = present_names(choices)
         for name in choices:
             if name not in NAMES:
-                near = difflib.get_close_matches(name, NAMES, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"the choices are {', '.join(NAMES)}"
+                near = difflib.get_close_matches(name, (*NAMES, *FORMER_NAMES), n=1)
+                hint = (
+                    f"did you mean {FORMER_NAMES.get(near[0], near[0])}?"
+                    if near
+                    else f"the choices are {', '.join(NAMES)}"
+                )
                 raise SliceGPTError(f"is no choice of a recipe, got {choices[name]!r}; {hint}", name)
         if any(choices.get(name) is not None for name in SIZES):
             choices = dict.fromkeys(SIZES) | choices
@@ -286,7 +248,7 @@ class Recipe:
             shortcut = "compact" if self.orientation == "aligned" else "dense"
         if neurons is None:
             # The paper's percentage is of columns alone; a true size is best reached both ways.
-            true_size = self.params is not None or self.target_bytes is not None
+            true_size = self.keep is not None or self.target_bytes is not None
             neurons = AUTO if true_size and self.refit else 0.0
         return replace(self, shortcut=shortcut, neurons=neurons)
 
@@ -345,7 +307,7 @@ class Recipe:
         document = tomlkit.document()
         document.add(tomlkit.comment(_HEADER))
         group = None
-        groups = {choice.name: choice.metadata["group"] for choice in fields(self)}
+        groups = {own.name: own.metadata["group"] for own in fields(self)}
         for name, value in self.choices().items():
             if groups[name] != group:
                 group = groups[name]
@@ -366,7 +328,7 @@ class Recipe:
         return f"# {_HEADER}\n{yaml.dump(self.choices(), None, Dumper, sort_keys=False)}"
 
 
-NAMES = tuple(choice.name for choice in fields(Recipe))
+NAMES = tuple(own.name for own in fields(Recipe))
 
 
 def _read_toml(text: str, file: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ whole = st.integers(1, 2**40)
 # Whatever a path may hold, quotes, control characters and other scripts among it; no lone surrogates.
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 SIZE_VALUES = {
-    "params": above_zero,
+    "keep": above_zero,
     "slice": below_one,
     "target_bytes": st.floats(1, 1e18, exclude_max=True),
     "widths": st.lists(whole, min_size=1, max_size=5).map(tuple),
@@ -32,7 +32,7 @@ SIZE_VALUES = {
 def recipes(draw) -> Recipe:
     choices = {
         "model": draw(st.none() | text),
-        "round_to": draw(whole),
+        "round_to": draw(whole | st.just(AUTO)),
         "slice_head": draw(st.booleans()),
         "allocate": draw(st.booleans()),
         "signal": draw(st.sampled_from(SIGNALS)),
@@ -98,10 +98,10 @@ def test_resolving_leaves_nothing_to_defaults(recipe):
     [
         ({"slice": 0.25}, "compact", 0),
         ({"widths": [48]}, "compact", 0),
-        ({"params": 0.9}, "compact", AUTO),
+        ({"keep": 0.9}, "compact", AUTO),
         ({"target_bytes": 1e6}, "compact", AUTO),
-        ({"params": 0.9, "refit": False}, "compact", 0),
-        ({"params": 0.9, "neurons": 0.1}, "compact", 0.1),
+        ({"keep": 0.9, "refit": False}, "compact", 0),
+        ({"keep": 0.9, "neurons": 0.1}, "compact", 0.1),
         ({"slice": 0.25, "orientation": "pca"}, "dense", 0),
         ({"slice": 0.25, "shortcut": "dense"}, "dense", 0),
     ],
@@ -112,18 +112,54 @@ def test_what_follows_from_other_choices(choices, shortcut, neurons):
 
 
 def test_a_size_takes_the_place_of_another():
-    recipe = Recipe(params=0.9, nsamples=3)
+    recipe = Recipe(keep=0.9, nsamples=3)
     assert recipe.override(slice=0.25).choices() == Recipe(slice=0.25, nsamples=3).choices()
     assert recipe.override(seed=1).params == 0.9
-    assert recipe.size == "params"
-    assert recipe.params == 0.9  # frozen: the first is as it was
+    assert recipe.size == "keep"
+    assert recipe.keep == 0.9  # frozen: the first is as it was
     with pytest.raises(dataclasses.FrozenInstanceError):
-        recipe.params = 0.8
+        recipe.keep = 0.8
+
+
+def test_the_former_name_of_keep(tmp_path):
+    """`params` in scripts and in recipes on disk: taken, readable, written under the present name."""
+    recipe = Recipe(params=0.9)
+    assert recipe == Recipe(keep=0.9) == Recipe().override(params=0.9)
+    assert recipe.params == recipe.keep == 0.9
+    assert recipe.size == "keep"
+    assert "params" not in recipe.choices()
+    assert recipe.override(params=0.8).keep == 0.8
+    assert Recipe(slice=0.25).override(params=0.8).choices() == Recipe(keep=0.8).choices()
+    assert recipe.override(params=None, seed=1).keep is None
+    (tmp_path / "old.toml").write_text("params = 0.9\nround_to = 64\n")
+    assert Recipe.read(tmp_path / "old.toml") == Recipe(keep=0.9, round_to=64)
+
+
+def test_both_names_are_one_too_many(tmp_path):
+    message = "params: is the former name of keep; only one of them can be given, got params=0.9 and keep=0.8"
+    for make in (Recipe, Recipe().override):
+        with pytest.raises(SliceGPTError, match=message):
+            make(keep=0.8, params=0.9)
+    (tmp_path / "both.toml").write_text("params = 0.9\nkeep = 0.8\n")
+    with pytest.raises(SliceGPTError, match=f"recipe: .*both.toml: {message}"):
+        Recipe.read(tmp_path / "both.toml")
+
+
+def test_bytes_as_people_write_them():
+    assert Recipe(target_bytes="400MB").target_bytes == 400e6
+    assert Recipe(target_bytes="1.5 GiB") == Recipe(target_bytes=1.5 * 2**30)
+    for wrong in ("400 XB", "many", "0", "nan"):
+        with pytest.raises(
+            SliceGPTError, match="target_bytes: must be a number of bytes such as 400e6 or 400MB"
+        ):
+            Recipe(target_bytes=wrong)
+    with pytest.raises(SliceGPTError, match=r"target_bytes: must lie in \[1, 1e18\), got 0.5"):
+        Recipe(target_bytes="0.5")
 
 
 def test_plain_values():
-    recipe = Recipe(params=1, widths=None, neurons=0)
-    assert (recipe.params, type(recipe.params)) == (1.0, float)
+    recipe = Recipe(keep=1, widths=None, neurons=0)
+    assert (recipe.keep, type(recipe.keep)) == (1.0, float)
     assert recipe.choices().keys() <= set(NAMES)
     assert Recipe(widths=[40, 48]).choices()["widths"] == [40, 48]
 
@@ -131,19 +167,19 @@ def test_plain_values():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"params": 1.5}, "params: must lie in (0, 1], got 1.5"),
-        ({"params": 0}, "params: must lie in (0, 1], got 0.0"),
-        ({"params": "0.9"}, "params: must be a number, got '0.9'"),
-        ({"params": True}, "params: must be a number, got True"),
+        ({"keep": 1.5}, "keep: must lie in (0, 1], got 1.5"),
+        ({"keep": 0}, "keep: must lie in (0, 1], got 0.0"),
+        ({"keep": "0.9"}, "keep: must be a number, got '0.9'"),
+        ({"keep": True}, "keep: must be a number, got True"),
         ({"slice": 1}, "slice: must lie in [0, 1), got 1.0"),
         ({"slice": float("nan")}, "slice: must lie in [0, 1), got nan"),
         ({"target_bytes": 0.5}, "target_bytes: must lie in [1, 1e18), got 0.5"),
         ({"widths": [4, 4.5]}, "widths: must be a list of whole numbers, got [4, 4.5]"),
         ({"widths": "444"}, "widths: must be a list of whole numbers, got '444'"),
         ({"widths": []}, "widths: must hold one at least, got ()"),
-        ({"params": 0.9, "slice": 0.1}, "size: only one size can be asked for, got params and slice"),
+        ({"keep": 0.9, "slice": 0.1}, "size: only one size can be asked for, got keep and slice"),
         ({"round_to": 0}, "round_to: must be at least 1, got 0"),
-        ({"round_to": 8.0}, "round_to: must be a whole number, got 8.0"),
+        ({"round_to": 8.0}, "round_to: must be a whole number or auto, got 8.0"),
         ({"shortcut": "short"}, "shortcut: must be one of compact, dense, got 'short'"),
         ({"orientation": None}, "orientation: must be one of aligned, random, pca, got None"),
         ({"neurons": 1}, "neurons: must lie in [0, 1) or be auto, got 1.0"),
@@ -165,7 +201,7 @@ def test_plain_values():
         ({"refit": False, "ridge": 0.1}, "ridge: needs the output refit, got 0.1 without it"),
         ({"refit": False, "refit_share": 0.5}, "refit_share: needs the output refit, got 0.5 without it"),
         ({"sed": 3}, "sed: is no choice of a recipe, got 3; did you mean seed?"),
-        ({"zzz": 3}, "zzz: is no choice of a recipe, got 3; the choices are model, params, "),
+        ({"zzz": 3}, "zzz: is no choice of a recipe, got 3; the choices are model, keep, "),
     ],
 )
 def test_errors_name_key_value_and_what_was_expected(choices, message, tmp_path):
@@ -181,7 +217,7 @@ def test_errors_name_key_value_and_what_was_expected(choices, message, tmp_path)
 
 
 def test_no_size():
-    with pytest.raises(SliceGPTError, match="size: one of params, slice, target_bytes, widths is needed"):
+    with pytest.raises(SliceGPTError, match="size: one of keep, slice, target_bytes, widths is needed"):
         Recipe().size  # noqa: B018
 
 
@@ -241,6 +277,6 @@ Recipe.read(sys.argv[1])
 print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)))
 """
     file = tmp_path / "recipe.toml"
-    Recipe(params=0.9).write(file)
+    Recipe(keep=0.9).write(file)
     command = [sys.executable, "-c", script, str(file)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -215,6 +215,10 @@ def test_what_slicing_ends_with(columns):
     record = {
         "size": {"dense_parameters": 134_515_008, "dense_bytes": 538_060_032, "parameters": 121_023_424}
         | {"bytes": 484_093_696, "removed": 0.1003, "decoder_parameters": 90_000_000},
+        "dtype": "float32",
+        "asked": {"keep": 0.9},
+        "perplexity": {"dense": 18.17, "sliced": 19.97, "tokens": 1020, "chose_ridge": True},
+        "tokens_per_second": {"dense": 67.5, "sliced": 71.0, "device": "cpu", "threads": 2},
         "dense_width": 576,
         "dense_neurons": 1536,
         "neurons": [720, 1536] * 15,

@@ -9,7 +9,6 @@ generates with all of them in turns, so that other load meets each alike. Tasks 
 
 import argparse
 import copy
-import statistics
 import time
 
 import torch
@@ -18,10 +17,9 @@ from transformers import PreTrainedModel
 from slicegpt import api
 from slicegpt.bench.harness.display import print_rows
 from slicegpt.bench.harness.record import check_writable, write_results
-from slicegpt.bench.harness.timing import synchronise
 from slicegpt.modeling.sizes import describe_neurons
 from slicegpt.progress import Progress
-from slicegpt.runtime import Runtime
+from slicegpt.runtime.speed import tokens_per_second
 
 PROMPT = "The quick brown fox jumps over the lazy dog and then it"
 
@@ -47,21 +45,6 @@ def measure(
     for score in found.zero_shot.scores if found.zero_shot else ():
         row[score.task] = score.reported
     return row
-
-
-def speeds(models: list[PreTrainedModel], ids: torch.Tensor, tokens: int, turns: int) -> list[float]:
-    """Median tokens/s of the runtime with each model, batch 1, taking turns; the prompt is not counted."""
-    runtimes = [Runtime(model) for model in models]
-    runs: list[list[float]] = [[] for _ in models]
-    for _ in range(turns + 1):  # the first turn warms up
-        for runtime, found in zip(runtimes, runs, strict=True):
-            stream = runtime.stream(ids, max_new_tokens=tokens + 1, ignore_eos=True)
-            next(stream)
-            start = time.perf_counter()
-            count = sum(1 for _ in stream)
-            synchronise(ids.device)
-            found.append(count / (time.perf_counter() - start))
-    return [statistics.median(found[1:]) for found in runs]
 
 
 def parsed() -> argparse.Namespace:
@@ -103,11 +86,12 @@ def main() -> None:
         model, _, report = api.slice(
             dense,
             tokenizer=tokenizer,
-            params=size,
+            keep=size,
             calibration=options.calibration,
             nsamples=options.nsamples,
             seqlen=options.seqlen,
             round_to=options.round_to,
+            timing=False,
             progress=progress,
         )
         seconds = time.perf_counter() - start
@@ -119,7 +103,7 @@ def main() -> None:
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     for dtype in (torch.float32, torch.bfloat16):
         held = [copy.deepcopy(model).to(dtype) for model in models]
-        for row, speed in zip(rows, speeds(held, ids, options.tokens, options.turns), strict=True):
+        for row, speed in zip(rows, tokens_per_second(held, ids, options.tokens, options.turns), strict=True):
             row[f"tokens_per_second_{str(dtype).removeprefix('torch.')}"] = speed
     print_rows("sizes", rows)
     settings = {name: value for name, value in vars(options).items() if name != "json"}

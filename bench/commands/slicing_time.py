@@ -19,7 +19,7 @@ from slicegpt.bench.harness.timing import synchronise
 from slicegpt.bench.models.architectures import MODELS, random_dense
 from slicegpt.calibration import CalibrationBatch, load_documents, sample_batches
 from slicegpt.checkpoint.loading import load_dense
-from slicegpt.conversion.plan import plan_recipe
+from slicegpt.conversion.plan import plan_recipe, settled
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.hardware.memory import free_memory
@@ -155,7 +155,7 @@ def measure_slicing(
         advance(1)
     loading = time.perf_counter() - began
 
-    recipe = options.recipe
+    recipe = settled(options.recipe, canonical_fields(model), device)
     config = plan_recipe(recipe, canonical_fields(model), model.dtype)
     width, batches = config.boundary_widths[0], batches_of(recipe.nsamples, recipe.batch_size)
 

@@ -17,6 +17,7 @@ TITLES = {
     "model": "A model",
     "finetuning": "Fine-tuning",
     "generation": "Generation",
+    "conversation": "Conversation",
     "layers": "One transformer layer",
     "speculative": "Speculative decoding",
     "vllm": "vLLM",

@@ -5,7 +5,7 @@ without calibration, and a shape needs no checkpoint at all. Folders keep their 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from slicegpt.bench.models.architectures import (
 )
 from slicegpt.checkpoint.loading import check_folder, load_dense
 from slicegpt.checkpoint.record import slicing_fraction
+from slicegpt.conversion.multiples import multiple_of
 from slicegpt.conversion.plan import Shape, constant_widths, plan, width_for_slice
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
@@ -185,6 +186,8 @@ def sized_network(
 ) -> MeasuredNetwork:
     """A dense model at a fraction of its columns deleted; `fields` are its canonical fields."""
     shape = shape or Shape()
+    # "auto" where the command line did not say: the width is known here.
+    shape = replace(shape, round_to=multiple_of(shape.round_to, fields["dense_hidden_size"], device))
     width = width_for_slice(fields["dense_hidden_size"], fraction, shape.round_to)
     config = plan(fields, constant_widths(fields, width), shape)
     if fraction == 0:

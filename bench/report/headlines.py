@@ -255,7 +255,9 @@ def _model(content: Mapping) -> list[str]:
 
 
 def _generation(content: Mapping) -> list[str]:
-    rate = content["tokens"] / content["seconds"] if content.get("seconds") else None
+    rate = content.get("tokens_per_second")  # without the prompt, where the command measured it
+    if not rate and content.get("seconds"):
+        rate = content["tokens"] / content["seconds"]
     return [f"{figure(rate)} tokens/s, {content['tokens']} tokens"] if rate else []
 
 

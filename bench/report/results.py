@@ -94,6 +94,7 @@ FORMS: dict[str, tuple[set[str], Callable[[Mapping], dict]]] = {
     "evaluation": ({"models", "model"}, _evaluation),
     "finetuning": (TRAINING, dict),
     "generation": ({"prompt", "text", "tokens", "runtime"}, dict),
+    "conversation": ({"messages", "runtime"}, dict),
     "environment": ({"versions", "kernels", "extras"}, lambda content: {"facts": content}),
     "tuned": ({"entries", "versions", "device"}, _tuned),
     "kernels": ({"benchmarks", "machine_info"}, _kernels),

@@ -219,8 +219,12 @@ def _model(content: Mapping) -> list[Table]:
 
 
 def _generation(content: Mapping) -> list[Table]:
-    names = ("prompt", "text", "tokens", "seconds", "runtime")
-    return [facts("generation", [(name, in_words(content.get(name))) for name in names])]
+    names = ("prompt", "text", "tokens", "tokens_per_second", "seconds", "runtime", "engine")
+    return [facts("generation", [(name.replace("_", " "), in_words(content.get(name))) for name in names])]
+
+
+def _conversation(content: Mapping) -> list[Table]:
+    return [facts("messages", [(message["role"], message["content"]) for message in content["messages"]])]
 
 
 def _environment(content: Mapping) -> list[Table]:
@@ -268,6 +272,7 @@ TABLES: dict[str, Callable[[Mapping], list[Table]]] = {
     "model": _model,
     "slicing record": _model,
     "generation": _generation,
+    "conversation": _conversation,
     "environment": _environment,
     "demo": _demo,
     "tuned": _tuned,

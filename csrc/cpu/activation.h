@@ -64,5 +64,10 @@ inline void with_activation(Activation activation, Body body) {
             return body([](Vec x) { return gelu_tanh(x); });
         case Activation::kSilu:
             return body([](Vec x) { return times_sigmoid(x, x); });
+        case Activation::kRelu2:
+            return body([](Vec x) {
+                const Vec kept = Vec::most(Vec::zero(), x);
+                return Vec::product(kept, kept);
+            });
     }
 }

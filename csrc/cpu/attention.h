@@ -5,18 +5,23 @@
 // Query heads of one key head that are done together: they share what is loaded of the cache.
 constexpr int kGroup = 8;
 
+// The norm of one head.
+template <typename D>
+inline void normalise(const Attention& op, const D* norm, float* values) {
+    const int64_t size = op.head_dim;
+    float total = 0;
+    for (int64_t i = 0; i < size; ++i) total += values[i] * values[i];
+    const float scale = static_cast<float>(1 / ::sqrt(total / static_cast<double>(size) + op.norm_eps));
+    for (int64_t i = 0; i < size; ++i) values[i] *= scale * to_float(norm[i]);
+}
+
 // The norm and the rotation of one head, in float32; `x` and `out` are different memory.
 template <typename D>
 inline void place(const Attention& op, const D* x, const D* norm, const D* cos, const D* sin, float* out, float* room) {
     const int64_t size = op.head_dim;
     float* values = cos ? room : out;
     for (int64_t i = 0; i < size; ++i) values[i] = to_float(x[i]);
-    if (norm) {
-        float total = 0;
-        for (int64_t i = 0; i < size; ++i) total += values[i] * values[i];
-        const float scale = static_cast<float>(1 / ::sqrt(total / static_cast<double>(size) + op.norm_eps));
-        for (int64_t i = 0; i < size; ++i) values[i] *= scale * to_float(norm[i]);
-    }
+    if (norm && !(cos && op.rotate_first)) normalise(op, norm, values);
     if (!cos) return;
     const int64_t turned = op.rotary_dim, half = turned / 2;
     for (int64_t i = 0; i < half; ++i) {
@@ -25,6 +30,7 @@ inline void place(const Attention& op, const D* x, const D* norm, const D* cos, 
         out[i + half] = high * to_float(cos[i + half]) + low * to_float(sin[i + half]);
     }
     for (int64_t i = turned; i < size; ++i) out[i] = values[i];
+    if (norm && op.rotate_first) normalise(op, norm, out);
 }
 
 // The order of `pack` for a row of floats.

@@ -156,33 +156,18 @@ void bind_operations(py::module_& m) {
              py::arg("tokens"), py::arg("K"), py::arg("d"), py::arg("N"));
     py::class_<Attention>(m, "Attention", py::module_local())
         .def(py::init([](A rows, int64_t rows_stride, A keys, A values, int64_t batch_stride, int64_t head_stride,
-                         A valid, int64_t valid_stride, A rotary, A positions, A norm, double norm_eps, int64_t batch,
-                         int64_t heads, int64_t key_heads, int64_t head_dim, int64_t rotary_dim, int64_t first,
-                         int64_t slot) {
-                 return Attention{Address{rows},
-                                  rows_stride,
-                                  Address{keys},
-                                  Address{values},
-                                  batch_stride,
-                                  head_stride,
-                                  Address{valid},
-                                  valid_stride,
-                                  Address{rotary},
-                                  Address{positions},
-                                  Address{norm},
-                                  norm_eps,
-                                  batch,
-                                  heads,
-                                  key_heads,
-                                  head_dim,
-                                  rotary_dim,
-                                  first,
-                                  slot};
+                         A valid, int64_t valid_stride, A rotary, A positions, A norm, double norm_eps,
+                         bool rotate_first, int64_t batch, int64_t heads, int64_t key_heads, int64_t head_dim,
+                         int64_t rotary_dim, int64_t first, int64_t slot) {
+                 return Attention{Address{rows}, rows_stride,    Address{keys}, Address{values}, batch_stride,
+                                  head_stride,   Address{valid}, valid_stride,  Address{rotary}, Address{positions},
+                                  Address{norm}, norm_eps,       rotate_first,  batch,           heads,
+                                  key_heads,     head_dim,       rotary_dim,    first,           slot};
              }),
              py::arg("rows"), py::arg("rows_stride"), py::arg("keys"), py::arg("values"), py::arg("batch_stride"),
              py::arg("head_stride"), py::arg("valid"), py::arg("valid_stride"), py::arg("rotary"), py::arg("positions"),
-             py::arg("norm"), py::arg("norm_eps"), py::arg("batch"), py::arg("heads"), py::arg("key_heads"),
-             py::arg("head_dim"), py::arg("rotary_dim"), py::arg("first"), py::arg("slot"));
+             py::arg("norm"), py::arg("norm_eps"), py::arg("rotate_first"), py::arg("batch"), py::arg("heads"),
+             py::arg("key_heads"), py::arg("head_dim"), py::arg("rotary_dim"), py::arg("first"), py::arg("slot"));
     m.def("norm_linear", &norm_linear);
     m.def("rotate_add", &rotate_add);
     m.def("finish", &finish);

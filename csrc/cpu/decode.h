@@ -57,6 +57,7 @@ struct Attention {
     const int64_t* positions;  // [batch], those of the new tokens; negative ones (padding) count as 0
     const void* norm;          // [key_heads + heads, head_dim], scales of the norm of keys and queries, or null
     double norm_eps;
+    bool rotate_first;  // the norm comes behind the rotation
     int64_t batch, heads, key_heads, head_dim, rotary_dim;
     int64_t first, slot;  // slots [first, slot) of the cache are seen, `slot` is the new token's
 };

@@ -113,6 +113,7 @@ class GGUFTensor:
         bytes_shape, bytes_dtype: of the array that `gguf` de-quantises.
         kind: its `GGMLQuantizationType`.
         heads: llama.cpp has put the rows of the two halves of each of so many heads in turn; 0: it has not.
+        one_plus: the file has 1 + what the model stores.
         dtype: the one that `read` converts to.
     """
 
@@ -122,6 +123,7 @@ class GGUFTensor:
     bytes_dtype: np.dtype
     kind: Any
     heads: int
+    one_plus: bool
     shape: torch.Size
     dtype: torch.dtype
 
@@ -146,7 +148,8 @@ class GGUFTensor:
                 for piece in out.split(step):
                     data = np.fromfile(stream, self.bytes_dtype, len(piece) * row)
                     data = data.reshape(len(piece), *self.bytes_shape[1:])
-                    piece.copy_(torch.from_numpy(np.array(gguf.dequantize(data, self.kind))))
+                    rows = np.array(gguf.dequantize(data, self.kind))
+                    piece.copy_(torch.from_numpy(rows - 1 if self.one_plus else rows))
         except (OSError, ValueError) as error:
             raise SliceGPTError(f"{self.file} cannot be read any more: {first_line(error)}") from error
         return out
@@ -194,6 +197,7 @@ def _read(
             tensor.data.dtype,
             tensor.tensor_type,
             heads.get(part, 0) if architecture.permuted else 0,
+            architecture.one_plus and part.endswith("norm") and name.endswith(".weight"),
             torch.Size(shapes[name]),
             dtype,
         )

@@ -32,6 +32,7 @@ class Architecture:
         head_dim: whether its Hugging Face class takes a head size of its own.
         biases: the config's field that says so, and tensors of a layer that are there where it is True.
         permuted: llama.cpp stores queries and keys with neighbouring rotary pairs.
+        one_plus: its Hugging Face class adds 1 to the scales of its norms, and llama.cpp stores them with it.
     """
 
     model_type: str
@@ -41,6 +42,7 @@ class Architecture:
     head_dim: bool = True
     biases: Mapping[str, str] | None = None
     permuted: bool = False
+    one_plus: bool = False
 
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
@@ -60,6 +62,13 @@ ARCHITECTURES = {
     ),
     "starcoder2": Architecture(
         "starcoder2", ("norm_epsilon", _LAYER_NORM), window=True, biases={"use_bias": "attn_q.bias"}
+    ),
+    "nemotron": Architecture(
+        "nemotron",
+        ("norm_eps", _LAYER_NORM),
+        partial_rotary=True,
+        biases={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_down.bias"},
+        one_plus=True,
     ),
 }
 # What a Mistral model is called in GGUF; its class differs from Llama's only by the window.

@@ -2,7 +2,7 @@
 
 import math
 
-from slicegpt.modeling.sizes import describe_neurons, format_bytes
+from slicegpt.checkpoint.outcome import asked_and_got, notes, outcome_rows, shape_rows
 from slicegpt.recipe import FILE_NAME
 
 _CARD = """---
@@ -18,15 +18,11 @@ tags:
 {source}, compressed with [SliceGPT](https://arxiv.org/abs/2401.15024): columns and rows of every weight matrix
 deleted along the principal components of the residual stream{with_neurons}. All weights are dense.
 
-| | dense | sliced |
-|---|---|---|
-| parameters | {dense_parameters:,} | {parameters:,} |
-| bytes ({dtype}) | {dense_bytes} | {bytes} |
-| columns of the residual stream | {dense_width} | {widths} |
-| neurons of an MLP | {dense_neurons} | {neurons} |
+{table}
 
-Removed: {removed:.1%} of all parameters, shortcuts and head counted. Slicing (1 - d / D): {slicing:.1%}.
-Shortcuts: {shortcuts}.
+{notes}
+
+Removed: {removed:.1%} of all parameters, shortcuts and head counted{asked}. Slicing (1 - d / D): {slicing:.1%}.
 Calibration: {tokens:,} tokens of {calibration}, seed {seed}.{recipe}
 {finetuning}
 ```python
@@ -49,14 +45,6 @@ _WITHOUT_PACKAGE = """from transformers import AutoModelForCausalLM, AutoTokeniz
 """
 
 
-def summarise(values: list) -> str:
-    """Distinct values in the order they appear, with how often: "448 (60), 576 (1)"."""
-    counts: dict = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return ", ".join(f"{value} ({count})" for value, count in counts.items())
-
-
 def _describe_finetuning(run: dict | None) -> str:
     """One sentence on the `finetuning` of a record; nothing where there was none."""
     if run is None:
@@ -70,6 +58,13 @@ def _describe_finetuning(run: dict | None) -> str:
     )
 
 
+def _table(record: dict) -> str:
+    """Dense and sliced side by side, in Markdown."""
+    rows = outcome_rows(record) + shape_rows(record)
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def model_card(record: dict, name: str, self_contained: bool = True, recipe: bool = False) -> str:
     """Markdown with a metadata header, as the Hugging Face hub shows it.
 
@@ -80,26 +75,19 @@ def model_card(record: dict, name: str, self_contained: bool = True, recipe: boo
         recipe: the choices that made the model are beside them.
     """
     size, calibration = record["size"], record["calibration"]
-    widths = [boundary["width"] for boundary in record["boundaries"]]
+    asked = asked_and_got(record)
     return _CARD.format(
         name=name,
         custom_code="- custom_code\n" if self_contained else "",
         imports=_WITHOUT_PACKAGE if self_contained else _WITH_PACKAGE,
         arguments=f'"{name}", trust_remote_code=True' if self_contained else f'"{name}"',
         source=record["source"],
-        dtype=record["dtype"],
-        dense_parameters=size["dense_parameters"],
-        parameters=size["parameters"],
-        dense_bytes=format_bytes(size["dense_bytes"]),
-        bytes=format_bytes(size["bytes"]),
+        table=_table(record),
+        notes="\n".join(f"- {note}" for note in notes(record)),
+        asked="" if asked is None else f" ({asked})",
         with_neurons=", and MLP neurons" if record["neurons"] != record["dense_neurons"] else "",
-        dense_width=record["dense_width"],
-        neurons=describe_neurons(record["neurons"]),
-        dense_neurons=record["dense_neurons"],
-        widths=summarise(widths),
         removed=size["removed"],
         slicing=record["slicing"],
-        shortcuts=summarise([boundary["shortcut"] for boundary in record["boundaries"][:-1]]),
         tokens=calibration["tokens"],
         calibration=calibration["source"],
         seed=calibration["seed"],

@@ -10,6 +10,7 @@ import transformers
 
 import slicegpt
 from slicegpt.calibration import CalibrationBatch, calibration_hash
+from slicegpt.checkpoint.outcome import perplexity_record
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import boundary_report, decoder_parameters, stored_parameters
 from slicegpt.slicing import SlicingOptions, SlicingReport
@@ -52,9 +53,21 @@ def calibration_record(
 
 
 def slicing_record(
-    config: SlicedConfig, report: SlicingReport, options: SlicingOptions, source: str, calibration: dict
+    config: SlicedConfig,
+    report: SlicingReport,
+    options: SlicingOptions,
+    source: str,
+    calibration: dict,
+    asked: dict | None = None,
+    tokens_per_second: dict | None = None,
 ) -> dict:
-    """The record of one slicing run; `calibration` is its `calibration_record`.
+    """The record of one slicing run.
+
+    Args:
+        source: the dense model's name.
+        calibration: its `calibration_record`.
+        asked: the size that was asked for (`slicegpt.checkpoint.outcome.asked_record`).
+        tokens_per_second: `slicegpt.runtime.speed.compare_speed`; None: not measured.
 
     Eigenvalues keep six digits: they are for looking at, and full precision would be megabytes.
     """
@@ -83,6 +96,9 @@ def slicing_record(
         ],
         "ridge_search": report.ridge_search,
         "size": size_record(config, options.dtype),
+        "asked": asked or {},
+        "perplexity": perplexity_record(calibration.get("held_out")),
+        "tokens_per_second": tokens_per_second,
         "boundaries": boundary_report(config),
         "calibration": calibration | {"tokens": report.tokens},
         "seconds": {name: round(value, 3) for name, value in report.seconds.items()},

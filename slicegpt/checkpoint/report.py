@@ -1,24 +1,27 @@
 """The report of a slicing run: `slicing.json` as a value that prints as a table."""
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from slicegpt.checkpoint.model_card import summarise
-from slicegpt.modeling.sizes import describe_neurons, format_bytes
-from slicegpt.table import format_table
+from slicegpt.checkpoint.outcome import asked_and_got, notes, outcome_rows, shape_rows
+from slicegpt.table import fit_text, format_table
 
 
 @dataclass(frozen=True)
 class SliceReport:
-    """What a slicing run did; `print(report)` shows dense and sliced sizes side by side.
+    """What a slicing run did; `print(report)` shows the dense and the sliced model side by side.
 
     Attributes:
-        record: what `slicing.json` holds: `size` (parameters and bytes, dense and sliced), `boundaries` (width, rank
-            and kind of shortcut), `calibration` (source, tokens, sha256, coverage, warnings), `refit`, `seconds`,
-            `eigenvalues` and more.
+        record: what `slicing.json` holds: `size` (parameters and bytes, dense and sliced), `asked` (the size that was
+            asked for), `perplexity` (on held-out windows, dense and sliced), `tokens_per_second` (of the runtime),
+            `boundaries` (width, rank and kind of shortcut), `calibration` (source, tokens, sha256, coverage,
+            warnings), `refit`, `seconds`, `eigenvalues` and more.
+        output: the folder that was written; None: none was.
     """
 
     record: dict[str, Any]
+    output: str | None = None
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -32,30 +35,18 @@ class SliceReport:
 
     def __str__(self) -> str:
         record = self.record
-        size, boundaries = record["size"], record["boundaries"]
-        rows = [
-            {
-                "": "dense",
-                "parameters": size["dense_parameters"],
-                "bytes": format_bytes(size["dense_bytes"]),
-                "removed": "0.0 %",
-                "widths": str(record["dense_width"]),
-                "neurons": record["dense_neurons"],
-                "shortcuts": "none",
-            },
-            {
-                "": "sliced",
-                "parameters": size["parameters"],
-                "bytes": format_bytes(size["bytes"]),
-                "removed": f"{100 * size['removed']:.1f} %",
-                "widths": summarise([boundary["width"] for boundary in boundaries]),
-                "neurons": describe_neurons(record["neurons"]),
-                "shortcuts": summarise([boundary["shortcut"] for boundary in boundaries[:-1]]),
-            },
-        ]
+        rows = outcome_rows(record) + shape_rows(record)
+        asked = asked_and_got(record)
+        columns = f"{100 * record['slicing']:.1f} % of the columns deleted"
+        lines = [format_table(rows, list(rows[0])), columns if asked is None else f"{asked}; {columns}"]
+        lines += notes(record)
         seconds = sum(record["seconds"].values())
-        tokens = record["calibration"]["tokens"]
-        return (
-            f"{format_table(rows, list(rows[0]))}\n"
-            f"slicing (1 - d/D): {100 * record['slicing']:.1f} %, {tokens:,} tokens, {seconds:.1f} s"
-        )
+        lines.append(f"sliced on {record['calibration']['tokens']:,} tokens in {seconds:.1f} s")
+        lines[1:] = map(fit_text, lines[1:])
+        if self.output is not None:  # a command is copied: no terminal's width breaks it
+            folder = shlex.quote(self.output)
+            lines += [
+                f"saved: {self.output}",
+                f'next: slicegpt generate {folder} --runtime fused --prompt "Once upon a time"',
+            ]
+        return "\n".join(lines)

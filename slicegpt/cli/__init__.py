@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; nothing heavy is imported before a command runs."""
-    import argparse
-
     from slicegpt import __version__
     from slicegpt.cli import (
         benchmark,
@@ -34,10 +32,15 @@ def build_parser() -> argparse.ArgumentParser:
         serving,
         slicing,
     )
+    from slicegpt.cli.parser import Parser
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="slicegpt",
         description="Compress language models by deleting rows and columns (SliceGPT, ICLR 2024).",
+        examples=(
+            "slicegpt slice smollm2-135m --keep 0.9 --calibration python-reference --output small",
+            'slicegpt generate small --prompt "The for statement is" --runtime fused',
+        ),
     )
     parser.add_argument("--version", action="version", version=f"slicegpt {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log which kernels were chosen, and why")

@@ -17,6 +17,7 @@ from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.modeling.sizes import format_bytes
 from slicegpt.runtime import Runtime, Sampling
 from slicegpt.runtime.session import Session
+from slicegpt.table import fit_text, output_width
 
 
 @dataclass
@@ -40,6 +41,11 @@ class Answer:
         first = self.times[0] if self.times else 0.0
         parts = [f"{len(self.tokens)} tokens", *([] if rate is None else [f"{rate:.1f} tokens/s"])]
         return f"{', '.join(parts)}; prompt: {self.prompt} tokens in {first:.2f} s ({engine})"
+
+
+def say(text: str) -> None:
+    """A note on standard error, beside the answers: broken between words where that is a terminal."""
+    print(fit_text(text, output_width(sys.stderr)), file=sys.stderr)
 
 
 class Printer(TextStreamer):
@@ -180,7 +186,7 @@ def open_engine(
         except SliceGPTError as error:
             if runtime == "fused":
                 raise
-            print(f"note: the runtime cannot run this model: {error.reason}", file=sys.stderr)
+            say(f"note: the runtime cannot run this model: {error.reason}")
     lent: AbstractContextManager = nullcontext() if packed is None else packed.session(length, sampling)
     with lent as session:
         if packed is None:

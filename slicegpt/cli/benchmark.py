@@ -18,11 +18,11 @@ from .benchmark_options import (
     dtypes,
     fraction,
     fractions,
-    memory,
     names,
     settings_of,
 )
-from .options import add_device, add_json, positive, resolve_device, resolve_dtype
+from .options import add_device, add_json, add_shared, byte_size, positive, resolve_device, resolve_dtype
+from .parser import add_option
 from .prediction import add_predict
 
 
@@ -55,20 +55,25 @@ def add_networks(parser: argparse.ArgumentParser, engines: str | None, on_gpu: s
         nargs="+",
         default=[],
         metavar="M",
-        help="dense models, measured at every --slice, and sliced folders, as they are",
+        help="dense models, measured at every --slice, and sliced folders, as they are (default: none; --model or "
+        "--shape is needed)",
     )
-    group.add_argument("--shape", metavar="NAME", help="random weights: llama-2-7b, llama-1b, opt-66b, ...")
+    group.add_argument(
+        "--shape",
+        metavar="NAME",
+        help="random weights: llama-2-7b, llama-1b, opt-66b, ... (default: none; --model or --shape is needed)",
+    )
     group.add_argument(
         "--slice",
         type=fractions,
         default=[0.0, 0.25],
         metavar="F,...",
-        help="0 is the dense model; sliced sizes have random weights, for speed alone (0,0.25)",
+        help="0 is the dense model; sliced sizes have random weights, for speed alone",
     )
-    group.add_argument("--shortcut", choices=SHORTCUTS, default="compact")
     group.add_argument(
-        "--round-to", type=positive, default=64, metavar="N", help="widths are multiples of N (64)"
+        "--shortcut", choices=SHORTCUTS, default="compact", help="compact, or the published form, dense"
     )
+    add_shared(group, "--round-to")
     if engines:
         group.add_argument(
             "--engines",
@@ -76,7 +81,7 @@ def add_networks(parser: argparse.ArgumentParser, engines: str | None, on_gpu: s
             default=engines.split(",") if on_gpu is None else None,
             metavar="E,...",
             help="of hf, hf-eager, hf-static, hf-compile: Hugging Face's forward pass; hf-generate, "
-            f"hf-generate-static: its generate(); plain, plain-compile, fused: this package's ({engines}"
+            f"hf-generate-static: its generate(); plain, plain-compile, fused: this package's (default: {engines}"
             + (f"; on a GPU {on_gpu})" if on_gpu else ")"),
         )
     add_device(group, dtypes)
@@ -172,13 +177,26 @@ def add_token(benchmarks) -> None:
         help="time per token while decoding",
         description="Milliseconds per token, the prompt apart. Networks and engines take turns, so that other load "
         "meets them all; every step is waited for.",
+        examples=(
+            "slicegpt bench token --model smollm2-135m small --slice 0 --tokens 64",
+            "slicegpt bench token --shape llama-1b --dtype bfloat16 --engines hf,fused",
+        ),
     )
     parser.set_defaults(run=run_token)
     add_networks(parser, "hf,hf-generate,hf-generate-static,hf-compile,plain,fused")
-    parser.add_argument("--tokens", type=positive, default=128, help="steps that are timed (128)")
-    parser.add_argument("--prompt", type=positive, default=16, metavar="N", help="tokens of the prompt (16)")
-    parser.add_argument("--batch", type=positive, default=1, help="sequences (1)")
-    parser.add_argument("--rounds", type=positive, default=8, help="turns that the steps are split into (8)")
+    parser.add_argument("--tokens", type=positive, default=128, help="steps that are timed")
+    parser.add_argument("--prompt", type=positive, default=16, metavar="N", help="tokens of the prompt")
+    add_option(
+        parser,
+        "--batch-size",
+        former=["--batch"],
+        dest="batch",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="sequences",
+    )
+    parser.add_argument("--rounds", type=positive, default=8, help="turns that the steps are split into")
     parser.add_argument("--cold-l2", action="store_true", help="overwrite the last cache before every step")
     add_trace(parser, "of one more step of every network and engine")
     add_results(parser)
@@ -226,27 +244,31 @@ def add_throughput(benchmarks) -> None:
         help="most tokens per second over all batches",
         description="Doubles the batch until memory is exhausted or throughput drops, refines around the best, and "
         "measures the best batches again in turns.",
+        examples=(
+            "slicegpt bench throughput --model smollm2-135m --slice 0,0.25 --max-memory 8GB",
+            "slicegpt bench throughput --shape llama-2-7b --dtype float16",
+        ),
     )
     parser.set_defaults(run=run_throughput)
     add_networks(parser, THROUGHPUT_ENGINES["cpu"], THROUGHPUT_ENGINES["cuda"])
-    parser.add_argument("--seqlen", type=positive, default=128, help="tokens of a sequence at its end (128)")
+    add_shared(parser, "--seqlen", default=128, help="tokens of a sequence at its end")
     parser.add_argument(
         "--steps",
         type=positive,
         metavar="N",
-        help="time N steps in the middle of the sequence (all of it on a GPU, 8 on a CPU)",
+        help="time N steps in the middle of the sequence (default: all of it on a GPU, 8 on a CPU)",
     )
     parser.add_argument(
         "--max-batch", type=positive, default=1 << 16, metavar="N", help="largest batch to try"
     )
     parser.add_argument(
         "--max-memory",
-        type=memory,
-        metavar="BYTES",
-        help="of one network's weights and run, 8e9 or 8GB (a CPU: 80 %% of what is free)",
+        type=byte_size,
+        metavar="SIZE",
+        help="of one network's weights and run: 8GB, 8GiB, 8e9 (default: on a CPU 80 %% of what is free)",
     )
-    parser.add_argument("--tolerance", type=fraction, default=0.02, help="changes below it are noise (0.02)")
-    parser.add_argument("--rounds", type=positive, default=3, help="turns of the last measurement (3)")
+    parser.add_argument("--tolerance", type=fraction, default=0.02, help="changes below it are noise")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of the last measurement")
     add_results(parser)
 
 
@@ -284,13 +306,26 @@ def add_layers(benchmarks) -> None:
         help="time of every operation of one transformer layer",
         description="Times the operations of one layer where they stand, shortcuts included: dense, 2:4 sparse and "
         "sliced, unfused and fused. The sum is held against the whole layer.",
+        examples=(
+            "slicegpt bench layers --model smollm2-135m --seqlen 512",
+            "slicegpt bench layers --shape llama-2-7b --batch-size 8 --trace layers.json",
+        ),
     )
     parser.set_defaults(run=run_layers)
     add_networks(parser, None)
-    parser.add_argument("--batch", type=positive, default=1, help="sequences (1)")
-    parser.add_argument("--seqlen", type=positive, default=2048, help="tokens of a sequence (2048)")
+    add_option(
+        parser,
+        "--batch-size",
+        former=["--batch"],
+        dest="batch",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="sequences",
+    )
+    add_shared(parser, "--seqlen", help="tokens of a sequence")
     parser.add_argument(
-        "--repeats", type=positive, default=40, help="runs, of which the fastest quarter counts (40)"
+        "--repeats", type=positive, default=40, help="runs, of which the fastest quarter counts"
     )
     parser.add_argument("--cold-l2", action="store_true", help="overwrite the last cache before every run")
     add_trace(parser, "of one run of every variant")
@@ -315,24 +350,31 @@ def add_slicing(benchmarks) -> None:
         help="what slicing costs, stage by stage",
         description="Slices a model once and compares every stage with a dense forward pass over the same tokens. "
         "Nothing is kept; --shape takes random weights and tokens.",
+        examples=(
+            "slicegpt bench slicing --model smollm2-135m --nsamples 16 --seqlen 512",
+            "slicegpt bench slicing --shape llama-1b --nsamples 4 --seqlen 128 --no-refit",
+        ),
     )
     parser.set_defaults(run=run_slicing)
-    parser.add_argument("--model", metavar="M", help="a dense model")
-    parser.add_argument("--shape", metavar="NAME", help="random weights: llama-2-7b, llama-1b, opt-66b, ...")
-    parser.add_argument("--slice", type=float, default=0.25, metavar="F", help="fraction of columns (0.25)")
-    parser.add_argument("--shortcut", choices=SHORTCUTS, default="compact")
     parser.add_argument(
-        "--round-to", type=positive, default=64, metavar="N", help="widths are multiples of N (64)"
+        "--model", metavar="M", help="a dense model (default: none; --model or --shape is needed)"
     )
     parser.add_argument(
-        "--refit", action=argparse.BooleanOptionalAction, default=True, help="as in slicegpt slice (on)"
+        "--shape",
+        metavar="NAME",
+        help="random weights: llama-2-7b, llama-1b, opt-66b, ... (default: none)",
     )
+    parser.add_argument("--slice", type=float, default=0.25, metavar="F", help="fraction of columns")
     parser.add_argument(
-        "--calibration", default="python-reference", metavar="DATA", help="as in slicegpt slice"
+        "--shortcut", choices=SHORTCUTS, default="compact", help="compact, or the published form, dense"
     )
-    parser.add_argument("--nsamples", type=positive, default=128)
-    parser.add_argument("--seqlen", type=positive, default=2048)
-    parser.add_argument("--batch-size", type=positive, default=8)
+    add_shared(parser, "--round-to")
+    parser.add_argument(
+        "--refit", action=argparse.BooleanOptionalAction, default=True, help="as in slicegpt slice"
+    )
+    # Only its number of tokens matters, so one that is always there.
+    add_shared(parser, "--calibration", default="python-reference", help="as in slicegpt slice")
+    add_shared(parser, "--nsamples", "--seqlen", "--batch-size")
     add_device(parser)
     add_trace(parser, "of a second run, of one batch,")
     add_results(parser)
@@ -356,10 +398,14 @@ def add_report(benchmarks) -> None:
         "report",
         help="the results in a folder as one HTML page",
         description="Collects the JSON results below DIR into one self-contained page with plots (extra plot).",
+        examples=(
+            "slicegpt bench report results",
+            "slicegpt bench report results --against bench/results/cpu",
+        ),
     )
     parser.set_defaults(run=run_report)
     parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("--output", metavar="FILE", help="the page (DIR/report.html)")
+    parser.add_argument("--output", metavar="FILE", help="the page (default: DIR/report.html)")
     parser.add_argument(
         "--against",
         metavar="OTHER",

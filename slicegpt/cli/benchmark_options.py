@@ -93,16 +93,6 @@ def fraction(text: str) -> float:
     return value
 
 
-def memory(text: str) -> float:
-    """An argparse type: bytes, `8e9` or `8GB`, in powers of 1000."""
-    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
-    unit = next((unit for unit in units if text.endswith(unit)), None)
-    value = float(text.removesuffix(unit)) * units[unit] if unit else float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
-    return value
-
-
 def dtypes(text: str) -> list[str]:
     """An argparse type: dtypes of the weights between commas."""
     values = list(dict.fromkeys(names(text)))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slicegpt.calibration.files import check_unicode
 from slicegpt.calibration.tokens import check_rows, learned_positions
 from slicegpt.cli import interrupts
-from slicegpt.cli.answering import Answer, Answering, Printer
+from slicegpt.cli.answering import Answer, Answering, Printer, say
 from slicegpt.errors import SliceGPTError, first_line
 
 DEFAULT_CONTEXT = 4096
@@ -133,7 +133,7 @@ def read_message() -> str:
 
 def converse(engine: Answering, conversation: Conversation) -> None:
     """Answer line after line, until there are no more."""
-    print(f"{engine.label}. {HELP}.", file=sys.stderr)
+    say(f"{engine.label}. {HELP}.")
     while True:
         try:
             text = read_message().strip()
@@ -141,14 +141,14 @@ def converse(engine: Answering, conversation: Conversation) -> None:
             return
         except KeyboardInterrupt:
             interrupts.forget()
-            print(f"\n{HELP}", file=sys.stderr)
+            say(f"\n{HELP}")
             continue
         if text == "/exit":
             return
         if text == "/clear":
             conversation.clear()
         elif text.startswith("/"):
-            print(f"{text.split()[0]} is no command: {HELP}", file=sys.stderr)
+            say(f"{text.split()[0]} is no command: {HELP}")
         elif text:
             reply(engine, conversation, text)
 
@@ -159,12 +159,12 @@ def reply(engine: Answering, conversation: Conversation, text: str) -> None:
         ids, dropped = conversation.ask(text)
     except SliceGPTError as error:
         conversation.take_back()
-        print(f"error: {error.reason}", file=sys.stderr)
+        say(f"error: {error.reason}")
         return
     if dropped:
-        print(f"note: the oldest {dropped} messages no longer fit and are forgotten", file=sys.stderr)
+        say(f"note: the oldest {dropped} messages no longer fit and are forgotten")
     printer = Printer(conversation.tokenizer, ids)
     with interrupts.deferred() as stopped:
         engine.answer(ids, conversation.answer_tokens, printer, stopped)
     conversation.answered(printer.answer)
-    print(printer.answer.summary(engine.name), file=sys.stderr)
+    say(printer.answer.summary(engine.name))

@@ -16,6 +16,7 @@ _HOW = """\
 bash: slicegpt completion bash > ~/.local/share/bash-completion/completions/slicegpt
 zsh:  slicegpt completion zsh > DIR/_slicegpt, where DIR is in $fpath
 fish: slicegpt completion fish > ~/.config/fish/completions/slicegpt.fish
+
 """
 
 
@@ -58,7 +59,7 @@ def add_parser(commands, root: argparse.ArgumentParser) -> None:
         help="a script that completes commands and options in the shell",
         description="Print a script that completes commands, options and their values.",
         epilog=_HOW,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=("slicegpt completion bash", "slicegpt completion zsh"),
     )
     parser.add_argument("shell", choices=tuple(SCRIPTS))
     parser.set_defaults(run=lambda options: print(SCRIPTS[options.shell](commands_of(root)), end=""))

@@ -8,93 +8,123 @@ from slicegpt.checkpoint.names import check_name
 from slicegpt.recipe import Recipe
 from slicegpt.table import check_writable
 
-from .options import add_json, positive
+from .options import add_json, add_shared, positive
+from .parser import add_option
 
 PROMPT = "The for statement is used to iterate over the elements of"
-TIMED_TOKENS = 24
-COLUMNS = ["model", "width", "neurons", "parameters", "bytes", "perplexity", "ms per token"]
+CONTINUED = 24  # tokens
 
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "demo",
         help="slice SmolLM2-135M at two sizes and compare",
-        description="Slice SmolLM2-135M at two sizes on real text; compare perplexity, true size and time per token.",
+        description="Slice SmolLM2-135M at two sizes on real text; compare bytes, perplexity, and tokens/s of Hugging "
+        "Face's generate() and of the runtime.",
+        examples=(
+            "slicegpt demo",
+            "slicegpt demo --keep 0.9 --nsamples 12 --output runs/quick",
+        ),
     )
     parser.set_defaults(run=run)
+    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="models, plot and reports")
     parser.add_argument(
-        "--output", default="runs/demo", metavar="DIR", help="models, plot and report (runs/demo)"
+        "--model", default="smollm2-135m", metavar="MODEL", help="any model that `slicegpt slice` takes"
     )
-    parser.add_argument("--model", default="smollm2-135m", help="any model that `slicegpt slice` takes")
-    parser.add_argument("--data", default="python-reference", help="text to calibrate on, and its test split")
     parser.add_argument(
-        "--params", type=float, nargs="+", default=[0.95, 0.85], metavar="F", help="sizes to reach"
+        "--data", default="python-reference", help="text to calibrate on, and its test split to evaluate on"
     )
-    parser.add_argument("--nsamples", type=positive, default=24)
-    parser.add_argument("--seqlen", type=positive, default=512)
-    parser.add_argument("--windows", type=positive, default=8, help="windows of --seqlen to evaluate")
+    add_option(
+        parser,
+        "--keep",
+        former=["--params"],
+        type=float,
+        nargs="+",
+        default=[0.95, 0.85],
+        metavar="F",
+        help="sizes to reach, fractions of all parameters",
+    )
+    add_shared(parser, "--nsamples", default=24)
+    add_shared(parser, "--seqlen", default=512)
+    parser.add_argument(
+        "--windows", type=positive, default=8, metavar="N", help="windows of --seqlen tokens to evaluate"
+    )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    # Multiples of 8: on a model 576 wide, steps of 64 could not come near the sizes asked for.
     shared = Recipe(
         model=options.model,
         calibration=options.data,
         nsamples=options.nsamples,
         seqlen=options.seqlen,
-        round_to=8,
         dtype="float32",
     )
-    recipes = [shared.override(params=size) for size in options.params]
+    recipes = {f"{100 * size:g} %": shared.override(keep=size) for size in options.keep}
     check_name(options.model, "model")
     check_writable("--json", options.json)
 
+    import torch
+
     from slicegpt import api
+    from slicegpt.bench.commands.demo_speed import measure_demo_speed, networks_of
+    from slicegpt.bench.harness.demo_results import demo_rows
+    from slicegpt.bench.harness.record import Record
     from slicegpt.calibration import load_documents
-    from slicegpt.evaluation.plots import plot_spectra
-    from slicegpt.modeling.sizes import describe_neurons, format_bytes
     from slicegpt.progress import Progress
-    from slicegpt.table import format_table, write_json
+    from slicegpt.slicing import Reuse
+    from slicegpt.table import write_json
 
     started, progress, folder = time.perf_counter(), Progress(), Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
+    settings = {"model": options.model, "data": options.data, "keep": options.keep}
+    settings |= {"nsamples": options.nsamples, "seqlen": options.seqlen, "windows": options.windows}
+    device = torch.device("cpu")
+    speed = Record("token", settings, device, str(folder / "token.json"))
+    record = Record("demo", settings, device, str(folder / "demo.json"))
     with progress.step(f"loading {options.model}"):
         model, tokenizer = api.load(options.model, "float32")
-    test = load_documents(options.data, "test")
-    rows, records = [measure("dense", model, tokenizer, test, options, progress)], {}
-    for recipe in recipes:
-        label = f"{100 * recipe.params:g} % of parameters"
-        sliced, _, report = api.slice(
+    test, reuse = load_documents(options.data, "test"), Reuse()
+    quality = {"dense": measure(model, tokenizer, test, options, progress)}
+    sliced = {}
+    for label, recipe in recipes.items():
+        path = folder / f"keep-{recipe.keep:g}"
+        small = api.slice(
             model,
             tokenizer=tokenizer,
             recipe=recipe,
-            output=folder / f"params-{recipe.params:g}",
+            output=path,
             overwrite=True,
             device="cpu",
+            # Both are measured here, of all models together, and on text that is stricter than held-out windows.
+            timing=False,
+            held_out=False,
+            reuse=reuse,
             progress=progress,
-        )
-        record = records[label] = report.record
-        shape = {
-            "width": record["boundaries"][0]["width"],
-            "neurons": describe_neurons(record["neurons"]),
-        }
-        rows.append(measure(label, sliced, tokenizer, test, options, progress) | shape)
-    whole = {"width": record["dense_width"], "neurons": record["dense_neurons"]}
-    shown = [whole | row | {"bytes": format_bytes(row["bytes"])} for row in rows]
-    plot_spectra(records, folder / "spectra.png")
+        ).model
+        quality[label] = measure(small, tokenizer, test, options, progress)
+        sliced[label] = (small, path)
+    del reuse  # the dense model's streams
+    runtimes = measure_demo_speed(networks_of(model, options.model, sliced), speed, progress)
+    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
+    for label, runtime in runtimes.items():
+        output = runtime.generate(prompt, max_new_tokens=CONTINUED)
+        quality[label]["text"] = tokenizer.decode(output[0], skip_special_tokens=True)
+    record.rows.extend(demo_rows(quality, speed.rows))
     seconds = time.perf_counter() - started
-    write_report(folder, rows, format_table(shown, COLUMNS, width=None), options, seconds)
-    print(format_table(shown, COLUMNS, secondary=("neurons", "width")))
-    for row in rows:
-        print(f"\n{row['model']}: {' '.join(row['text'].split())}")
-    print(f"\n{folder}/report.md, spectra.png and the sliced models, in {seconds:.0f} s")
+    record.save(complete=True, seconds=round(seconds, 1), notes=notes_of(options))
+    files = write_reports(folder, record, speed, quality, table_of(record.rows, width=None), progress)
+    print(table_of(record.rows))
+    for label, row in quality.items():
+        print(f"\n{label}: {' '.join(row['text'].split())}")
+    print(f"\nin {folder}: {', '.join(files)} and the sliced models; {seconds:.0f} s in all")
+    print(f'next: slicegpt generate {next(iter(sliced.values()))[1]} --runtime fused --prompt "{PROMPT}"')
     if options.json:
-        write_json(options.json, {"models": rows, "seconds": round(seconds, 1)})
+        write_json(options.json, record.content)
 
 
-def measure(label: str, model, tokenizer, documents: list[str], options, progress) -> dict:
-    """One row of the comparison: true size, perplexity, time per token, and a generated sentence."""
+def measure(model, tokenizer, documents: list[str], options: argparse.Namespace, progress) -> dict:
+    """True size and perplexity of a model."""
     from slicegpt import api
 
     evaluation = api.evaluate(
@@ -106,59 +136,74 @@ def measure(label: str, model, tokenizer, documents: list[str], options, progres
         batch_size=4,
         progress=progress,
     )
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    output = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return {
-        "model": label,
         "parameters": evaluation.parameters,
         "bytes": evaluation.parameters * model.dtype.itemsize,
         "perplexity": evaluation.perplexity.perplexity,
-        "tokens": evaluation.perplexity.tokens,
-        "ms per token": time_per_token(model, prompt["input_ids"]),
-        "text": tokenizer.decode(output[0], skip_special_tokens=True),
     }
 
 
-def time_per_token(model, ids) -> float:
-    """Median milliseconds of a decoding step at batch 1, with cache, after a warm-up."""
-    import torch
-
-    from slicegpt.modeling import CACHE
-
-    steps = []
-    with torch.no_grad():
-        output = model(ids, use_cache=True)
-        for _ in range(TIMED_TOKENS + 2):
-            token = output.logits[:, -1:].argmax(dim=-1)
-            start = time.perf_counter()
-            output = model(token, use_cache=True, **{CACHE: output[CACHE]})
-            steps.append(time.perf_counter() - start)
-    return 1000 * sorted(steps[2:])[TIMED_TOKENS // 2]
+def notes_of(options: argparse.Namespace) -> list[str]:
+    """What the figures were measured on."""
+    return [
+        f"Sliced by {options.nsamples} x {options.seqlen} tokens of {options.data}; perplexity on {options.windows} "
+        f"windows of {options.seqlen} tokens of its test part.",
+        "Sizes count every stored number, shortcuts and head included. float32; tokens/s of one sequence, the prompt "
+        "apart; all take turns.",
+    ]
 
 
-def write_report(
-    folder: Path, rows: list[dict], table: str, options: argparse.Namespace, seconds: float
-) -> None:
-    """`report.md`: what was done, the table, the generated sentences and the plot."""
-    import torch
+def table_of(rows: list[dict], **fit) -> str:
+    """The comparison, for people; `fit` is what `format_table` takes."""
+    from slicegpt.bench.harness.demo_results import COLUMNS
+    from slicegpt.modeling.sizes import format_bytes
+    from slicegpt.table import format_table
 
-    sentences = "\n".join(f"- **{row['model']}**: {' '.join(row['text'].split())}" for row in rows)
+    shown = [
+        {
+            "model": row["model"],
+            "runs in": row["engine"],
+            "bytes": format_bytes(row["bytes"]),
+            "perplexity": row["perplexity"],
+            "tokens/s": row["tokens_per_second"],
+            "speed-up": f"{row['speedup']:.2f} x" if row["speedup"] else None,
+        }
+        for row in rows
+    ]
+    return format_table(shown, COLUMNS, **fit)
+
+
+def write_reports(folder: Path, record, speed, quality: dict[str, dict], table: str, progress) -> list[str]:
+    """`report.md`, and where matplotlib is there `demo.svg` and `report.html`; returns their names."""
+    from slicegpt.bench.report.charts import plot_results
+    from slicegpt.bench.report.page import render
+    from slicegpt.errors import SliceGPTError
+
+    files = ["report.md"]
+    try:
+        plot_results(record.content, folder / "demo.svg")
+        results = [(folder / f"{each.content['benchmark']}.json", each.content) for each in (record, speed)]
+        (folder / "report.html").write_text(render(results), encoding="utf-8")
+        files += ["report.html", "demo.svg"]
+    except SliceGPTError as error:
+        progress.warn(f"no report.html, no plot: {error}")
+    sentences = "\n".join(f"- **{label}**: {' '.join(row['text'].split())}" for label, row in quality.items())
+    plot = "![Perplexity over bytes, tokens/s](demo.svg)\n" if "demo.svg" in files else ""
+    content = record.content
     (folder / "report.md").write_text(
-        f"""# SliceGPT demo: {options.model}
+        f"""# SliceGPT demo: {content["settings"]["model"]}
 
-Calibrated on {options.nsamples} x {options.seqlen} tokens of `{options.data}`, evaluated on {options.windows} windows
-of its held-out part. float32, {torch.get_num_threads()} threads, {seconds:.0f} s in all. Sizes count every stored
-number, shortcuts and head included. Time per token: batch 1, with cache, median of {TIMED_TOKENS}.
+{" ".join(content["notes"])} {content["environment"]["threads"]} threads, {content["seconds"]:.0f} s in all.
 
-```
+```text
 {table}
 ```
 
-Continuations of "{PROMPT}" (greedy):
+{plot}
+Continuations of "{PROMPT}" (greedy, by the runtime):
 
 {sentences}
-
-![Spectra of the residual stream](spectra.png)
 """,
         encoding="utf-8",
     )
+    return files

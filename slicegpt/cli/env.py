@@ -24,6 +24,7 @@ def add_parser(commands) -> None:
         "env",
         help="which kernels, devices and versions there are",
         description="What this installation has: versions, devices, compiled kernels, optional extras.",
+        examples=("slicegpt env", "slicegpt env --json env.json"),
     )
     parser.set_defaults(run=run)
     add_json(parser)

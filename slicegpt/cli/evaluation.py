@@ -3,11 +3,21 @@
 import argparse
 
 from slicegpt.calibration import load_documents
+from slicegpt.calibration.defaults import default_test
 from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
+from slicegpt.progress import Progress
 from slicegpt.table import check_writable
 
-from .options import add_device, add_json, check_device, positive, positive_or_auto, resolve_device
+from .options import (
+    add_device,
+    add_json,
+    add_shared,
+    check_device,
+    positive,
+    positive_or_auto,
+    resolve_device,
+)
 
 
 def add_parser(commands) -> None:
@@ -18,17 +28,21 @@ def add_parser(commands) -> None:
             "Perplexity by the published protocol (documents joined, windows of --seqlen that do not overlap),"
             " accuracy on tasks of the LM Evaluation Harness, or both."
         ),
+        examples=(
+            "slicegpt eval smollm2-135m small --data python-reference --seqlen 512 --windows 16",
+            "slicegpt eval small --tasks piqa,arc_easy --limit 200",
+        ),
     )
     parser.set_defaults(run=run)
     parser.add_argument(
         "models", nargs="+", metavar="DIR|MODEL", help="name the dense model first to compare with it"
     )
-    parser.add_argument(
+    add_shared(
+        parser,
         "--batch-size",
         type=positive_or_auto,
         default=1,
-        metavar="N",
-        help="windows or questions at a time, or auto (1)",
+        help="windows or questions at a time, or auto",
     )
     parser.add_argument(
         "--layerwise",
@@ -36,11 +50,14 @@ def add_parser(commands) -> None:
         help="load no model, but read it layer by layer for all windows: default where it does not fit into memory",
     )
     text = parser.add_argument_group("perplexity")
-    text.add_argument("--data", metavar="DATA", help="a text file, or whatever --calibration takes")
-    text.add_argument("--split", choices=("train", "test"), default="test", help="of a named data set (test)")
-    text.add_argument("--text-column", metavar="NAME")
-    text.add_argument("--seqlen", type=positive, default=2048)
-    text.add_argument("--max-windows", type=positive, metavar="N", help="only the first N windows")
+    text.add_argument(
+        "--data",
+        metavar="DATA",
+        help="a text file, or whatever --calibration takes (default: wikitext2 where the hub gives it, else "
+        "python-reference; with --tasks none)",
+    )
+    add_shared(text, "--split", "--text-column", "--seqlen")
+    add_shared(text, "--windows", former=["--max-windows"])
     tasks = parser.add_argument_group("zero-shot tasks (extra: eval)")
     tasks.add_argument(
         "--tasks",
@@ -48,22 +65,27 @@ def add_parser(commands) -> None:
         help="tasks of lm-eval, separated by commas; paper: piqa, winogrande, hellaswag, arc_easy, arc_challenge",
     )
     tasks.add_argument("--include-path", metavar="DIR", help="folder of further task definitions (YAML)")
-    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="solved questions before each one (0)")
-    tasks.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each task")
+    tasks.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="solved questions before each one (default: each task's own)",
+    )
+    tasks.add_argument(
+        "--limit", type=positive, metavar="N", help="only the first N questions of each task (default: all)"
+    )
     add_device(parser)
     add_json(parser)
 
 
 def check(options: argparse.Namespace) -> None:
     """What can be told before torch is imported: what is to be measured, of which models."""
-    if options.data is None and options.tasks is None:
-        raise SliceGPTError("--data or --tasks is needed: a text for perplexity, or names of zero-shot tasks")
     if options.tasks is None:
         for name in ("include_path", "num_fewshot", "limit"):
             if getattr(options, name) is not None:
                 raise SliceGPTError(f"--{name.replace('_', '-')} needs --tasks")
-    if options.data is None and (options.text_column is not None or options.max_windows is not None):
-        raise SliceGPTError("--text-column and --max-windows need --data")
+    elif options.data is None and (options.text_column is not None or options.windows is not None):
+        raise SliceGPTError("--text-column and --windows need --data")
     if options.layerwise and options.tasks is not None:
         raise SliceGPTError("--layerwise is for perplexity: --tasks need the whole model in memory")
     check_device(options.device)
@@ -75,16 +97,18 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     check(options)
     documents = tasks = None
+    progress = Progress()
+    if options.data is None and options.tasks is None:
+        options.data = default_test(progress)
     if options.data is not None:  # read once for all models, and before the first of them
         documents = load_documents(options.data, options.split, options.text_column)
 
     from slicegpt import api
     from slicegpt.evaluation.report import evaluation_tables
     from slicegpt.evaluation.zero_shot import ZeroShotTasks
-    from slicegpt.progress import Progress
     from slicegpt.table import write_json
 
-    device, progress = resolve_device(options.device), Progress()
+    device = resolve_device(options.device)
     if options.tasks is not None:
         names = [name.strip() for name in options.tasks.split(",") if name.strip()]
         with progress.step(f"loading tasks {options.tasks}"):
@@ -94,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
             name,
             data=documents,
             seqlen=options.seqlen,
-            max_windows=options.max_windows,
+            max_windows=options.windows,
             tasks=tasks,
             batch_size=options.batch_size,
             dtype=options.dtype,

@@ -5,7 +5,7 @@ import argparse
 from slicegpt.checkpoint.names import check_name
 from slicegpt.table import check_writable
 
-from .options import add_json, add_self_contained, check_device, positive, resolve_device, seed
+from .options import add_json, add_self_contained, add_shared, check_device, positive, resolve_device
 
 
 def add_parser(commands) -> None:
@@ -15,6 +15,10 @@ def add_parser(commands) -> None:
         description=(
             "Train low-rank adapters on a sliced model and merge them into its weights: the same size, better."
             " Several GPUs: torchrun --nproc-per-node N -m slicegpt finetune ..."
+        ),
+        examples=(
+            "slicegpt finetune small --data python-reference --output tuned --max-minutes 15",
+            "slicegpt finetune small --data notes.txt --teacher MODEL --output tuned",
         ),
     )
     parser.set_defaults(run=run)
@@ -41,40 +45,36 @@ def add_parser(commands) -> None:
     data.add_argument(
         "--eval-data", metavar="DATA", help="to evaluate on (default: windows of --data held out)"
     )
-    data.add_argument(
-        "--text-column", metavar="NAME", help="column of .jsonl, .json, .csv and .parquet files (text)"
-    )
-    data.add_argument("--seqlen", type=positive, default=1024)
-    data.add_argument("--nsamples", type=positive, metavar="N", help="windows to train on (all of the text)")
-    data.add_argument(
-        "--eval-samples", type=positive, default=32, metavar="N", help="windows to evaluate on (32)"
-    )
+    add_shared(data, "--text-column")
+    add_shared(data, "--seqlen", default=1024, help="tokens of a window")
+    add_shared(data, "--nsamples", default=None, help="windows to train on (default: all of the text)")
+    data.add_argument("--eval-samples", type=positive, default=32, metavar="N", help="windows to evaluate on")
 
     adapters = parser.add_argument_group("what is trained")
     adapters.add_argument(
         "--targets",
         default="inputs",
         metavar="NAMES",
-        help="inputs (of attention and MLP; default), qv, all-linear, or layer names such as q_proj,o_proj",
+        help="inputs (of attention and MLP), qv, all-linear, or layer names such as q_proj,o_proj",
     )
-    adapters.add_argument("--rank", type=int, default=32, metavar="R")
-    adapters.add_argument("--alpha", type=float, default=10, metavar="A", help="scale: W + A / R * B A (10)")
-    adapters.add_argument("--dropout", type=float, default=0.05, metavar="P")
+    adapters.add_argument("--rank", type=int, default=32, metavar="R", help="of the adapters")
+    adapters.add_argument("--alpha", type=float, default=10, metavar="A", help="scale: W + A / R * B A")
+    adapters.add_argument("--dropout", type=float, default=0.05, metavar="P", help="of the adapters' input")
     adapters.add_argument("--train-shortcuts", action="store_true", help="train the shortcuts too")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows a forward pass (1)")
-    training.add_argument(
-        "--accumulation", type=int, default=4, metavar="N", help="forward passes a step (4)"
-    )
-    training.add_argument("--epochs", type=int, default=1, metavar="N")
+    training.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows a forward pass")
+    training.add_argument("--accumulation", type=int, default=4, metavar="N", help="forward passes a step")
+    training.add_argument("--epochs", type=int, default=1, metavar="N", help="passes over the windows")
     training.add_argument(
         "--max-minutes",
         type=float,
         metavar="M",
         help="end after M minutes; the learning rate falls in that time",
     )
-    training.add_argument("--learning-rate", type=float, default=2e-4, metavar="F")
+    training.add_argument(
+        "--learning-rate", type=float, default=2e-4, metavar="F", help="of the adapters, after the warm-up"
+    )
     training.add_argument(
         "--shortcut-scale",
         type=float,
@@ -82,31 +82,32 @@ def add_parser(commands) -> None:
         metavar="F",
         help="shortcuts' learning rate over adapters'",
     )
-    training.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear")
     training.add_argument(
-        "--warmup", type=float, default=0.05, metavar="F", help="fraction of the run (0.05)"
+        "--schedule",
+        choices=("linear", "cosine", "constant"),
+        default="linear",
+        help="how the learning rate falls",
     )
-    training.add_argument("--weight-decay", type=float, default=0.01, metavar="F")
+    training.add_argument("--warmup", type=float, default=0.05, metavar="F", help="fraction of the run")
+    training.add_argument("--weight-decay", type=float, default=0.01, metavar="F", help="of AdamW")
     training.add_argument(
         "--eval-every",
         type=int,
         default=16,
         metavar="N",
-        help="steps between evaluations and checkpoints (16)",
+        help="steps between evaluations and checkpoints",
     )
     training.add_argument(
-        "--patience", type=int, default=5, metavar="N", help="stop after N evaluations without a new best (5)"
+        "--patience", type=int, default=5, metavar="N", help="stop after N evaluations without a new best"
     )
     training.add_argument("--teacher", metavar="DIR|MODEL", help="learn a dense model's distribution as well")
     training.add_argument(
-        "--teacher-weight", type=float, default=0.5, metavar="F", help="its share of the loss (0.5)"
+        "--teacher-weight", type=float, default=0.5, metavar="F", help="its share of the loss"
     )
-    training.add_argument("--seed", type=seed, default=42)
+    add_shared(training, "--seed")
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"
-    )
+    add_shared(machine, "--device")
     machine.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),

@@ -6,9 +6,9 @@ from slicegpt.calibration import check_documents, check_sources
 from slicegpt.calibration.mixture import split_names
 from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
-from slicegpt.recipe import NAMES, Recipe
+from slicegpt.recipe import AUTO, NAMES, Recipe
 
-from .options import add_device, check_device, positive, seed
+from .options import add_device, add_shared, check_device
 
 # Those of `slicegpt.evaluation.frontier_run`, which needs torch.
 METHODS = ("ours", "equal", "columns", "compact", "published", "sparsegpt-2:4")
@@ -20,6 +20,10 @@ def add_parser(commands) -> None:
         help="perplexity over true size, several methods side by side",
         description="Slice MODEL at several true sizes by several methods; write a table, JSON and a plot. What was "
         "measured is kept after every point: the same command goes on where it was interrupted.",
+        examples=(
+            "slicegpt frontier smollm2-135m --calibration in.txt --data in.txt,out.txt",
+            "slicegpt frontier MODEL --sizes 0.9,0.8 --method ours,columns --data wikitext2",
+        ),
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL")
@@ -45,34 +49,23 @@ def add_parser(commands) -> None:
         metavar="IN[,OUT]",
         help="texts to evaluate on, the calibration's domain first",
     )
-    parser.add_argument(
-        "--split", choices=("train", "test"), default="test", help="of a named data set (test)"
-    )
-    parser.add_argument("--windows", type=positive, default=32, help="windows of --seqlen tokens per text")
-    parser.add_argument(
-        "--round-to", type=positive, default=8, metavar="N", help="widths are multiples of N (8)"
-    )
-    parser.add_argument(
-        "--output", default="runs/frontier", metavar="DIR", help="folder to write (runs/frontier)"
-    )
+    add_shared(parser, "--split")
+    add_shared(parser, "--windows", default=32, help="windows of --seqlen tokens of each text")
+    add_shared(parser, "--round-to")
+    parser.add_argument("--output", default="runs/frontier", metavar="DIR", help="folder to write")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--rerun", default="", metavar="NAME,NAME", help="measure these methods again")
     again.add_argument("--overwrite", action="store_true", help="forget earlier results in the folder")
 
     data = parser.add_argument_group("calibration")
-    data.add_argument("--calibration", default="wikitext2", metavar="DATA", help="as in slicegpt slice")
-    data.add_argument("--text-column", metavar="NAME", help="column of .jsonl and .parquet files (text)")
-    data.add_argument("--nsamples", type=positive, default=128)
-    data.add_argument("--seqlen", type=positive, default=2048)
-    data.add_argument("--batch-size", type=positive, default=8)
-    data.add_argument("--seed", type=seed, default=42)
+    add_shared(data, "--calibration", "--text-column", "--nsamples", "--seqlen", "--batch-size", "--seed")
 
     machine = parser.add_argument_group("machine")
     add_device(machine)
     machine.add_argument(
         "--sparsegpt-python",
         metavar="PATH",
-        help="interpreter of an environment with llmcompressor (this one's where it is installed)",
+        help="interpreter of an environment with llmcompressor (default: this one's where it is installed)",
     )
 
 
@@ -107,7 +100,8 @@ def run(options: argparse.Namespace) -> None:
     check_device(options.device)
     for name in split_names(options.data, "data"):
         check_documents(name, argument="data")
-    check_sources(recipe.calibration, recipe.text_column)
+    if recipe.calibration != AUTO:
+        check_sources(recipe.calibration, recipe.text_column)
 
     from slicegpt.evaluation.frontier_run import FrontierOptions, measure_frontier
     from slicegpt.progress import Progress

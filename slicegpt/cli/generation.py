@@ -4,13 +4,12 @@ The text goes to standard output; what is said about it, such as tokens/s, to st
 """
 
 import argparse
-import sys
 
 from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
 from slicegpt.table import check_writable
 
-from .options import add_device, add_json, check_device, positive, seed
+from .options import add_device, add_json, add_shared, check_device, positive
 
 # Where --max-new-tokens does not say.
 NEW_TOKENS, ANSWER_TOKENS = 64, 512
@@ -22,10 +21,18 @@ def add_parser(commands) -> None:
         help="continue a prompt, or chat",
         description="Continue a prompt with a model, or answer messages in a chat. Standard output holds the text "
         "alone; tokens/s and the engine are told on standard error.",
+        examples=(
+            'slicegpt generate small --prompt "The for statement is"',
+            "slicegpt generate small --chat --sample --temperature 0.7",
+        ),
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="DIR|MODEL")
-    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue; with --chat a single message")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="the text to continue; with --chat a single message, which may be left out (default: none)",
+    )
     parser.add_argument(
         "--chat",
         action="store_true",
@@ -36,19 +43,30 @@ def add_parser(commands) -> None:
         "--context",
         type=positive,
         metavar="N",
-        help="tokens of a chat; beyond, the oldest messages are forgotten (4096, or the model's where it has fewer)",
+        help="tokens of a chat; beyond, the oldest messages are forgotten (default: 4096, or the model's where it has "
+        "fewer)",
     )
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
         metavar="N",
-        help=f"of a continuation ({NEW_TOKENS}) or an answer in a chat ({ANSWER_TOKENS})",
+        help=f"tokens to generate at most (default: {NEW_TOKENS}, of an answer in a chat {ANSWER_TOKENS})",
     )
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-k", type=positive, default=50)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=seed, default=42)
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="logits are divided by it, with --sample"
+    )
+    parser.add_argument(
+        "--top-k", type=positive, default=50, metavar="N", help="only the N likeliest tokens, with --sample"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="only the likeliest tokens of this much probability together, with --sample",
+    )
+    add_shared(parser, "--seed")
     parser.add_argument(
         "--runtime",
         choices=("auto", "fused", "plain"),
@@ -114,7 +132,7 @@ def first_messages(options: argparse.Namespace) -> list[dict[str, str]]:
 def run_prompt(options: argparse.Namespace) -> None:
     """Continue one prompt."""
     from slicegpt.calibration import check_fits
-    from slicegpt.cli.answering import Printer, open_engine
+    from slicegpt.cli.answering import Printer, open_engine, say
     from slicegpt.table import write_json
 
     model, tokenizer, sampling = load_model(options)
@@ -129,7 +147,7 @@ def run_prompt(options: argparse.Namespace) -> None:
         printer = Printer(tokenizer, ids, continues=not options.chat)
         engine.answer(ids, count, printer, lambda: False)
     answer = printer.answer
-    print(answer.summary(engine.label), file=sys.stderr)
+    say(answer.summary(engine.label))
     if options.json:
         write_json(
             options.json,

@@ -14,6 +14,7 @@ def add_parser(commands) -> None:
         "info",
         help="true parameters, bytes, widths and ranks of a model",
         description="True sizes of a sliced folder, from its files alone; or of a dense model.",
+        examples=("slicegpt info small", "slicegpt info smollm2-135m --json sizes.json"),
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="DIR|MODEL")
@@ -33,14 +34,14 @@ def describe(name: str) -> dict:
     from slicegpt.modeling import SlicedConfig
     from slicegpt.modeling.sizes import boundary_report
 
-    config, record = None, None
+    config, record = None, {}
     if Path(name).is_dir():
         check_folder(Path(name))
         config = AutoConfig.from_pretrained(name)
     if isinstance(config, SlicedConfig):
         stored = stored_size(name)
         parameters, size, dtype = stored.parameters, stored.bytes, str(config.dtype).removeprefix("torch.")
-        record = read_record(name)
+        record = read_record(name) or {}
     else:
         model, _ = load_dense(name)
         fields = canonical_fields(model)
@@ -64,19 +65,26 @@ def describe(name: str) -> dict:
         "dense_neurons": config.dense_intermediate_size,
         "tied_head": config.tie_word_embeddings,
         "boundaries": boundary_report(config),
-        "calibration": None if record is None else record["calibration"],
+        "calibration": record.get("calibration"),
+        "asked": record.get("asked", {}),
+        "perplexity": record.get("perplexity"),
+        "tokens_per_second": record.get("tokens_per_second"),
+        "finetuned": "finetuning" in record,
     }
 
 
 def run(options: argparse.Namespace) -> None:
     check_name(options.model, "model")
     check_writable("--json", options.json)
-    from slicegpt.checkpoint.model_card import summarise
+    from slicegpt.checkpoint.outcome import asked_and_got, compared, notes, summarise
     from slicegpt.modeling.sizes import describe_neurons, format_bytes
     from slicegpt.table import format_table, write_json
 
     facts = describe(options.model)
     boundaries = facts["boundaries"]
+    removed = f"{100 * facts['removed']:.1f} % of all parameters, shortcuts and head counted"
+    if asked := asked_and_got(facts):
+        removed += f"; {asked}"
     rows = [
         (
             "family",
@@ -87,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
             "bytes",
             f"{format_bytes(facts['bytes'])} of {format_bytes(facts['dense_bytes'])} dense ({facts['dtype']})",
         ),
-        ("removed", f"{100 * facts['removed']:.1f} % of all parameters, shortcuts and head counted"),
+        ("removed", removed),
         ("slicing (1 - d/D)", f"{100 * facts['slicing']:.1f} %"),
         ("widths", f"{summarise([b['width'] for b in boundaries])} of {facts['dense_width']}"),
         ("neurons of an MLP", f"{describe_neurons(facts['neurons'])}, of {facts['dense_neurons']}"),
@@ -97,7 +105,12 @@ def run(options: argparse.Namespace) -> None:
     if facts["calibration"]:
         seen = facts["calibration"]
         rows.append(("calibration", f"{seen['tokens']:,} tokens of {seen['source']}, seed {seen['seed']}"))
+    for name, label in (("perplexity", "perplexity, held out"), ("tokens_per_second", "tokens/s")):
+        if facts[name]:
+            rows.append((label, compared(facts[name])))
     print(format_table([{"": name, facts["model"]: value} for name, value in rows], ["", facts["model"]]))
+    if facts["perplexity"] or facts["tokens_per_second"]:
+        print(*notes(facts), sep="\n")
     if options.boundaries:
         numbered = [{"boundary": index} | boundary for index, boundary in enumerate(boundaries)]
         print("\n" + format_table(numbered, ["boundary", "width", "rank", "shortcut"]))

@@ -31,11 +31,11 @@ OPTIONS = {
         "python": "--sparsegpt-python",
         "file": "--output",
     },
-    "demo": {"size": "--params", "spec": "--data", "calibration": "--data"},
+    "demo": {"size": "--keep", "spec": "--data", "calibration": "--data"},
     "finetune": {"folder": "DIR"},
     "serve": {"model": "MODEL"},
     "push": {"folder": "DIR", "repo_id": "USER/NAME"},
-    "bench": {"spec": "--calibration"},
+    "bench": {"spec": "--calibration", "batch": "--batch-size"},
 }
 
 

@@ -13,7 +13,8 @@ from .benchmark_options import (
     fractions,
     settings_of,
 )
-from .options import DTYPES, add_json, positive, resolve_dtype
+from .options import DTYPES, add_json, add_shared, positive, resolve_dtype
+from .parser import add_option
 
 # Columns of the published tables that a narrow terminal leaves out, the least important first.
 SECONDARY = (
@@ -32,13 +33,17 @@ def add_predict(benchmarks) -> None:
         help="time per token and throughput on a device's data sheet",
         description="Predicts decoding from bytes, operations and memory; no model is run. "
         "--published compares the method with the published tables instead.",
+        examples=(
+            "slicegpt bench predict --device h100 --shape llama-2-7b --slice 0,0.25",
+            "slicegpt bench predict --published",
+        ),
     )
     parser.set_defaults(run=run_predict)
     parser.add_argument("--published", action="store_true", help="reproduce the paper's tables and the error")
     parser.add_argument(
         "--device",
         default="h200",
-        help="h100, h200 (default), a100-40, a100-80, rtx-6000, rtx-4090, b200; cpu: this one, its peaks measured",
+        help="h100, h200, a100-40, a100-80, rtx-6000, rtx-4090, b200; cpu: this one, its peaks measured",
     )
     parser.add_argument(
         "--dtype",
@@ -47,23 +52,39 @@ def add_predict(benchmarks) -> None:
         help="of weights and cache; auto: float16, on a CPU float32",
     )
     parser.add_argument(
-        "--gpus", type=positive, metavar="N", help="the fewest that hold the model, if not given"
+        "--gpus", type=positive, metavar="N", help="how many (default: the fewest that hold the model)"
+    )
+    parser.add_argument("--shape", default="llama-2-7b", metavar="MODEL", help="llama-2-7b, opt-66b, ...")
+    parser.add_argument(
+        "--slice", type=fractions, default=[0.0, 0.25], metavar="F,...", help="0 is the dense model"
     )
     parser.add_argument(
-        "--shape", default="llama-2-7b", metavar="MODEL", help="llama-2-7b (default), opt-66b, ..."
+        "--shortcut", choices=SHORTCUTS, default="compact", help="compact, or the published form, dense"
     )
-    parser.add_argument(
-        "--slice", type=fractions, default=[0.0, 0.25], metavar="F,...", help="default 0,0.25"
-    )
-    parser.add_argument("--shortcut", choices=SHORTCUTS, default="compact")
     parser.add_argument("--runtime", choices=("fused", "eager"), default="fused", help="eager: transformers'")
-    parser.add_argument("--batch", type=positive, default=1, help="for the time per token (1)")
-    parser.add_argument("--length", type=positive, default=128, help="tokens a sequence at the end (128)")
+    add_option(
+        parser,
+        "--batch-size",
+        former=["--batch"],
+        dest="batch",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="sequences, for the time per token",
+    )
+    add_shared(
+        parser,
+        "--seqlen",
+        former=["--length"],
+        dest="length",
+        default=128,
+        help="tokens of a sequence at its end",
+    )
     parser.add_argument(
         "--efficiency",
         type=fraction,
         metavar="E",
-        help="share of the peaks that is reached (eager: as the published figures give it; else 0.7, assumed)",
+        help="share of the peaks that is reached (default: eager as the published figures give it; else 0.7, assumed)",
     )
     add_json(parser)
     parser.add_argument(

@@ -13,12 +13,16 @@ def add_parser(commands) -> None:
         "push",
         help="publish a sliced model on the hub",
         description="Upload a sliced folder to the Hugging Face hub with its model card; log in with `hf auth login`.",
+        examples=(
+            "slicegpt push small user/smollm2-small --private",
+            "slicegpt push small user/smollm2-small --revision v2",
+        ),
     )
     parser.set_defaults(run=run)
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("repo_id", metavar="USER/NAME")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (the main one)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: the main one)")
     add_self_contained(parser)
 
 

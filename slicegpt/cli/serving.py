@@ -8,6 +8,10 @@ def add_parser(commands) -> None:
         "serve",
         help="serve a model on vLLM",
         description="Serve a model through vLLM's OpenAI-compatible server (/v1/completions, /v1/chat/completions).",
+        examples=(
+            "slicegpt serve small --port 8000",
+            "slicegpt serve small --tensor-parallel-size 2 --max-model-len 2048",
+        ),
         epilog="Everything behind DIR goes to vLLM, as --port or --tensor-parallel-size do; `DIR --help` lists it.",
     )
     parser.set_defaults(run=run)

@@ -9,11 +9,12 @@ from slicegpt.checkpoint.folders import check_output
 from slicegpt.checkpoint.names import check_name
 from slicegpt.checkpoint.partial import check_partial, interrupted_recipe, what_is_kept
 from slicegpt.errors import SliceGPTError
-from slicegpt.recipe import IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
+from slicegpt.recipe import AUTO, IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
 from slicegpt.table import check_writable
 
 from . import interrupts
-from .options import DTYPES, add_json, add_self_contained, check_device, positive, shard_size
+from .options import add_json, add_self_contained, add_shared, check_device, number_or_auto, shard_size
+from .parser import add_option
 
 
 def add_parser(commands) -> None:
@@ -22,6 +23,11 @@ def add_parser(commands) -> None:
         help="slice a model and save it",
         description="Slice MODEL (a folder, a hub id, a .gguf file, or smollm2-135m) and save it under --output. All "
         "choices are written there as recipe.toml, which --recipe takes.",
+        examples=(
+            "slicegpt slice smollm2-135m --keep 0.9 --calibration python-reference --output small",
+            "slicegpt slice MODEL --target-bytes 4GB --calibration notes.txt:4,self:1 --output small",
+            "slicegpt slice --recipe small --keep 0.8 --output smaller",
+        ),
         # What is not given is not in the namespace, so that it cannot take the place of what the recipe says.
         argument_default=argparse.SUPPRESS,
     )
@@ -45,21 +51,28 @@ def add_parser(commands) -> None:
     parser.set_defaults(self_contained=None)  # as it was, where a run is resumed
 
     size = parser.add_argument_group("how much (one of)").add_mutually_exclusive_group()
+    add_option(
+        size,
+        "--keep",
+        former=["--params"],
+        type=float,
+        metavar="F",
+        help="fraction of all parameters to keep, in (0, 1]: the true size",
+    )
+    size.add_argument(
+        "--target-bytes",
+        metavar="SIZE",
+        help="bytes the weights may take: 400MB (1e6), 1.5GiB (2**30), 4e8",
+    )
     size.add_argument("--slice", type=float, metavar="F", help="fraction of columns to delete, in [0, 1)")
-    size.add_argument(
-        "--params", type=float, metavar="F", help="fraction of all parameters to keep: the true size"
-    )
-    size.add_argument(
-        "--target-bytes", type=float, metavar="N", help="bytes the weights may take (1.5e9 is fine)"
-    )
     size.add_argument("--widths", metavar="FILE", help="JSON list of widths, one a boundary")
 
     shape = parser.add_argument_group("shape")
-    shape.add_argument("--round-to", type=positive, metavar="N", help="widths are multiples of N (64)")
+    add_shared(shape, "--round-to", default=argparse.SUPPRESS)
     shape.add_argument(
         "--shortcut", choices=SHORTCUT_MODES, help="compact (default) needs aligned bases; else dense"
     )
-    shape.add_argument("--orientation", choices=ORIENTATIONS, help="basis inside each subspace (aligned)")
+    shape.add_argument("--orientation", choices=ORIENTATIONS, help="basis inside each subspace")
     shape.add_argument(
         "--slice-head", action="store_true", help="slice the last boundary, which the head reads, too"
     )
@@ -67,7 +80,7 @@ def add_parser(commands) -> None:
         "--neurons",
         type=number_or_auto,
         metavar="F",
-        help="fraction of MLP neurons to delete as well, or auto: in step with the columns (default with --params and "
+        help="fraction of MLP neurons to delete as well, or auto: in step with the columns (default with --keep and "
         "--target-bytes; else 0)",
     )
     shape.add_argument(
@@ -75,71 +88,58 @@ def add_parser(commands) -> None:
         action=argparse.BooleanOptionalAction,
         help="layers keep more or fewer neurons as deleting them costs (default), or all the same",
     )
-    shape.add_argument("--signal", choices=SIGNALS, help="what the covariance is taken of (residual)")
+    shape.add_argument("--signal", choices=SIGNALS, help="what the covariance is taken of")
 
     add_refit(parser)
 
     data = parser.add_argument_group("calibration")
-    data.add_argument(
-        "--calibration",
-        metavar="DATA[:W],...",
-        help="text file, folder, .jsonl, .json, .csv, .parquet, python-reference; wikitext2 (default), ptb, c4, "
-        "alpaca; self (the model writes it), random-tokens; or several of them with weights, a.txt:2,self:1",
-    )
+    data_options = "--calibration", "--text-column", "--nsamples", "--seqlen", "--batch-size", "--seed"
+    add_shared(data, *data_options, default=argparse.SUPPRESS)
     data.add_argument(
         "--vocabulary-prior",
         type=float,
         metavar="W",
-        help="the embedding's basis also counts the whole vocabulary, W times as much as the text (0)",
+        help="the embedding's basis also counts the whole vocabulary, W times as much as the text",
     )
-    data.add_argument(
-        "--text-column", metavar="NAME", help="column of .jsonl, .json, .csv and .parquet files"
-    )
-    data.add_argument("--nsamples", type=positive, metavar="N", help="samples (128)")
-    data.add_argument("--seqlen", type=positive, metavar="N", help="tokens of a sample (2048)")
-    data.add_argument("--batch-size", type=positive, metavar="N", help="samples of a batch (8)")
-    data.add_argument("--seed", type=int, metavar="N", help="of the samples and random bases (42)")
     data.add_argument(
         "--varied-seqlen", action="store_true", help="one document a sample, padded, not windows"
     )
 
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; auto (default) keeps the stored one")
+    add_shared(parser, "--dtype", default=argparse.SUPPRESS)
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:1, ...; auto (default) takes the first GPU where there is one",
-    )
-    storage = {"choices": ("auto", "device", "host"), "dest": "activation_storage"}
-    machine.add_argument(
+    add_shared(machine, "--device")
+    add_option(
+        machine,
         "--activation-storage",
-        **storage,
+        former=["--signals"],
+        choices=("auto", "device", "host"),
         default="auto",
-        help="where the calibration tokens' activations stay between blocks: on the device, on the host, or (default) "
+        help="where the calibration tokens' activations stay between blocks: on the device, on the host, or auto: "
         "on the device where they take at most half of its free memory",
     )
-    machine.add_argument("--signals", **storage, help=argparse.SUPPRESS)  # the option's former name
     machine.add_argument(
         "--keep-state",
         choices=("auto", "always", "never"),
         default="auto",
-        help="write what --resume needs after every block into DIR.partial: from the second minute on (auto, the "
-        "default), from the beginning, or not",
+        help="write what --resume needs after every block into DIR.partial: from the second minute on (auto), from the "
+        "beginning, or not",
     )
     machine.add_argument(
-        "--max-shard-size", type=shard_size, default=None, metavar="SIZE", help="of a weight file (5GB)"
+        "--max-shard-size",
+        type=shard_size,
+        default=None,
+        metavar="SIZE",
+        help="bytes of a weight file at most (5GB)",
+    )
+    machine.add_argument(
+        "--timing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure tokens/s of the runtime, dense and sliced, for a few seconds at the end",
     )
     parser.set_defaults(json=None)
     add_json(parser)
-
-
-def number_or_auto(text: str) -> float | str:
-    """An argparse type: a number, or auto."""
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}") from None
 
 
 def add_refit(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +161,7 @@ def add_refit(parser: argparse.ArgumentParser) -> None:
         "--refit-share",
         type=float,
         metavar="F",
-        help="share of the calibration samples that it fits to (1); its cost grows with it",
+        help="share of the calibration samples that it fits to; its cost grows with it",
     )
 
 
@@ -199,7 +199,7 @@ def run(options: argparse.Namespace) -> None:
     check_output(options.output, options.overwrite, recipe.model)
     check_partial(options.output, options.resume, options.overwrite)
     check_writable("--json", options.json)
-    if recipe.calibration != IN_MEMORY:  # which the run itself refuses
+    if recipe.calibration not in (AUTO, IN_MEMORY):  # found, or refused, by the run itself
         check_sources(recipe.calibration, recipe.text_column)
 
     from slicegpt import api
@@ -217,6 +217,7 @@ def run(options: argparse.Namespace) -> None:
             max_shard_size=options.max_shard_size,
             device=options.device,
             activation_storage=options.activation_storage,
+            timing=options.timing,
             progress=Progress(),
         )
     print(result.report)

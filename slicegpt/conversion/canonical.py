@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from slicegpt.conversion.folding import READERS, TABLE_ROWS, WRITERS, centre, named
+from slicegpt.conversion.folding import READERS, TABLE_ROWS, WRITERS, activation_state, centre, named
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.families import DenseLayer, Linear, Norm, canonical_fields, checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
@@ -84,6 +84,8 @@ def _folded_layer(root: str, layer: DenseLayer, centred: bool, dtype: torch.dtyp
             bias = None if writer.bias is None else centre(writer.bias, True)
             writer = Linear(centre(writer.weight.mT, True).mT, bias)
         state |= named(f"{root}.{module}.{name}", writer, dtype)
+    activation = activation_state(layer, dtype, layer.up.weight.device)
+    state |= {f"{root}.mlp.{name}": tensor for name, tensor in activation.items()}
     if layer.q_norm is not None:
         state |= {
             f"{root}.self_attn.q_norm.weight": layer.q_norm,

@@ -105,6 +105,11 @@ def named(name: str, linear: Linear, dtype: torch.dtype) -> dict[str, torch.Tens
     return entries
 
 
+def activation_state(layer: DenseLayer, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """State of an MLP's activation that has weights of its own."""
+    return {f"act_fn.{name}": tensor.to(device, dtype) for name, tensor in layer.activation.items()}
+
+
 def reader_state(
     part: str, layer: DenseLayer, basis: torch.Tensor, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
@@ -115,6 +120,8 @@ def reader_state(
         linear = getattr(layer, field)
         if linear is not None:
             state |= named(name, fold_reader(linear, norm, basis), dtype)
+    if part == "mlp":
+        state |= activation_state(layer, dtype, basis.device)
     if part == "attention" and layer.q_norm is not None:
         state["q_norm.weight"] = layer.q_norm.to(basis.device, dtype)
         state["k_norm.weight"] = layer.k_norm.to(basis.device, dtype)

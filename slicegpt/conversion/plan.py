@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 
+from slicegpt.conversion.multiples import multiple_of
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig, factor_rank
@@ -25,14 +26,15 @@ class Shape:
         shortcut: "compact" stores a factor wherever it holds fewer numbers than the matrix; "dense" never.
         orientation: "aligned", "random" or "pca"; compact shortcuts need aligned bases.
         slice_head: the last boundary, which the head reads, is sliced too.
-        round_to: widths are multiples of it (64 suits tensor cores; the published code uses 8).
+        round_to: widths and numbers of neurons are multiples of it (the published code uses 8), see
+            `slicegpt.conversion.multiples`; "auto" is then a CPU's.
         neurons: the fraction of MLP neurons to delete; None takes `NEURONS_TO_COLUMNS` times that of the columns.
     """
 
     shortcut: str = "compact"
     orientation: str = "aligned"
     slice_head: bool = False
-    round_to: int = 64
+    round_to: int | str = AUTO
     neurons: float | None = 0.0
 
     def __post_init__(self):
@@ -49,12 +51,11 @@ class Shape:
                 f"compact shortcuts need 'aligned' bases, got {self.orientation!r}; dense ones take it",
                 "orientation",
             )
-        if self.round_to < 1:
-            raise SliceGPTError(f"must be at least 1, got {self.round_to}", "round_to")
+        multiple_of(self.round_to, 1)  # an error where it is none
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Shape":
-        """The shape that a recipe asks for."""
+        """The shape that a recipe asks for; its `round_to` is a number (`settled`)."""
         recipe = recipe.resolved()
         neurons = None if recipe.neurons == AUTO else recipe.neurons
         return cls(recipe.shortcut, recipe.orientation, recipe.slice_head, recipe.round_to, neurons)
@@ -82,7 +83,7 @@ def constant_widths(fields: dict, width: int, slice_head: bool = False) -> list[
 
 def neurons_for(fields: dict, widths: Sequence[int], shape: Shape) -> int:
     """MLP neurons left, rounded down to a multiple of `round_to` (but at least one of it), or all of them."""
-    dense, step = fields["intermediate_size"], shape.round_to
+    dense, step = fields["intermediate_size"], multiple_of(shape.round_to, fields["dense_hidden_size"])
     fraction = shape.neurons
     if fraction is None:
         columns = 1 - sum(widths[:-1]) / (len(widths) - 1) / fields["dense_hidden_size"]
@@ -164,17 +165,32 @@ def plan(
     )
 
 
-def plan_recipe(recipe: Recipe, fields: dict, dtype: torch.dtype) -> SlicedConfig:
+def settled(recipe: Recipe, fields: dict, device: torch.device | str = "cpu") -> Recipe:
+    """The recipe with what follows from other choices, the model and the device, so that it repeats anywhere.
+
+    Args:
+        fields: `slicegpt.families.canonical_fields` of the dense model.
+        device: that the model is sliced on.
+    """
+    multiple = multiple_of(recipe.round_to, fields["dense_hidden_size"], device)
+    return recipe.override(round_to=multiple).resolved()
+
+
+def plan_recipe(
+    recipe: Recipe, fields: dict, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> SlicedConfig:
     """The configuration of the sliced model that a recipe asks for.
 
     Args:
         recipe: with a size.
         fields: `slicegpt.families.canonical_fields` of the dense model.
         dtype: of the weights, which `target_bytes` are counted in.
+        device: that the model is sliced on, where `round_to` is "auto".
 
     Raises:
         SliceGPTError: the recipe has no size, or the model cannot have it; the argument is the size's name.
     """
+    recipe = settled(recipe, fields, device)
     shape, size = Shape.of(recipe), recipe.size
     with renamed(slice=size, widths=size, target=size):
         if size == "widths":
@@ -182,8 +198,8 @@ def plan_recipe(recipe: Recipe, fields: dict, dtype: torch.dtype) -> SlicedConfi
         if size == "slice":
             width = width_for_slice(fields["dense_hidden_size"], recipe.slice, recipe.round_to)
             return plan(fields, constant_widths(fields, width, recipe.slice_head), shape)
-        if size == "params":
-            return plan_for_parameters(fields, int(recipe.params * fields["source_parameters"]), shape)
+        if size == "keep":
+            return plan_for_parameters(fields, int(recipe.keep * fields["source_parameters"]), shape)
         return plan_for_parameters(fields, int(recipe.target_bytes / dtype.itemsize), shape)
 
 
@@ -197,7 +213,8 @@ def plan_for_parameters(
     Args:
         count: what is counted: `stored_parameters`, or `decoder_parameters` for the layers alone.
     """
-    dense_width, step = fields["dense_hidden_size"], shape.round_to
+    dense_width = fields["dense_hidden_size"]
+    step = multiple_of(shape.round_to, dense_width)
     first = -(-head_dim(fields) // step)
     widths = [step * k for k in range(first, -(-dense_width // step))] + [dense_width]
 

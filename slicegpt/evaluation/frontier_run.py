@@ -10,6 +10,7 @@ from pathlib import Path
 from slicegpt.calibration import has_columns, load_documents
 from slicegpt.calibration.mixture import split_names
 from slicegpt.checkpoint.loading import load_dense
+from slicegpt.conversion.multiples import multiple_of
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.evaluation.frontier import Frontier, cut_text, run_frontier, table_rows
 from slicegpt.evaluation.methods import METHODS, plan_point
@@ -114,6 +115,8 @@ def measure_frontier(
 
     with progress.step(f"loading {recipe.model}"):
         model, tokenizer = load_dense(recipe.model, find_dtype(recipe.dtype), sliceable=True)
+    multiple = multiple_of(recipe.round_to, canonical_fields(model)["dense_hidden_size"], device)
+    recipe = recipe.override(round_to=multiple)
     with progress.step(f"tokenising {', '.join(documents)}"):
         texts = [
             cut_text(name, text, tokenizer, recipe.seqlen, options.windows)

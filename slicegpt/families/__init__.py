@@ -7,19 +7,28 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slicegpt.errors import SliceGPTError
 
+from .apertus import APERTUS
 from .base import Checkpoint, DenseLayer, Family, LayerNames, Linear, Norm
 from .checks import check_config, check_facts
-from .cohere import COHERE
+from .cohere import COHERE, COHERE2
+from .falcon import FALCON
 from .gemma import GEMMA
+from .glm import ERNIE, GLM, HELIUM
+from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
-from .granite import GRANITE
+from .granite import GRANITE, GRANITE4
+from .hunyuan import HUNYUAN
 from .llama import LLAMA
-from .mistral import MISTRAL
+from .llama_layouts import EXAONE, INTERNLM3, IQUEST_CODER, SEED_OSS
+from .mistral import CWM, MINISTRAL, MINISTRAL3, MISTRAL
+from .nemotron import ARCEE, JAIS2, NEMOTRON
 from .olmo import OLMO
 from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
+from .refused import reason_for
+from .smollm3 import SMOLLM3
 from .source import DenseSource, Weights, source_of
 from .stablelm import STABLELM
 from .starcoder2 import STARCODER2
@@ -58,41 +67,41 @@ FAMILIES = {
         STARCODER2,
         OLMO,
         COHERE,
+        MINISTRAL,
+        CWM,
+        SEED_OSS,
+        EXAONE,
+        INTERNLM3,
+        IQUEST_CODER,
+        GPT2,
+        FALCON,
+        NEMOTRON,
+        ARCEE,
+        JAIS2,
+        GLM,
+        ERNIE,
+        HELIUM,
+        SMOLLM3,
+        COHERE2,
+        GRANITE4,
+        MINISTRAL3,
+        HUNYUAN,
+        APERTUS,
     )
 }
-
-# They scale what a block writes by its own length, which neither a linear layer nor a sliced stream can know.
-_NORMS_AFTER_BLOCKS = (
-    "exaone4",
-    "flex_olmo",
-    "gemma2",
-    "gemma3",
-    "gemma3_text",
-    "gemma3n",
-    "gemma3n_text",
-    "gemma4",
-    "gemma4_text",
-    "glm4",
-    "hyperclovax",
-    "olmo2",
-    "olmo3",
-    "olmo_hybrid",
-)
 
 _TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a Hugging Face config; `SliceGPTError` names the supported ones where there is none."""
+    """The family of a Hugging Face config; `SliceGPTError` says why there is none, and names the supported ones."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        supported = ", ".join(f"{name} ({family.architectures[0]})" for name, family in FAMILIES.items())
-        what, why = f"model_type {config.model_type!r}", ""
+        what, reason = f"model_type {config.model_type!r}", reason_for(config)
         if config.model_type == "slicegpt":
-            what = "an already sliced model"
-        elif config.model_type in _NORMS_AFTER_BLOCKS:
-            why = ", whose blocks normalise what they write,"
-        raise SliceGPTError(f"{what}{why} is not supported; supported are {supported}", "model")
+            what, reason = "an already sliced model", None
+        why = "" if reason is None else f": {reason}"
+        raise SliceGPTError(f"{what} is not supported{why}; supported are {', '.join(FAMILIES)}", "model")
     return family
 
 
@@ -106,7 +115,8 @@ def facts_of(config: PreTrainedConfig) -> dict:
     family = family_of(config)
     check_config(config)
     facts = family.facts(config)
-    check_facts(config, facts)
+    learned = isinstance(family.layer, LayerNames) and family.layer.activation is not None
+    check_facts(config, facts, learned)
     return facts
 
 

@@ -2,10 +2,13 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedConfig
+
+# What transformers' xIELU keeps.
+ACTIVATION_STATE = ("alpha_p", "alpha_n", "beta", "eps")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """One transformer layer of the checkpoint. In parallel layers both norms are the same one."""
+    """One transformer layer of the checkpoint. In parallel layers both norms are the same one.
+
+    `activation`: the state of an activation that has weights of its own (xIELU), by the names of its module.
+    """
 
     attention_norm: Norm
     q: Linear
@@ -39,6 +45,7 @@ class DenseLayer:
     down: Linear
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    activation: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class LayerNames:
     gate: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
+    activation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,8 @@ class Family:
         architectures: Hugging Face class names, as in `config.architectures`.
         facts: the fields of `SlicedConfig` that the checkpoint's config determines; raises `SliceGPTError`
             for variants that the canonical network cannot represent.
-        layer: where its weights are. Parts that one module holds together have the same name.
+        layer: where its weights are, or a function of the config that tells. Parts that one module holds together have
+            the same name.
         mean_subtraction: LayerNorm family: `M = I - 1 1ᵀ / D` is folded into every layer that writes the stream.
         embedding, positions, layers, final_norm, head: module names; `layers` holds one `{}`.
         rewrite_layer: brings a layer, as its names read it, into the canonical form: fused projections taken apart,
@@ -77,7 +86,7 @@ class Family:
     model_type: str
     architectures: tuple[str, ...]
     facts: Callable[[PreTrainedConfig], dict]
-    layer: LayerNames
+    layer: LayerNames | Callable[[PreTrainedConfig], LayerNames]
     mean_subtraction: bool
     embedding: str
     layers: str
@@ -86,6 +95,12 @@ class Family:
     positions: str | None = None
     rewrite_layer: Callable[[DenseLayer, PreTrainedConfig], DenseLayer] | None = None
     rewrite_final_norm: Callable[[Norm, PreTrainedConfig], Norm] | None = None
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Entries of an attention head."""
+    head_dim = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if head_dim is None else head_dim
 
 
 class Checkpoint:
@@ -110,6 +125,7 @@ class Checkpoint:
         self.config = config
         if tied is not None:
             self.tied = tied  # takes the place of the cached property
+        self.names = family.layer(config) if callable(family.layer) else family.layer
 
     def _get(self, name: str) -> torch.Tensor | None:
         return self.tensors[name] if name in self.tensors else None  # noqa: SIM401  (a Mapping need not have get)
@@ -119,6 +135,10 @@ class Checkpoint:
 
     def _norm(self, name: str) -> Norm:
         return Norm(self._get(f"{name}.weight"), self._get(f"{name}.bias"))
+
+    def _activation(self, name: str) -> dict[str, torch.Tensor]:
+        state = {part: self._get(f"{name}.{part}") for part in ACTIVATION_STATE}
+        return {part: tensor for part, tensor in state.items() if tensor is not None}
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -156,11 +176,12 @@ class Checkpoint:
 
     def unread(self) -> list[str]:
         """Names of the tensors that the family has no place for: slicing would drop them."""
-        family, names = self.family, self.family.layer
-        weights = (names.q_norm, names.k_norm)
-        whole = {value for name, value in vars(names).items() if name not in ("q_norm", "k_norm")}
+        family, names = self.family, self.names
+        weights, others = (names.q_norm, names.k_norm), ("q_norm", "k_norm", "activation")
+        whole = {value for name, value in vars(names).items() if name not in others}
         parts = {f"{part}.{kind}" for part in whole - {None} for kind in ("weight", "bias")}
         parts |= {f"{part}.weight" for part in weights if part is not None}
+        parts |= {f"{names.activation}.{name}" for name in ACTIVATION_STATE}
         known = {f"{family.embedding}.weight", f"{family.positions}.weight"}
         known |= {
             f"{part}.{kind}" for part in (family.final_norm, family.head) for kind in ("weight", "bias")
@@ -170,7 +191,7 @@ class Checkpoint:
         return sorted(set(self.tensors) - known)
 
     def layer(self, index: int) -> DenseLayer:
-        names, root = self.family.layer, self.family.layers.format(index)
+        names, root = self.names, self.family.layers.format(index)
         # A fused projection bears several names, and is to be read once.
         linear = functools.cache(lambda name: self._linear(f"{root}.{name}"))
         norms = [
@@ -189,6 +210,7 @@ class Checkpoint:
             down=linear(names.down),
             q_norm=norms[0],
             k_norm=norms[1],
+            activation=self._activation(f"{root}.{names.activation}"),
         )
         rewrite = self.family.rewrite_layer
         return layer if rewrite is None else rewrite(layer, self.config)

@@ -13,9 +13,10 @@ from slicegpt.errors import SliceGPTError, first_line
 # A family's own names of what `SlicedConfig` calls otherwise.
 _THEIR_NAMES = {
     "dense_hidden_size": ("hidden_size",),
-    "intermediate_size": ("ffn_dim",),
-    "hidden_act": ("activation_function",),
-    "rms_norm_eps": ("layer_norm_eps", "norm_epsilon"),
+    "intermediate_size": ("ffn_dim", "ffn_hidden_size", "n_inner"),
+    "hidden_act": ("activation_function", "activation"),
+    "num_key_value_heads": ("num_kv_heads",),
+    "rms_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
 }
 _LEARNED = {"prelu", "xielu"}  # activations with weights of their own
 _COUNTS = (
@@ -68,15 +69,19 @@ def check_config(config: PreTrainedConfig) -> None:
             raise SliceGPTError(f"{kind}: {name} must be at least 1, got {getattr(config, name)}")
 
 
-def check_facts(config: PreTrainedConfig, facts: dict) -> None:
+def check_facts(config: PreTrainedConfig, facts: dict, learned_activation: bool = False) -> None:
     """Refuse facts (see `Family.facts`) that describe no network, by the names that the config gives them.
+
+    Args:
+        learned_activation: the family knows where the weights of an xIELU are.
 
     Raises:
         SliceGPTError: a count below 1, heads that cannot be shared out, an activation with weights of its own, ...
     """
 
     def refuse(name: str, expected: str) -> None:
-        theirs = next((other for other in _THEIR_NAMES.get(name, ()) if hasattr(config, other)), name)
+        names = (name, *_THEIR_NAMES.get(name, ()))
+        theirs = next((known for known in names if hasattr(config, known)), name)
         raise SliceGPTError(f"{config.model_type}: {theirs} must be {expected}, got {facts[name]!r}")
 
     for name in _COUNTS:
@@ -95,6 +100,8 @@ def check_facts(config: PreTrainedConfig, facts: dict) -> None:
     if window is not None and window < 1:
         refuse("sliding_window", "at least 1, or null")
     problem = _problem_of_activation(facts["hidden_act"])
+    if learned_activation and facts["hidden_act"] == "xielu":
+        problem = None
     if problem:
         refuse("hidden_act", problem)
 
@@ -155,6 +162,7 @@ def rotary_parameters(config: PreTrainedConfig, head_dim: int, partial: bool) ->
             f"{family}: head_dim={head_dim} (hidden_size / num_attention_heads where not given) and"
             f" partial_rotary_factor={fraction} must leave an even number of entries to rotate, got {rotated}"
         )
+    rope.pop("llama_4_scaling_beta", None)  # obeyed by Ministral 3 alone, which puts it back
     for name in ("short_factor", "long_factor"):
         factors = rope.get(name)
         if kind == "longrope" and (not isinstance(factors, list) or len(factors) != rotated // 2):
@@ -178,4 +186,14 @@ def check_head_dim(config: PreTrainedConfig) -> None:
     if given not in (None, expected):
         raise SliceGPTError(
             f"{config.model_type}: head_dim must be hidden_size / num_attention_heads = {expected}, got {given}"
+        )
+
+
+def check_even_heads(config: PreTrainedConfig) -> None:
+    """Without rotary positions nothing else asks for heads of an even size; attention kernels do."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    if head_dim % 2:
+        raise SliceGPTError(
+            f"{config.model_type}: hidden_size / num_attention_heads must be even, got {config.hidden_size} /"
+            f" {config.num_attention_heads} = {head_dim}"
         )

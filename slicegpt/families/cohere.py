@@ -1,4 +1,7 @@
-"""Command R (Cohere): attention and MLP in parallel on one LayerNorm, rotary pairs of neighbours, scaled logits."""
+"""Cohere's Command: attention and MLP in parallel on one LayerNorm, rotary pairs of neighbours, scaled logits.
+
+Command R7B and A (Cohere 2) have rotary positions only in the layers with a window.
+"""
 
 import math
 from dataclasses import replace
@@ -7,9 +10,9 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import DenseLayer, Norm
-from .llama import LLAMA, LLAMA_LAYER, head_dim_of, llama_facts
-from .rewriting import neighbours_to_halves, scale_norm
+from .base import Norm
+from .llama import LLAMA, LLAMA_LAYER, llama_facts, windowed_facts
+from .rewriting import pairs_of_neighbours, scale_norm
 
 
 def cohere_facts(config: PreTrainedConfig) -> dict:
@@ -20,15 +23,22 @@ def cohere_facts(config: PreTrainedConfig) -> dict:
             "own",
             "model",
         )
-    if not 0 < abs(config.logit_scale) < math.inf:
-        raise SliceGPTError(f"cohere: logit_scale must be finite and not 0, got {config.logit_scale}")
-    return llama_facts(config, config.layer_norm_eps) | {"parallel_blocks": True}
+    return llama_facts(config, config.layer_norm_eps) | parallel_blocks(config)
 
 
-def reorder_pairs(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
-    """Rotary positions turn neighbours, `(2 i, 2 i + 1)`, and not the halves of a head."""
-    q, k = (neighbours_to_halves(linear, head_dim_of(config)) for linear in (layer.q, layer.k))
-    return replace(layer, q=q, k=k)
+def parallel_blocks(config: PreTrainedConfig) -> dict:
+    """What both generations have in common."""
+    scale = config.logit_scale
+    if not 0 < abs(scale) < math.inf:
+        raise SliceGPTError(f"{config.model_type}: logit_scale must be finite and not 0, got {scale}")
+    return {"parallel_blocks": True}
+
+
+def cohere2_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Cohere 2 config determines."""
+    turned = [int(kind == "sliding_attention") for kind in config.layer_types]
+    facts = windowed_facts(config, config.layer_norm_eps)
+    return facts | parallel_blocks(config) | {"no_rope_layers": turned}
 
 
 def fold_logits(norm: Norm, config: PreTrainedConfig) -> Norm:
@@ -43,6 +53,7 @@ COHERE = replace(
     facts=cohere_facts,
     layer=replace(LLAMA_LAYER, mlp_norm="input_layernorm"),
     mean_subtraction=True,
-    rewrite_layer=reorder_pairs,
+    rewrite_layer=pairs_of_neighbours,
     rewrite_final_norm=fold_logits,
 )
+COHERE2 = replace(COHERE, model_type="cohere2", architectures=("Cohere2ForCausalLM",), facts=cohere2_facts)

@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import DenseLayer, Norm
+from .base import DenseLayer
 from .llama import LLAMA, llama_facts
-from .rewriting import scale_writers
+from .rewriting import one_plus, one_plus_norms, scale_writers
 
 
 def gemma_facts(config: PreTrainedConfig) -> dict:
@@ -24,13 +24,9 @@ def gemma_facts(config: PreTrainedConfig) -> dict:
     return llama_facts(config, config.rms_norm_eps / config.hidden_size)
 
 
-def one_plus(norm: Norm, config: PreTrainedConfig | None = None) -> Norm:
-    return Norm(1 + norm.weight.double())
-
-
 def fold_scales(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
     """See `scale_writers`."""
-    layer = replace(layer, attention_norm=one_plus(layer.attention_norm), mlp_norm=one_plus(layer.mlp_norm))
+    layer = one_plus_norms(layer)
     # transformers multiplies by the root as the model's dtype rounds it.
     root = torch.tensor(config.hidden_size**0.5, dtype=torch.float64).to(layer.o.weight.dtype)
     return scale_writers(layer, 1 / root.item())

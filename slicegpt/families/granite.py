@@ -1,4 +1,7 @@
-"""Granite 3: Llama's layout with four factors: on the embedding, on what blocks write, on scores and on logits."""
+"""Granite: Llama's layout with four factors: on the embedding, on what blocks write, on scores and on logits.
+
+Granite 4's dense models have gate and up in one matrix, and the larger ones no positions at all.
+"""
 
 import math
 from dataclasses import replace
@@ -7,21 +10,22 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import DenseLayer, Norm
-from .llama import LLAMA, head_dim_of, llama_facts
-from .rewriting import scale_linear, scale_norm, scale_writers
+from .base import DenseLayer, Norm, head_dim_of
+from .llama import LLAMA, LLAMA_LAYER, llama_facts
+from .rewriting import scale_linear, scale_norm, scale_writers, split_rows
 
 
 def granite_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that a Granite config determines; the stream is in units of the embedding's factor."""
     # A negative factor of the embedding would turn the sign of what the norms give.
+    kind = config.model_type
     for name in ("embedding_multiplier", "attention_multiplier"):
         if not 0 < getattr(config, name) < math.inf:
-            raise SliceGPTError(f"granite: {name} must be finite and above 0, got {getattr(config, name)}")
+            raise SliceGPTError(f"{kind}: {name} must be finite and above 0, got {getattr(config, name)}")
     if not 0 < abs(config.logits_scaling) < math.inf:
-        raise SliceGPTError(f"granite: logits_scaling must be finite and not 0, got {config.logits_scaling}")
+        raise SliceGPTError(f"{kind}: logits_scaling must be finite and not 0, got {config.logits_scaling}")
     if not math.isfinite(config.residual_multiplier):
-        raise SliceGPTError(f"granite: residual_multiplier must be finite, got {config.residual_multiplier}")
+        raise SliceGPTError(f"{kind}: residual_multiplier must be finite, got {config.residual_multiplier}")
     return llama_facts(config, config.rms_norm_eps / config.embedding_multiplier**2)
 
 
@@ -43,4 +47,43 @@ GRANITE = replace(
     facts=granite_facts,
     rewrite_layer=fold_factors,
     rewrite_final_norm=fold_logits,
+)
+
+
+def granite4_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Granite 4 config determines; experts and state-space layers are refused."""
+    if config.num_local_experts:
+        raise SliceGPTError(
+            f"granitemoehybrid: num_local_experts={config.num_local_experts} is not supported: the MLPs must be dense,"
+            " without experts",
+            "model",
+        )
+    if set(config.layer_types) != {"full_attention"}:
+        raise SliceGPTError(
+            f"granitemoehybrid: layer_types must be of 'full_attention', got {sorted(set(config.layer_types))}: a"
+            " state-space layer is no attention",
+            "model",
+        )
+    facts = granite_facts(config) | {"intermediate_size": config.shared_intermediate_size}
+    return facts if config.position_embedding_type == "rope" else facts | {"position_embedding": "none"}
+
+
+def split_shared_mlp(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """Gate and up lie one below the other in one matrix; then as `fold_factors`."""
+    gate, up = split_rows(layer.up, config.shared_intermediate_size, config.shared_intermediate_size)
+    return fold_factors(replace(layer, gate=gate, up=up), config)
+
+
+GRANITE4 = replace(
+    GRANITE,
+    model_type="granitemoehybrid",
+    architectures=("GraniteMoeHybridForCausalLM",),
+    facts=granite4_facts,
+    layer=replace(
+        LLAMA_LAYER,
+        gate="shared_mlp.input_linear",
+        up="shared_mlp.input_linear",
+        down="shared_mlp.output_linear",
+    ),
+    rewrite_layer=split_shared_mlp,
 )

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from .base import Family, LayerNames
+from .base import Family, LayerNames, head_dim_of
 from .checks import rotary_parameters
 
 LLAMA_LAYER = LayerNames(
@@ -18,12 +18,6 @@ LLAMA_LAYER = LayerNames(
     q_norm="self_attn.q_norm",
     k_norm="self_attn.k_norm",
 )
-
-
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """Entries of an attention head."""
-    head_dim = getattr(config, "head_dim", None)
-    return config.hidden_size // config.num_attention_heads if head_dim is None else head_dim
 
 
 def llama_facts(config: PreTrainedConfig, eps: float | None = None, partial_rotary: bool = False) -> dict:
@@ -45,7 +39,15 @@ def llama_facts(config: PreTrainedConfig, eps: float | None = None, partial_rota
         "max_position_embeddings": config.max_position_embeddings,
         "rope_parameters": rotary_parameters(config, head_dim, partial_rotary),
         "rms_norm_eps": getattr(config, "rms_norm_eps", None) if eps is None else eps,
-        "attention_dropout": config.attention_dropout,
+        "attention_dropout": getattr(config, "attention_dropout", 0.0),
+    }
+
+
+def windowed_facts(config: PreTrainedConfig, eps: float | None = None) -> dict:
+    """`llama_facts` of a config that says of each layer whether its attention has a window."""
+    return llama_facts(config, eps) | {
+        "sliding_window": config.sliding_window,
+        "layer_types": list(config.layer_types),
     }
 
 

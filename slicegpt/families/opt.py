@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 from slicegpt.errors import SliceGPTError
 
 from .base import Family, LayerNames
+from .checks import check_even_heads
 
 
 def opt_facts(config: PreTrainedConfig) -> dict:
@@ -24,12 +25,7 @@ def opt_facts(config: PreTrainedConfig) -> dict:
         raise SliceGPTError(
             "opt: a model without a final LayerNorm (_remove_final_layer_norm) is not supported", "model"
         )
-    head_dim = config.hidden_size // config.num_attention_heads
-    if head_dim % 2:
-        raise SliceGPTError(
-            f"opt: hidden_size / num_attention_heads must be even, got {config.hidden_size} /"
-            f" {config.num_attention_heads} = {head_dim}"
-        )
+    check_even_heads(config)
     return {
         "dense_hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_dim,

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from .base import DenseLayer
-from .llama import LLAMA, LLAMA_LAYER, head_dim_of, llama_facts
+from .base import DenseLayer, head_dim_of
+from .llama import LLAMA, LLAMA_LAYER, llama_facts
 from .rewriting import split_rows
 
 

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedConfig
 
-from .base import DenseLayer, Linear, Norm
+from .base import DenseLayer, Linear, Norm, head_dim_of
 
 
 def split_rows(linear: Linear, *sizes: int) -> list[Linear]:
@@ -41,10 +42,39 @@ def scale_norm(norm: Norm, factor: float) -> Norm:
     return Norm(norm.weight.double() * factor, bias)
 
 
-def neighbours_to_halves(linear: Linear, head_dim: int) -> Linear:
-    """Queries or keys whose rotary pairs are neighbours `(2 i, 2 i + 1)`, reordered to pairs `(i, i + head_dim / 2)`.
+def one_plus(norm: Norm, config: PreTrainedConfig | None = None) -> Norm:
+    """A norm whose checkpoint holds its scale less 1, in float64."""
+    return Norm(1 + norm.weight.double(), norm.bias)
+
+
+def one_plus_norms(layer: DenseLayer, config: PreTrainedConfig | None = None) -> DenseLayer:
+    """`one_plus` of both norms of a layer."""
+    return replace(layer, attention_norm=one_plus(layer.attention_norm), mlp_norm=one_plus(layer.mlp_norm))
+
+
+def neighbours_to_halves(linear: Linear, head_dim: int, rotated: int | None = None) -> Linear:
+    """Queries or keys whose rotary pairs are neighbours `(2 i, 2 i + 1)`, reordered to pairs `(i, i + rotated / 2)`.
 
     The scores do not see the order of a head's entries, as long as queries and keys share it.
+
+    Args:
+        rotated: entries of a head that are rotated, its first ones; None: all.
     """
-    pairs = torch.arange(linear.weight.shape[0], device=linear.weight.device).view(-1, head_dim // 2, 2)
-    return take_rows(linear, pairs.mT.flatten())
+    rotated = head_dim if rotated is None else rotated
+    heads = torch.arange(linear.weight.shape[0], device=linear.weight.device).view(-1, head_dim)
+    turned = heads[:, :rotated].unflatten(1, (-1, 2)).mT.flatten(1)
+    return take_rows(linear, torch.cat((turned, heads[:, rotated:]), dim=1).flatten())
+
+
+def pairs_of_neighbours(
+    layer: DenseLayer, config: PreTrainedConfig, rotated: int | None = None
+) -> DenseLayer:
+    """A layer whose rotary positions turn neighbours; see `neighbours_to_halves`."""
+    head_dim = head_dim_of(config)
+    q, k = (neighbours_to_halves(linear, head_dim, rotated) for linear in (layer.q, layer.k))
+    return replace(layer, q=q, k=k)
+
+
+def transposed(linear: Linear) -> Linear:
+    """A layer whose checkpoint holds its weight as [in, out]; a view."""
+    return Linear(linear.weight.mT, linear.bias)

@@ -43,7 +43,11 @@ class SlicedConfig(PreTrainedConfig):
         final_norm_weight, final_norm_bias: the last norm keeps its scale (and shift), because a tied head
             cannot absorb them.
         parallel_blocks: attention and MLP read the same normalised stream and are added together.
-        position_embedding: `"rotary"` or `"learned"`; learned positions start at row `position_offset`.
+        position_embedding: `"rotary"`, `"learned"` or `"none"`; learned positions start at row `position_offset`.
+        no_rope_layers: of each layer, 1 where rotary positions turn its queries and keys and 0 where they do not, as in
+            transformers' SmolLM3; where not given, all are turned.
+        rope_parameters: as in transformers. With `llama_4_scaling_beta` queries grow with their position (Ministral 3);
+            see `query_scaling`.
         intermediate_size, dense_intermediate_size: MLP neurons of a layer, the most of any, and how many they were
             before slicing (the same where not given).
         layer_neurons: those of each layer, where they differ; see `neurons`.
@@ -51,6 +55,7 @@ class SlicedConfig(PreTrainedConfig):
         attention_bias, attention_output_bias, mlp_bias, mlp_output_bias, lm_head_bias: which linear layers
             carry a bias (folding a LayerNorm's shift creates some).
         qk_norm: queries and keys pass an RMSNorm over the head dimension (Qwen3).
+        qk_norm_after_rope: they do so behind their rotation, and not before it (Hunyuan).
         rms_norm_eps: epsilon of the norms of the original model. The norm divides by D, not by the sliced
             width; see `boundary_eps`.
         source_model_type, source_parameters: the family the weights came from, and how many elements the
@@ -76,6 +81,8 @@ class SlicedConfig(PreTrainedConfig):
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
+    ignore_keys_at_rope_validation = {"llama_4_scaling_beta", "max_position_embeddings"}  # noqa: RUF012
+
     vocab_size: int = 32000
     dense_hidden_size: int = 4096
     boundary_widths: list[int] | None = None
@@ -93,6 +100,7 @@ class SlicedConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_output_bias: bool = False
     qk_norm: bool = False
+    qk_norm_after_rope: bool = False
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     intermediate_size: int = 11008
@@ -105,6 +113,7 @@ class SlicedConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     position_embedding: str = "rotary"
     position_offset: int = 0
+    no_rope_layers: list[int] | None = None
     max_position_embeddings: int = 2048
     rope_parameters: dict | None = None
     rms_norm_eps: float = 1e-6
@@ -161,6 +170,19 @@ class SlicedConfig(PreTrainedConfig):
         rope = self.rope_parameters or {}
         return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
 
+    def uses_rope(self, layer: int) -> bool:
+        """Whether rotary positions turn the queries and keys of a layer."""
+        return self.position_embedding == "rotary" and (
+            self.no_rope_layers is None or bool(self.no_rope_layers[layer])
+        )
+
+    @property
+    def query_scaling(self) -> tuple[float, int] | None:
+        """`(beta, length)` where the query at position p is `1 + beta log(1 + floor(p / length))` times as large."""
+        rope = self.rope_parameters or {}
+        beta = rope.get("llama_4_scaling_beta")
+        return None if beta is None else (beta, rope["original_max_position_embeddings"])
+
     def boundary_eps(self, boundary: int) -> float:
         """Epsilon of the stock RMSNorm over `d` columns that stands for the norm over the D original ones.
 
@@ -206,9 +228,14 @@ class SlicedConfig(PreTrainedConfig):
             raise ValueError(
                 f"tie_word_embeddings needs a head as wide as the embedding, {table} columns, got {self.hidden_size}"
             )
-        if self.position_embedding not in ("rotary", "learned"):
+        if self.position_embedding not in ("rotary", "learned", "none"):
             raise ValueError(
-                f"position_embedding must be 'rotary' or 'learned', got {self.position_embedding!r}"
+                f"position_embedding must be 'rotary', 'learned' or 'none', got {self.position_embedding!r}"
+            )
+        turned = self.no_rope_layers
+        if turned is not None and (len(turned) != self.num_hidden_layers or not set(turned) <= {0, 1}):
+            raise ValueError(
+                f"no_rope_layers must hold {self.num_hidden_layers} of 0 and 1, one a layer, got {turned}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -132,6 +132,14 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return torch.cat((rotary, passed), dim=-1) if passed.shape[-1] else rotary
 
 
+def query_scale(position_ids: torch.Tensor, beta: float, length: int) -> torch.Tensor:
+    """What queries at `position_ids` [batch, tokens] are multiplied by, [batch, 1, tokens, 1] in float32.
+
+    1 up to `length`; beyond, scores would flatten as softmax spreads over more tokens (Llama 4, Ministral 3).
+    """
+    return (1 + beta * torch.log(1 + torch.floor(position_ids / length)))[:, None, :, None]
+
+
 def eager_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -168,6 +176,9 @@ class SlicedAttention(nn.Module):
         self.is_causal = True
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
+        self.uses_rope = config.uses_rope(layer_idx)
+        self.query_scaling = config.query_scaling
+        self.norm_after_rope = config.qk_norm_after_rope
 
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -192,11 +203,18 @@ class SlicedAttention(nn.Module):
         cache: Cache | None = kwargs.pop(CACHE, None)
         shape = hidden_states.shape[:-1]
         heads = (*shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        query = self.q_proj(hidden_states).view(heads)
+        key = self.k_proj(hidden_states).view(heads)
+        if not self.norm_after_rope:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        if position_embeddings is not None:
+        if self.uses_rope:
             query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        if self.norm_after_rope:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.query_scaling is not None:
+            query = query * query_scale(kwargs["position_ids"], *self.query_scaling).to(query.dtype)
         if cache is not None:
             # A paged cache leaves in kwargs what attention has to know (transformers 5.24).
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
@@ -218,6 +236,13 @@ class SlicedAttention(nn.Module):
         return self.o_proj(output.reshape(*shape, -1)), probabilities
 
 
+def build_activation(config: SlicedConfig) -> nn.Module:
+    """The MLP's activation. The weights of an xIELU have the model's dtype from the start: loading keeps theirs."""
+    if config.hidden_act == "xielu":
+        return ACT2CLS["xielu"](dtype=config.dtype)
+    return ACT2FN[config.hidden_act]
+
+
 class SlicedMLP(nn.Module):
     """The feed-forward part from a boundary of `in_width` columns to one of `out_width`: `down(act(up(x)))`."""
 
@@ -226,7 +251,7 @@ class SlicedMLP(nn.Module):
         self.gate_proj = nn.Linear(in_width, neurons, bias=config.mlp_bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(in_width, neurons, bias=config.mlp_bias)
         self.down_proj = nn.Linear(neurons, out_width, bias=config.mlp_output_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = build_activation(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))

@@ -144,7 +144,7 @@ class SlicedModel(SlicedPreTrainedModel):
             self.embed_positions = nn.Embedding(
                 config.max_position_embeddings + config.position_offset, first
             )
-        else:
+        elif config.position_embedding == "rotary":
             self.rotary_emb = SlicedRotaryEmbedding(config)
         layer = SlicedParallelDecoderLayer if config.parallel_blocks else SlicedDecoderLayer
         self.layers = nn.ModuleList([layer(config, index) for index in range(config.num_hidden_layers)])
@@ -196,8 +196,8 @@ class SlicedModel(SlicedPreTrainedModel):
         """Positions where the caller gives none.
 
         Learned positions count the tokens that are not padding (left-padded rows start at 0; padding itself
-        takes position -1, which `position_offset` brings into the table); rotary ones only matter relative to
-        each other and count columns.
+        takes position -1, which `position_offset` brings into the table). Rotary ones count columns, as in
+        transformers: most networks see nothing but their differences, and `generate` gives the others theirs.
         """
         batch, length = inputs_embeds.shape[:2]
         if (

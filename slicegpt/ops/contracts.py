@@ -24,6 +24,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "relu2": lambda x: torch.relu(x).square(),
 }
 GATED = {f"{name}_gated": ACTIVATIONS[name] for name in ("silu", "gelu", "gelu_tanh")}
 
@@ -260,6 +261,7 @@ class DecodeAttentionInputs:
     heads: int
     window: int | None
     norm_eps: float
+    rotate_first: bool = False
 
     def contiguous(self) -> "DecodeAttentionInputs":
         """What the kernel takes: contiguous angles and scales."""

@@ -27,6 +27,7 @@ def decode_attention_(
     heads: int = 1,
     window: int | None = None,
     norm_eps: float = 0.0,
+    rotate_first: bool = False,
 ) -> None:
     """Norm and rotate keys and queries, put keys and values into the cache, and write the attended values over q.
 
@@ -46,13 +47,14 @@ def decode_attention_(
         heads: query heads, a multiple of key_heads.
         window: tokens that a token sees, itself included; None: all.
         norm_eps: epsilon of that norm.
+        rotate_first: the norm comes behind the rotation, and not before it.
 
     Raises:
         SliceGPTError: an argument has the wrong shape, dtype, device or layout. There is no CUDA C++ form of this
             operator: Triton serves CUDA devices from compute capability 7.5 on (bfloat16: from 8.0 on, heads of at most
             256), PyTorch's attention the others.
     """
-    _operator(rows, keys, values, valid, slot, cos, sin, norm, heads, window, norm_eps)
+    _operator(rows, keys, values, valid, slot, cos, sin, norm, heads, window, norm_eps, rotate_first)
 
 
 def is_supported(
@@ -102,7 +104,7 @@ def _run(*arguments) -> None:
 
 _operator = register(
     "decode_attention_(Tensor(a!) rows, Tensor(b!) keys, Tensor(c!) values, Tensor valid, Tensor slot, Tensor? cos, "
-    "Tensor? sin, Tensor? norm, int heads, int? window, float norm_eps) -> ()",
+    "Tensor? sin, Tensor? norm, int heads, int? window, float norm_eps, bool rotate_first=False) -> ()",
     implementation=_run,
     fake=_fake,
 )

@@ -37,7 +37,7 @@ def norm_linear(
         sumsq: [T, P] float32 (float64 for a float64 stream), whose rows sum to `|h|²`, as `rotate_add` returns them;
             None computes the sums from h.
         n_scaled: rows of W₁, 0 to N.
-        activation: "none", "relu", "gelu" (erf), "gelu_tanh", "silu"; or "silu_gated", "gelu_gated",
+        activation: "none", "relu", "gelu" (erf), "gelu_tanh", "silu", "relu2"; or "silu_gated", "gelu_gated",
             "gelu_tanh_gated": the first half of W₁ is the gate, the second the values, `act(gate) * up`.
         divisor: the number of columns that the norm averages over.
         eps: added to the mean square.

@@ -144,7 +144,15 @@ def decode_attention_(inputs: DecodeAttentionInputs) -> None:
     rows, keys, values, slot, heads = inputs.rows, inputs.keys, inputs.values, inputs.slot, inputs.heads
     _, key_heads, capacity, head_dim = keys.shape
     new_values, states = attention_states(
-        rows, key_heads, heads, head_dim, inputs.norm, inputs.norm_eps, inputs.cos, inputs.sin
+        rows,
+        key_heads,
+        heads,
+        head_dim,
+        inputs.norm,
+        inputs.norm_eps,
+        inputs.cos,
+        inputs.sin,
+        inputs.rotate_first,
     )
     keys.index_copy_(2, slot, states[:, :key_heads, None])
     values.index_copy_(2, slot, new_values[:, :, None])

@@ -14,14 +14,17 @@ def attention_states(
     norm_eps: float,
     cos: Tensor | None,
     sin: Tensor | None,
+    rotate_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Of rows [tokens, v | k | q | anything]: v, and k and q normed and rotated, each [tokens, heads, head_dim]."""
     first_key, end = key_heads * head_dim, (2 * key_heads + heads) * head_dim
     values = rows[:, :first_key].view(-1, key_heads, head_dim)
     states = rows[:, first_key:end].view(-1, key_heads + heads, head_dim)
+    if rotate_first and cos is not None:
+        states = rotate(states, cos, sin)
     if norm is not None:
         states = F.rms_norm(states, (head_dim,), None, norm_eps) * norm
-    return values, states if cos is None else rotate(states, cos, sin)
+    return values, states if cos is None or rotate_first else rotate(states, cos, sin)
 
 
 def one_query_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

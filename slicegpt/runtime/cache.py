@@ -70,6 +70,10 @@ class CacheStep(ABC):
         self.tokens = tokens
         self.angles = angles
 
+    def angles_for(self, attention: PackedAttention) -> tuple[Tensor | None, Tensor | None]:
+        """The angles, or None twice for a layer without rotary positions."""
+        return self.angles if attention.rotary else (None, None)
+
     @abstractmethod
     def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
         """[batch * tokens, v | k | q | z] to [batch * tokens, attended | z], which overwrites q in `rows`."""
@@ -103,9 +107,9 @@ class GrowingStep(CacheStep):
 
     def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
         heads, key_heads, size = attention.heads, attention.key_heads, attention.head_dim
-        cos, sin = (None, None) if self.angles is None else self.angles
+        cos, sin = self.angles_for(attention)
         values, states = attention_states(
-            rows, key_heads, heads, size, attention.norm, attention.norm_eps, cos, sin
+            rows, key_heads, heads, size, attention.norm, attention.norm_eps, cos, sin, attention.rotate_first
         )
         if states.is_cuda and cos is None and attention.norm is None:
             # A view of a GEMM's rows, whose stride may be any number; attention kernels load 16 bytes at a time.
@@ -187,9 +191,9 @@ class StaticStep(CacheStep):
 
     def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
         cache, layer = self.cache, attention.layer
-        cos, sin = (None, None) if self.angles is None else self.angles
+        cos, sin = self.angles_for(attention)
         decode_attention_(
             rows, cache.keys[layer], cache.values[layer], cache.valid, self.slot, cos, sin, attention.norm,
-            attention.heads, attention.window, attention.norm_eps,
+            attention.heads, attention.window, attention.norm_eps, attention.rotate_first,
         )  # fmt: skip
         return rows[:, 2 * attention.key_heads * attention.head_dim :]

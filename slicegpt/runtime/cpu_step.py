@@ -77,7 +77,7 @@ class CpuStep:
             )  # fmt: skip
         facts, read, window = block.inputs[0].attention, 0, 0
         if facts is not None:
-            rotary = self.packed.rotary
+            rotary = self.packed.rotary if facts.rotary else None
             read, window = 2 * facts.key_heads * facts.head_dim, facts.window or 0
             keys, values = self.cache.keys[facts.layer], self.cache.values[facts.layer]
             attention = gemm.attention_arguments(
@@ -88,6 +88,7 @@ class CpuStep:
                 rotary,
                 self._line(facts.norm),
                 facts.norm_eps,
+                facts.rotate_first,
                 facts.heads,
             )
         output = gemm.rotate_add_arguments(

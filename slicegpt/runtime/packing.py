@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
 from slicegpt.modeling.layers import FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.ops.contracts import GATED
 from slicegpt.ops.rotate_add import reads_factor
 
 ACTIVATION_NAMES = {
@@ -25,6 +26,7 @@ ACTIVATION_NAMES = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "silu": "silu",
     "swish": "silu",
+    "relu2": "relu2",
 }
 
 # Their frequencies change with the length of the sequence, so the angles cannot be tabulated.
@@ -39,6 +41,8 @@ class PackedAttention:
         layer: index into the cache.
         norm: scales [key heads + query heads, head_dim] of the norm of keys and queries, or None.
         window: number of tokens that a token attends to, itself included, or None.
+        rotary: rotary positions turn queries and keys.
+        rotate_first: the norm comes behind the rotation.
     """
 
     layer: int
@@ -48,6 +52,8 @@ class PackedAttention:
     norm: Tensor | None
     norm_eps: float
     window: int | None
+    rotary: bool
+    rotate_first: bool
 
 
 @dataclass(frozen=True)
@@ -145,12 +151,14 @@ def position_limit(config: SlicedConfig) -> tuple[int, str | None]:
     """Tokens of a sequence that the runtime takes, and what sets a hard limit (None: rotary positions go on).
 
     LongRoPE takes other frequencies for sequences past its original length, for the tokens before as well, whose keys
-    are in the cache by then: up to there it is one table.
+    are in the cache by then: up to there it is one table. Queries that grow with their position do not, up to a length.
     """
     if config.position_embedding == "learned":
         return config.max_position_embeddings, "the model's learned positions"
     if config.longrope_length is not None:
         return config.longrope_length, "the length at which the model's LongRoPE changes its frequencies"
+    if config.query_scaling is not None:
+        return config.query_scaling[1], "the length past which the model's queries grow"
     return config.max_position_embeddings, None
 
 
@@ -213,7 +221,9 @@ def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...
 
     Errors: `SliceGPTError` for an activation that the fused operators do not have.
     """
-    if config.hidden_act not in ACTIVATION_NAMES or (config.gated_mlp and config.hidden_act == "relu"):
+    if config.hidden_act not in ACTIVATION_NAMES or (
+        config.gated_mlp and f"{ACTIVATION_NAMES[config.hidden_act]}_gated" not in GATED
+    ):
         gated = "gated " if config.gated_mlp else ""
         raise SliceGPTError(
             f"{gated}activation {config.hidden_act!r} is not supported; use the plain model", "model"
@@ -289,6 +299,8 @@ def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection
         norm=norm,
         norm_eps=config.rms_norm_eps,
         window=module.sliding_window,
+        rotary=module.uses_rope,
+        rotate_first=config.qk_norm_after_rope,
     )
     return Projection(weight, bias, len(weight), "none", attention)
 

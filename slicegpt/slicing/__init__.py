@@ -20,6 +20,7 @@ The files, in the order in which a run goes through them:
       eigensolver    its leading eigenvectors, the next basis
       rotation       the orientation of that basis, and compact shortcuts
       timing         seconds of each stage
+    reuse        what several sizes of one model share
     ridge        λ: the candidate whose sliced model loses least on held-out windows
     held_out     afterwards: was the calibration text enough?
 """
@@ -27,5 +28,6 @@ The files, in the order in which a run goes through them:
 from .driver import slice_checkpoint, slice_model
 from .objective import Objective
 from .options import SlicingOptions, SlicingReport
+from .reuse import Reuse
 
-__all__ = ["Objective", "SlicingOptions", "SlicingReport", "slice_checkpoint", "slice_model"]
+__all__ = ["Objective", "Reuse", "SlicingOptions", "SlicingReport", "slice_checkpoint", "slice_model"]

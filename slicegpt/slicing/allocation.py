@@ -26,6 +26,7 @@ from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions
 from slicegpt.slicing.propagation import Propagation, check_finite
 from slicegpt.slicing.regression import prior_of
+from slicegpt.slicing.reuse import Reuse
 
 # The share of the calibration batches that the costs are taken from. They only decide between layers, where they
 # differ by factors.
@@ -47,6 +48,7 @@ def allocate_neurons(
     ridge: float,
     progress: Progress,
     keeper: Keeper | None = None,
+    reuse: Reuse | None = None,
 ) -> SlicedConfig:
     """`config` with the neurons of its layers shared out anew, in multiples of `options.neuron_multiple`.
 
@@ -56,10 +58,18 @@ def allocate_neurons(
         batches: calibration tokens; the first ones are looked at, `SHARE` of them.
         objective, ridge: of the refit, and its λ, whose rise the costs are.
         keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
+        reuse: where the costs are kept for other sizes.
     """
     looked_at = batches[: math.ceil(SHARE * len(batches))]
-    keeper = keeper or Keeper()
-    curves = deletion_costs(checkpoint, config, looked_at, options, objective, ridge, progress, keeper)
+
+    def costs() -> list[list[tuple[int, float]]]:
+        return deletion_costs(checkpoint, config, looked_at, options, objective, ridge, progress, keeper)
+
+    if reuse is None:
+        curves = costs()
+    else:  # of the size, they depend on how far the curves go alone
+        fewest = fewest_neurons(config, options.neuron_multiple)
+        curves = reuse.value(("deletion costs", fewest, ridge, options.dtype, options.device), costs)
     neurons = share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
     return SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
 
@@ -91,12 +101,13 @@ def deletion_costs(
     objective: Objective,
     ridge: float,
     progress: Progress,
-    keeper: Keeper,
+    keeper: Keeper | None = None,
 ) -> list[list[tuple[int, float]]]:
     """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`."""
     dtype = objective.teacher_dtype(options.dtype, options.device)
     propagation = Propagation(config, batches, options.dtype, options.device, options.activation_storage)
     blocks, curves, done = blocks_of(config), [], 0
+    keeper = keeper or Keeper()
     found = keeper.found("allocation")
     if found is None:
         propagation.start(checkpoint, None)

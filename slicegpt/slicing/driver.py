@@ -14,6 +14,7 @@ from slicegpt.slicing.allocation import allocate_neurons, deletes_neurons
 from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
+from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.ridge import choose_ridge
 from slicegpt.slicing.sink import MemorySink, Sink
 from slicegpt.slicing.slicer import Slicer
@@ -27,6 +28,7 @@ def slice_model(
     progress: Progress | None = None,
     held_out: torch.Tensor | None = None,
     objective: Objective | None = None,
+    reuse: Reuse | None = None,
 ) -> tuple[SlicedForCausalLM, SlicingReport]:
     """Slice, or only rotate, a dense Hugging Face model that is loaded; what comes out is in memory, too.
 
@@ -38,9 +40,11 @@ def slice_model(
     Returns:
         The sliced model, on the CPU in `options.dtype`, and the report.
     """
-    sink = MemorySink()
+    sink, checkpoint = MemorySink(), checkpoint_of(model)
+    if reuse is not None:
+        reuse.begin(model, batches)
     config, report = slice_checkpoint(
-        checkpoint_of(model), config, sink, batches, options, progress, held_out, objective
+        checkpoint, config, sink, batches, options, progress, held_out, objective, reuse=reuse
     )
     return sink.finished(None).shell, report
 
@@ -55,6 +59,7 @@ def slice_checkpoint(
     held_out: torch.Tensor | None = None,
     objective: Objective | None = None,
     keeper: Keeper | None = None,
+    reuse: Reuse | None = None,
 ) -> tuple[SlicedConfig, SlicingReport]:
     """Slice, or only rotate, a dense model, of which one layer at a time need be in memory.
 
@@ -71,6 +76,7 @@ def slice_checkpoint(
         objective: what the refit minimises; None: `slicegpt.slicing.objective.Objective()`.
         keeper: keeps what an interrupted run needs to go on after its last block; with what was kept of one, the run
             begins there.
+        reuse: what runs at other sizes of the same model, tokens and objective share, see `slicegpt.slicing.reuse`.
 
     Returns:
         The config of the model that the sink holds, and the report.
@@ -88,12 +94,12 @@ def slice_checkpoint(
         if "neurons" not in journal:
             began = time.perf_counter()
             allocated = allocate_neurons(
-                checkpoint, config, batches, options, objective, ridges[0], progress, keeper
+                checkpoint, config, batches, options, objective, ridges[0], progress, keeper, reuse
             )
             keeper.note(neurons=allocated.neurons, allocation=time.perf_counter() - began)
         config = SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": journal["neurons"]})
 
-    slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress, sink, keeper)
+    slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress, sink, keeper, reuse)
     slicer.run()
     report, ridge = slicer.report, slicer.ridges[0]
     if len(slicer.ridges) > 1:

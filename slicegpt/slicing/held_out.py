@@ -21,6 +21,7 @@ from slicegpt.hardware.layerwise import losses_of
 from slicegpt.hardware.memory import fits_on
 from slicegpt.hardware.offload import moved
 from slicegpt.progress import Progress
+from slicegpt.slicing.reuse import Reuse
 
 logger = logging.getLogger("slicegpt")
 
@@ -40,6 +41,7 @@ def held_out_check(
     device: torch.device,
     progress: Progress | None = None,
     ridge_chosen: bool = True,
+    reuse: Reuse | None = None,
 ) -> dict | None:
     """Losses above the dense model's, in nats a token, on `calibration.seen` and `calibration.unseen`.
 
@@ -48,12 +50,14 @@ def held_out_check(
     Args:
         dense, sliced: loaded models, or sources of models.
         ridge_chosen: whether the refit's λ was chosen by `calibration.held_out` (`SlicingReport.ridge_search`).
+        reuse: where the dense model's losses are kept for other sizes of it.
 
     Returns:
         `windows` and `tokens` of each kind, the losses `seen` and `held_out`, their `difference`, their ratio `excess`
         (None where they are too small to be divided), and `chose_ridge`: whether these windows chose λ as well, so that
-        `held_out` flatters. None in place of all of it where the text has no other windows, a model does not fit on the
-        device, or a loss is not finite (which is logged).
+        `held_out` flatters; and both models' own losses on the unseen windows, `dense_nll` and `sliced_nll`. None in
+        place of all of it where the text has no other windows, a model does not fit on the device, or a loss is not
+        finite (which is logged).
     """
     windows = len(calibration.unseen)
     if not windows:
@@ -69,20 +73,30 @@ def held_out_check(
     losses = []
     for model in models:
         try:
-            with nullcontext() if isinstance(model, DenseSource) else moved(model, device):
-                of_windows = losses_of(model, pairs, 1, progress, device)
-            losses.append(torch.tensor(of_windows, dtype=torch.float64))
+
+            def evaluate(model: PreTrainedModel | DenseSource = model) -> torch.Tensor:
+                with nullcontext() if isinstance(model, DenseSource) else moved(model, device):
+                    of_windows = losses_of(model, pairs, 1, progress, device)
+                return torch.tensor(of_windows, dtype=torch.float64)
+
+            # Which windows they are follows from the calibration tokens, which `reuse` knows.
+            shared = reuse is not None and model is models[0]
+            losses.append(reuse.value(("losses", device, len(pairs)), evaluate) if shared else evaluate())
         except (SliceGPTError, torch.OutOfMemoryError) as error:
             # The sliced model is worth more than this figure.
             logger.warning("held-out windows were not compared: %s", str(error).splitlines()[0])
             return None
-    above = (losses[1] - losses[0]).view(2, windows).sum(dim=1) / tokens
-    seen, held_out = above.tolist()
+    # [dense, sliced][seen, unseen], in nats a token
+    means = torch.stack(losses).view(2, 2, windows).sum(dim=2) / tokens
+    seen, held_out = (means[1] - means[0]).tolist()
+    dense_nll, sliced_nll = means[:, 1].tolist()
     return {
         "windows": windows,
         "tokens": tokens,
         "seen": round(seen, 5),
         "held_out": round(held_out, 5),
+        "dense_nll": round(dense_nll, 5),
+        "sliced_nll": round(sliced_nll, 5),
         "difference": round(held_out - seen, 5),
         "excess": round(held_out / seen, 3) if min(seen, held_out) > SMALLEST_LOSS else None,
         "chose_ridge": ridge_chosen and calibration.unseen_are_held_out,

@@ -58,7 +58,7 @@ class SlicingOptions:
             raise SliceGPTError(f"must be at least 0, got {self.vocabulary_prior}", "vocabulary_prior")
         if self.ridge is not None and not 0 < self.ridge < float("inf"):
             raise SliceGPTError(f"must be above 0, got {self.ridge}", "ridge")
-        if self.neuron_multiple < 1:
+        if self.neuron_multiple == AUTO or self.neuron_multiple < 1:
             raise SliceGPTError(f"must be at least 1, got {self.neuron_multiple}", "neuron_multiple")
         if not 0 < self.fitted <= 1:
             raise SliceGPTError(f"must lie in (0, 1], got {self.fitted}", "fitted")
@@ -67,7 +67,7 @@ class SlicingOptions:
     def of(
         cls, recipe: Recipe, dtype: torch.dtype, device: torch.device, activation_storage: str = "auto"
     ) -> SlicingOptions:
-        """What a recipe says of how to slice; the rest is the machine's."""
+        """What a recipe says of how to slice; the rest is the machine's. Its `round_to` is a number."""
         return cls(
             dtype,
             device,

@@ -24,6 +24,7 @@ from slicegpt.recipe import IN_MEMORY, Recipe
 from slicegpt.slicing.driver import slice_checkpoint, slice_model
 from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
+from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.sink import Sink
 
 
@@ -74,12 +75,13 @@ def slice_drawn(
     drawn: Calibration,
     options: SlicingOptions,
     progress: Progress | None = None,
+    reuse: Reuse | None = None,
 ) -> tuple[SlicedForCausalLM, SlicingReport]:
     """Slice by drawn samples; the held-out windows among them choose the refit's λ. See `slice_model`.
 
     The sliced model generates as the dense one does: it gets the same generation config.
     """
-    sliced, report = slice_model(model, config, drawn.batches, options, progress, drawn.held_out)
+    sliced, report = slice_model(model, config, drawn.batches, options, progress, drawn.held_out, reuse=reuse)
     if model.generation_config is not None:
         sliced.generation_config = model.generation_config
     return sliced, report
@@ -93,9 +95,20 @@ def slice_source(
     sink: Sink,
     progress: Progress | None = None,
     keeper: Keeper | None = None,
+    reuse: Reuse | None = None,
 ) -> tuple[SlicedConfig, SlicingReport]:
     """As `slice_drawn`, of a model that need not be in memory; see `slice_checkpoint`."""
     checkpoint = checkpoint_of(source)
+    if reuse is not None:
+        reuse.begin(source.shell, drawn.batches)
     return slice_checkpoint(
-        checkpoint, config, sink, drawn.batches, options, progress, drawn.held_out, keeper=keeper
+        checkpoint,
+        config,
+        sink,
+        drawn.batches,
+        options,
+        progress,
+        drawn.held_out,
+        keeper=keeper,
+        reuse=reuse,
     )

@@ -17,6 +17,7 @@ from slicegpt.slicing.blocks import Block, LiftedBlock
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.moments import JoinedBatches, Moments
 from slicegpt.slicing.objective import Objective
+from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.streams import Streams, TokenBatch, choose_storage
 from slicegpt.slicing.timing import StageTimer
 
@@ -45,6 +46,7 @@ class Propagation:
         device: where blocks run.
         activation_storage: where streams are kept: "auto", "device" or "host", see `choose_storage`.
         fitted: so many batches, the first ones, are refitted to: the dense model's stream is carried beside theirs.
+        reuse: where that stream is kept for other sizes, see `slicegpt.slicing.reuse`.
 
     Attributes:
         streams: of all batches, in the sliced model.
@@ -61,7 +63,9 @@ class Propagation:
         device: torch.device,
         activation_storage: str,
         fitted: int = 0,
+        reuse: Reuse | None = None,
     ):
+        self.reuse = reuse
         self.config, self.dtype, self.device = config, dtype, device
         self.fitted = fitted
         self.tokens = sum(batch.tokens for batch in batches)
@@ -122,12 +126,12 @@ class Propagation:
         return ("streams", self.streams), ("dense_streams", self.dense_streams)
 
     def inputs(self, block: Block, stream: torch.Tensor, batch: TokenBatch) -> dict:
-        """Attention mask and rotary positions, as the block's attention takes them."""
+        """Attention mask and positions, as the block's attention takes them."""
         shape = stream.shape[:2]
         positions = torch.arange(shape[1], device=stream.device).expand(shape)
         masks, rotary = self.shell.block_inputs(stream, positions, batch.attention_mask)
         mask = masks[self.config.layer_types[block.layer]]
-        return {"attention_mask": mask, "position_embeddings": rotary}
+        return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
 
     def collect(
         self, block: Block, lifted: LiftedBlock, teacher: LiftedBlock, objective: Objective
@@ -151,10 +155,8 @@ class Propagation:
         for (index, batch, dense), (_, _, stream) in zip(self.dense_streams, self.streams, strict=False):
             inputs = self.inputs(block, stream, batch)
             with self.stage("teacher"):
-                own = inputs
-                if teacher.dtype != self.dtype:
-                    own = self.inputs(block, dense.to(teacher.dtype), batch)
-                self.dense_streams[index] = after = teacher(dense, **own)
+                after = self.dense_after(block, teacher, index, batch, dense, inputs)
+                self.dense_streams[index] = after
             self.advance(1)
             with self.stage("signals"):
                 carried, activations = lifted.activations(stream, **inputs)
@@ -167,6 +169,28 @@ class Propagation:
                     self.streams[index] = carried
         with self.stage("refit"):
             return joined.finish(), kept
+
+    def dense_after(
+        self,
+        block: Block,
+        teacher: LiftedBlock,
+        index: int,
+        batch: TokenBatch,
+        dense: torch.Tensor,
+        inputs: dict,
+    ) -> torch.Tensor:
+        """The dense model's stream after a block, of the batch at `index`; `inputs` are those of the sliced one."""
+
+        def forward() -> torch.Tensor:
+            own = inputs
+            if teacher.dtype != self.dtype:
+                own = self.inputs(block, dense.to(teacher.dtype), batch)
+            return teacher(dense, **own)
+
+        if self.reuse is None:
+            return forward()
+        key = "stream", block.index, index, teacher.dtype, self.dtype, self.device
+        return self.reuse.stream(key, forward)
 
     def write(
         self,

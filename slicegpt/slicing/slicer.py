@@ -44,6 +44,7 @@ from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.propagation import Propagation, check_finite
 from slicegpt.slicing.refit import BlockFits, fit_block
+from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.rotation import align, random_orthogonal
 from slicegpt.slicing.sink import Pieces, Sink
 
@@ -62,6 +63,7 @@ class Slicer:
             every one has entries of its own in the sink.
         sink: where the model's tensors go, each one as soon as it is final.
         keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
+        reuse: what other sizes of the same model share with this one.
 
     Attributes:
         ridges: those that something is fitted at; the first one alone where there is no refit.
@@ -79,6 +81,7 @@ class Slicer:
         progress: Progress,
         sink: Sink,
         keeper: Keeper | None = None,
+        reuse: Reuse | None = None,
     ):
         self.checkpoint = checkpoint
         self.config = config
@@ -99,7 +102,7 @@ class Slicer:
         self.ridges = tuple(ridges) if self.refits else (ridges[0],)
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
         self.propagation = Propagation(
-            config, batches, options.dtype, options.device, options.activation_storage, fitted
+            config, batches, options.dtype, options.device, options.activation_storage, fitted, reuse
         )
         self.stage = self.propagation.stage
         self.report.tokens = self.propagation.tokens
@@ -250,7 +253,9 @@ class Slicer:
         """A block's state: its input weights, the factor of a compact shortcut, and the output weights on `basis`."""
         for part, state in readers.items():
             if part == "mlp" and fits.neurons is not None:
-                state = {name: rows[fits.neurons] for name, rows in state.items()}
+                state = {
+                    name: rows[fits.neurons] if "_proj." in name else rows for name, rows in state.items()
+                }
             root = f"{block.prefix}.{MODULE_NAMES[part]}"
             self.sink.store({f"{root}.{name}": tensor for name, tensor in state.items()})
         if self.config.shortcuts[block.index] == "compact":

@@ -57,6 +57,11 @@ MODELS = {
     "stablelm no biases": ("stablelm", {"use_qkv_bias": False, "partial_rotary_factor": 1.0}),
     "stablelm parallel": ("stablelm-parallel", {}),
     "starcoder2": ("starcoder2", {"rope_parameters": THETA | {"rope_type": "default"}}),
+    "nemotron": (
+        "nemotron",
+        {"rope_parameters": THETA | {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    ),
+    "nemotron biased": ("nemotron", {"attention_bias": True, "mlp_bias": False}),
     "starcoder2 no biases": ("starcoder2", {"use_bias": False, "sliding_window": None}),
 }
 

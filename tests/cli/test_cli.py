@@ -131,7 +131,7 @@ def test_same_seed_same_files(folder, text, result, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "size", [("--params", "0.9"), ("--target-bytes", "2.5e5"), ("--slice", "0.3"), ("--widths", None)]
+    "size", [("--keep", "0.9"), ("--target-bytes", "2.5e5"), ("--slice", "0.3"), ("--widths", None)]
 )
 @pytest.mark.parametrize("shape", [(), ("--shortcut", "dense"), ("--orientation", "pca", "--slice-head")])
 def test_sizes_and_shapes(folder, text, tmp_path, size, shape):
@@ -153,7 +153,7 @@ def test_sizes_and_shapes(folder, text, tmp_path, size, shape):
     ]
     assert main([*arguments, "--output", str(output)]) == 0
     report = json.loads(file.read_text())["size"]
-    if size[0] == "--params":
+    if size[0] == "--keep":
         assert report["parameters"] <= 0.9 * report["dense_parameters"]
     if size[0] == "--target-bytes":
         assert report["bytes"] <= 2.5e5
@@ -205,9 +205,9 @@ def test_full_width_is_the_dense_model(folder, text, tmp_path):
         (("--slice", "0.25", "--neurons", "0.2", "--no-allocate"), 64),
         (("--slice", "0.25", "--neurons", "0.2"), None),
         (("--slice", "0.25", "--shortcut", "dense", "--neurons", "0.2"), None),
-        (("--params", "0.9", "--neurons", "0"), 80),
-        (("--params", "0.9", "--no-refit"), 80),
-        (("--params", "0.9"), None),
+        (("--keep", "0.9", "--neurons", "0"), 80),
+        (("--keep", "0.9", "--no-refit"), 80),
+        (("--keep", "0.9"), None),
     ],
 )
 def test_neurons(folder, text, tmp_path, options, left, capsys):
@@ -257,8 +257,8 @@ def test_ridge_is_chosen_unless_given(folder, text, tmp_path, ridge, chosen):
         (("--slice", "-0.25"), "got -0.25"),
         (("--slice", "nan"), "got nan"),
         (("--slice", "0.9"), "--slice: boundary 0 .* less than one attention head"),
-        (("--params", "0"), r"--params: must lie in \(0, 1\], got 0.0"),
-        (("--params", "0.1"), "--params: .* cannot be reached"),
+        (("--keep", "0"), r"--keep: must lie in \(0, 1\], got 0.0"),
+        (("--keep", "0.1"), "--keep: .* cannot be reached"),
         (("--target-bytes", "nan"), "--target-bytes"),
         (("--widths", "no/such.json"), "--widths: cannot read"),
         (
@@ -385,14 +385,13 @@ def test_truncated_safetensors(folder, text, tmp_path, capsys):
 
 
 def test_unsupported_architecture(tiny_tokenizer, text, tmp_path, capsys):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=512)).save_pretrained(
-        tmp_path / "gpt2"
-    )
-    tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
-    line = bad(capsys, *slice_into(tmp_path / "gpt2", text, tmp_path / "out"))
-    assert_error(line, "'gpt2' is not supported; supported are llama .*, opt .*, phi ")
+    model = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=16, n_head=2, vocab_size=512))
+    model.save_pretrained(tmp_path / "bloom")
+    tiny_tokenizer.save_pretrained(tmp_path / "bloom")
+    line = bad(capsys, *slice_into(tmp_path / "bloom", text, tmp_path / "out"))
+    assert_error(line, "'bloom' is not supported: .*ALiBi; supported are llama, .*opt, phi,")
     assert not (tmp_path / "out").exists()
 
 

@@ -226,7 +226,7 @@ ODD_NUMBERS += ["9" * 30, "x", "٣", "auto"]
 NUMBERS = st.sampled_from([*ODD_NUMBERS, ""]) | st.integers(-2, 70).map(str) | st.floats(-1, 2).map(str)
 SLICE = {
     "--slice": None,
-    "--params": None,
+    "--keep": None,
     "--target-bytes": None,
     "--round-to": "4",
     "--neurons": None,
@@ -258,7 +258,7 @@ def test_numbers_of_slice(folders, tmp_path_factory, capsys, data):
     text.write_text(" ".join(f"word {index} and" for index in range(400)))
     names = data.draw(st.lists(st.sampled_from(sorted(SLICE)), min_size=1, max_size=3, unique=True))
     drawn = {name: data.draw(NUMBERS) for name in names}
-    if not {"--slice", "--params", "--target-bytes"} & set(drawn):
+    if not {"--slice", "--keep", "--target-bytes"} & set(drawn):
         drawn["--slice"] = "0.25"
     chosen = {name: value for name, value in (SLICE | drawn).items() if value is not None}
     options = [part for name, value in chosen.items() for part in ([f"{name}={value}"])]

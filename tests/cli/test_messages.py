@@ -71,11 +71,11 @@ def folder(tmp_path_factory, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["slice", "m", "--output", "o"], "--params, --slice, --target-bytes, --widths: one of params, "),
+        (["slice", "m", "--output", "o"], "--keep, --slice, --target-bytes, --widths: one of keep, "),
         (["slice", "--slice", "0.1", "--output", "o"], "MODEL: is needed here or in a recipe, got none"),
         (["slice", "--recipe", "no.toml", "--output", "o"], "--recipe: cannot read no.toml: No such file"),
         (["slice", "m", "--recipe", "no.json", "--output", "o"], "--recipe: must be a .toml or .yaml file"),
-        (["slice", "m", "--params", "2", "--output", "o"], "--params: must lie in (0, 1], got 2.0"),
+        (["slice", "m", "--keep", "2", "--output", "o"], "--keep: must lie in (0, 1], got 2.0"),
         (
             ["slice", "m", "--slice", "0", "--calibration", "none", "--output", "o"],
             "--calibration: none is no",
@@ -91,7 +91,7 @@ def folder(tmp_path_factory, tiny_tokenizer):
         (["finetune", "m", "--data", "none", "--output", "o"], "--data: none is no file or folder"),
         (["finetune", "m", "--data", "python-reference", "--output", "o"], "DIR: m is not a folder that"),
         (["push", "none", "u/n"], "DIR: none is no folder"),
-        (["demo", "--params", "1.5"], "--params: must lie in (0, 1], got 1.5"),
+        (["demo", "--keep", "1.5"], "--keep: must lie in (0, 1], got 1.5"),
     ],
 )
 def test_what_the_commands_say(arguments, message, capsys, tmp_path, monkeypatch):
@@ -137,12 +137,12 @@ def test_old_name_of_activation_storage(folder, documents, capsys, tmp_path):
 def test_demo(folder, documents, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     text = save_text(tmp_path / "text.txt", documents)
-    options = ["--model", str(folder), "--data", str(text), "--params", "0.95", "0.9", "--json"]
+    options = ["--model", str(folder), "--data", str(text), "--keep", "0.95", "0.9", "--json"]
     small = ["--nsamples", "8", "--seqlen", "32", "--windows", "2", "--output", str(tmp_path / "demo")]
     assert main(["demo", *options, str(tmp_path / "demo.json"), *small]) == 0
     assert "dense" in capsys.readouterr().out
     report = (tmp_path / "demo/report.md").read_text()
-    assert "95 % of parameters" in report
-    assert "90 % of parameters" in report
-    assert (tmp_path / "demo/spectra.png").is_file()
-    assert (tmp_path / "demo/params-0.9/recipe.toml").is_file()
+    assert "95 %" in report
+    assert "90 %" in report
+    assert (tmp_path / "demo/demo.svg").is_file()
+    assert (tmp_path / "demo/keep-0.9/recipe.toml").is_file()

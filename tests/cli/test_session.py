@@ -100,7 +100,9 @@ def run_proposals(session: Session, folder) -> None:
     for command in session.next_commands:
         program, arguments = command.split(" ", 1)
         assert program == "slicegpt"
-        slicegpt(folder, arguments)
+        # What a model of random weights writes has no spaces to break at.
+        short = " --max-new-tokens 12" if arguments.startswith("generate ") else ""
+        slicegpt(folder, arguments + short)
 
 
 def test_env_and_a_mistake(desk):

@@ -45,7 +45,7 @@ def cpu_seconds(command: list[str], cwd) -> tuple[float, int, str]:
         ("slice nosuch --slice 2 --output x", 2, "--slice: "),
         ("slice nosuch.gguf --slice 0.2 --output x", 2, "nosuch.gguf does not exist"),
         ("slice nosuch --slice 0.2 --output x --calibration nofile", 2, "nofile is no file or folder"),
-        ("eval nosuch", 2, "--data or --tasks is needed"),
+        ("eval nosuch --limit 3", 2, "--limit needs --tasks"),
         ("eval ./nosuch --data text.txt", 2, "./nosuch does not exist"),
         ("generate nosuch.gguf --prompt x", 2, "nosuch.gguf does not exist"),
         ("generate nosuch --prompt x --sample --top-p 2", 2, "--top-p: "),
@@ -129,7 +129,7 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path):
     code = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "from slicegpt.cli import main\n"
-        "sys.argv = ['slicegpt', 'eval', 'nosuch']; code = main()\n"
+        "sys.argv = ['slicegpt', 'eval', 'nosuch', '--limit', '3']; code = main()\n"
         "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN; sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -150,7 +150,7 @@ def run(options):
     except KeyboardInterrupt:
         raise SliceGPTError("cannot load")
 slicegpt.cli.evaluation.run = run
-sys.argv = ["slicegpt", "eval", "nosuch"]
+sys.argv = ["slicegpt", "eval", "nosuch", "--limit", "3"]
 sys.exit(main())
 """
     done = subprocess.run(

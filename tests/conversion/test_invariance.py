@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.tiny_models import CASES, left_padding, relative_error, tiny_model, token_ids
+from support.tiny_models import CASES, left_padding, own_positions, relative_error, tiny_model, token_ids
 
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.families import canonical_fields, checkpoint_of
@@ -41,7 +41,8 @@ def test_logits_equal_in_float64(pair):
 def test_logits_equal_with_left_padding(pair):
     model, turned = pair
     ids, mask = left_padding(token_ids(), [12, 7, 1])
-    actual, expected = (network(ids, attention_mask=mask).logits for network in (turned, model))
+    expected = model(ids, attention_mask=mask, **own_positions(model, mask)).logits
+    actual = turned(ids, attention_mask=mask, **own_positions(turned, mask)).logits
     assert relative_error(actual[mask.bool()], expected[mask.bool()]) < TOLERANCE
 
 

@@ -2,8 +2,9 @@
 
 Bounds, with u = 2^-24. A sum of K products in float32, in any order: K u A, A the same sum of magnitudes; twice that,
 because tensor cores truncate. The row's scale and the bias add 8 roundings of their own, its sum of squares (K + 40)
-halves. An activation changes by at most 1.13 times its argument's change, and has an error of its own of 2^-20. A
-result is rounded once to its format, to U of its magnitude, or by half of float16's smallest number.
+halves. An activation changes by at most 1.13 times its argument's change (a square by twice its argument times it), and
+has an error of its own of 2^-20. A result is rounded once to its format, to U of its magnitude, or by half of float16's
+smallest number.
 """
 
 import math
@@ -31,6 +32,7 @@ ACTIVATIONS = {
     "gelu": lambda x: x * torch.special.erfc(-x / math.sqrt(2)) / 2,
     "gelu_tanh": lambda x: x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
     "silu": lambda x: x * torch.sigmoid(x),
+    "relu2": lambda x: x.clamp_min(0).square(),
 }
 GATED = ["silu_gated", "gelu_gated", "gelu_tanh_gated"]
 ROUNDING = {F16: 2.0**-11, BF16: 2.0**-8, F32: 2.0**-24}
@@ -112,7 +114,8 @@ def check_norm_linear(y, h, weight, bias, sumsq, n_scaled, activation, divisor, 
         bound = gate_slack * (up.abs() + up_slack) + act(gate).abs() * up_slack
     else:
         value = act(pre)
-        bound = slack if activation == "none" else 1.13 * slack + own * (1 + pre.abs())
+        slope = 2 * (pre.abs() + slack) if activation == "relu2" else 1.13
+        bound = slack if activation == "none" else slope * slack + own * (1 + pre.abs() + value.abs())
     expected = torch.cat((value, product[:, n_scaled:]), 1)
     bound = torch.cat((bound, 2 * d * U * magnitude[:, n_scaled:]), 1)
     check(y, expected, bound, dtype)

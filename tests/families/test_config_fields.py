@@ -6,12 +6,19 @@ them as attributes, obeys a few of them whatever the class, and ignores the othe
 family, known to its class or not.
 """
 
-import copy
 import dataclasses
 
 import pytest
 import torch
-from support.tiny_models import CASES, LLAMA3_ROPE, LONG_ROPE, relative_error, tiny_model, token_ids
+from support.tiny_models import (
+    CASES,
+    GROWING_QUERIES,
+    LLAMA3_ROPE,
+    LONG_ROPE,
+    relative_error,
+    tiny_model,
+    token_ids,
+)
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import FAMILIES, facts_of
@@ -33,6 +40,26 @@ BASE = {
     "starcoder2": "starcoder2",
     "olmo": "olmo",
     "cohere": "cohere",
+    "ministral": "ministral",
+    "cwm": "cwm",
+    "seed_oss": "seed-oss",
+    "exaone": "exaone",
+    "internlm3": "internlm3",
+    "iquestcoder": "iquest-coder",
+    "gpt2": "gpt2",
+    "falcon": "falcon",
+    "nemotron": "nemotron",
+    "arcee": "arcee",
+    "jais2": "jais2",
+    "glm": "glm",
+    "ernie4_5": "ernie",
+    "helium": "helium",
+    "smollm3": "smollm3",
+    "cohere2": "cohere2",
+    "granitemoehybrid": "granite4",
+    "ministral3": "ministral3",
+    "hunyuan_v1_dense": "hunyuan",
+    "apertus": "apertus",
 }
 
 THETA = {"rope_theta": 100.0}
@@ -58,6 +85,11 @@ ROPES = [
     THETA | {"rope_type": "ntk_by_parts", "factor": 2.0},
     {"rope_type": "default", "rope_theta": 0.0},
     {"rope_type": "default", "rope_theta": float("nan")},
+    THETA | {"rope_type": "dynamic", "factor": 1.0, "alpha": 5.0},
+    THETA | {"rope_type": "default", "alpha": 5.0},
+    GROWING_QUERIES | {"original_max_position_embeddings": 4},
+    GROWING_QUERIES | {"llama_4_scaling_beta": None},
+    THETA | {"rope_type": "default", "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4},
     {"full_attention": {"rope_type": "default", "rope_theta": 10.0}},
 ]
 BOTH = [False, True]
@@ -77,6 +109,16 @@ PROBES: dict[str, list] = {
     "activation_function": ["gelu", "silu", "relu", "relu2", "xielu", "swiglu"],
     "max_position_embeddings": [8, 16, 100],
     "original_max_position_embeddings": [4, 16],
+    "n_embd": [40, 44, 46, 0],
+    "n_inner": [1, 33, 0, None],
+    "n_layer": [1, 2, 0],
+    "n_head": [2, 6, 8, 16, 0],
+    "n_positions": [8, 16, 100],
+    "ffn_hidden_size": [1, 33],
+    "num_kv_heads": [1, 2, 3, 4, 0, None],
+    "activation": ["gelu", "silu", "relu", "relu2", "xielu", "swiglu"],
+    "layer_norm_epsilon": EPSILONS,
+    "norm_eps": EPSILONS,
     "rms_norm_eps": EPSILONS,
     "layer_norm_eps": EPSILONS,
     "norm_epsilon": EPSILONS,
@@ -85,6 +127,7 @@ PROBES: dict[str, list] = {
     "mlp_bias": BOTH,
     "use_bias": BOTH,
     "use_qkv_bias": BOTH,
+    "attention_out_bias": BOTH,
     "enable_bias": BOTH,
     "layer_norm_elementwise_affine": BOTH,
     "do_layer_norm_before": BOTH,
@@ -94,6 +137,16 @@ PROBES: dict[str, list] = {
     "use_qk_norm": BOTH,
     "clip_qkv": [0.1, None],
     "use_parallel_residual": BOTH,
+    "parallel_attn": BOTH,
+    "multi_query": BOTH,
+    "new_decoder_architecture": BOTH,
+    "num_ln_in_parallel_attn": [1, 2, None],
+    "bias": BOTH,
+    "alibi": BOTH,
+    "scale_attn_weights": BOTH,
+    "scale_attn_by_inverse_layer_idx": BOTH,
+    "reorder_and_upcast_attn": BOTH,
+    "add_cross_attention": BOTH,
     "use_sliding_window": BOTH,
     "sliding_window": [1, 3, 0, None],
     "max_window_layers": [0, 1, 3],
@@ -122,12 +175,18 @@ PROBES: dict[str, list] = {
     "query_pre_attn_scalar": [3],
     "attention_chunk_size": [4],
     "chunk_size_feed_forward": [2],
-    "no_rope_layers": [[0, 0]],
+    "no_rope_layers": [[0, 0], [1, 1], [0, 1, 1], [1]],
+    "no_rope_layer_interval": [1, 2, 3],
+    "num_local_experts": [0, 2],
+    "output_router_logits": BOTH,
+    "shared_intermediate_size": [1, 33],
+    "position_embedding_type": ["rope", None, "learned"],
     "use_cache": BOTH,
     "pretraining_tp": [2],
 }
 # What a message may name instead: a field that follows from the one that was set.
 MEANT = {
+    "rope_scaling": ["rope_parameters"],
     "use_sliding_window": ["sliding_window"],
     "layer_types": ["sliding_window"],
     "rotary_pct": ["partial_rotary_factor"],
@@ -146,11 +205,13 @@ WITHOUT_EFFECT = {
     "classifier_dropout",
     "resid_pdrop",
     "embd_pdrop",
+    "attn_pdrop",
     "residual_dropout",
     "embedding_dropout",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
+    "eod_token_id",
     "architectures",
     "dtype",
     "id2label",
@@ -158,6 +219,24 @@ WITHOUT_EFFECT = {
     "output_hidden_states",
     "problem_type",
     "return_dict",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "summary_type",
+    "summary_use_proj",
+    # Of layers that no supported model has.
+    "mamba_chunk_size",
+    "mamba_conv_bias",
+    "mamba_d_conv",
+    "mamba_d_head",
+    "mamba_d_state",
+    "mamba_expand",
+    "mamba_n_groups",
+    "mamba_n_heads",
+    "mamba_proj_bias",
+    "num_experts_per_tok",
+    "router_aux_loss_coef",
+    "time_step_limit",
     "transformers_version",
 }
 
@@ -172,10 +251,10 @@ def test_every_field_of_every_config_class_is_probed():
 @torch.no_grad()
 def outcome(case: str, **changes) -> str:
     """What becomes of a case with `changes` to its config: "equal", "refused", or what went wrong."""
-    ids = token_ids(2)
+    ids, kinds = token_ids(2), CASES[case][2].get("layer_types")
+    two_layers = {"num_hidden_layers": 2} | ({} if kinds is None else {"layer_types": kinds[:2]})
     try:
-        # transformers writes into the dictionaries that it is given.
-        model = tiny_model(case, **{"num_hidden_layers": 2} | copy.deepcopy(changes))
+        model = tiny_model(case, **two_layers | changes)
     except Exception:  # such a config or model does not exist: loading says so in one line
         return "refused"
     try:

@@ -3,14 +3,20 @@
 import pytest
 import torch
 from support.sliced_models import batches
-from support.tiny_models import LONG_ROPE, left_padding, relative_error, tiny_model, token_ids
-from transformers import BertConfig, Exaone4Config, Gemma2Config, Glm4Config
+from support.tiny_models import (
+    GROWING_QUERIES,
+    LONG_ROPE,
+    left_padding,
+    relative_error,
+    tiny_model,
+    token_ids,
+)
 
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.errors import SliceGPTError
-from slicegpt.families import Linear, canonical_fields, checkpoint_of, family_of
+from slicegpt.families import Linear, canonical_fields, checkpoint_of
 from slicegpt.families.rewriting import neighbours_to_halves
-from slicegpt.modeling import SlicedConfig
+from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.runtime import Runtime, to_canonical
 from slicegpt.slicing import SlicingOptions, slice_model
 
@@ -44,6 +50,26 @@ from slicegpt.slicing import SlicingOptions, slice_model
             {"num_attention_heads": 16},
             r"opt: hidden_size / num_attention_heads must be even, got 48 / 16 = 3",
         ),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "gpt2: scale_attn_by_inverse_layer_idx=True"),
+        ("gpt2", {"add_cross_attention": True}, "gpt2: add_cross_attention=True is not supported"),
+        ("gpt2", {"num_attention_heads": 16}, "gpt2: hidden_size / num_attention_heads must be even"),
+        ("falcon", {"alibi": True}, "falcon: alibi=True is not supported"),
+        ("falcon-sequential", {"num_kv_heads": 2}, "falcon: num_kv_heads must be 4 where multi_query=False"),
+        ("falcon-grouped", {"parallel_attn": False}, "falcon: parallel_attn=False is not supported"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "falcon: num_ln_in_parallel_attn=2 is not supported"),
+        ("helium", {"head_dim": 16}, "helium: head_dim must be hidden_size / num_attention_heads = 12"),
+        ("granite4", {"num_local_experts": 4}, "granitemoehybrid: num_local_experts=4 is not supported"),
+        (
+            "granite4",
+            {"layer_types": ["linear_attention"] * 3},
+            "granitemoehybrid: layer_types must be of 'full_attention'",
+        ),
+        (
+            "ministral3",
+            {"rope_parameters": GROWING_QUERIES | {"llama_4_scaling_beta": None}},
+            "ministral3: rope_parameters: llama_4_scaling_beta must be a number, got None",
+        ),
+        ("cohere2", {"logit_scale": 0.0}, "cohere2: logit_scale must be finite and not 0"),
         ("llama", {"is_causal": False}, "llama: is_causal=False is not supported"),
         ("llama", {"hidden_act": "prelu"}, "llama: hidden_act must be one of gelu, .*, got 'prelu'"),
         ("opt", {"activation_function": "xielu"}, "opt: activation_function must be one of"),
@@ -57,23 +83,6 @@ def test_variants_that_cannot_be_represented_are_refused(case, changes, message)
         setattr(model.config, name, value)
     with pytest.raises(SliceGPTError, match=message):
         canonical_fields(model)
-
-
-@pytest.mark.parametrize(
-    ("config", "what"),
-    [
-        (BertConfig(), "model_type 'bert' is"),
-        (Exaone4Config(), "model_type 'exaone4', whose blocks normalise what they write, is"),
-        (Glm4Config(), "model_type 'glm4', whose blocks normalise what they write, is"),
-        (Gemma2Config(), "model_type 'gemma2', whose blocks normalise what they write, is"),
-        (SlicedConfig(), "an already sliced model is"),
-    ],
-)
-def test_an_unknown_family_is_told_the_known_ones(config, what):
-    with pytest.raises(
-        SliceGPTError, match=rf"model: {what} not supported; supported are llama \(.*cohere \("
-    ):
-        family_of(config)
 
 
 @torch.no_grad()
@@ -206,6 +215,62 @@ def test_the_runtime_goes_as_far_as_longrope_keeps_its_frequencies():
     assert torch.equal(runtime.generate(ids, max_new_tokens=12, ignore_eos=True), expected)
     with pytest.raises(SliceGPTError, match="at most 32, the length at which the model's LongRoPE changes"):
         Runtime(model, max_length=33)
+
+
+# --- queries that grow with their position --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_generation_past_the_length_from_which_queries_grow(padded):
+    """12 tokens of a prompt and 30 new ones, where queries grow from token 32 on; and where they never do."""
+    model = tiny_model("ministral3", torch.float32)
+    canonical = to_canonical(model)
+    ids, mask = left_padding(token_ids(), [12, 7, 3]) if padded else (token_ids(), torch.ones(3, 12).long())
+    settings = {"max_new_tokens": 30, "min_new_tokens": 30, "pad_token_id": 0}
+    tokens = [network.generate(ids, attention_mask=mask, **settings) for network in (model, canonical)]
+    assert torch.equal(*tokens)
+    expected = model(tokens[0]).logits
+    assert relative_error(canonical(tokens[0]).logits, expected) < 1e-5
+    rope = GROWING_QUERIES | {"llama_4_scaling_beta": 0.0}
+    constant = tiny_model("ministral3", torch.float32, rope_parameters=rope)(tokens[0]).logits
+    assert relative_error(constant[:, :32], expected[:, :32]) < 1e-5
+    assert relative_error(constant[:, 32:], expected[:, 32:]) > 1e-3
+
+
+@torch.no_grad()
+def test_slicing_reads_the_positions_that_queries_grow_with():
+    """Full width, but the stream goes block by block through the calibration: the refit finds nothing to repair."""
+    rope = GROWING_QUERIES | {"original_max_position_embeddings": 4}
+    model, ids = tiny_model("ministral3", rope_parameters=rope), token_ids()
+    fields = canonical_fields(model)
+    config = plan(fields, constant_widths(fields, 48), Shape("dense", "random"))
+    options = SlicingOptions(dtype=torch.float64, ridge=0.1, orientation="random")
+    turned, _ = slice_model(model, config, batches(), options)
+    assert relative_error(turned(ids).logits, model(ids).logits) < 1e-8
+
+
+def test_the_runtime_goes_as_far_as_queries_stay_as_they_are():
+    model = tiny_model("ministral3", torch.float32)
+    assert Runtime(model).max_length == 32
+    with pytest.raises(SliceGPTError, match="at most 32, the length past which the model's queries grow"):
+        Runtime(model, max_length=33)
+
+
+@torch.no_grad()
+def test_an_activation_with_weights_is_sliced_and_saved(tmp_path):
+    """Its numbers are a layer's and not a neuron's: they stay as they are where neurons are deleted."""
+    model = tiny_model("apertus", torch.float32)
+    fields = canonical_fields(model)
+    config = plan(fields, constant_widths(fields, 36), Shape(neurons=0.25))
+    sliced, _ = slice_model(model, config, batches(), SlicingOptions(dtype=torch.float32, ridge=0.1))
+    sliced.save_pretrained(tmp_path)
+    loaded = SlicedForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(token_ids()).logits, sliced(token_ids()).logits)
+    theirs, ours = (network.model.layers[1].mlp for network in (model, loaded))
+    assert ours.up_proj.out_features < theirs.up_proj.out_features
+    for name, tensor in theirs.act_fn.state_dict().items():
+        assert torch.equal(ours.act_fn.state_dict()[name], tensor)
 
 
 # --- rewriting ---------------------------------------------------------------------------------------------------

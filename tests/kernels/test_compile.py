@@ -36,6 +36,7 @@ FINISH = {"C": "fp64", "partials": "fp64", "BLOCK": 32}
 ATTEND = {
     "rows": "fp16", "keys": "fp16", "values": "fp16", "valid": "i1", "slot": "i64", "cos": "fp16", "sin": "fp16",
     "norm": None, "sums": None, "peaks": None, "GROUP": 1, "KEY_HEADS": 32, "HEAD_DIM": 128, "ROTARY": 128,
+    "ROTATE_FIRST": False,
     "WINDOW": None, "SPLITS": 1, "DOT": False, "BLOCK_G": 1, "BLOCK_N": 32, "WIDTH": 128,
 }  # fmt: skip
 GROUPED = {"norm": "fp16", "sums": "fp32", "peaks": "fp32", "GROUP": 8, "KEY_HEADS": 8, "ROTARY": 32,

@@ -15,6 +15,7 @@ SHAPES = {
     "no groups, no rotary": Shape(batch=2, heads=3, key_heads=3, head_dim=40, rotary=None),
     "more than 16 in a group": Shape(batch=1, heads=18, key_heads=1, head_dim=16, rotary=16),
     "norm": Shape(batch=2, heads=6, key_heads=2, head_dim=16, rotary=16, norm=True),
+    "norm behind": Shape(batch=2, heads=6, key_heads=2, head_dim=20, rotary=16, norm=True, rotate_first=True),
     "norm, wide": Shape(batch=1, heads=2, key_heads=1, head_dim=160, rotary=160, norm=True),
 }
 

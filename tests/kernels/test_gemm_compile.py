@@ -138,6 +138,7 @@ def test_prefill(op, capability, dtype):
         ("relu", False),
         ("gelu", True),
         ("silu", False),
+        ("relu2", True),
         ("gelu_gated", True),
         ("gelu_tanh_gated", False),
         ("silu_gated", False),

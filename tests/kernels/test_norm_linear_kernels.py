@@ -118,8 +118,9 @@ def test_float16_streams_of_60000(run, activation):
     assert actual.abs().max() > 1
 
 
-def test_default_configuration(run):
-    check(run, normal(20, 48, dtype=torch.float16, seed=0), 64, 16, "relu", config=None)
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_default_configuration(run, activation):
+    check(run, normal(20, 48, dtype=torch.float16, seed=0), 64, 16, activation, config=None)
 
 
 def test_takes_tma():

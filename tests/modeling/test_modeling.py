@@ -200,17 +200,32 @@ def test_hidden_states_of_some_layers(small):
         ({"boundary_widths": [24, 24]}, "boundary_widths must hold 5 widths, got 2"),
         ({"boundary_widths": [40] * 5}, r"must lie in \[1, 32\]"),
         ({"shortcuts": ["identity", "round", "dense", "dense"]}, "shortcuts must hold 4 of"),
+        ({"no_rope_layers": [1]}, r"no_rope_layers must hold 2 of 0 and 1, one a layer, got \[1\]"),
+        ({"no_rope_layers": [1, 2]}, "no_rope_layers must hold 2 of 0 and 1"),
         (
             {"boundary_widths": [24, 16, 24, 24, 32], "shortcuts": ["compact"] * 4},
             r"shortcuts\[0\] cannot be",
         ),
-        ({"position_embedding": "alibi"}, "must be 'rotary' or 'learned'"),
+        ({"position_embedding": "alibi"}, "must be 'rotary', 'learned' or 'none', got 'alibi'"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):
     fields = {"dense_hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} | changes
     with pytest.raises(Exception, match=message):
         SlicedConfig(**fields)
+
+
+def test_a_config_of_before_means_what_it_did():
+    """Checkpoints written without these fields: all layers have rotary positions, norms come before them."""
+    fields = SlicedConfig(dense_hidden_size=32, num_hidden_layers=2, num_attention_heads=2).to_dict()
+    older = {
+        name: value for name, value in fields.items() if name not in ("no_rope_layers", "qk_norm_after_rope")
+    }
+    config = SlicedConfig.from_dict(older)
+    assert config.uses_rope(0)
+    assert config.uses_rope(1)
+    assert not config.qk_norm_after_rope
+    assert config.query_scaling is None
 
 
 def test_compiles_without_graph_breaks(small):

@@ -18,14 +18,24 @@ from slicegpt.ops.dispatch import GemmDispatcher
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
-EPILOGUES = ["none", "relu", "gelu", "gelu_tanh", "silu", "silu_gated", "gelu_gated", "gelu_tanh_gated"]
+EPILOGUES = [
+    "none",
+    "relu",
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "relu2",
+    "silu_gated",
+    "gelu_gated",
+    "gelu_tanh_gated",
+]
 
 
 def product_rounding(h, weight, bias, n_scaled, activation):
     """What rounding the product to bfloat16 moves the result by: half a unit of each, times the slopes after it.
 
-    Scaled products of these inputs stay below 8 and their activations' slopes below 1.13; a gate and its values move
-    each other's error by less than 8.
+    Scaled products of these inputs stay below 8 and their activations' slopes below 1.13, a square's below 16; a gate
+    and its values move each other's error by less than 8.
     """
     product = h.double() @ weight.double().mT
     scale = (h.double().square().sum(1, keepdim=True) / 90.0 + 1e-5).rsqrt()
@@ -34,7 +44,7 @@ def product_rounding(h, weight, bias, n_scaled, activation):
     if activation in GATED:
         gate, up = scaled.chunk(2, dim=1)
         scaled = 8 * (1.13 * gate + up)
-    return torch.cat((1.13 * scaled, plain), dim=1)
+    return torch.cat(((16 if activation == "relu2" else 1.13) * scaled, plain), dim=1)
 
 
 @pytest.mark.parametrize("dtype", epilogue.DTYPES)

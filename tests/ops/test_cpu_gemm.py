@@ -23,7 +23,17 @@ from slicegpt.runtime.executor import Executor
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
-EPILOGUES = ["none", "relu", "gelu", "gelu_tanh", "silu", "silu_gated", "gelu_gated", "gelu_tanh_gated"]
+EPILOGUES = [
+    "none",
+    "relu",
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "relu2",
+    "silu_gated",
+    "gelu_gated",
+    "gelu_tanh_gated",
+]
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

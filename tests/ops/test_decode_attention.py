@@ -16,6 +16,7 @@ SHAPES = {
     "small": SMALL,
     "phi-2": Shape(batch=1, heads=4, key_heads=4, head_dim=80, rotary=32),
     "gemma": Shape(batch=1, heads=8, key_heads=1, head_dim=256, rotary=256),
+    "hunyuan": Shape(batch=2, heads=4, key_heads=2, head_dim=12, rotary=8, norm=True, rotate_first=True),
     "opt": Shape(batch=2, heads=3, key_heads=3, head_dim=64, rotary=None),
 }
 

@@ -17,7 +17,7 @@ from slicegpt.ops.dispatch import GemmDispatcher
 from slicegpt.ops.norm_linear import DISPATCHER, is_supported
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-PLAIN = ["none", "relu", "gelu", "gelu_tanh", "silu"]
+PLAIN = ["none", "relu", "gelu", "gelu_tanh", "silu", "relu2"]
 GATED = ["silu_gated", "gelu_gated", "gelu_tanh_gated"]
 
 
@@ -37,6 +37,7 @@ def activated(x: torch.Tensor, name: str) -> torch.Tensor:
         "gelu": lambda: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
         "gelu_tanh": lambda: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
         "silu": lambda: x / (1 + torch.exp(-x)),
+        "relu2": lambda: x * x * (x > 0),
     }[name]()
 
 
@@ -53,12 +54,12 @@ def expected(h, weight, bias, n_scaled, activation, divisor, eps) -> torch.Tenso
 def assert_close(actual, h, weight, bias, n_scaled, activation, divisor, eps) -> None:
     """Products of d terms summed in float32 (float64) err by at most d roundings of the magnitudes' sum, in practice
     by their root; storing rounds by eps of the dtype. The CPU's 16-bit forms round up to three more times (input,
-    product, bias), and gating multiplies two such values: 8 roundings of the storage dtype cover all of them."""
+    product, bias), and gating and squaring multiply two such values: 8 roundings of the storage dtype cover them."""
     wanted = expected(h, weight, bias, n_scaled, activation, divisor, eps)
     magnitude = h.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1).max()
     scale = torch.rsqrt(h.double().square().sum(dim=1, keepdim=True) / divisor + eps)
     largest_pre = magnitude * scale + (0 if bias is None else bias.double().norm())
-    room = largest_pre**2 if activation.endswith("_gated") else largest_pre
+    room = largest_pre**2 if activation.endswith("_gated") or activation == "relu2" else largest_pre
     room = torch.maximum(room, magnitude) if n_scaled < len(weight) else room
     accumulated = h.shape[1] * torch.finfo(sumsq_dtype(h.dtype)).eps
     tolerance = 8 * torch.finfo(h.dtype).eps + accumulated

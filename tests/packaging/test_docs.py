@@ -129,8 +129,8 @@ SMALL = ["--nsamples", "24", "--seqlen", "32"]
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
-        ("slice_and_save", ["--params", "0.9", *SMALL, "--output", "sliced"], "sliced"),
-        ("compare_with_dense", ["--params", "0.95", "0.9", *SMALL, "--windows", "4"], "0.95"),
+        ("slice_and_save", ["--keep", "0.9", *SMALL, "--output", "sliced"], "sliced"),
+        ("compare_with_dense", ["--keep", "0.95", "0.9", *SMALL, "--windows", "4"], "0.95"),
         ("fast_runtime", ["--tokens", "8"], "same tokens"),
     ],
 )

@@ -168,7 +168,8 @@ def test_projections_and_norms_are_fused(served, request):
 
 
 # Families whose parts the trained model lacks: learned positions and shifts (OPT), parallel blocks and a biased head
-# (Phi), norms of queries and keys (Qwen3), a window (Mistral), and a sliced head. Heads of 32, which vLLM can do.
+# (Phi), norms of queries and keys (Qwen3), a window (Mistral), a layer without rotary positions (SmolLM3), and a sliced
+# head. Heads of 32, which vLLM can do.
 SHAPES = {"hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 128}
 SMALL = {
     "opt": {"changes": SHAPES},
@@ -176,6 +177,7 @@ SMALL = {
     "phi": {"changes": SHAPES},
     "qwen3-tied": {"changes": SHAPES | {"head_dim": 32}},
     "mistral-window": {"changes": SHAPES | {"head_dim": 32}},
+    "smollm3": {"changes": SHAPES},
 }
 # Families whose factors are folded, and LongRoPE.
 FOLDED = {

@@ -226,11 +226,11 @@ def test_opt_350m_is_refused_with_the_reason():
 
 
 def test_unsupported_architecture_lists_the_supported_ones():
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32))
+    model = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=16, n_head=2, vocab_size=32))
     with pytest.raises(
-        SliceGPTError, match=r"model_type 'gpt2' is not supported; supported are llama .*opt .*phi"
+        SliceGPTError, match=r"model_type 'bloom' is not supported: .*ALiBi; supported are llama, .*opt, phi,"
     ):
         canonical_fields(model)
     small, _ = sliced(tiny_model("llama"), 36)

@@ -18,6 +18,7 @@ class Shape:
     head_dim: int
     rotary: int | None
     norm: bool = False
+    rotate_first: bool = False
 
     @property
     def columns(self) -> int:
@@ -48,25 +49,31 @@ def arguments(
     if shape.norm:
         norm = (1 + 0.3 * normal(shape.key_heads + shape.heads, shape.head_dim)).to(dtype).to(device)
     place = torch.tensor([slot], device=device)
-    return rows, keys, values, valid, place, cos, sin, norm, shape.heads, window, 1e-5
+    return rows, keys, values, valid, place, cos, sin, norm, shape.heads, window, 1e-5, shape.rotate_first
 
 
 def expected(inputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     """[batch, heads, head_dim], what is attended, and [batch, key heads, head_dim], the new keys; float64."""
-    rows, keys, values, valid, place, cos, sin, norm, heads, window, eps = inputs
+    rows, keys, values, valid, place, cos, sin, norm, heads, window, eps, rotate_first = inputs
     rows, keys, values = rows.cpu().double(), keys.cpu().double(), values.cpu().double()
     batch, key_heads, _, size = keys.shape
     slot = int(place)
     new_values = rows[:, : key_heads * size].view(batch, key_heads, size)
     states = rows[:, key_heads * size : (2 * key_heads + heads) * size].view(batch, -1, size)
-    if norm is not None:
-        states = states * (states.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.cpu().double()
+
+    def normed(states):
+        return states * (states.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.cpu().double()
+
+    if norm is not None and not rotate_first:
+        states = normed(states)
     if cos is not None:
         cos, sin, states = cos.cpu().double(), sin.cpu().double(), states.clone()
         half = cos.shape[-1] // 2
         first, second = states[..., :half].clone(), states[..., half : 2 * half].clone()
         states[..., :half] = first * cos[..., :half] + second * sin[..., :half]
         states[..., half : 2 * half] = second * cos[..., half:] + first * sin[..., half:]
+    if norm is not None and rotate_first:
+        states = normed(states)
     attended = torch.empty(batch, heads, size, dtype=torch.float64)
     for row in range(batch):
         first = 0 if window is None else max(0, slot - window + 1)

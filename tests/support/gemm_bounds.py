@@ -38,8 +38,12 @@ def norm_linear_bound(h, weight, bias, n_scaled, activation, divisor, eps) -> tu
     # The sum of squares is off by inner · U relative, its root by half of that; the approximate reciprocal root, the
     # product and the bias by a few U more.
     pre_error = sum_error(magnitude[:, :n_scaled], inner) * scale + (inner / 2 + 8) * U * pre_size
-    # relu, gelu and silu have slopes of at most 1.13; their own arithmetic is off by a few U of |x| + 1.
-    act_error = 1.13 * pre_error + 16 * U * (pre_size + 1) * (activation != "none")
+    # relu, gelu and silu have slopes of at most 1.13, and their own arithmetic is off by a few U of |x| + 1; a square
+    # has slopes of 2 |x|, and is off by a few U of itself.
+    if activation == "relu2":
+        act_error = 2 * (pre_size + pre_error) * pre_error + 16 * U * pre_size.square()
+    else:
+        act_error = 1.13 * pre_error + 16 * U * (pre_size + 1) * (activation != "none")
     if activation in GATED:
         gate_error, up_error = act_error.chunk(2, dim=1)[0], pre_error.chunk(2, dim=1)[1]
         gate_size, up_size = pre_size.chunk(2, dim=1)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 PERMUTED = ("llama", "mistral")
+ONE_PLUS = ("nemotron",)
 
 
 def write_gguf(
@@ -76,6 +77,7 @@ def architecture_settings(model: PreTrainedModel) -> dict:
         ("rms_norm_eps", "layer_norm_rms_epsilon"),
         ("layer_norm_eps", "layer_norm_epsilon"),
         ("norm_epsilon", "layer_norm_epsilon"),
+        ("norm_eps", "layer_norm_epsilon"),
     ):
         if hasattr(config, eps):
             settings[f"attention.{key}"] = getattr(config, eps)
@@ -114,6 +116,8 @@ def parameters(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarra
         part = theirs.split(".")[-1]
         if config.model_type in PERMUTED and part in heads:
             array = array.reshape(heads[part], 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        if config.model_type in ONE_PLUS and part.endswith("norm") and suffix == "weight":
+            array = array + 1
         arrays[f"{theirs}.{suffix}"] = array
     return arrays
 

@@ -275,6 +275,15 @@ def frontier_content() -> dict:
     }
 
 
+def conversation_content() -> dict:
+    """As `slicegpt generate --chat --json`."""
+    messages = [
+        {"role": "user", "content": "What is a list?"},
+        {"role": "assistant", "content": "A sequence."},
+    ]
+    return {"messages": messages, "runtime": "fused"}
+
+
 # Kind -> a file of it. Those that bench/results/ holds are tested as they are.
 UNRECORDED = {
     "decode attention": attention_content,
@@ -290,6 +299,7 @@ UNRECORDED = {
     "environment": environment_content,
     "demo": demo_content,
     "generation": generation_content,
+    "conversation": conversation_content,
 }
 
 

@@ -1,22 +1,56 @@
 """Small random Hugging Face models of every family, and the network in honest float64."""
 
+import copy
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
+    ArceeConfig,
+    ArceeForCausalLM,
+    Cohere2Config,
+    Cohere2ForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    CwmConfig,
+    CwmForCausalLM,
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
+    ExaoneConfig,
+    FalconConfig,
+    FalconForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    HeliumConfig,
+    HeliumForCausalLM,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
+    InternLM3Config,
+    IQuestCoderConfig,
+    Jais2Config,
+    Jais2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     OlmoConfig,
     OlmoForCausalLM,
     OPTConfig,
@@ -30,12 +64,18 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
 )
 from transformers.models.cohere import modeling_cohere
+from transformers.models.cohere2 import modeling_cohere2
+from transformers.models.ernie4_5 import modeling_ernie4_5
 
 VOCAB = 96
 COMMON = {
@@ -65,12 +105,28 @@ LONG_ROPE = {
     "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
     "original_max_position_embeddings": 32,
 }
+# Queries at positions from 32 on are longer.
+GROWING_QUERIES = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
 GRANITE = {
     "embedding_multiplier": 12.0,
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.15,
     "logits_scaling": 8.0,
 }
+GRANITE4 = (
+    GATED
+    | GRANITE
+    | {"num_local_experts": 0, "shared_intermediate_size": 80, "position_embedding_type": "rope"}
+    | {"layer_types": ["full_attention"] * 3, "mamba_n_heads": 4, "tie_word_embeddings": True}
+)
 
 # Model class, config class, config.
 CASES = {
@@ -135,7 +191,75 @@ CASES = {
     "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config, GATED | {"sliding_window": 5}),
     "olmo": (OlmoForCausalLM, OlmoConfig, GATED),
     "cohere": (CohereForCausalLM, CohereConfig, GATED | {"logit_scale": 0.25}),
+    "ministral": (MinistralForCausalLM, MinistralConfig, GATED | {"head_dim": 16, "sliding_window": 5}),
+    "cwm": (CwmForCausalLM, CwmConfig, GATED | {"head_dim": 16, "sliding_window": 5}),
+    "seed-oss": (SeedOssForCausalLM, SeedOssConfig, GATED | {"head_dim": 16, "attention_out_bias": True}),
+    "exaone": (LlamaForCausalLM, ExaoneConfig, GATED | {"rope_parameters": LLAMA3_ROPE}),
+    "internlm3": (
+        LlamaForCausalLM,
+        InternLM3Config,
+        GATED | {"head_dim": 16, "attention_bias": True, "mlp_bias": True},
+    ),
+    "iquest-coder": (LlamaForCausalLM, IQuestCoderConfig, GATED | {"head_dim": 16}),
+    "gpt2": (GPT2LMHeadModel, GPT2Config, COMMON | {"n_inner": 80}),
+    "gpt2-untied": (GPT2LMHeadModel, GPT2Config, COMMON | {"tie_word_embeddings": False}),
+    "falcon": (FalconForCausalLM, FalconConfig, COMMON | {"ffn_hidden_size": 80}),
+    "falcon-grouped": (
+        FalconForCausalLM,
+        FalconConfig,
+        COMMON
+        | {"ffn_hidden_size": 80, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}
+        | {"tie_word_embeddings": False},
+    ),
+    "falcon-sequential": (
+        FalconForCausalLM,
+        FalconConfig,
+        COMMON | {"ffn_hidden_size": 80, "multi_query": False, "parallel_attn": False},
+    ),
+    "nemotron": (NemotronForCausalLM, NemotronConfig, GATED | {"head_dim": 16, "mlp_bias": True}),
+    "arcee": (ArceeForCausalLM, ArceeConfig, GATED),
+    "jais2": (Jais2ForCausalLM, Jais2Config, GATED),
+    "glm": (GlmForCausalLM, GlmConfig, GATED | {"head_dim": 16}),
+    "ernie": (Ernie4_5ForCausalLM, Ernie4_5Config, GATED | {"head_dim": 16, "use_bias": True}),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, GATED | {"no_rope_layer_interval": 2}),
+    "smollm3-window": (
+        SmolLM3ForCausalLM,
+        SmolLM3Config,
+        GATED | {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 5},
+    ),
+    "cohere2": (
+        Cohere2ForCausalLM,
+        Cohere2Config,
+        GATED | {"logit_scale": 0.25, "sliding_window": 5, "sliding_window_pattern": 2},
+    ),
+    "granite4": (GraniteMoeHybridForCausalLM, GraniteMoeHybridConfig, GRANITE4),
+    "granite4-no-positions": (
+        GraniteMoeHybridForCausalLM,
+        GraniteMoeHybridConfig,
+        GRANITE4 | {"position_embedding_type": None, "head_dim": 16},
+    ),
+    "hunyuan": (HunYuanDenseV1ForCausalLM, HunYuanDenseV1Config, GATED | {"head_dim": 16}),
+    "hunyuan-alpha": (
+        HunYuanDenseV1ForCausalLM,
+        HunYuanDenseV1Config,
+        GATED
+        | {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e2, "factor": 1.0, "alpha": 9.0},
+        },
+    ),
+    "apertus": (ApertusForCausalLM, ApertusConfig, GATED | {"rope_parameters": LLAMA3_ROPE}),
+    "ministral3": (
+        Ministral3ForCausalLM,
+        Ministral3Config,
+        GATED | {"head_dim": 16, "rope_parameters": GROWING_QUERIES},
+    ),
+    "helium": (HeliumForCausalLM, HeliumConfig, GATED | {"head_dim": 12}),
 }
+
+# Their activation has weights, which the fused operators do not take.
+PLAIN_ONLY = {"apertus"}
+FUSED_CASES = sorted(set(CASES) - PLAIN_ONLY)
 
 
 def tiny_model(case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> PreTrainedModel:
@@ -145,7 +269,8 @@ def tiny_model(case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
     """
     torch.manual_seed(seed)
     model_class, config_class, config = CASES[case]
-    model = model_class(config_class(**(config | changes))).to(dtype).eval()
+    # transformers writes into the dictionaries that it is given.
+    model = model_class(config_class(**copy.deepcopy(config | changes))).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -156,17 +281,24 @@ def tiny_model(case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
     return in_float64(model)
 
 
-def _cohere_rotary(q, k, cos, sin):
+def _rotary_of_neighbours(q, k, cos, sin):
     cos, sin, rotate = cos[:, None], sin[:, None], modeling_cohere.rotate_half
     return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
 
 
-modeling_cohere.apply_rotary_pos_emb = _cohere_rotary  # the same function for float32 inputs
+def _ernie_rotary(q, k, cos, sin):
+    cos, sin = (table[..., : table.shape[-1] // 2].repeat_interleave(2, dim=-1) for table in (cos, sin))
+    return _rotary_of_neighbours(q, k, cos.to(q.dtype), sin.to(q.dtype))
+
+
+# The same functions for float32 inputs.
+modeling_cohere.apply_rotary_pos_emb = modeling_cohere2.apply_rotary_pos_emb = _rotary_of_neighbours
+modeling_ernie4_5.apply_rotary_pos_emb = _ernie_rotary
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    """transformers computes norms, Gemma's embedding scale and Cohere's rotary positions in float32 whatever the dtype;
-    in float64 models let them be in float64."""
+    """transformers computes norms and Gemma's embedding scale in float32 whatever the dtype (and Cohere's and ERNIE's
+    rotary positions, see above); in float64 models let them be in float64."""
 
     def rms_norm(self, hidden_states):
         eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
@@ -183,7 +315,7 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
             name = type(module).__name__
             if name.endswith("RMSNorm"):
                 module.forward = MethodType(rms_norm, module)
-            elif name in ("CohereLayerNorm", "OlmoLayerNorm"):
+            elif name in ("CohereLayerNorm", "Cohere2LayerNorm", "OlmoLayerNorm"):
                 module.forward = MethodType(layer_norm, module)
             elif hasattr(module, "scalar_embed_scale"):
                 module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
@@ -201,6 +333,16 @@ def left_padding(ids: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, t
     for row, length in enumerate(lengths):
         mask[row, ids.shape[1] - length :] = 1
     return ids * mask, mask
+
+
+def own_positions(model: PreTrainedModel, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The positions of tokens that are not padding, as `generate` gives them: what a model has to be told whose scores
+    depend on more than distances, and which counts columns otherwise."""
+    config = model.config
+    absolute = config.model_type in ("gpt2", "hunyuan_v1_dense") or getattr(
+        config, "qk_norm_after_rope", False
+    )
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if absolute else {}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

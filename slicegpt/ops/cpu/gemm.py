@@ -171,6 +171,7 @@ def attention_arguments(
     rotary: Tensor | None,
     norm: Tensor | None,
     norm_eps: float,
+    rotate_first: bool,
     heads: int,
 ):
     """csrc/cpu/decode.h's `Attention`, for a step: keys and values [batch, key heads, capacity, head_dim]."""
@@ -188,6 +189,7 @@ def attention_arguments(
         positions=0,
         norm=address(norm),
         norm_eps=norm_eps,
+        rotate_first=rotate_first,
         batch=batch,
         heads=heads,
         key_heads=key_heads,

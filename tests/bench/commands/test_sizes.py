@@ -46,7 +46,7 @@ def test_dense_and_sliced_rows(tiny_tokenizer, tmp_path, monkeypatch, documents,
     content = json.loads(file.read_text())
     dense, small = content["rows"]
     model, _ = api.load(str(folder), "float32")
-    planned = plan_recipe(Recipe(params=0.9, round_to=8), canonical_fields(model), model.dtype)
+    planned = plan_recipe(Recipe(keep=0.9, round_to=8), canonical_fields(model), model.dtype)
     assert dense["bytes"] == 4 * sum(parameter.numel() for parameter in model.parameters())
     # Neurons are shared out anew in multiples of 8: at most as many numbers as planned.
     assert 0.8 * dense["bytes"] < small["bytes"] <= 4 * stored_parameters(planned)

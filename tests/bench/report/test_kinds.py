@@ -25,8 +25,8 @@ from slicegpt.bench.report.tables import SHOWN_ROWS, TABLES, tables_of
 
 ROOT = Path(__file__).parents[3]
 # There is nothing to compare in them.
-WITHOUT_PLOT = {"tuned", "generation", "environment"}
-WITHOUT_HEADLINE = {"tuned", "kernels", "environment"}
+WITHOUT_PLOT = {"tuned", "generation", "conversation", "environment"}
+WITHOUT_HEADLINE = {"tuned", "kernels", "conversation", "environment"}
 JSON = re.compile(r"""[{}]|\[\s*["\d[]""")
 
 

@@ -1,0 +1,51 @@
+"""Rotary pairs of neighbours in Llama's layout: GLM-4-9B (a part of a head; gate and up fused), ERNIE 4.5, Helium."""
+
+from dataclasses import replace
+
+from transformers import PreTrainedConfig
+
+from .base import DenseLayer, head_dim_of
+from .checks import check_head_dim
+from .llama import LLAMA, LLAMA_LAYER, llama_facts
+from .rewriting import pairs_of_neighbours, split_rows
+
+
+def glm_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a GLM config determines."""
+    return llama_facts(config, partial_rotary=True)
+
+
+def glm_layer(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """Gate and up lie one below the other in one matrix."""
+    gate, up = split_rows(layer.up, config.intermediate_size, config.intermediate_size)
+    rotated = int(head_dim_of(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    return pairs_of_neighbours(replace(layer, gate=gate, up=up), config, rotated)
+
+
+def helium_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Helium config determines."""
+    check_head_dim(config)
+    return llama_facts(config)
+
+
+GLM = replace(
+    LLAMA,
+    model_type="glm",
+    architectures=("GlmForCausalLM",),
+    facts=glm_facts,
+    layer=replace(LLAMA_LAYER, gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
+    rewrite_layer=glm_layer,
+)
+ERNIE = replace(
+    LLAMA,
+    model_type="ernie4_5",
+    architectures=("Ernie4_5ForCausalLM",),
+    rewrite_layer=pairs_of_neighbours,
+)
+HELIUM = replace(
+    LLAMA,
+    model_type="helium",
+    architectures=("HeliumForCausalLM",),
+    facts=helium_facts,
+    rewrite_layer=pairs_of_neighbours,
+)
