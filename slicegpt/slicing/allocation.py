@@ -106,7 +106,7 @@ def deletion_costs(
     objective: Objective,
     ridge: float,
     progress: Progress,
-    keeper: Keeper,
+    keeper: Keeper | None = None,
 ) -> list[list[tuple[int, float]]]:
     """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`.
 
@@ -123,6 +123,7 @@ def deletion_costs(
         ranks=options.ranks,
     )
     blocks, curves = blocks_of(config), []
+    keeper = keeper or Keeper()
     found = keeper.found("allocation")
     done = options.ranks.decide(lambda: None if found is None else found.done)
     if done is None:
