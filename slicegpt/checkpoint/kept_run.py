@@ -40,6 +40,7 @@ from slicegpt.hardware.devices import find_device
 from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, Recipe
 from slicegpt.slicing.keeping import Keeper, Snapshot
+from slicegpt.units import parse_bytes
 
 # Seconds after which a run is worth keeping.
 KEEP_AFTER = 120.0
@@ -258,7 +259,10 @@ def machine_options(
     else:
         defaults = call["machine"]
         for name, value in given.items():
-            if value not in (None, defaults[name]):
+            same = value in (None, defaults[name])
+            if name == "max_shard_size" and not same:  # in whatever units
+                same = parse_bytes(str(value)) == parse_bytes(str(defaults[name]))
+            if not same:
                 _refuse(name, defaults[name], value)
     return {name: defaults[name] if value is None else value for name, value in given.items()}
 

@@ -252,7 +252,7 @@ def test_overwrite_starts_over(folder, text, undisturbed, tmp_path, monkeypatch)
             ("--calibration", "python-reference"),
             "--calibration: the run began with '.*train.txt', got 'python-",
         ),
-        (("--max-shard-size", "1MB"), "--max-shard-size: the run began with '5GB', got '1MB'"),
+        (("--max-shard-size", "1MB"), "--max-shard-size: the run began with '5GB', got '1000KB'"),
         (("--no-self-contained",), "--self-contained: the run began with True, got False"),
     ],
 )
@@ -268,7 +268,8 @@ def test_options_given_again_are_no_others(folder, text, undisturbed, tmp_path, 
     """As given, or as what they meant: dtype auto was float32."""
     output = tmp_path / "out"
     interrupted(monkeypatch, folder, text, output, 1)
-    api.slice(folder, calibration=text, output=output, resume=True, dtype="float32", device="cpu", **CHOICES)
+    again = CHOICES | {"dtype": "float32", "max_shard_size": "5000MB", "self_contained": True}
+    api.slice(folder, calibration=text, output=output, resume=True, device="cpu", **again)
     assert weights(output) == undisturbed
 
 
