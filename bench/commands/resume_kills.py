@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--kills-a-run", type=int, default=5)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--params", type=float, default=0.9)
+    parser.add_argument("--keep", type=float, default=0.9)
     parser.add_argument("--round-to", type=int, default=8)
     parser.add_argument("--calibration", default="python-reference")
     parser.add_argument("--nsamples", type=int, default=16)
@@ -140,7 +140,7 @@ def main() -> int:
     options = parser.parse_args()
     check_writable("--json", options.json)
     arguments = [options.model]
-    for name in ("params", "round_to", "calibration", "nsamples", "seqlen", "device"):
+    for name in ("keep", "round_to", "calibration", "nsamples", "seqlen", "device"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     progress, generator, rows = Progress(), random.Random(options.seed), []
     with tempfile.TemporaryDirectory(dir=options.work) as folder:

@@ -115,6 +115,10 @@ def _too_large(models: Sequence[PreTrainedModel | DenseSource], device: torch.de
     """Why the models are not measured: it would take long, or their packed copies do not fit beside them."""
     shells = [model.shell if isinstance(model, DenseSource) else model for model in models]
     parameters = [parameter for model in shells for parameter in model.parameters()]
+    unloaded = any(isinstance(model, DenseSource) and not model.in_memory for model in models)
+    if unloaded and sum(parameter.numel() for parameter in parameters) > CPU_PARAMETERS:
+        # A run that holds a layer at a time must not need the host to hold both models for this figure.
+        return "too large to be loaded for this; `slicegpt bench token` measures it"
     if device.type == "cpu" and sum(parameter.numel() for parameter in parameters) > CPU_PARAMETERS:
         return "too large for a few seconds on a CPU; `slicegpt bench token` measures it"
     # The weights where they run, and packed.

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 WORKER = Path(__file__).parents[1] / "support" / "killed_runs.py"
-CHOICES = {"params": 0.9, "round_to": 4, "nsamples": 8, "seqlen": 32, "batch_size": 4}
+CHOICES = {"keep": 0.9, "round_to": 4, "nsamples": 8, "seqlen": 32, "batch_size": 4}
 KEPT = CHOICES | {"keep_state": "always", "device": "cpu"}
 
 
@@ -139,7 +139,7 @@ def test_interrupted_between_blocks(folder, text, undisturbed, tmp_path, monkeyp
 def test_kinds_of_runs(case, choices, text, tiny_tokenizer, tmp_path, monkeypatch):
     """Random bases, half of the samples fitted, 16 bits, text that the model wrote; in several files."""
     folder = save_dense(tmp_path / "dense", tiny_tokenizer, case)
-    common = KEPT | {"params": None, "calibration": text, "max_shard_size": "30KB"} | choices
+    common = KEPT | {"keep": None, "calibration": text, "max_shard_size": "30KB"} | choices
     text = common.pop("calibration")
     api.slice(folder, calibration=text, output=tmp_path / "whole", **common | {"keep_state": "never"})
     interrupted(monkeypatch, folder, text, tmp_path / "out", 3, **common)
@@ -215,7 +215,7 @@ def test_two_snapshots_at_most_and_only_the_newest_is_needed(
 
 def test_interrupt_says_what_is_kept(folder, text, undisturbed, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
-    command = ["slice", folder, "--params", "0.9", "--round-to", "4", "--nsamples", "8", "--seqlen", "32"]
+    command = ["slice", folder, "--keep", "0.9", "--round-to", "4", "--nsamples", "8", "--seqlen", "32"]
     command += ["--batch-size", "4", "--calibration", text, "--device", "cpu", "--output", output]
     with monkeypatch.context() as patched:
         interrupt(patched, 11, KeyboardInterrupt())
@@ -243,7 +243,7 @@ def test_overwrite_starts_over(folder, text, undisturbed, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("--params", "0.8"), "--params: the run began with 0.9, got 0.8"),
+        (("--keep", "0.8"), "--keep: the run began with 0.9, got 0.8"),
         (("--slice", "0.25"), "--slice: the run began with None, got 0.25"),
         (("--seqlen", "64"), "--seqlen: the run began with 32, got 64"),
         (("--no-refit",), "--refit: the run began with True, got False"),
@@ -292,7 +292,7 @@ def test_nothing_to_resume(folder, text, tmp_path, capsys):
     with pytest.raises(SliceGPTError, match="resume: needs an output folder"):
         api.slice(folder, resume=True)
     with pytest.raises(SliceGPTError, match="keep_state: must be one of auto, always, never, got 'often'"):
-        api.slice(folder, params=0.9, keep_state="often")
+        api.slice(folder, keep=0.9, keep_state="often")
 
 
 def test_two_runs_into_one_folder(folder, text, tmp_path, monkeypatch):
@@ -387,7 +387,7 @@ def test_a_disk_that_fails(folder, text, tmp_path, monkeypatch, keep_state):
 
     monkeypatch.setattr(os, "pwrite", fail)
     kept = "what was done is kept" if keep_state == "always" else "nothing was kept"
-    arguments = CHOICES | {"slice": 0.25, "params": None, "keep_state": keep_state, "device": "cpu"}
+    arguments = CHOICES | {"slice": 0.25, "keep": None, "keep_state": keep_state, "device": "cpu"}
     with pytest.raises(SliceGPTError, match=f"out: Input/output error; {kept}"):
         api.slice(folder, calibration=text, output=tmp_path / "out", **arguments)
     assert is_resumable(tmp_path / "out") == (keep_state == "always")

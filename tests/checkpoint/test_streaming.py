@@ -9,6 +9,7 @@ from support.saved_models import save_dense, save_text
 from slicegpt import api
 from slicegpt.checkpoint.tensor_files import TensorFiles
 from slicegpt.checkpoint.tensors import FileTensor
+from slicegpt.runtime import speed
 
 LAYERS = 8
 
@@ -46,14 +47,16 @@ def test_one_layer_at_a_time(tiny_tokenizer, documents, tmp_path, monkeypatch):
         written.append(name)
         write(self, name, tensor)
 
+    monkeypatch.setattr(speed, "CPU_PARAMETERS", 1000)  # the model is a large one
     monkeypatch.setattr(FileTensor, "read", noted)
     monkeypatch.setattr(TensorFiles, "write", listed)
     result = api.slice(
-        folder, params=0.85, round_to=4, calibration=text, nsamples=16, seqlen=32, output=tmp_path / "out"
+        folder, keep=0.85, round_to=4, calibration=text, nsamples=16, seqlen=32, output=tmp_path / "out"
     )
     record = result.report.record
     assert len(set(record["neurons"])) > 1
     assert record["ridge_search"]
+    assert "too large to be loaded" in record["tokens_per_second"]["note"]
     assert record["calibration"]["held_out"]
     # The largest part is the head, with the last norm: 512 rows of 48 numbers in float32; a layer has 386 such rows.
     assert alive.most <= 4 * 48 * (512 + 1)
