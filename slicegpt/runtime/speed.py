@@ -79,8 +79,7 @@ def compare_speed(
     Never an error, and never more than a few seconds: what a run of slicing has made is worth more than this figure.
 
     Args:
-        dense: None where it is not in memory as a whole; it is then not measured. Of both a source will do: a model
-            that is not loaded is so for the measurement, where both are small.
+        dense, sliced: a source that is not loaded is loaded where there is room; None: not measured.
         input_ids: tokens [n] to take a prompt from.
         device: where both are brought, and back.
 
@@ -91,19 +90,18 @@ def compare_speed(
     if device.type == "cpu":
         found["threads"] = torch.get_num_threads()
     if dense is None:
-        found["note"] = "the dense model was not in memory"
-    given = [model for model in (dense, sliced) if model is not None]
-    unloaded = any(isinstance(model, DenseSource) and not model.in_memory for model in given)
-    if reason := _too_large([_shell(model) for model in given], device, unloaded):
+        found["note"] = "the dense model was not at hand"
+    models = [model for model in (dense, sliced) if model is not None]
+    if reason := _too_large(models, device):
         return found | {"note": reason}
     prompt = input_ids[None, :PROMPT].to(device)
     room = sliced.config.max_position_embeddings - prompt.shape[1] - 1
     try:
         with ExitStack() as stack, progress.step("tokens/s, dense and sliced"):
-            models = [model.load() if isinstance(model, DenseSource) else model for model in given]
-            for model in models:
+            loaded = [model.load() if isinstance(model, DenseSource) else model for model in models]
+            for model in loaded:
                 stack.enter_context(moved(model, device))
-            rates = tokens_per_second(models, prompt, min(TOKENS, room), seconds=SECONDS)
+            rates = tokens_per_second(loaded, prompt, min(TOKENS, room), seconds=SECONDS)
     except (SliceGPTError, RuntimeError) as error:  # torch's running out of memory is a RuntimeError
         logger.warning("tokens/s were not measured: %s", first_line(error))
         return found | {"note": first_line(error)}
@@ -113,18 +111,13 @@ def compare_speed(
     return found
 
 
-def _shell(model: PreTrainedModel | DenseSource) -> PreTrainedModel:
-    return model.shell if isinstance(model, DenseSource) else model
-
-
-def _too_large(models: Sequence[PreTrainedModel], device: torch.device, unloaded: bool) -> str | None:
-    """Why the models are not measured: it would take long, or their packed copies do not fit beside them.
-
-    Args:
-        unloaded: they are not in memory: a run must not need more of it for this figure than for slicing.
-    """
-    parameters = [parameter for model in models for parameter in model.parameters()]
+def _too_large(models: Sequence[PreTrainedModel | DenseSource], device: torch.device) -> str | None:
+    """Why the models are not measured: it would take long, or their packed copies do not fit beside them."""
+    shells = [model.shell if isinstance(model, DenseSource) else model for model in models]
+    parameters = [parameter for model in shells for parameter in model.parameters()]
+    unloaded = any(isinstance(model, DenseSource) and not model.in_memory for model in models)
     if unloaded and sum(parameter.numel() for parameter in parameters) > CPU_PARAMETERS:
+        # A run that holds a layer at a time must not need the host to hold both models for this figure.
         return "too large to be loaded for this; `slicegpt bench token` measures it"
     if device.type == "cpu" and sum(parameter.numel() for parameter in parameters) > CPU_PARAMETERS:
         return "too large for a few seconds on a CPU; `slicegpt bench token` measures it"

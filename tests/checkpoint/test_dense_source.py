@@ -26,7 +26,7 @@ def check_against_loaded(name: object, dtype: torch.dtype | None = None) -> Dens
         assert read.dtype == tensor.dtype
         assert torch.equal(read, tensor)
         assert source.tensors.shape(key) == tensor.shape
-        assert torch.equal(source.tensors.rows(key, 1, 3), tensor[1:3])
+        assert tensor.ndim == 0 or torch.equal(source.tensors.rows(key, 1, 3), tensor[1:3])
     assert source.dtype == model.dtype
     assert source.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert source.total_bytes == sum(parameter.nbytes for parameter in model.parameters())

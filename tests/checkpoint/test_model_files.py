@@ -23,6 +23,7 @@ RUNS = {
     "one ridge, dense shortcuts": ("opt", torch.float32, 36, Shape("dense"), {"ridge": 0.3}),
     "search, dense shortcuts, biases": ("phi", torch.float32, 36, Shape("dense", neurons=0.3, round_to=4), {}),
     "untied, learned positions": ("opt-untied", torch.float16, 40, Shape(), {"refit": False}),
+    "an activation with weights": ("apertus", torch.bfloat16, 36, Shape(neurons=0.3, round_to=4), {}),
     "nothing is sliced": ("gpt-neox", torch.float32, 48, Shape(), {}),
 }  # fmt: skip
 
