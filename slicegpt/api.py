@@ -288,6 +288,7 @@ def slice(
         if check is not None and (warning := held_out_warning(check)):
             warnings.append(warning)
             progress.warn(warning)
+        speed = None
         if timing:
             speed = compare_speed(dense, sliced, drawn.batches[0].input_ids[0], device, progress)
 
