@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.calibration import calibration_warnings, coverage, load_documents
 from slicegpt.calibration.defaults import OFFLINE_TEST, default_calibration, default_test
-from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.checkpoint.folders import check_output, check_space
 from slicegpt.checkpoint.kept_run import (
     RunKeeper,
@@ -48,10 +46,10 @@ from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.report import Evaluation
 from slicegpt.evaluation.unloaded import unloaded
 from slicegpt.evaluation.zero_shot import ZeroShotTasks
-from slicegpt.families import DenseSource, canonical_fields, source_of
+from slicegpt.families import DenseSource, canonical_fields
 from slicegpt.hardware.devices import find_device, find_dtype
-from slicegpt.hardware.offload import moved
 from slicegpt.hardware.ranks import Ranks
+from slicegpt.inputs import checked_documents, checked_name, opened_model, read_recipe
 from slicegpt.modeling.losses import BatchSize
 from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
@@ -200,7 +198,7 @@ def slice(
         return SliceResult(*finished(output)) if ranks.first else None
     documents = None
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
-        documents, calibration = _checked_documents(calibration, "calibration"), IN_MEMORY
+        documents, calibration = checked_documents(calibration, "calibration"), IN_MEMORY
     given = {
         "model": model if isinstance(model, str | os.PathLike) else None,
         "keep": keep,
@@ -212,7 +210,7 @@ def slice(
     choices |= {name: value for name, value in given.items() if value is not None}
     if recipe is None and call is not None:
         recipe = Recipe().override(**call["recipe"])
-    given = (recipe if isinstance(recipe, Recipe) else _read(recipe)).override(**choices)
+    given = (recipe if isinstance(recipe, Recipe) else read_recipe(recipe)).override(**choices)
     if call is not None:
         check_recipe(call, given)
     elif given.calibration == AUTO and ranks.first:
@@ -230,7 +228,7 @@ def slice(
         check_partial(path, resume, overwrite)
     sources = calibration_sources(recipe, documents) if ranks.first and call is None else []
 
-    with _opened(model, tokenizer, recipe, progress) as (dense, name), ExitStack() as opened:
+    with opened_model(model, tokenizer, recipe, progress) as (dense, name), ExitStack() as opened:
         dtype, tokenizer = dense.dtype, dense.tokenizer
         if call is not None:
             check_inputs(call, dense)
@@ -392,7 +390,7 @@ def evaluate(
         with renamed(spec="data"):
             documents = load_documents(os.fspath(data), split, text_column) if ranks.first else []
     elif data is not None:
-        documents = _checked_documents(data, "data")
+        documents = checked_documents(data, "data")
     if tasks is not None and not isinstance(tasks, ZeroShotTasks):
         names = tasks.split(",") if isinstance(tasks, str) else tasks
         names = [name.strip() for name in names if name.strip()]
@@ -405,7 +403,7 @@ def evaluate(
         if tokenizer is None:
             raise SliceGPTError("is needed beside a loaded model, got None", "tokenizer")
     else:
-        name, place = os.fspath(_checked_name(model)), find_device(device)
+        name, place = os.fspath(checked_name(model)), find_device(device)
         source = unloaded(name, find_dtype(dtype), place, layerwise, tasks is not None, progress)
         if source is None:
             with progress.step(f"loading {name}"):
@@ -423,58 +421,3 @@ def evaluate(
     shell = model.shell if isinstance(model, DenseSource) else model
     parameters = sum(parameter.numel() for parameter in shell.parameters())
     return Evaluation(name, parameters, str(shell.dtype).removeprefix("torch."), measured, scores)
-
-
-def _read(recipe: str | os.PathLike | None) -> Recipe:
-    return Recipe() if recipe is None else Recipe.read(recipe)
-
-
-def _checked_name(model: Any) -> str | os.PathLike:
-    if not isinstance(model, str | os.PathLike):
-        raise SliceGPTError(
-            f"must be a name, a folder or a transformers model, got {type(model).__name__}", "model"
-        )
-    return model
-
-
-def _checked_documents(documents: Any, argument: str) -> list[str]:
-    documents = list(documents) if isinstance(documents, Sequence) else [documents]
-    wrong = next((each for each in documents if not isinstance(each, str)), None)
-    if wrong is not None:
-        raise SliceGPTError(
-            f"must name a text or be a list of documents (str), got {type(wrong).__name__}", argument
-        )
-    if not any(document.strip() for document in documents):
-        raise SliceGPTError("the documents hold no text", argument)
-    return documents
-
-
-@contextmanager
-def _opened(
-    model: str | os.PathLike | PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    recipe: Recipe,
-    progress: Progress,
-) -> Iterator[tuple[DenseSource, str | None]]:
-    """The dense model with its tokenizer, and its name; a loaded one is on the CPU and in eval mode until the end."""
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise SliceGPTError("is needed beside a loaded model, got None", "tokenizer")
-        own = str(model.dtype).removeprefix("torch.")
-        if recipe.dtype not in (AUTO, own):
-            raise SliceGPTError(f"a loaded model keeps its own, {own}, got {recipe.dtype}", "dtype")
-        training = model.training
-        try:
-            with moved(model.eval(), torch.device("cpu")):
-                name = recipe.model or model.config.name_or_path or None
-                yield source_of(model, tokenizer, name), name
-        finally:
-            model.train(training)
-        return
-    if model is None and recipe.model is None:
-        raise SliceGPTError("a name, a folder or a transformers model is needed, got none", "model")
-    name = os.fspath(_checked_name(recipe.model if model is None else model))
-    with progress.step(f"opening {name}"):
-        # What cannot be sliced is refused by its config, before weights are downloaded or read.
-        source = open_dense(name, find_dtype(recipe.dtype), sliceable=True)
-    yield source if tokenizer is None else replace(source, tokenizer=tokenizer), name
