@@ -271,6 +271,30 @@ def _demo(content: Mapping) -> list[str]:
     return told
 
 
+def _plan(content: Mapping) -> list[str]:
+    peaks = [f"{place} {format_bytes(peak)}" for place, peak in content["peak"].items() if peak]
+    verdict = "the run fits" if content["fits"] else "the run does not fit"
+    return [f"{verdict}: peak of {', '.join(peaks)}"]
+
+
+def _memory(content: Mapping) -> list[str]:
+    return [
+        f"{row['width']} columns, {row['layers']} layers: peak {format_bytes(row['peak_bytes'])}, the plan "
+        f"{times(row['planned_over_measured'])} that"
+        for row in content["rows"]
+    ]
+
+
+def _ranks(content: Mapping) -> list[str]:
+    ranks = max(row["ranks"] for row in content["rows"])
+    return [f"{ranks} ranks: {times(content['speedup'])} as fast as one with as many threads"]
+
+
+def _kills(content: Mapping) -> list[str]:
+    other = sum(not row["same weights"] for row in content["kills"])
+    return [f"{len(content['kills'])} kills, {other} of them in runs that ended with other weights"]
+
+
 HEADLINES: dict[str, Callable[[Mapping], list[str]]] = {
     "token": _token,
     "throughput": _throughput,
@@ -282,6 +306,10 @@ HEADLINES: dict[str, Callable[[Mapping], list[str]]] = {
     "evaluation": _evaluation,
     "finetuning": _finetuning,
     "slicing": _slicing,
+    "plan": _plan,
+    "memory": _memory,
+    "ranks": _ranks,
+    "resume_kills": _kills,
     "refit": _refit,
     "vllm": _vllm,
     "speculative": _speculative,

@@ -85,8 +85,13 @@ def _model(content: Mapping) -> dict:
     return {"settings": {"model": content["model"], "dtype": content["dtype"]}, **content}
 
 
+def _plan(content: Mapping) -> dict:
+    return {"settings": {"model": content["model"], "dtype": content["recipe"]["dtype"]}, **content}
+
+
 # Kind -> keys that only its files have together, and how its figures are taken from them.
 FORMS: dict[str, tuple[set[str], Callable[[Mapping], dict]]] = {
+    "plan": ({"recipe", "peak_stage", "parts"}, _plan),
     "frontier": ({"settings", "points"}, lambda content: {**content, "environment": {}}),
     "slicing record": ({"boundaries", "calibration", "size", "source"}, _record),
     "model": ({"boundaries", "family", "removed"}, _model),

@@ -250,11 +250,57 @@ def _tuned(content: Mapping) -> list[Table]:
     return [own_columns(f"{len(rows)} shapes", rows)] if rows else []
 
 
+def _plan(content: Mapping) -> list[Table]:
+    places = [place for place, peak in content["peak"].items() if peak]
+    parts = [
+        {"part": part} | {place: format_bytes(own[place]) if own.get(place) else None for place in places}
+        for part, own in content["parts"].items()
+    ]
+    size = content["size"]
+    plan = [
+        ("parameters", f"{size['parameters']:,} of {size['dense_parameters']:,} dense"),
+        ("bytes", format_bytes(size["bytes"])),
+        ("streams", f"on the {content['activation_storage']}"),
+        *((f"peak, {place}", format_bytes(content["peak"][place])) for place in places),
+        *((f"peak, {place}, during", content["peak_stage"][place]) for place in places),
+    ]
+    seconds = [(stage, rounded(value)) for stage, value in (content["seconds"] or {}).items()]
+    times = [facts("seconds of every stage, an estimate", seconds)] if seconds else []
+    return [facts("plan", plan), own_columns("largest size of every part", parts), *times]
+
+
+def _memory(content: Mapping) -> list[Table]:
+    named = [
+        {name: format_bytes(value) if name.endswith("bytes") else value for name, value in row.items()}
+        for row in content["rows"]
+    ]
+    return [
+        facts(
+            "a run, and its plan", [(name.replace("_", " "), in_words(value)) for name, value in row.items()]
+        )
+        for row in named
+    ]
+
+
+def _ranks(content: Mapping) -> list[Table]:
+    return [own_columns("seconds", content["rows"])]
+
+
+def _kills(content: Mapping) -> list[Table]:
+    names = ("seconds", "first_snapshot", "longest_gap")
+    undisturbed = [(name.replace("_", " "), rounded(content[name])) for name in names]
+    return [facts("the run that was left alone", undisturbed), own_columns("kills", content["kills"])]
+
+
 TABLES: dict[str, Callable[[Mapping], list[Table]]] = {
     "token": _token,
     "throughput": _rows("throughput"),
     "layers": _layers,
     "slicing": _rows("slicing", caption="stages"),
+    "plan": _plan,
+    "memory": _memory,
+    "ranks": _ranks,
+    "resume_kills": _kills,
     "sizes": _rows("sizes"),
     "frontier": _frontier,
     "equal size": _rows("equal size"),

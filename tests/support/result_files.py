@@ -284,6 +284,32 @@ def conversation_content() -> dict:
     return {"messages": messages, "runtime": "fused"}
 
 
+def memory_content() -> dict:
+    row = {
+        "width": 512,
+        "layers": 2,
+        "checkpoint_bytes": 40_000_000,
+        "sliced_bytes": 32_000_000,
+        "peak_bytes": 1_200_000_000,
+        "planned_bytes": 1_260_000_000,
+        "planned_over_measured": 1.05,
+        "seconds": 12.5,
+        "planned_seconds": 10.0,
+    }
+    return of_kind("memory", settings={"shape": "llama-2-70b"}, rows=[row])
+
+
+def ranks_content() -> dict:
+    rows = [{"ranks": ranks, "slicing": 60.0 / ranks, "in all": 80.0 / ranks} for ranks in (1, 2)]
+    return of_kind("ranks", settings={"model": "some-model"}, rows=rows, speedup=2.0, weights_apart=1e-3)
+
+
+def kills_content() -> dict:
+    kill = {"killed after": 3.2, "stage": "slicing", "blocks": 4, "lost": 0.7, "same weights": True}
+    figures = {"seconds": 40.0, "first_snapshot": 2.0, "longest_gap": 0.9, "sha256": "abc", "seed": 7}
+    return of_kind("resume_kills", **figures, kills=[kill, kill | {"killed after": 9.0}])
+
+
 # Kind -> a file of it. Those that bench/results/ holds are tested as they are.
 UNRECORDED = {
     "decode attention": attention_content,
@@ -291,6 +317,9 @@ UNRECORDED = {
     "predict": predict_content,
     "published": published_content,
     "kernels": kernels_content,
+    "memory": memory_content,
+    "ranks": ranks_content,
+    "resume_kills": kills_content,
     "tuned": tuned_content,
     "slicing record": record_content,
     "model": info_content,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.result_files import write_unrecorded
 
-from slicegpt.bench.report.results import read_results
+from slicegpt.bench.report.results import read_results, recognised
 
 RECORDED = Path(__file__).parents[3] / "bench" / "results"
 
@@ -25,7 +25,7 @@ def every_kind(tmp_path_factory) -> tuple[list[tuple[Path, dict]], Path]:
     kinds = set()
     for file in sorted(RECORDED.rglob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
-        form = (content["benchmark"], "comparisons" in content, "stages" in content)
+        form = (recognised(content)["benchmark"], "comparisons" in content, "stages" in content)
         if form not in kinds:
             shutil.copy(file, folder)
             kinds.add(form)

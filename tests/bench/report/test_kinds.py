@@ -25,7 +25,12 @@ from slicegpt.bench.report.tables import SHOWN_ROWS, TABLES, tables_of
 
 ROOT = Path(__file__).parents[3]
 # There is nothing to compare in them.
-WITHOUT_PLOT = {"tuned", "generation", "conversation", "environment"}
+WITHOUT_PLOT = {"tuned", "generation", "conversation", "environment"} | {
+    "plan",
+    "memory",
+    "ranks",
+    "resume_kills",
+}
 WITHOUT_HEADLINE = {"tuned", "kernels", "conversation", "environment"}
 JSON = re.compile(r"""[{}]|\[\s*["\d[]""")
 
