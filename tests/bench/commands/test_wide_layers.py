@@ -45,7 +45,7 @@ def test_the_plan_is_within_15_percent_of_the_peak(tmp_path):
     """Two layers of 4096 neurons, whose Gram matrix, system and panels are half of what the process takes beside its
     imports; neurons are allocated and deleted, λ is fixed."""
     record = Record("memory", {}, torch.device("cpu"), str(tmp_path / "record.json"), None)
-    options = ["--params", "0.8", "--nsamples", "4", "--seqlen", "256", "--batch-size", "1", "--ridge", "0.3"]
+    options = ["--keep", "0.8", "--nsamples", "4", "--seqlen", "256", "--batch-size", "1", "--ridge", "0.3"]
     measure_memory(small(512, 4096, 4096), torch.bfloat16, options, tmp_path, record, SILENT)
     row = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["rows"][0]
     assert row["peak_bytes"] > 700e6
