@@ -9,7 +9,7 @@ import torch
 
 from slicegpt.hardware.devices import has_fast_bfloat16
 from slicegpt.hardware.ranks import Ranks
-from slicegpt.hardware.scratch import release, spilled
+from slicegpt.hardware.scratch import PIECE_BYTES, copy_into, release, spilled
 from slicegpt.ops import cross_gram_, gram_
 from slicegpt.slicing.matrices import panels
 
@@ -83,8 +83,11 @@ class Moments:
             ranks.reduce_(sums)
 
     def is_finite(self) -> bool:
-        parts = (part for rows in panels(self.size, self.size) for part in self.rows(rows))
-        return bool(self.energy.isfinite()) and all(bool(part.isfinite().all()) for part in parts)
+        parts = (
+            all(bool(part.isfinite().all()) for part in self.rows(rows))
+            for rows in panels(self.size, self.size)
+        )
+        return bool(self.energy.isfinite()) and all(parts)
 
     def diagonal(self) -> torch.Tensor:
         """Of the Gram matrix, [K]."""
@@ -101,11 +104,14 @@ class Moments:
         if not self.spilled:
             return matrix[rows]
         if isinstance(rows, slice):
-            part = matrix[rows]
-            read = part.to(self.device, copy=True)
-        else:
-            part, read = matrix, matrix[rows.cpu()].to(self.device)
-        release(part)
+            read = torch.empty(matrix[rows].shape, dtype=matrix.dtype, device=self.device)
+            copy_into(read, matrix[rows])
+            return read
+        read = torch.empty(len(rows), matrix.shape[1], dtype=matrix.dtype, device=self.device)
+        step = max(1, PIECE_BYTES // matrix[0].nbytes)
+        for into, own in zip(read.split(step), rows.cpu().split(step), strict=True):
+            into.copy_(matrix[own])
+            release(matrix)
         return read
 
     def spill(self, folder: str | os.PathLike | None = None) -> None:
