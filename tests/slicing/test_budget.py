@@ -95,7 +95,7 @@ def test_a_run_that_cannot_fit_names_what_would():
 
 
 def test_a_run_near_the_limit_is_not_refused():
-    """An estimate may be wrong by 15 %: with 5 % less than the least that it says the run begins, with 20 % less not."""
+    """An estimate may be wrong by 15 %: with 5 % less than the least that it says a run begins, with 20 % less not."""
     config, work = sliced(), replace(WORK, storage="device")
     least = budget_of(config, work, Machine(1, 1e12, 1e13)).peak("device")  # nothing is kept that can leave
     tight = Machine(0.95 * least, 1e12, 1e13)
@@ -103,7 +103,7 @@ def test_a_run_near_the_limit_is_not_refused():
     assert not budget.fits
     assert budget.spills
     assert budget.peak("device") == least
-    with pytest.raises(SliceGPTError, match="^memory: the run takes about "):
+    with pytest.raises(SliceGPTError, match=r"^memory: the run takes about "):
         check_affordable(config, work, Machine(0.8 * least, 1e12, 1e13))
 
 
