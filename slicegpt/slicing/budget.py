@@ -191,21 +191,22 @@ class _Model:
         # Beyond the last block of a layer only its output weights are still there.
         last = self.config.parallel_blocks or block.parts == ("mlp",)
         left = own * width if last else whole
-        kept, aside, away = 0, False, 0
+        kept, kept_place, aside, away = 0, self.device, False, 0
         passing = self.batch_bytes(block, inputs, rows, work.fitted_tokens)
         if refits:
             self.add_teacher(folding, block, inputs, plain)
             collecting = start("collecting", left)
             self.add_teacher(collecting, block, inputs, plain)
+            filed = self.add_moments(collecting, inputs, passing)
             free = self.free(collecting)
-            if filed := self.add_moments(collecting, inputs, passing):
-                free = 0
+            if filed:
+                kept_place, free = "disk", self.machine.disk - collecting.total("disk")
             activations = work.fitted_tokens * inputs * item
-            kept = activations if 2 * activations <= free - F64 * inputs * (inputs + width) else 0
+            kept = activations if 2 * activations <= free else 0
             collecting.add("batch", passing, self.device)
-            collecting.add("activations kept", kept, self.device)
+            collecting.add("activations kept", kept, kept_place)
             beside = start("error before the fit", left)
-            beside.add("activations kept", kept, self.device)
+            beside.add("activations kept", kept, kept_place)
             free = self.free(beside)
             spilled, free = self.leaves(inputs, free, filed)
             # As `slicegpt.slicing.slicer.Slicer.set_aside`.
@@ -214,7 +215,7 @@ class _Model:
             away = (work.ridges - 1) * right if self.is_short(inputs, free - right) else 0
             fitting = [start(what, left, aside=aside) for what in ("choosing neurons", "fitting")]
             for stage in fitting:
-                stage.add("activations kept", kept, self.device)
+                stage.add("activations kept", kept, kept_place)
                 self.add_spilled(stage, inputs, spilled)
             self.add_spilled(beside, inputs, filed)
             beside.add("output weights in float64", right, self.device)
@@ -228,7 +229,7 @@ class _Model:
             stage.add("fits", away, self.elsewhere)
         writing, choosing, storing = after
         writing.add("covariance", F64 * width * width, self.device)
-        writing.add("activations kept", kept, self.device)
+        writing.add("activations kept", kept, kept_place)
         writing.add("batch", passing, self.device)
         choosing.add("eigensolver", EIGENSOLVER * F64 * width * width, self.device)
         storing.add("bases", F64 * width * width, self.device)

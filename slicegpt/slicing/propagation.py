@@ -14,6 +14,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint
 from slicegpt.hardware.memory import free_memory
 from slicegpt.hardware.ranks import Ranks
+from slicegpt.hardware.scratch import free_space, spilled
 from slicegpt.modeling import SlicedConfig, SlicedModel
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.slicing.blocks import Block, LiftedBlock
@@ -198,13 +199,14 @@ class Propagation:
 
         Returns:
             The moments; and the activations of every fitted batch, for `write`, where all take at most half of the free
-            memory beside moments there (what the shortcuts carry then stands in the streams), else an empty list:
-            `write` computes them again.
+            memory (of the disk, where the moments are in files), and what the shortcuts carry then stands in the
+            streams; else an empty list, and `write` computes them again.
         """
         joined = JoinedBatches(moments := self.new_moments(lifted, self.dense_streams))
-        elements = tokens_of(self.dense_streams) * sum(lifted.groups)
+        size = tokens_of(self.dense_streams) * sum(lifted.groups) * self.dtype.itemsize
         # What has no room for the moments has none for the activations while the system is solved.
-        keep = not moments.spilled and elements * self.dtype.itemsize <= free_memory(self.device) // 2
+        filed = moments.spilled
+        keep = size <= (free_space(self.scratch) if filed else free_memory(self.device)) // 2
         kept: list[torch.Tensor | None] = []
         for (index, batch, dense), (_, _, stream) in zip(self.dense_streams, self.streams, strict=False):
             inputs = self.inputs(block, stream, batch)
@@ -218,7 +220,7 @@ class Propagation:
             with self.stage("refit"):
                 self.add_moments(joined, objective, batch, activations, target, dense, after)
             if keep:
-                kept.append(activations)
+                kept.append(spilled(activations, self.scratch) if filed else activations)
                 if carried is not None:
                     self.streams[index] = carried
         with self.stage("refit"):

@@ -119,18 +119,19 @@ def test_what_leaves_a_small_host():
     """12 GB: moments are files from the beginning, input weights while their block is fitted."""
     width, neurons, columns = 8192, 28672, 7936
     moments, readers = 8 * neurons * (neurons + width), 2 * 2 * neurons * columns
+    activations = 2 * 8 * 512 * neurons
     small, large = on_a_cpu(12e9), on_a_cpu(64e9)
     assert small.fits
     assert small.peak("host") < 11.5e9
-    assert small.peak("disk") == moments + readers
+    assert small.peak("disk") == moments + readers + activations
     assert small.parts()["moments"]["disk"] == moments
     collecting = next(stage for stage in small.stages if stage.name == "mlp: collecting")
     assert collecting.parts["moments"] == {"disk": moments}
-    assert "activations kept" not in collecting.parts
+    assert collecting.parts["activations kept"] == {"disk": activations}
     assert small.peak_stage("host").name == "mlp: choosing neurons"
     # Where there is room, all of it is in memory, and the activations are kept as well.
     assert (large.spills, large.peak("disk")) == (False, 0)
-    assert large.parts()["activations kept"] == {"host": 2 * 8 * 512 * neurons}
+    assert large.parts()["activations kept"] == {"host": activations}
     assert large.parts()["moments"] == {"host": moments}
 
 
