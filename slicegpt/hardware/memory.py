@@ -64,6 +64,11 @@ def _free(device: torch.device) -> int:
     return free
 
 
+def tells(device: torch.device) -> bool:
+    """Whether the system tells how much memory a device has free."""
+    return bool(_free(device))
+
+
 def has_room(needed: float, device: torch.device) -> bool:
     """Whether so many bytes can still be allocated on a device; true where the system does not tell."""
     free = free_memory(device)

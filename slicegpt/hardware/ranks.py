@@ -18,6 +18,7 @@ import torch
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.devices import find_device
 from slicegpt.hardware.launcher import Launch, launched
+from slicegpt.hardware.scratch import release
 from slicegpt.hardware.watch import Watch
 
 Item = TypeVar("Item")
@@ -106,6 +107,7 @@ class ProcessRanks(Ranks):
         for piece in _pieces(tensor):
             with _whole(piece) as message:
                 self._distributed.reduce(message, 0)
+            release(piece)
 
     def reduce_symmetric_(self, matrix: torch.Tensor) -> None:
         size = len(matrix)
@@ -120,6 +122,7 @@ class ProcessRanks(Ranks):
                 square = panel[:, : end - start]
                 square.copy_(square.triu() + square.triu(1).mT)
                 matrix[end:, start:end] = panel[:, end - start :].mT
+            release(matrix)
 
     def sum_(self, tensor: torch.Tensor) -> None:
         self._distributed.all_reduce(tensor)

@@ -21,7 +21,6 @@ from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, neuron_rows
 from slicegpt.slicing.keeping import Keeper, Snapshot
-from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.neurons import Equations, deletions
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions
@@ -141,8 +140,9 @@ def deletion_costs(
             lifted = dense_block(config, block, layer, writers, dtype, options.device)
             moments = None
             if "mlp" in block.parts:
-                moments = Moments(lifted.groups, config.dense_hidden_size, options.device)
+                moments = propagation.new_moments(lifted, propagation.streams)
             propagation.collect_dense(block, lifted, objective, moments)
+            del layer, lifted  # the output weights are all that the costs need of it
             if moments is not None and options.ranks.first:
                 check_finite(moments, block)
                 make_room(moments, options.scratch)
@@ -155,7 +155,7 @@ def deletion_costs(
                 if first:
                     streams = None if ends else propagation
                     keeper.keep(Snapshot("allocation", block.index + 1, data, propagation=streams))
-            del layer, writers, lifted, moments  # one layer's at a time
+            del writers, moments  # one layer's at a time
             advance(1)
     return curves
 

@@ -1,5 +1,6 @@
 """The blocks between the boundaries, as slicing runs them: input weights final, output at full width."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,8 +10,12 @@ from torch.nn import functional
 
 from slicegpt.conversion.folding import WRITERS, fold_writer, reader_state
 from slicegpt.families import FAMILIES, DenseLayer, Linear
+from slicegpt.hardware.scratch import spilled
 from slicegpt.modeling import SlicedConfig, WeightlessRMSNorm
 from slicegpt.modeling.layers import SlicedAttention, build_mlp
+
+# Bytes at whose multiples PyTorch's tensors begin, on a CPU.
+ALIGNMENT = 64
 
 MODULE_NAMES = {"attention": "self_attn", "mlp": "mlp"}
 WRITER_NAMES = {"attention": "o_proj", "mlp": "down_proj"}
@@ -83,20 +88,25 @@ class LiftedBlock(nn.Module):
                 self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width)
             if "mlp" in block.parts:
                 self.parts["mlp"] = build_mlp(config, width, dense_width, config.dense_intermediate_size)
-        for part, state in states.items():
+        for part in states:
             setattr(self.parts[part], WRITER_NAMES[part], nn.Identity())
-            self.parts[part].load_state_dict(state, assign=True)
+        self.set_readers(states)
         self.norm = WeightlessRMSNorm(width, config.rms_norm_eps * dense_width / width)
         self.basis = None if basis is None else basis.to(dtype)
         self.dtype = dtype
         self.set_writers(writers)
         self.eval()
 
+    def set_readers(self, states: dict[str, dict]) -> None:
+        """Take these tensors themselves, of each part all but its output projection."""
+        for part, state in states.items():
+            self.parts[part].load_state_dict(state, assign=True)
+
     def set_writers(self, writers: dict[str, Linear]) -> None:
         """Take the output weights [D, K], side by side, and the sum of their biases."""
         device = next(self.parts.parameters()).device
         weights = [writer.weight.to(device, self.dtype) for writer in writers.values()]
-        self.weight = torch.cat(weights, dim=1)
+        self.weight = weights[0] if len(weights) == 1 and _is_plain(weights[0]) else torch.cat(weights, dim=1)
         biases = [writer.bias for writer in writers.values() if writer.bias is not None]
         self.bias = sum(biases).to(self.dtype) if biases else None
         self.groups = [writer.weight.shape[1] for writer in writers.values()]
@@ -123,6 +133,26 @@ class LiftedBlock(nn.Module):
 
     def forward(self, stream: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.write(*self.activations(stream, **kwargs))
+
+
+def file_readers(
+    states: dict[str, dict], lifted: LiftedBlock, folder: str | os.PathLike | None = None
+) -> None:
+    """Move the matrices of `states`, a CPU's, into files of `folder`, and give them to `lifted`.
+
+    They are the same tensors but for their place: what is read of them is in memory until it is written over or given
+    back (`slicegpt.hardware.scratch`).
+    """
+    for part, state in states.items():
+        states[part] = {
+            name: spilled(tensor, folder) if tensor.dim() == 2 else tensor for name, tensor in state.items()
+        }
+    lifted.set_readers(states)
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether a weight lies in memory as a copy would, so that products with it are the same bits."""
+    return weight.is_contiguous() and weight.data_ptr() % ALIGNMENT == 0
 
 
 def dense_writers(

@@ -8,17 +8,17 @@ the device), so does this model, by the same rules; tests hold it to 15 % of wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from slicegpt.conversion.folding import READER_BYTES, TABLE_ROWS
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import stored_parameters
+from slicegpt.slicing.allocation import POINTS, SHARE, deletes_neurons, fewest_neurons
 from slicegpt.slicing.blocks import Block, blocks_of
+from slicegpt.slicing.filed_moments import batch_bytes, needs_files
 from slicegpt.slicing.matrices import PANEL_BYTES
-from slicegpt.slicing.moments import TOKENS_PER_CALL
 from slicegpt.slicing.neurons import ROUNDS
+from slicegpt.slicing.planned import Budget, PlannedStage
 from slicegpt.slicing.workload import Machine, Workload
 
 # What a process has once the package, PyTorch and transformers are imported (Linux, x86-64, PyTorch 2.13's CPU build),
@@ -38,61 +38,6 @@ LOSSES = 3 * (1 << 27)
 F64 = 8
 
 
-@dataclass
-class PlannedStage:
-    """What lives at once at one moment of a run.
-
-    Attributes:
-        parts: bytes of each, by place: "device", "host", "disk".
-    """
-
-    name: str
-    parts: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    def add(self, part: str, count: float, place: str) -> None:
-        if count:
-            places = self.parts.setdefault(part, {})
-            places[place] = places.get(place, 0) + int(count)
-
-    def total(self, place: str) -> int:
-        return sum(places.get(place, 0) for places in self.parts.values())
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The stages of a run on a machine.
-
-    Attributes:
-        storage: where the streams are: "device", "host" or "disk".
-        spills: whether the moments leave the device while a system is solved.
-    """
-
-    stages: list[PlannedStage]
-    storage: str
-    spills: bool
-    machine: Machine
-
-    def peak(self, place: str) -> int:
-        return max(stage.total(place) for stage in self.stages)
-
-    def peak_stage(self, place: str) -> PlannedStage:
-        return max(self.stages, key=lambda stage: stage.total(place))
-
-    def parts(self) -> dict[str, dict[str, int]]:
-        """The most bytes of each part in any stage, by place."""
-        most: dict[str, dict[str, int]] = {}
-        for stage in self.stages:
-            for part, places in stage.parts.items():
-                own = most.setdefault(part, {})
-                for place, count in places.items():
-                    own[place] = max(own.get(place, 0), count)
-        return most
-
-    @property
-    def fits(self) -> bool:
-        return all(self.peak(place) <= limit for place, limit in vars(self.machine).items())
-
-
 def budget_of(config: SlicedConfig, work: Workload, machine: Machine) -> Budget:
     """The memory of a run that slices to `config`."""
     return _Model(config, work, machine).budget()
@@ -106,7 +51,7 @@ class _Model:
         self.device = "device" if work.on_gpu else "host"
         self.width, self.item = config.dense_hidden_size, work.dtype.itemsize
         self.centred = FAMILIES[config.source_model_type].mean_subtraction
-        self.storage, self.short = self._storage(), {}
+        self.storage, self.spills = self._storage(), False
 
     # --- sizes -------------------------------------------------------------------------------------------------
 
@@ -152,8 +97,8 @@ class _Model:
     def base(self) -> int:
         return IMPORTS + TOKENIZER + (GPU_LIBRARIES if self.work.on_gpu else 0)
 
-    def stage(self, name: str, streams: bool = True) -> PlannedStage:
-        """What is there all along."""
+    def stage(self, name: str, streams: float = 1.0) -> PlannedStage:
+        """What is there all along, with so much of the streams."""
         stage = PlannedStage(name)
         stage.add("imports, tokenizer, text", self.base(), "host")
         if self.work.on_gpu:
@@ -164,7 +109,7 @@ class _Model:
             stage.add("sliced model", (self.work.ridges - 1) * fits * self.width * self.item, "host")
         if streams:
             place = {"device": self.device, "host": "host", "disk": "disk"}[self.storage]
-            stage.add("streams", self.stream_bytes(), place)
+            stage.add("streams", streams * self.stream_bytes(), place)
             if self.storage != "device":  # one comes, one goes, one is worked on
                 stage.add(
                     "streams on their way", 3 * self.work.batch_tokens * self.width * self.item, self.device
@@ -181,10 +126,12 @@ class _Model:
         stages += [self.head(), self.losses()]
         if self.work.own_text:
             stages.insert(0, self.own_text())
-        return Budget(stages, self.storage, any(self.short.values()), self.machine)
+        if self.work.allocate and self.work.share and deletes_neurons(self.config):
+            stages += self.allocation(next(block for block in blocks if "mlp" in block.parts))
+        return Budget(stages, self.storage, self.spills, self.machine)
 
     def own_text(self) -> PlannedStage:
-        stage = self.stage("text of the model's own", streams=False)
+        stage = self.stage("text of the model's own", streams=0)
         size = (self.config.source_parameters or 0) * self.item
         stage.add("dense model", size, "host")
         if self.work.on_gpu and 2 * size < self.machine.device:
@@ -218,123 +165,193 @@ class _Model:
         rows = sum(self.rows(part) for part in block.parts)
         name = " and ".join(block.parts)
         refits = work.share > 0
-        square, right = F64 * inputs * inputs, F64 * inputs * width
-        prior = (F64 if self.centred or inputs > own else item) * inputs * width
+        right = F64 * inputs * width
+        plain = self.is_plain(block)
 
-        def start(what: str, layer: int) -> PlannedStage:
+        def start(what: str, layer: int, fitted: bool = False, aside: bool = False) -> PlannedStage:
             stage = self.stage(f"{name}: {what}")
             stage.add("layer as stored", layer * item, "host")
             stage.add("bases", F64 * width * before + item * width * before, self.device)
-            stage.add("block of the sliced model", (rows * before + inputs * width) * item, self.device)
-            if work.on_gpu or self.centred or inputs > own:
-                stage.add("output weights before the fit", prior, self.device)
+            readers = "disk" if aside else self.device
+            stage.add("block of the sliced model", rows * before * item, readers)
+            if fitted or not plain:
+                stage.add("block of the sliced model", inputs * width * item, self.device)
+            if work.on_gpu or not plain:
+                prior = F64 if self.centred or inputs > own else item
+                stage.add("output weights before the fit", prior * inputs * width, self.device)
             return stage
-
-        def teacher(stage: PlannedStage) -> None:
-            stage.add(
-                "block of the dense model", (rows + inputs) * width * work.teacher_dtype.itemsize, self.device
-            )
 
         whole = self.layer()
         folding = start("folding", whole)
         biggest = max(self.rows(part) for part in block.parts)
         pieces = min(READER_BYTES, F64 * biggest * width)
         folding.add("layers in float64", 3 * pieces, self.device)
-        if refits:
-            teacher(folding)
         stages = [folding]
 
         # Beyond the last block of a layer only its output weights are still there.
         last = self.config.parallel_blocks or block.parts == ("mlp",)
         left = own * width if last else whole
-        kept = 0
+        kept, kept_place, aside, away = 0, self.device, False, 0
+        passing = self.batch_bytes(block, inputs, rows, work.fitted_tokens)
         if refits:
+            self.add_teacher(folding, block, inputs, plain)
             collecting = start("collecting", left)
-            teacher(collecting)
-            collecting.add("moments", square + right, self.device)
-            collecting.add("batch", self.batch_bytes(block, inputs, rows), self.device)
+            self.add_teacher(collecting, block, inputs, plain)
+            filed = self.add_moments(collecting, inputs, passing)
+            free = self.free(collecting)
+            if filed:
+                kept_place, free = "disk", self.machine.disk - collecting.total("disk")
             activations = work.fitted_tokens * inputs * item
-            free = self.free(collecting) + self.batch_bytes(block, inputs, rows)
             kept = activations if 2 * activations <= free else 0
-            collecting.add("activations kept", kept, self.device)
-            stages += [collecting, *self.solving(block, start, left, kept)]
+            collecting.add("batch", passing, self.device)
+            collecting.add("activations kept", kept, kept_place)
+            beside = start("error before the fit", left)
+            beside.add("activations kept", kept, kept_place)
+            free = self.free(beside)
+            spilled, free = self.leaves(inputs, free, filed)
+            # As `slicegpt.slicing.slicer.Slicer.set_aside`.
+            aside = not work.on_gpu and self.is_short(inputs, free)
+            free += rows * before * item if aside else 0
+            away = (work.ridges - 1) * right if self.is_short(inputs, free - right) else 0
+            fitting = [start(what, left, aside=aside) for what in ("choosing neurons", "fitting")]
+            for stage in fitting:
+                stage.add("activations kept", kept, kept_place)
+                self.add_spilled(stage, inputs, spilled)
+            self.add_spilled(beside, inputs, filed)
+            beside.add("output weights in float64", right, self.device)
+            beside.add("panels", min(2 * PANEL_BYTES, F64 * inputs * inputs), self.device)
+            stages += [collecting, beside, *self.solving(block, *fitting, away)]
 
-        fits = work.ridges * right if refits else 0
-        fits_place = self.elsewhere(block)
-        stages.append(writing := start("writing", left))
-        writing.add("fits", fits, fits_place)
+        fits = work.ridges * right - away if refits else 0
+        after = [start(what, left, fitted=True) for what in ("writing", "choosing the next basis", "storing")]
+        for stage in after:
+            stage.add("fits", fits, self.device)
+            stage.add("fits", away, self.elsewhere)
+        writing, choosing, storing = after
         writing.add("covariance", F64 * width * width, self.device)
-        writing.add("activations kept", kept, self.device)
-        writing.add("batch", self.batch_bytes(block, inputs, rows), self.device)
-        stages.append(choosing := start("choosing the next basis", left))
-        choosing.add("fits", fits, fits_place)
+        writing.add("activations kept", kept, kept_place)
+        writing.add("batch", passing, self.device)
         choosing.add("eigensolver", EIGENSOLVER * F64 * width * width, self.device)
-        stages.append(storing := start("storing", left))
-        storing.add("fits", fits, fits_place)
         storing.add("bases", F64 * width * width, self.device)
         storing.add(
             "output weights on their basis", 2 * F64 * own * before + own * before * item, self.device
         )
-        return stages
+        return [*stages, *after]
+
+    def is_plain(self, block: Block) -> bool:
+        """Whether a block before its fit has the layer's own output weights, and not a copy of them."""
+        own = sum(self.columns(part) for part in block.parts)
+        return not self.centred and self.inputs(block) == own and len(block.parts) == 1
+
+    def add_teacher(self, stage: PlannedStage, block: Block, inputs: int, plain: bool) -> None:
+        """The dense model's block."""
+        dtype = self.work.teacher_dtype
+        elements = sum(self.rows(part) for part in block.parts)
+        if not plain or dtype != self.work.dtype:
+            elements += inputs
+        stage.add("block of the dense model", elements * self.width * dtype.itemsize, self.device)
+
+    def add_moments(self, stage: PlannedStage, inputs: int, passing: int) -> bool:
+        """Moments while tokens are added, and whether they are in files, as `moments_for` decides."""
+        filed = not self.work.on_gpu and needs_files(inputs, self.width, passing, self.free(stage))
+        self.add_spilled(stage, inputs, filed)
+        if filed:
+            square = F64 * inputs * inputs
+            stage.add("panels", min(2 * PANEL_BYTES, square), self.device)
+        return filed
+
+    def add_spilled(self, stage: PlannedStage, inputs: int, spilled: bool) -> None:
+        place = self.elsewhere if spilled else self.device
+        stage.add("moments", F64 * inputs * (inputs + self.width), place)
+
+    @property
+    def elsewhere(self) -> str:
+        """Where goes what the device has no room for while a system is solved."""
+        return "host" if self.work.on_gpu else "disk"
+
+    def is_short(self, inputs: int, free: float) -> bool:
+        """As `slicegpt.slicing.refit.is_short` finds it."""
+        return free < F64 * inputs * (inputs + 2 * self.width) + 4 * PANEL_BYTES
+
+    def leaves(self, inputs: int, free: float, filed: bool) -> tuple[bool, float]:
+        """Whether moments are not on the device while their system is solved, and what is free then.
+
+        Args:
+            free: without moments.
+        """
+        moments = F64 * inputs * (inputs + self.width)
+        if spilled := filed or self.is_short(inputs, free - moments):
+            self.spills = True
+        return spilled, free - (0 if spilled else moments)
+
+    def allocation(self, block: Block) -> list[PlannedStage]:
+        """What deleting the neurons of a layer costs: its tokens collected, and its neurons deleted."""
+        work, width, plain = self.work, self.width, not self.centred and len(block.parts) == 1
+        inputs, rows = (sum(of(part) for part in block.parts) for of in (self.columns, self.rows))
+        batches = math.ceil(SHARE * math.ceil(work.samples / work.batch_size))
+        looked_at = min(math.ceil(batches / work.ranks) * work.batch_tokens, work.tokens)
+        # Of the dense model alone.
+        streams = looked_at / (work.tokens + work.fitted_tokens)
+        collecting, costs = (
+            self.stage(f"allocation: {what}", streams) for what in ("collecting", "deleting neurons")
+        )
+        prior = (F64 if self.centred else self.item) * inputs * width
+        for stage in (collecting, costs):
+            if work.on_gpu or not plain:
+                stage.add("output weights before the fit", prior, self.device)
+            elif stage is costs:
+                stage.add("layer as stored", prior, "host")
+        collecting.add("layer as stored", self.layer() * self.item, "host")
+        self.add_teacher(collecting, block, inputs, plain)
+        passing = self.batch_bytes(block, inputs, rows, looked_at)
+        filed = self.add_moments(collecting, inputs, passing)
+        collecting.add("batch", passing, self.device)
+        spilled, _ = self.leaves(inputs, self.free(costs), filed)
+        self.add_spilled(costs, inputs, spilled)
+        gone = self.config.dense_intermediate_size - fewest_neurons(self.config, 1)
+        self.add_inverse(costs, inputs, math.ceil(gone / POINTS))
+        return [collecting, costs]
+
+    def add_inverse(self, stage: PlannedStage, inputs: int, gone: int) -> None:
+        """A system of which so many neurons are deleted at a time."""
+        square = F64 * inputs * inputs
+        stage.add("system or its inverse", square, self.device)
+        stage.add("right-hand side or solution", F64 * inputs * self.width, self.device)
+        stage.add("panels", min(2 * PANEL_BYTES, 2 * square) + 3 * F64 * gone * inputs, self.device)
 
     def free(self, stage: PlannedStage) -> float:
         limit = self.machine.device if self.work.on_gpu else self.machine.host
         return limit - stage.total(self.device)
 
-    def elsewhere(self, block: Block) -> str:
-        """Where the moments of a block are while it is solved, and its fits: out of the device where that is short."""
-        if not self.short.get(block.index):
-            return self.device
-        return "host" if self.work.on_gpu else "disk"
-
     def solving(
-        self, block: Block, start: Callable[[str, int], PlannedStage], left: int, kept: int
+        self, block: Block, choosing: PlannedStage, fitting: PlannedStage, away: int
     ) -> list[PlannedStage]:
-        """The choice of neurons and the last of the fits."""
-        work, inputs = self.work, self.inputs(block)
-        square, right = F64 * inputs * inputs, F64 * inputs * self.width
-        panels = min(2 * PANEL_BYTES, 2 * square)
-        choosing, fitting = start("choosing neurons", left), start("fitting", left)
-        for stage in (choosing, fitting):
-            stage.add("activations kept", kept, self.device)
-        free = self.free(choosing) - square - right
-        # As `slicegpt.slicing.refit.is_short` finds it.
-        self.short[block.index] = free < F64 * inputs * (inputs + 2 * self.width) + 4 * PANEL_BYTES
-        elsewhere = self.elsewhere(block)
-        stages = []
-        remaining = inputs
-        if "mlp" in block.parts and (
-            gone := self.config.dense_intermediate_size - self.config.neurons[block.layer]
-        ):
-            remaining = inputs - gone
-            choosing.add("moments", square + right, elsewhere)
-            choosing.add("system or its inverse", square, self.device)
-            choosing.add("right-hand side or solution", right, self.device)
-            choosing.add("panels", panels + 3 * F64 * math.ceil(gone / ROUNDS) * inputs, self.device)
+        """The choice of neurons and the last of the fits; `away` bytes of the others are not on the device."""
+        work, remaining = self.work, self.inputs(block)
+        right, stages = F64 * remaining * self.width, []
+        neurons = self.config.neurons[block.layer] if "mlp" in block.parts else None
+        if neurons is not None and (gone := self.config.dense_intermediate_size - neurons):
+            self.add_inverse(choosing, remaining, math.ceil(gone / ROUNDS))
+            remaining -= gone
             stages.append(choosing)
-        fitting.add("moments", square + right, elsewhere)
-        fitting.add("fits", (work.ridges - 1) * right, elsewhere)
+        fitting.add("fits", away, self.elsewhere)
+        fitting.add("fits", (work.ridges - 1) * right - away, self.device)
         fitting.add("system or its inverse", F64 * remaining * remaining, self.device)
         fitting.add("right-hand side or solution", F64 * remaining * self.width, self.device)
-        fitting.add("panels", panels, self.device)
+        fitting.add("panels", min(2 * PANEL_BYTES, 2 * F64 * remaining * remaining), self.device)
         return [*stages, fitting]
 
-    def batch_bytes(self, block: Block, inputs: int, rows: int) -> int:
+    def batch_bytes(self, block: Block, inputs: int, rows: int, fitted_tokens: int) -> int:
         """What passing and adding one batch takes beside the streams."""
-        work, item = self.work, self.item
-        tokens = work.batch_tokens
-        together = tokens if tokens >= TOKENS_PER_CALL else math.ceil(TOKENS_PER_CALL / tokens) * tokens
-        together = min(together, max(work.fitted_tokens, tokens))
         own = sum(self.columns(part) for part in block.parts)
-        passing = tokens * (rows + 2 * own + 6 * self.width) * item
-        waiting = together * (inputs + self.width) * item * (2 if together > tokens else 1)
-        # In float32 with the roots of their weights, in bfloat16, and packed into panels of 1024 tokens.
-        adding = together * inputs * 4 + 2 * together * (inputs + self.width) + 2 * 4096 * inputs
-        return max(passing, waiting + adding)
+        work = self.work
+        return batch_bytes(
+            work.batch_tokens, fitted_tokens, rows, own, inputs, self.width, work.dtype.itemsize
+        )
 
     def losses(self) -> PlannedStage:
         """Held-out windows pass the dense and the sliced model, a layer at a time."""
-        stage = self.stage("held-out windows", streams=False)
+        stage = self.stage("held-out windows", streams=0)
         layer = self.layer() * self.item
         stage.add("layer as stored", layer, "host")
         if self.work.on_gpu:

@@ -9,7 +9,7 @@ import torch
 
 from slicegpt.hardware.devices import has_fast_bfloat16
 from slicegpt.hardware.ranks import Ranks
-from slicegpt.hardware.scratch import release, spilled
+from slicegpt.hardware.scratch import PIECE_BYTES, copy_into, release, spilled
 from slicegpt.ops import cross_gram_, gram_
 from slicegpt.slicing.matrices import panels
 
@@ -26,6 +26,7 @@ class Moments:
             `rows` and `diagonal` read them wherever `spill` has brought them.
         inputs, outputs: sums [K] and [D], for an intercept; tokens: their number, or the sum of their weights.
         groups: columns of each kind of activations, K in all; their scales differ. size: K.
+        spilled: whether `gram` and `cross` are out of the device's memory.
         device: where the tokens are added, and where `rows` brings what it reads.
     """
 
@@ -36,9 +37,13 @@ class Moments:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.gram, self.cross, self.energy = zeros(inputs, inputs), zeros(inputs, outputs), zeros()
+        self.gram, self.cross, self.energy = self._sums(inputs, inputs), self._sums(inputs, outputs), zeros()
         self.inputs, self.outputs, self.tokens = zeros(inputs), zeros(outputs), zeros()
+        self.spilled = False
         self._diagonal: torch.Tensor | None = None  # of a spilled Gram matrix, whose pages it lies all over
+
+    def _sums(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def add(
         self, activations: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None
@@ -55,17 +60,21 @@ class Moments:
             # average out over all tokens.
             root = weight.to(dtype).sqrt()[:, None]
             inputs, outputs = ((states * root).bfloat16() for states in (activations, target))
-            gram_(self.gram, inputs, None, precision)
-            cross_gram_(self.cross, inputs, outputs, None, precision)
+            self._add_products(inputs, outputs, None, precision)
         else:
-            gram_(self.gram, activations, weight, precision)
-            cross_gram_(self.cross, activations, target, weight, precision)
+            self._add_products(activations, target, weight, precision)
         self.energy += (
             weight.double() @ torch.linalg.vector_norm(target, dim=1, dtype=dtype).double().square()
         )
         self.inputs += weight.to(dtype) @ activations.to(dtype)
         self.outputs += weight.to(dtype) @ target.to(dtype)
         self.tokens += weight.sum(dtype=torch.float64)
+
+    def _add_products(
+        self, inputs: torch.Tensor, outputs: torch.Tensor, weight: torch.Tensor | None, precision: str
+    ) -> None:
+        gram_(self.gram, inputs, weight, precision)
+        cross_gram_(self.cross, inputs, outputs, weight, precision)
 
     def reduce_(self, ranks: Ranks) -> None:
         """Add up what the ranks have added, on rank 0; on the others the sums are of no use any more."""
@@ -74,12 +83,15 @@ class Moments:
             ranks.reduce_(sums)
 
     def is_finite(self) -> bool:
-        parts = (part for rows in panels(self.size, self.size) for part in self.rows(rows))
-        return bool(self.energy.isfinite()) and all(bool(part.isfinite().all()) for part in parts)
+        parts = (
+            all(bool(part.isfinite().all()) for part in self.rows(rows))
+            for rows in panels(self.size, self.size)
+        )
+        return bool(self.energy.isfinite()) and all(parts)
 
     def diagonal(self) -> torch.Tensor:
         """Of the Gram matrix, [K]."""
-        return self.gram.diagonal() if self._diagonal is None else self._diagonal
+        return self._diagonal if self.spilled else self.gram.diagonal()
 
     def rows(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of `gram` [n, K] and of `cross` [n, D], on the device; not to be written to."""
@@ -89,14 +101,17 @@ class Moments:
         return self._read(self.cross, rows)
 
     def _read(self, matrix: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-        if self._diagonal is None:
+        if not self.spilled:
             return matrix[rows]
         if isinstance(rows, slice):
-            part = matrix[rows]
-            read = part.to(self.device, copy=True)
-        else:
-            part, read = matrix, matrix[rows.cpu()].to(self.device)
-        release(part)
+            read = torch.empty(matrix[rows].shape, dtype=matrix.dtype, device=self.device)
+            copy_into(read, matrix[rows])
+            return read
+        read = torch.empty(len(rows), matrix.shape[1], dtype=matrix.dtype, device=self.device)
+        step = max(1, PIECE_BYTES // matrix[0].nbytes)
+        for into, own in zip(read.split(step), rows.cpu().split(step), strict=True):
+            into.copy_(matrix[own])
+            release(matrix)
         return read
 
     def spill(self, folder: str | os.PathLike | None = None) -> None:
@@ -104,10 +119,11 @@ class Moments:
 
         Nothing can be added any more.
         """
-        if self._diagonal is None:
+        if not self.spilled:
             self._diagonal = self.gram.diagonal().clone()
             self.gram = spilled(self.gram, folder)
             self.cross = spilled(self.cross, folder)
+            self.spilled = True
 
 
 class JoinedBatches:

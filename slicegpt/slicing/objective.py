@@ -136,6 +136,7 @@ class Objective:
             if kept is not None:
                 columns = columns.index_select(1, kept)
             system.mT[part] = columns
+            del columns, cross  # before the next ones are read
         system.diagonal().add_(penalty if kept is None else penalty[kept])
         return system, right
 
@@ -159,6 +160,7 @@ class Objective:
         for rows in panels(moments.size, moments.size):
             gram, cross = moments.rows(rows)
             loss = loss + (weight[rows] * (gram @ weight - 2 * cross)).sum()
+            del gram, cross  # before the next ones are read
         if bias is not None:
             loss = loss + bias @ (moments.tokens * bias - 2 * moments.outputs + 2 * (moments.inputs @ weight))
         return loss.item()

@@ -14,10 +14,12 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint
 from slicegpt.hardware.memory import free_memory
 from slicegpt.hardware.ranks import Ranks
+from slicegpt.hardware.scratch import free_space, spilled
 from slicegpt.modeling import SlicedConfig, SlicedModel
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
 from slicegpt.slicing.blocks import Block, LiftedBlock
 from slicegpt.slicing.covariance import Covariance
+from slicegpt.slicing.filed_moments import batch_bytes, moments_for
 from slicegpt.slicing.moments import JoinedBatches, Moments
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.reuse import Reuse
@@ -28,6 +30,11 @@ from slicegpt.slicing.timing import StageTimer
 def select(states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
     """[batch, tokens, ...] to [n, ...]: the tokens of a mask, all of them (a view) where it is None."""
     return states.flatten(0, 1) if tokens is None else states[tokens]
+
+
+def tokens_of(streams: Streams) -> int:
+    """Of all batches, padding included."""
+    return sum(batch.input_ids.numel() for batch in streams.batches)
 
 
 def check_finite(sums: Covariance | Moments, block: Block | None) -> None:
@@ -73,7 +80,7 @@ class Propagation:
         ranks: Ranks | None = None,
         reuse: Reuse | None = None,
     ):
-        self.reuse = reuse
+        self.reuse, self.scratch = reuse, scratch
         self.config, self.dtype, self.device = config, dtype, device
         self.ranks = ranks or Ranks()
         self.count, self.fitted = len(batches), fitted
@@ -192,13 +199,14 @@ class Propagation:
 
         Returns:
             The moments; and the activations of every fitted batch, for `write`, where all take at most half of the free
-            memory (what the shortcuts carry then stands in the streams), else an empty list: `write` computes them
-            again.
+            memory (of the disk, where the moments are in files), and what the shortcuts carry then stands in the
+            streams; else an empty list, and `write` computes them again.
         """
-        groups, dense_width = lifted.groups, self.config.dense_hidden_size
-        joined = JoinedBatches(Moments(groups, dense_width, self.device))
-        elements = sum(batch.input_ids.numel() for batch in self.dense_streams.batches) * sum(groups)
-        keep = elements * self.dtype.itemsize <= free_memory(self.device) // 2
+        joined = JoinedBatches(moments := self.new_moments(lifted, self.dense_streams))
+        size = tokens_of(self.dense_streams) * sum(lifted.groups) * self.dtype.itemsize
+        # What has no room for the moments has none for the activations while the system is solved.
+        filed = moments.spilled
+        keep = size <= (free_space(self.scratch) if filed else free_memory(self.device)) // 2
         kept: list[torch.Tensor | None] = []
         for (index, batch, dense), (_, _, stream) in zip(self.dense_streams, self.streams, strict=False):
             inputs = self.inputs(block, stream, batch)
@@ -212,13 +220,22 @@ class Propagation:
             with self.stage("refit"):
                 self.add_moments(joined, objective, batch, activations, target, dense, after)
             if keep:
-                kept.append(activations)
+                kept.append(spilled(activations, self.scratch) if filed else activations)
                 if carried is not None:
                     self.streams[index] = carried
         with self.stage("refit"):
-            moments = joined.finish()
+            joined.finish()
         self.add_up(moments)
         return moments, kept
+
+    def new_moments(self, lifted: LiftedBlock, streams: Streams) -> Moments:
+        """Moments of what a block writes from, in memory where it has room for them and for passing `streams`."""
+        rows = sum(weight.shape[0] for weight in lifted.parts.parameters() if weight.dim() == 2)
+        batch = max((batch.input_ids.numel() for batch in streams.batches), default=1)
+        inputs, width, item = sum(lifted.groups), self.config.dense_hidden_size, self.dtype.itemsize
+        own = inputs - (lifted.groups[-1] if lifted.writes_shortcut else 0)
+        beside = batch_bytes(batch, tokens_of(streams), rows, own, inputs, width, item)
+        return moments_for(lifted.groups, width, self.device, beside, self.scratch)
 
     def dense_after(
         self,

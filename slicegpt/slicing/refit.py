@@ -7,7 +7,7 @@ weights are fitted to them, and the block writes with these. What is minimised i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -51,6 +51,7 @@ def fit_block(
     ridges: Sequence[float],
     neurons: int | None = None,
     scratch: str | os.PathLike | None = None,
+    set_aside: Callable[[], None] | None = None,
 ) -> BlockFits:
     """Fit a block's output weights to the moments of its tokens, once for every λ.
 
@@ -59,10 +60,14 @@ def fit_block(
         ridges: λ; the neurons are chosen at the first.
         neurons: how many MLP neurons stay; None: all.
         scratch: the folder of what has no room beside the system that is solved; None: that of temporary files.
+        set_aside: takes what is not needed for the fit out of the device's memory; called where that is still short
+            without the moments.
     """
     prior, kept, staying = prior_of(writers.values()), None, None
     before = objective.loss(moments, prior)
     make_room(moments, scratch)
+    if set_aside is not None and is_short(moments):
+        set_aside()
     if neurons is not None:
         group = neuron_rows(writers)
         equations = partial(objective.normal_equations, moments, ridges[0], prior)

@@ -8,6 +8,7 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from slicegpt.slicing.blocks import (
     blocks_of,
     dense_block,
     dense_writers,
+    file_readers,
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
@@ -256,7 +258,9 @@ class Slicer:
             moments, kept = self.propagation.collect(block, lifted, teacher, self.objective)
             del teacher
             if self.ranks.first:
-                fits = self.fit(block, writers, moments)
+                # On a GPU they would have to come back for the block to write.
+                aside = partial(file_readers, readers, lifted, self.options.scratch)
+                fits = self.fit(block, writers, moments, aside if device.type == "cpu" else None)
             lifted.set_writers(self.agreed(lambda: fits.writers[self.ridges[0]]))
             del moments  # [K, K + D] in float64
         covariance = self.new_covariance(block.index + 1)
@@ -270,7 +274,13 @@ class Slicer:
             self.store_block(block, readers, factor, fits, next_basis)
         return next_basis
 
-    def fit(self, block: Block, writers: Mapping[str, Linear], moments: Moments) -> BlockFits:
+    def fit(
+        self,
+        block: Block,
+        writers: Mapping[str, Linear],
+        moments: Moments,
+        set_aside: Callable[[], None] | None = None,
+    ) -> BlockFits:
         """The output weights at every λ, and which of the MLP's neurons stay where some are deleted."""
         neurons = self.config.neurons[block.layer] if "mlp" in block.parts else None
         if neurons == self.config.dense_intermediate_size:
@@ -278,7 +288,7 @@ class Slicer:
         with self.stage("refit"):
             check_finite(moments, block)
             fits = fit_block(
-                self.objective, moments, writers, list(self.ridges), neurons, self.options.scratch
+                self.objective, moments, writers, list(self.ridges), neurons, self.options.scratch, set_aside
             )
         self.remaining.append((block.index, fits.remaining))
         return fits
