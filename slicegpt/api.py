@@ -238,7 +238,7 @@ def slice(
         planned = size_record(config, dtype)
         scratch = None if path is None else path.parent
         kept = output is None or isinstance(model, PreTrainedModel)
-        work = workload_of(recipe, dtype, device, activation_storage, ranks.size, in_memory=kept)
+        work = workload_of(recipe, dtype, device, activation_storage, ranks.size, kept, timing)
         activation_storage = check_affordable(config, work, this_machine(device, scratch)).storage
         if path is not None:
             candidates = len(Objective().ridges) if recipe.refit and recipe.ridge == AUTO else 1

@@ -108,7 +108,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
     recipe = settled(recipe, fields, device or "cuda")
     config = plan_recipe(recipe, fields, dtype)
     ranks = options.ranks or 1
-    work = workload_of(recipe, dtype, device, options.activation_storage, ranks)
+    work = workload_of(recipe, dtype, device, options.activation_storage, ranks, timing=options.timing)
     with memory_limits(host=None):
         here = this_machine(local, Path(options.output).parent if options.output else None)
     known = None if paper is None else paper.memory * 2**30

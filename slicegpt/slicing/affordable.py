@@ -39,6 +39,7 @@ def workload_of(
     activation_storage: str = AUTO,
     ranks: int = 1,
     in_memory: bool = False,
+    timing: bool = False,
 ) -> Workload:
     """What a recipe's run does.
 
@@ -47,6 +48,7 @@ def workload_of(
         device: where blocks run; None: a GPU that is not here.
         ranks: processes that share the samples.
         in_memory: there is no output folder.
+        timing: tokens/s are measured at the end.
     """
     check_storage(activation_storage)
     on_gpu, objective = device is None or device.type == "cuda", Objective()
@@ -68,6 +70,7 @@ def workload_of(
         on_gpu=on_gpu,
         in_memory=in_memory,
         own_text="self" in [part.rpartition(":")[0] or part for part in recipe.calibration.split(",")],
+        timing=timing,
     )
 
 

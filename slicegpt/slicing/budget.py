@@ -13,6 +13,7 @@ from slicegpt.conversion.folding import READER_BYTES, TABLE_ROWS
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import stored_parameters
+from slicegpt.runtime.speed import CPU_PARAMETERS
 from slicegpt.slicing.allocation import POINTS, SHARE, deletes_neurons, fewest_neurons
 from slicegpt.slicing.blocks import Block, blocks_of
 from slicegpt.slicing.filed_moments import batch_bytes, needs_files
@@ -128,7 +129,19 @@ class _Model:
             stages.insert(0, self.own_text())
         if self.work.allocate and self.work.share and deletes_neurons(self.config):
             stages += self.allocation(next(block for block in blocks if "mlp" in block.parts))
+        if (timing := self.timing()) is not None:
+            stages.append(timing)
         return Budget(stages, self.storage, self.spills, self.machine)
+
+    def timing(self) -> PlannedStage | None:
+        """Both models, each packed into a second copy; None where the run does without (`compare_speed`)."""
+        parameters = (self.config.source_parameters or 0) + stored_parameters(self.config)
+        stage, size = self.stage("tokens/s", streams=0), parameters * self.item
+        if not self.work.timing or parameters > CPU_PARAMETERS or 2 * size > self.free(stage):
+            return None
+        stage.add("both models", size, "host")
+        stage.add("both models, packed", size if not self.work.on_gpu else 2 * size, self.device)
+        return stage
 
     def own_text(self) -> PlannedStage:
         stage = self.stage("text of the model's own", streams=0)

@@ -24,6 +24,7 @@ class Workload:
         on_gpu: whether there are devices beside the host.
         in_memory: whether the sliced model is kept there, for want of an output folder.
         own_text: whether the dense model writes some of the text, for which it is loaded whole.
+        timing: whether both models' tokens/s are measured at the end, for which small ones are loaded.
     """
 
     samples: int
@@ -40,6 +41,7 @@ class Workload:
     on_gpu: bool = False
     in_memory: bool = False
     own_text: bool = False
+    timing: bool = False
 
     @property
     def batches(self) -> int:

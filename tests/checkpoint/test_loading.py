@@ -248,7 +248,9 @@ def test_what_cannot_be_sliced_is_refused_by_its_config_alone(
     requests = fake_hub(monkeypatch, tmp_path, sharded)
     for name in (sharded, "someone/model"):
         message = error_of(name, sliceable=True)
-        assert message.startswith("model: model_type 'glm4' is not supported: its blocks normalise what they write")
+        assert message.startswith(
+            "model: model_type 'glm4' is not supported: its blocks normalise what they write"
+        )
     assert [request[2] for request in requests] == [["config.json", "adapter_config.json"]]
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
