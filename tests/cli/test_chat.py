@@ -23,6 +23,14 @@ TEMPLATE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C as on a terminal; a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def chatty(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
