@@ -8,7 +8,6 @@ of layers.
 import copy
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -79,6 +78,19 @@ def write_checkpoint(folder: Path, config: PreTrainedConfig, dtype: torch.dtype,
     return size
 
 
+# The process itself says what it took: the system's figure for a child includes what its parent had when it began.
+_MEASURED = """
+import sys
+from pathlib import Path
+file = Path(sys.argv.pop(1))
+from slicegpt.cli import main
+code = main()
+from slicegpt.bench.harness.memory import resident_bytes
+file.write_text(str(resident_bytes()[1]))
+sys.exit(code)
+"""
+
+
 def run_measured(arguments: list[str]) -> tuple[int, float]:
     """Peak resident bytes and seconds of `slicegpt ARGUMENTS` in a process of its own.
 
@@ -86,18 +98,18 @@ def run_measured(arguments: list[str]) -> tuple[int, float]:
         SliceGPTError: it failed; what it said last.
     """
     began = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen([sys.executable, "-m", "slicegpt", *arguments], stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
+        peak = Path(folder, "peak")
+        command = [sys.executable, "-c", _MEASURED, str(peak), *arguments]
+        process = subprocess.run(command, stdout=said, stderr=said)
         said.seek(0)
         lines = said.read().strip().splitlines()
+        most = int(peak.read_text()) if peak.is_file() else 0
     if process.returncode:
         raise SliceGPTError(
             f"slicegpt {' '.join(arguments)} failed: {lines[-1] if lines else process.returncode}"
         )
-    kilo = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
-    return usage.ru_maxrss * kilo, time.perf_counter() - began
+    return most, time.perf_counter() - began
 
 
 def measure_memory(

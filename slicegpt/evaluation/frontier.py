@@ -217,7 +217,7 @@ class Frontier:
         """A sliced model's point: sliced and evaluated, or taken from the file."""
         widths, slicing = describe_widths(config), self.slicing_options(method)
         # Where and in what it runs is no choice of the method.
-        machine = ("dtype", "device", "activation_storage")
+        machine = ("dtype", "device", "activation_storage", "scratch", "ranks")
         options = {
             name: value if value is None or isinstance(value, str | int | float) else str(value)
             for name, value in asdict(slicing).items()

@@ -109,7 +109,8 @@ class _AllCalled(Exception):
 class _Stand(nn.Module):
     """Stands where a layer stood: notes what it is called with, and passes the stream on as it is.
 
-    The last one returns `stream` in its place; without one it ends the pass.
+    The last one returns `stream` in its place; without one it ends the pass. `in_tuple`: as the first of a tuple, which
+    some models' layers return.
     """
 
     def __init__(self, last: bool):
@@ -117,14 +118,19 @@ class _Stand(nn.Module):
         self.last = last
         self.call: tuple[torch.Tensor, tuple, dict] | None = None
         self.stream: torch.Tensor | None = None
+        self.in_tuple = False
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor | tuple[torch.Tensor]:
         if self.stream is not None:
-            return self.stream
+            return (self.stream,) if self.in_tuple else self.stream
         self.call = hidden_states, args, kwargs
         if self.last:
             raise _AllCalled
-        return hidden_states
+        return (hidden_states,) if self.in_tuple else hidden_states
+
+
+def _change_shape(calls: list[tuple]) -> bool:
+    return any(stream.shape != calls[0][0].shape for stream, _, _ in calls)
 
 
 class LayerwiseModel:
@@ -173,6 +179,7 @@ class LayerwiseModel:
             for place, stream in enumerate(streams):
                 args, kwargs = calls[len(stream)][index]
                 out = self._call(layer, weights, stream.to(self.device), *args, **kwargs)
+                self._return_in_tuple(isinstance(out, tuple))
                 streams[place] = (out[0] if isinstance(out, tuple) else out).to(stream.device)
             del weights
             advance(1)
@@ -209,17 +216,28 @@ class LayerwiseModel:
         weights = rest | {self.table_in_trunk: self._rows_of(used)}
         streams, calls = [], {}
         for batch, ids in zip(batches, numbers.split([batch.numel() for batch in batches]), strict=True):
-            with contextlib.suppress(_AllCalled):
-                self._trunk(ids.view(batch.shape).to(self.device), weights)
-            seen = [stand.call for stand in self.stands]
+            seen = self._calls(ids.view(batch.shape), weights)
+            if _change_shape(seen) and not self.stands[0].in_tuple:  # the model took a row of the stream: [0]
+                self._return_in_tuple(True)
+                seen = self._calls(ids.view(batch.shape), weights)
             stream = seen[0][0]
-            if any(each[0].shape != stream.shape for each in seen):
+            if _change_shape(seen):
                 raise SliceGPTError(f"{self.source.name}: its layers do not pass one stream on")
             streams.append(stream.cpu())
             calls.setdefault(len(batch), [(args, kwargs) for _, args, kwargs in seen])
         for stand in self.stands:
             stand.call = None
         return streams, calls
+
+    def _calls(self, ids: torch.Tensor, weights: dict[str, torch.Tensor]) -> list[tuple]:
+        """What every layer is called with."""
+        with contextlib.suppress(_AllCalled):
+            self._trunk(ids.to(self.device), weights)
+        return [stand.call for stand in self.stands]
+
+    def _return_in_tuple(self, in_tuple: bool) -> None:
+        for stand in self.stands:
+            stand.in_tuple = in_tuple
 
     def _rows_of(self, used: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding table, in ascending order; the table is read piece by piece."""
