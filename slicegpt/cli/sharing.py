@@ -38,7 +38,9 @@ def is_silent() -> bool:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse a command that several processes cannot share."""
+    """Begin a command; refuse one that several processes cannot share."""
+    global _chosen
+    _chosen = False  # a command before this one, in the same process, may have ended with an error
     size = launched().size
     if size > 1 and not getattr(options, "shared", False):
         raise SliceGPTError(

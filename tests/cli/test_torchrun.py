@@ -13,7 +13,7 @@ from support.saved_models import save_text
 from support.tiny_models import relative_error, tiny_model
 from support.torchrun import torchrun
 
-from slicegpt.cli import main
+from slicegpt.cli import main, sharing
 
 HERE = Path(support.__path__[0])
 # The model is of float64: sums over 768 tokens in another order differ by 768 · 2^-53 = 1e-13 at most. Relative gaps of
@@ -132,6 +132,7 @@ def test_bad_input_is_told_once(folder, text, tmp_path):
 
 @pytest.mark.parametrize("arguments", [("info", "there"), ("generate", "there", "--prompt", "x")])
 def test_commands_of_one_process_refuse(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sharing, "_chosen", True)  # as a command before left it that failed in its work
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     line = bad(capsys, *arguments)
