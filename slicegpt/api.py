@@ -233,8 +233,9 @@ def slice(
         if call is not None:
             check_inputs(call, dense)
         recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch."))
-        recipe = settled(recipe, canonical_fields(dense), device)
-        config = plan_recipe(recipe, canonical_fields(dense), dtype)
+        fields = canonical_fields(dense)
+        recipe = settled(recipe, fields, device)
+        config = plan_recipe(recipe, fields, dtype)
         planned = size_record(config, dtype)
         scratch = None if path is None else path.parent
         kept = output is None or isinstance(model, PreTrainedModel)

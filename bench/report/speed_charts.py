@@ -1,7 +1,7 @@
 """Plots of times and rates: decoding, throughput, a layer, slicing, single operators."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from slicegpt.bench.harness.comparison import models_of
 from slicegpt.bench.report.bars import COLOURS, ENGINE_COLOURS, GREY, INK, NARROW, Bar, BarChart, Group
@@ -95,24 +95,27 @@ def speculative_bars(content: Mapping) -> BarChart:
     )
 
 
-def gram_bars(content: Mapping) -> BarChart:
-    rows = content.get("gram", ())
-    colours = coloured(row["method"] for row in rows)
+def grouped_bars(rows: Sequence[Mapping], name: str, value: str, title: Callable[[Mapping], str]) -> BarChart:
+    """A group for each title, in it a bar of `value` for each row; what bears the same `name` has the same colour."""
+    colours = coloured(row[name] for row in rows)
     groups = defaultdict(list)
     for row in rows:
-        title = f"{row['N']:,} × {row['D']:,}, {row['X']}"
-        groups[title].append(Bar(row["method"], row["ms"], colours[row["method"]]))
-    return BarChart("ms", [Group(*pair) for pair in groups.items()])
+        groups[title(row)].append(Bar(row[name], row[value], colours[row[name]]))
+    return BarChart(value, [Group(*pair) for pair in groups.items()])
+
+
+def gram_bars(content: Mapping) -> BarChart:
+    def title(row: Mapping) -> str:
+        return f"{row['N']:,} × {row['D']:,}, {row['X']}"
+
+    return grouped_bars(content.get("gram", ()), "method", "ms", title)
 
 
 def attention_bars(content: Mapping) -> BarChart:
-    rows = content.get("rows", ())
-    colours = coloured(row["by"] for row in rows)
-    groups = defaultdict(list)
-    for row in rows:
-        title = f"{row['model']}, batch {row['batch']}, {row['tokens']:,} tokens"
-        groups[title].append(Bar(row["by"], row["µs a layer"], colours[row["by"]]))
-    return BarChart("µs a layer", [Group(*pair) for pair in groups.items()])
+    def title(row: Mapping) -> str:
+        return f"{row['model']}, batch {row['batch']}, {row['tokens']:,} tokens"
+
+    return grouped_bars(content.get("rows", ()), "by", "µs a layer", title)
 
 
 def kernel_bars(content: Mapping) -> BarChart:

@@ -12,6 +12,7 @@ from slicegpt.recipe import NAMES, Recipe
 
 from .benchmark_options import (
     SHORTCUTS,
+    add_sequences,
     check_networks,
     dtypes,
     fraction,
@@ -21,7 +22,6 @@ from .benchmark_options import (
 )
 from .memory_benchmark import add_memory
 from .options import add_device, add_json, add_shared, byte_size, positive, resolve_device, resolve_dtype
-from .parser import add_option
 from .prediction import add_predict
 from .report_page import add_report
 from .sharing import shared
@@ -188,16 +188,7 @@ def add_token(benchmarks) -> None:
     add_networks(parser, "hf,hf-generate,hf-generate-static,hf-compile,plain,fused")
     parser.add_argument("--tokens", type=positive, default=128, help="steps that are timed")
     parser.add_argument("--prompt", type=positive, default=16, metavar="N", help="tokens of the prompt")
-    add_option(
-        parser,
-        "--batch-size",
-        former=["--batch"],
-        dest="batch",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="sequences",
-    )
+    add_sequences(parser)
     parser.add_argument("--rounds", type=positive, default=8, help="turns that the steps are split into")
     parser.add_argument("--cold-l2", action="store_true", help="overwrite the last cache before every step")
     add_trace(parser, "of one more step of every network and engine")
@@ -315,16 +306,7 @@ def add_layers(benchmarks) -> None:
     )
     parser.set_defaults(run=run_layers)
     add_networks(parser, None)
-    add_option(
-        parser,
-        "--batch-size",
-        former=["--batch"],
-        dest="batch",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="sequences",
-    )
+    add_sequences(parser)
     add_shared(parser, "--seqlen", help="tokens of a sequence")
     parser.add_argument(
         "--repeats", type=positive, default=40, help="runs, of which the fastest quarter counts"

@@ -1,4 +1,4 @@
-"""Argument types of the benchmarks."""
+"""Options, argument types and checks that benchmarks share."""
 
 import argparse
 
@@ -6,7 +6,8 @@ from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
 from slicegpt.table import check_writable
 
-from .options import DTYPES, check_device
+from .options import DTYPES, check_device, positive
+from .parser import add_option
 
 SHORTCUTS = ("compact", "dense")
 # The names that slicegpt.bench knows, where torch is needed to know more than the name.
@@ -42,6 +43,20 @@ SHAPES = (
     "gemma-2b",
 )
 PAPER_DEVICES = ("b200", "h200", "h100", "a100-80", "a100-40", "rtx-4090", "rtx-6000")
+
+
+def add_sequences(parser: argparse.ArgumentParser, meaning: str = "sequences") -> None:
+    """`--batch-size` of a benchmark that runs sequences side by side; `batch` in the namespace."""
+    add_option(
+        parser,
+        "--batch-size",
+        former=["--batch"],
+        dest="batch",
+        type=positive,
+        default=1,
+        metavar="N",
+        help=meaning,
+    )
 
 
 def check_networks(options: argparse.Namespace) -> None:

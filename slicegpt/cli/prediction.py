@@ -7,6 +7,7 @@ from slicegpt.errors import SliceGPTError
 from .benchmark_options import (
     PAPER_DEVICES,
     SHORTCUTS,
+    add_sequences,
     check_files,
     check_shape,
     fraction,
@@ -14,7 +15,6 @@ from .benchmark_options import (
     settings_of,
 )
 from .options import DTYPES, add_json, add_shared, positive, resolve_dtype
-from .parser import add_option
 
 # Columns of the published tables that a narrow terminal leaves out, the least important first.
 SECONDARY = (
@@ -62,16 +62,7 @@ def add_predict(benchmarks) -> None:
         "--shortcut", choices=SHORTCUTS, default="compact", help="compact, or the published form, dense"
     )
     parser.add_argument("--runtime", choices=("fused", "eager"), default="fused", help="eager: transformers'")
-    add_option(
-        parser,
-        "--batch-size",
-        former=["--batch"],
-        dest="batch",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="sequences, for the time per token",
-    )
+    add_sequences(parser, "sequences, for the time per token")
     add_shared(
         parser,
         "--seqlen",
