@@ -14,6 +14,7 @@ from slicegpt.checkpoint.gguf import GGUFTensor, open_gguf
 from slicegpt.checkpoint.loading import load_dense, load_errors, locate, open_folder, quiet_transformers
 from slicegpt.checkpoint.names import check_name
 from slicegpt.checkpoint.shells import empty_shell, model_class_of
+from slicegpt.checkpoint.stacked import StackedTensor, stack_experts
 from slicegpt.checkpoint.tensors import FileTensor, open_files, same_content
 from slicegpt.families import DenseSource, Weights, source_of
 from slicegpt.hardware.memory import has_room
@@ -59,6 +60,7 @@ def open_dense(
                 return _load_whole(name, dtype, revision, trust_remote_code, ".bin files")
             stored = open_files(files)
             dtype = dtype or _stored_dtype(config, files[0], stored)
+            stored = stack_experts(stored)
             with load_errors(path):
                 model_class = model_class_of(config, trust_remote_code)
         with load_errors(path):
@@ -121,10 +123,14 @@ def _source(
     tokenizer: PreTrainedTokenizerBase | None,
     shell: PreTrainedModel,
     names: dict[str, str],
-    stored: dict[str, FileTensor | GGUFTensor],
+    stored: dict[str, FileTensor | GGUFTensor | StackedTensor],
 ) -> DenseSource:
     own = {key: tensor.dtype for key, tensor in shell.state_dict().items()}
     tensors = {key: replace(stored[theirs], dtype=own[key]) for key, theirs in names.items()}
+    for root, module in shell.named_modules():
+        for name in module._buffers:  # those that are stored; the others are in place
+            if (key := f"{root}.{name}") in tensors:
+                module._buffers[name] = tensors[key].read()
     return DenseSource(
         name=name,
         config=shell.config,

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from slicegpt.checkpoint.dense_source import DenseSource, source_of_state
 from slicegpt.checkpoint.tensor_files import TensorFiles
 from slicegpt.modeling import SlicedConfig
-from slicegpt.modeling.sizes import skeleton
+from slicegpt.modeling.sizes import skeleton, stored_dtype
 from slicegpt.slicing.blocks import fitted_names
 
 _METADATA = {"format": "pt"}
@@ -60,7 +60,7 @@ class ModelFiles:
         shapes = shell.state_dict()
         if config.tie_word_embeddings:
             del shapes["lm_head.weight"]  # the embedding table under its other name
-        entries = {name: (dtype, tuple(tensor.shape)) for name, tensor in shapes.items()}
+        entries = {name: (stored_dtype(name, dtype), tuple(tensor.shape)) for name, tensor in shapes.items()}
         split = split_torch_state_dict_into_shards(
             shapes, filename_pattern=_PATTERN, max_shard_size=self.max_shard_size
         )

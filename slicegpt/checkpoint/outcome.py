@@ -55,6 +55,7 @@ def outcome_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     removed = f"{-100 * size['removed']:+.1f} %"
     rows = [
         _row("parameters", f"{size['dense_parameters']:,}", f"{size['parameters']:,}", removed),
+        *_active_rows(size),
         _row(
             f"bytes, {record['dtype']}",
             format_bytes(size["dense_bytes"]),
@@ -73,10 +74,11 @@ def shape_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     boundaries = record["boundaries"]
     widths = summarise([boundary["width"] for boundary in boundaries])
     shortcuts = summarise([boundary["shortcut"] for boundary in boundaries[:-1]])
-    neurons = describe_neurons(record["neurons"])
+    neurons, whole = (describe_neurons(record[name]) for name in ("neurons", "dense_neurons"))
+    unit = "an expert" if "experts" in record["size"] else "an MLP"
     return [
         _row("columns", str(record["dense_width"]), widths, ""),
-        _row("neurons of an MLP", describe_neurons(record["dense_neurons"]), neurons, ""),
+        _row(f"neurons of {unit}", whole, neurons, ""),
         _row("shortcuts", "none", shortcuts, ""),
     ]
 
@@ -123,3 +125,22 @@ def _pair(found: dict[str, Any] | None) -> tuple[str, str, str]:
     shown = [NOT_MEASURED if value is None else f"{value:.4g}" for value in (dense, sliced)]
     ratio = f"x {sliced / dense:.2f}" if dense and sliced else ""
     return shown[0], shown[1], ratio
+
+
+def _active_rows(size: dict[str, Any]) -> list[dict[str, str]]:
+    if "experts" not in size:
+        return []
+    dense, active = size["dense_active_parameters"], size["active_parameters"]
+    change = f"{100 * (active / dense - 1):+.1f} %"
+    return [_row("parameters for a token", f"{dense:,}", f"{active:,}", change)]
+
+
+def described_experts(facts: dict) -> list[tuple[str, str]]:
+    """Lines on a mixture of experts, from the facts of `expert_record`; none where there is none."""
+    if "experts" not in facts:
+        return []
+    active, dense = facts["active_parameters"], facts["dense_active_parameters"]
+    return [
+        ("experts", f"{facts['experts']} a layer, {facts['experts_per_token']} for a token"),
+        ("parameters for a token", f"{active:,} of {dense:,} dense"),
+    ]

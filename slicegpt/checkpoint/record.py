@@ -12,7 +12,12 @@ import slicegpt
 from slicegpt.calibration import CalibrationBatch, calibration_hash
 from slicegpt.checkpoint.outcome import perplexity_record
 from slicegpt.modeling import SlicedConfig
-from slicegpt.modeling.sizes import boundary_report, decoder_parameters, stored_parameters
+from slicegpt.modeling.sizes import (
+    active_parameters,
+    boundary_report,
+    decoder_parameters,
+    stored_parameters,
+)
 from slicegpt.slicing import SlicingOptions, SlicingReport
 
 
@@ -21,11 +26,38 @@ def size_record(config: SlicedConfig, dtype: torch.dtype) -> dict:
     parameters, dense = stored_parameters(config), config.source_parameters
     return {
         "parameters": parameters,
+        **expert_record(config),
         "bytes": parameters * dtype.itemsize,
         "dense_parameters": dense,
         "dense_bytes": dense * dtype.itemsize,
         "decoder_parameters": decoder_parameters(config),
         "removed": 1 - parameters / dense,
+    }
+
+
+def neuron_record(config: SlicedConfig) -> dict:
+    """MLP neurons of each layer, sliced and dense, as one number where all have the same; of a mixture of experts those
+    of one expert."""
+    equal = config.layer_neurons is None and len(set(config.mlp_layer_types)) == 1
+    whole = config.dense_neurons
+    return {
+        "neurons": config.intermediate_size if equal else config.neurons,
+        "dense_neurons": whole[0] if len(set(whole)) == 1 else whole,
+    }
+
+
+def expert_record(config: SlicedConfig) -> dict:
+    """What one token meets of a mixture of experts; nothing where there is none."""
+    if not config.num_experts:
+        return {}
+    neurons, width = config.dense_moe_intermediate_size, config.dense_hidden_size
+    one = 3 * neurons * width + (2 * neurons + width if config.expert_output_bias else 0)
+    idle = config.mlp_layer_types.count("sparse") * (config.num_experts - config.num_experts_per_tok)
+    return {
+        "experts": config.num_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "active_parameters": active_parameters(config),
+        "dense_active_parameters": config.source_parameters - idle * one,
     }
 
 
@@ -82,8 +114,7 @@ def slicing_record(
         "versions": versions(),
         "dtype": str(options.dtype).removeprefix("torch."),
         "dense_width": config.dense_hidden_size,
-        "neurons": config.layer_neurons or config.intermediate_size,
-        "dense_neurons": config.dense_intermediate_size,
+        **neuron_record(config),
         "slicing": slicing_fraction(config),
         "orientation": options.orientation,
         "signal": options.signal,

@@ -27,7 +27,7 @@ def describe(name: str) -> dict:
     from transformers import AutoConfig
 
     from slicegpt.checkpoint.loading import check_folder, load_dense
-    from slicegpt.checkpoint.record import slicing_fraction
+    from slicegpt.checkpoint.record import expert_record, neuron_record, slicing_fraction
     from slicegpt.checkpoint.saving import read_record, stored_size
     from slicegpt.conversion.plan import constant_widths, plan
     from slicegpt.families import canonical_fields
@@ -54,6 +54,7 @@ def describe(name: str) -> dict:
         "family": config.source_model_type,
         "dtype": dtype,
         "parameters": parameters,
+        **expert_record(config),
         "bytes": size,
         "dense_parameters": dense_parameters,
         "dense_bytes": dense_parameters * size // parameters,
@@ -61,8 +62,7 @@ def describe(name: str) -> dict:
         "slicing": slicing_fraction(config),
         "layers": config.num_hidden_layers,
         "dense_width": config.dense_hidden_size,
-        "neurons": config.layer_neurons or config.intermediate_size,
-        "dense_neurons": config.dense_intermediate_size,
+        **neuron_record(config),
         "tied_head": config.tie_word_embeddings,
         "boundaries": boundary_report(config),
         "calibration": record.get("calibration"),
@@ -76,7 +76,7 @@ def describe(name: str) -> dict:
 def run(options: argparse.Namespace) -> None:
     check_name(options.model, "model")
     check_writable("--json", options.json)
-    from slicegpt.checkpoint.outcome import asked_and_got, compared, notes, summarise
+    from slicegpt.checkpoint.outcome import asked_and_got, compared, described_experts, notes, summarise
     from slicegpt.modeling.sizes import describe_neurons, format_bytes
     from slicegpt.table import format_table, write_json
 
@@ -91,6 +91,7 @@ def run(options: argparse.Namespace) -> None:
             f"{facts['family']}, {facts['layers']} layers, {'tied' if facts['tied_head'] else 'untied'} head",
         ),
         ("parameters", f"{facts['parameters']:,} of {facts['dense_parameters']:,} dense"),
+        *described_experts(facts),
         (
             "bytes",
             f"{format_bytes(facts['bytes'])} of {format_bytes(facts['dense_bytes'])} dense ({facts['dtype']})",
@@ -98,7 +99,10 @@ def run(options: argparse.Namespace) -> None:
         ("removed", removed),
         ("slicing (1 - d/D)", f"{100 * facts['slicing']:.1f} %"),
         ("widths", f"{summarise([b['width'] for b in boundaries])} of {facts['dense_width']}"),
-        ("neurons of an MLP", f"{describe_neurons(facts['neurons'])}, of {facts['dense_neurons']}"),
+        (
+            "neurons of an expert" if "experts" in facts else "neurons of an MLP",
+            f"{describe_neurons(facts['neurons'])}, of {describe_neurons(facts['dense_neurons'])}",
+        ),
         ("shortcuts", summarise([b["shortcut"] for b in boundaries[:-1]])),
         ("ranks", summarise([b["rank"] for b in boundaries[:-1] if b["shortcut"] == "compact"]) or "none"),
     ]

@@ -152,7 +152,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
 
 def describe(content: dict) -> str:
     """The plan in words and tables."""
-    from slicegpt.checkpoint.outcome import summarise
+    from slicegpt.checkpoint.outcome import described_experts, summarise
     from slicegpt.modeling.sizes import describe_neurons, format_bytes
     from slicegpt.table import format_table
 
@@ -161,9 +161,13 @@ def describe(content: dict) -> str:
     title = content["model"]
     rows = [
         ("parameters", f"{size['parameters']:,} of {size['dense_parameters']:,} dense"),
+        *described_experts(size),
         ("bytes", f"{format_bytes(size['bytes'])} in {content['recipe']['dtype']}"),
         ("widths", summarise(content["widths"])),
-        ("neurons of an MLP", describe_neurons(content["neurons"])),
+        (
+            "neurons of an expert" if "experts" in size else "neurons of an MLP",
+            describe_neurons(content["neurons"]),
+        ),
         ("streams", f"on the {content['activation_storage']}"),
     ]
     facts = format_table([{"": name, title: value} for name, value in rows], ["", title])

@@ -3,7 +3,17 @@
 import torch
 from transformers import PreTrainedModel
 
-from slicegpt.conversion.folding import READERS, TABLE_ROWS, WRITERS, activation_state, centre, named
+from slicegpt.conversion.folding import (
+    READERS,
+    TABLE_ROWS,
+    WRITERS,
+    activation_state,
+    centre,
+    fold_writer,
+    mixture_state,
+    named,
+    stacked_writers,
+)
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.families import DenseLayer, Linear, Norm, canonical_fields, checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
@@ -74,6 +84,9 @@ def _folded_layer(root: str, layer: DenseLayer, centred: bool, dtype: torch.dtyp
         ("self_attn", "attention", layer.attention_norm),
         ("mlp", "mlp", layer.mlp_norm),
     ):
+        if part == "mlp" and layer.mixture is not None:
+            state |= _folded_mixture(f"{root}.mlp", layer, centred, dtype)
+            continue
         for name, field in READERS[part]:
             linear = getattr(layer, field)
             if linear is not None:
@@ -84,14 +97,28 @@ def _folded_layer(root: str, layer: DenseLayer, centred: bool, dtype: torch.dtyp
             bias = None if writer.bias is None else centre(writer.bias, True)
             writer = Linear(centre(writer.weight.mT, True).mT, bias)
         state |= named(f"{root}.{module}.{name}", writer, dtype)
-    activation = activation_state(layer, dtype, layer.up.weight.device)
+    activation = activation_state(layer, dtype, layer.q.weight.device)
     state |= {f"{root}.mlp.{name}": tensor for name, tensor in activation.items()}
     if layer.q_norm is not None:
         state |= {
             f"{root}.self_attn.q_norm.weight": layer.q_norm,
             f"{root}.self_attn.k_norm.weight": layer.k_norm,
         }
+    if layer.sinks is not None:
+        state[f"{root}.self_attn.sinks"] = layer.sinks
     return state
+
+
+def _folded_mixture(
+    root: str, layer: DenseLayer, centred: bool, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    mixture, device = layer.mixture, layer.q.weight.device
+    state = mixture_state(mixture, layer.mlp_norm, None, dtype, device)
+    writers = [fold_writer(mixture.expert(number).down, centred, device) for number in range(mixture.count)]
+    state |= stacked_writers(writers, dtype)
+    if mixture.shared is not None:
+        state |= named("shared_expert.down_proj", fold_writer(mixture.shared.down, centred, device), dtype)
+    return {f"{root}.{name}": tensor for name, tensor in state.items()}
 
 
 def _fold_reader(linear: Linear, norm: Norm) -> Linear:

@@ -10,11 +10,11 @@ families and `M = I` otherwise:
 network uses, which divides by d and not by D; see `SlicedConfig.boundary_eps`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from slicegpt.families import DenseLayer, Linear, Norm
+from slicegpt.families import DenseLayer, Linear, Mixture, Norm
 
 # Canonical module name and the field of DenseLayer, for the layers that read and that write the stream.
 READERS = {
@@ -148,6 +148,8 @@ def reader_state(
 ) -> dict[str, torch.Tensor]:
     """State of the layers of `part` ("attention" or "mlp") that read the stream, in `basis` (None: the identity)."""
     norm = layer.attention_norm if part == "attention" else layer.mlp_norm
+    if part == "mlp" and layer.mixture is not None:
+        return mixture_state(layer.mixture, norm, basis, dtype, device)
     state: dict[str, torch.Tensor] = {}
     for name, field in READERS[part]:
         linear = getattr(layer, field)
@@ -158,4 +160,49 @@ def reader_state(
     if part == "attention" and layer.q_norm is not None:
         state["q_norm.weight"] = layer.q_norm.to(device, dtype)
         state["k_norm.weight"] = layer.k_norm.to(device, dtype)
+    if part == "attention" and layer.sinks is not None:
+        state["sinks"] = layer.sinks.to(device, dtype)
     return state
+
+
+def mixture_state(
+    mixture: Mixture, norm: Norm, basis: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """State of a mixture's layers that read the stream: router, experts one after the other, shared expert."""
+
+    def folded(linear: Linear) -> Linear:
+        return folded_reader(linear, norm, basis, dtype, device)
+
+    state = named("gate", folded(mixture.router), dtype)
+    if mixture.correction is not None:
+        state["gate.e_score_correction_bias"] = mixture.correction.to(
+            device, torch.promote_types(dtype, torch.float32)
+        )
+    if mixture.shared is not None:
+        for name, linear in (("gate_proj", mixture.shared.gate), ("up_proj", mixture.shared.up)):
+            state |= named(f"shared_expert.{name}", folded(linear), dtype)
+        if mixture.shared_gate is not None:
+            state |= named("shared_expert_gate", folded(mixture.shared_gate), dtype)
+    for number in range(mixture.count):
+        expert = mixture.expert(number)
+        gate, up = folded(expert.gate), folded(expert.up)
+        neurons = len(gate.weight)
+        if number == 0:
+            rows = (mixture.count, 2 * neurons)
+            weights = torch.empty(*rows, gate.weight.shape[1], dtype=dtype, device=device)
+            state["experts.gate_up_proj"] = weights
+            if gate.bias is not None:
+                state["experts.gate_up_proj_bias"] = torch.empty(rows, dtype=dtype, device=device)
+        for half, linear in ((slice(neurons), gate), (slice(neurons, None), up)):
+            weights[number, half] = linear.weight
+            if linear.bias is not None:
+                state["experts.gate_up_proj_bias"][number, half] = linear.bias
+    return state
+
+
+def stacked_writers(writers: Sequence[Linear], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """State-dict entries of the experts' output layers, side by side, rounded once to the model's dtype."""
+    entries = {"experts.down_proj": torch.stack([writer.weight.to(dtype) for writer in writers])}
+    if writers[0].bias is not None:
+        entries["experts.down_proj_bias"] = torch.stack([writer.bias.to(dtype) for writer in writers])
+    return entries

@@ -82,8 +82,9 @@ def constant_widths(fields: dict, width: int, slice_head: bool = False) -> list[
 
 
 def neurons_for(fields: dict, widths: Sequence[int], shape: Shape) -> int:
-    """MLP neurons left, rounded down to a multiple of `round_to` (but at least one of it), or all of them."""
-    dense, step = fields["intermediate_size"], multiple_of(shape.round_to, fields["dense_hidden_size"])
+    """MLP neurons left, rounded down to a multiple of `round_to` (but at least one of it), or all of them; those of
+    an expert where there are any."""
+    dense, step = whole_neurons(fields), multiple_of(shape.round_to, fields["dense_hidden_size"])
     fraction = shape.neurons
     if fraction is None:
         columns = 1 - sum(widths[:-1]) / (len(widths) - 1) / fields["dense_hidden_size"]
@@ -91,6 +92,24 @@ def neurons_for(fields: dict, widths: Sequence[int], shape: Shape) -> int:
     if fraction == 0:
         return dense
     return min(dense, max(step, int(round((1 - fraction) * dense, 9)) // step * step))
+
+
+def whole_neurons(fields: dict) -> int:
+    """The neurons that are deleted from: an expert's where there are any, else an MLP's."""
+    return fields["moe_intermediate_size"] if fields.get("num_experts") else fields["intermediate_size"]
+
+
+def neuron_fields(fields: dict, neurons: int, step: int) -> dict:
+    """The fields of `SlicedConfig` where `neurons` of `whole_neurons` stay.
+
+    Layers without experts, among others that have them, keep the same fraction, rounded down to a multiple of `step`.
+    """
+    dense, whole = fields["intermediate_size"], whole_neurons(fields)
+    if not fields.get("num_experts"):
+        return {"intermediate_size": neurons, "dense_intermediate_size": dense}
+    others = dense if neurons == whole else min(dense, max(step, dense * neurons // whole // step * step))
+    experts = {"moe_intermediate_size": neurons, "dense_moe_intermediate_size": whole}
+    return experts | {"intermediate_size": others, "dense_intermediate_size": dense}
 
 
 def head_dim(fields: dict) -> int:
@@ -144,20 +163,17 @@ def plan(
         fields: `slicegpt.families.canonical_fields` of the dense model.
         widths: one a boundary.
         shape: shortcuts, orientation and the fraction of neurons.
-        neurons: of an MLP; None: as `shape` says.
+        neurons: of an MLP, or of an expert; None: as `shape` says.
     """
     shape = shape or Shape()
     check_widths(fields, widths)
     kinds = choose_shortcuts(fields, widths, shape)
     # A LayerNorm family's table is centred on its way in, which one shared with the head cannot be.
     untouched = set(kinds) == {"identity"} and not FAMILIES[fields["source_model_type"]].mean_subtraction
-    tied = fields["tie_word_embeddings"]
+    tied, step = fields["tie_word_embeddings"], multiple_of(shape.round_to, fields["dense_hidden_size"])
+    neurons = neurons_for(fields, widths, shape) if neurons is None else neurons
     return SlicedConfig(
-        **fields
-        | {
-            "intermediate_size": neurons_for(fields, widths, shape) if neurons is None else neurons,
-            "dense_intermediate_size": fields["intermediate_size"],
-        },
+        **fields | neuron_fields(fields, neurons, step),
         boundary_widths=list(widths),
         shortcuts=kinds,
         embed_projection=tied and not untouched,
@@ -238,7 +254,7 @@ def plan_for_parameters(
     if shape.neurons is not None:
         return at(width)
     neurons = neurons_for(fields, constant_widths(fields, width), shape)
-    choices = [*range(neurons, fields["intermediate_size"], step), fields["intermediate_size"]]
+    choices = [*range(neurons, whole_neurons(fields), step), whole_neurons(fields)]
     return at(width, choices[last_that(lambda index: fits(at(width, choices[index])), len(choices))])
 
 

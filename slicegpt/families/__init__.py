@@ -8,9 +8,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slicegpt.errors import SliceGPTError
 
 from .apertus import APERTUS
-from .base import Checkpoint, DenseLayer, Family, LayerNames, Linear, Norm
+from .base import Checkpoint, DenseLayer, Expert, Family, LayerNames, Linear, Mixture, Norm
 from .checks import check_config, check_facts
 from .cohere import COHERE, COHERE2
+from .experts import GLM4_MOE, GPT_OSS, MIXTRAL, PHIMOE, QWEN2_MOE, QWEN3_MOE
 from .falcon import FALCON
 from .gemma import GEMMA
 from .glm import ERNIE, GLM, HELIUM
@@ -38,9 +39,11 @@ __all__ = [
     "Checkpoint",
     "DenseLayer",
     "DenseSource",
+    "Expert",
     "Family",
     "LayerNames",
     "Linear",
+    "Mixture",
     "Norm",
     "Weights",
     "canonical_fields",
@@ -87,6 +90,12 @@ FAMILIES = {
         MINISTRAL3,
         HUNYUAN,
         APERTUS,
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        PHIMOE,
+        GLM4_MOE,
+        GPT_OSS,
     )
 }
 
@@ -178,12 +187,37 @@ def canonical_fields(model: PreTrainedModel | DenseSource) -> dict:
             "attention_bias": layer.q.bias is not None or layer.attention_norm.bias is not None,
             "attention_output_bias": layer.o.bias is not None,
             "qk_norm": layer.q_norm is not None,
-            "gated_mlp": layer.gate is not None,
-            "mlp_bias": layer.up.bias is not None or layer.mlp_norm.bias is not None,
-            "mlp_output_bias": layer.down.bias is not None,
+            "attention_sinks": layer.sinks is not None,
+            **_mlp_fields(checkpoint),
             "lm_head_bias": head.bias is not None or (not tied and norm.bias is not None),
             "final_norm_bias": tied and norm.bias is not None,
             "source_model_type": config.model_type,
             "source_parameters": sum(parameter.numel() for parameter in shell.parameters()),
         }
     )
+
+
+def _mlp_fields(checkpoint: Checkpoint) -> dict:
+    """Which biases there are in MLPs and experts; of each kind of layer the first one tells."""
+    layers = map(checkpoint.layer, range(checkpoint.config.num_hidden_layers))
+    kinds: dict[bool, DenseLayer] = {}
+    for layer in layers:
+        kinds.setdefault(layer.mixture is not None, layer)
+        if len(kinds) == 2 or checkpoint.names.experts is None:
+            break
+    fields: dict = {"gated_mlp": True, "mlp_bias": False, "mlp_output_bias": False}
+    if (layer := kinds.get(False)) is not None:
+        fields = {
+            "gated_mlp": layer.gate is not None,
+            "mlp_bias": layer.up.bias is not None or layer.mlp_norm.bias is not None,
+            "mlp_output_bias": layer.down.bias is not None,
+        }
+    if (layer := kinds.get(True)) is not None:
+        shifted, expert = layer.mlp_norm.bias is not None, layer.mixture.expert(0)
+        fields |= {
+            "router_bias": layer.mixture.router.bias is not None or shifted,
+            "score_correction_bias": layer.mixture.correction is not None,
+            "expert_bias": expert.up.bias is not None or shifted,
+            "expert_output_bias": expert.down.bias is not None,
+        }
+    return fields

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig
 
+from .source import Weights
+
 # What transformers' xIELU keeps.
 ACTIVATION_STATE = ("alpha_p", "alpha_n", "beta", "eps")
 
@@ -28,10 +30,41 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """The three layers of a gated MLP, one of several."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts in place of an MLP.
+
+    Attributes:
+        router: [experts, D].
+        count: of the experts.
+        expert: reads one of them, by its number.
+        correction: what is added to the scores before the choice, [experts], or None.
+        shared: the expert that writes for every token, or None; its factor's logit [1, D], or None.
+    """
+
+    router: Linear
+    count: int
+    expert: Callable[[int], Expert]
+    correction: torch.Tensor | None = None
+    shared: Expert | None = None
+    shared_gate: Linear | None = None
+
+
+@dataclass(frozen=True)
 class DenseLayer:
     """One transformer layer of the checkpoint. In parallel layers both norms are the same one.
 
     `activation`: the state of an activation that has weights of its own (xIELU), by the names of its module.
+    `mixture`: takes the place of `gate`, `up` and `down`, which are then None.
+    `sinks`: of every head, a score that belongs to no token, [heads].
     """
 
     attention_norm: Norm
@@ -41,16 +74,45 @@ class DenseLayer:
     o: Linear
     mlp_norm: Norm
     gate: Linear | None
-    up: Linear
-    down: Linear
+    up: Linear | None
+    down: Linear | None
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    mixture: Mixture | None = None
+    sinks: torch.Tensor | None = None
     activation: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
+class MixtureNames:
+    """Where a layer keeps its experts: side by side in tensors [experts, out, in], gate above up in the first.
+
+    Attributes:
+        by_turns: the tensors are [experts, in, out], and gate and up stand by turns (gpt-oss).
+        shared: the module of the expert that writes for every token; shared_gate: of its factor.
+    """
+
+    router: str = "mlp.gate"
+    gate_up: str = "mlp.experts.gate_up_proj"
+    down: str = "mlp.experts.down_proj"
+    by_turns: bool = False
+    shared: str | None = None
+    shared_gate: str | None = None
+
+    def tensors(self) -> set[str]:
+        """All names that a layer's tensors may have."""
+        names = {f"{self.router}.{kind}" for kind in ("weight", "bias", "e_score_correction_bias")}
+        names |= {f"{part}{kind}" for part in (self.gate_up, self.down) for kind in ("", "_bias")}
+        names |= {f"{self.shared}.{part}_proj.weight" for part in ("gate", "up", "down")}
+        return names | {f"{self.shared_gate}.weight"}
+
+
+@dataclass(frozen=True)
 class LayerNames:
-    """Names of a layer's modules below the layer's own; None where the family has no such part."""
+    """Names of a layer's modules below the layer's own; None where the family has no such part.
+
+    `experts`: of the layers that have a router by its name there; the others have an MLP.
+    """
 
     attention_norm: str
     q: str
@@ -64,6 +126,8 @@ class LayerNames:
     q_norm: str | None = None
     k_norm: str | None = None
     activation: str | None = None
+    experts: MixtureNames | None = None
+    sinks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -177,11 +241,13 @@ class Checkpoint:
     def unread(self) -> list[str]:
         """Names of the tensors that the family has no place for: slicing would drop them."""
         family, names = self.family, self.names
-        weights, others = (names.q_norm, names.k_norm), ("q_norm", "k_norm", "activation")
+        weights = (names.q_norm, names.k_norm)
+        others = ("q_norm", "k_norm", "activation", "experts", "sinks")
         whole = {value for name, value in vars(names).items() if name not in others}
         parts = {f"{part}.{kind}" for part in whole - {None} for kind in ("weight", "bias")}
         parts |= {f"{part}.weight" for part in weights if part is not None}
-        parts |= {f"{names.activation}.{name}" for name in ACTIVATION_STATE}
+        parts |= {f"{names.activation}.{name}" for name in ACTIVATION_STATE} | {names.sinks}
+        parts |= set() if names.experts is None else names.experts.tensors()
         known = {f"{family.embedding}.weight", f"{family.positions}.weight"}
         known |= {
             f"{part}.{kind}" for part in (family.final_norm, family.head) for kind in ("weight", "bias")
@@ -198,6 +264,9 @@ class Checkpoint:
             None if name is None else self._get(f"{root}.{name}.weight")
             for name in (names.q_norm, names.k_norm)
         ]
+        mixture = self._mixture(root)
+        mlp = (None, None, None) if mixture is not None else (names.gate, names.up, names.down)
+        gate, up, down = (None if name is None else linear(name) for name in mlp)
         layer = DenseLayer(
             attention_norm=self._norm(f"{root}.{names.attention_norm}"),
             q=linear(names.q),
@@ -205,12 +274,58 @@ class Checkpoint:
             v=linear(names.v),
             o=linear(names.o),
             mlp_norm=self._norm(f"{root}.{names.mlp_norm}"),
-            gate=None if names.gate is None else linear(names.gate),
-            up=linear(names.up),
-            down=linear(names.down),
+            gate=gate,
+            up=up,
+            down=down,
             q_norm=norms[0],
             k_norm=norms[1],
             activation=self._activation(f"{root}.{names.activation}"),
+            mixture=mixture,
+            sinks=None if names.sinks is None else self._get(f"{root}.{names.sinks}"),
         )
         rewrite = self.family.rewrite_layer
         return layer if rewrite is None else rewrite(layer, self.config)
+
+    def _mixture(self, root: str) -> Mixture | None:
+        """The experts of a layer; None where it has none."""
+        names = self.names.experts
+        if names is None or f"{root}.{names.router}.weight" not in self.tensors:
+            return None
+        linear = functools.partial(self._linear_of, root)
+        shared = None
+        if names.shared is not None and f"{root}.{names.shared}.up_proj.weight" in self.tensors:
+            shared = Expert(*(linear(f"{names.shared}.{part}_proj") for part in ("gate", "up", "down")))
+        return Mixture(
+            router=linear(names.router),
+            count=self.tensors[f"{root}.{names.router}.weight"].shape[0],
+            expert=functools.partial(self._expert, root, names),
+            correction=self._get(f"{root}.{names.router}.e_score_correction_bias"),
+            shared=shared,
+            shared_gate=None if names.shared_gate is None else linear(names.shared_gate),
+        )
+
+    def _linear_of(self, root: str, name: str) -> Linear:
+        return self._linear(f"{root}.{name}")
+
+    def _expert(self, root: str, names: MixtureNames, number: int) -> Expert:
+        def read(name: str) -> torch.Tensor | None:
+            key = f"{root}.{name}"
+            if key not in self.tensors:
+                return None
+            if isinstance(self.tensors, Weights):  # no more than the one is read
+                return self.tensors.rows(key, number, number + 1)[0]
+            return self.tensors[key][number]
+
+        weight, bias = read(names.gate_up), read(f"{names.gate_up}_bias")
+        down = Linear(read(names.down), read(f"{names.down}_bias"))
+        if names.by_turns:
+            gate, up = (
+                Linear(weight[:, part::2].mT, None if bias is None else bias[part::2]) for part in (0, 1)
+            )
+            return Expert(gate, up, Linear(down.weight.mT, down.bias))
+        half = len(weight) // 2
+        gate, up = (
+            Linear(weight[part], None if bias is None else bias[part])
+            for part in (slice(half), slice(half, None))
+        )
+        return Expert(gate, up, down)

@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 SHORTCUT_KINDS = ("identity", "compact", "dense")
+SCORING_FUNCTIONS = ("softmax", "sigmoid", "sparsemixer")
 
 
 def factor_rank(dense_width: int, width: int, next_width: int) -> int:
@@ -54,6 +55,23 @@ class SlicedConfig(PreTrainedConfig):
         gated_mlp: `down(act(gate(x)) * up(x))` rather than `down(act(up(x)))`.
         attention_bias, attention_output_bias, mlp_bias, mlp_output_bias, lm_head_bias: which linear layers
             carry a bias (folding a LayerNorm's shift creates some).
+        num_experts: experts of a layer whose MLP is a mixture of them, 0 where no layer's is; `num_experts_per_tok`
+            of them write for a token. Their input layers have biases where `expert_bias`, their output layers where
+            `expert_output_bias`.
+        mlp_layer_types: of each layer "dense" or "sparse" (a mixture of experts), as in transformers; where not given,
+            all are sparse if there are experts.
+        moe_intermediate_size, dense_moe_intermediate_size: neurons of an expert, the most of any layer, and before
+            slicing. `intermediate_size` is that of the dense layers, or the same number where there is none.
+        shared_expert_intermediate_size: neurons of the expert that writes for every token, 0 where there is none; its
+            output is multiplied by a sigmoid of its own where `shared_expert_gate` (Qwen2-MoE).
+        scoring_func: what makes the router's logits weights: "softmax", "sigmoid" or "sparsemixer" (Phi-3.5-MoE, with
+            `router_jitter_noise` as its threshold). The chosen ones are divided by their sum where `norm_topk_prob`,
+            and multiplied by `routed_scaling_factor`.
+        router_bias: the router's logits have a bias. score_correction_bias: the choice of experts, and not their
+            weights, sees the scores with a bias added (DeepSeek, GLM-4.5). n_group, topk_group: experts are chosen from
+            the best `topk_group` of `n_group` groups.
+        swiglu_alpha, swiglu_limit: experts compute `(up + 1) gate sigmoid(alpha gate)` of clamped values (gpt-oss).
+        attention_sinks: every head has a score that belongs to no token, and takes its share of the softmax (gpt-oss).
         qk_norm: queries and keys pass an RMSNorm over the head dimension (Qwen3).
         qk_norm_after_rope: they do so behind their rotation, and not before it (Hunyuan).
         rms_norm_eps: epsilon of the norms of the original model. The norm divides by D, not by the sliced
@@ -101,6 +119,7 @@ class SlicedConfig(PreTrainedConfig):
     attention_output_bias: bool = False
     qk_norm: bool = False
     qk_norm_after_rope: bool = False
+    attention_sinks: bool = False
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     intermediate_size: int = 11008
@@ -110,6 +129,25 @@ class SlicedConfig(PreTrainedConfig):
     gated_mlp: bool = True
     mlp_bias: bool = False
     mlp_output_bias: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    mlp_layer_types: list[str] | None = None
+    moe_intermediate_size: int | None = None
+    dense_moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    expert_bias: bool = False
+    expert_output_bias: bool = False
+    scoring_func: str = "softmax"
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    router_bias: bool = False
+    score_correction_bias: bool = False
+    router_jitter_noise: float = 0.0
+    n_group: int = 1
+    topk_group: int = 1
+    swiglu_alpha: float | None = None
+    swiglu_limit: float | None = None
     lm_head_bias: bool = False
     position_embedding: str = "rotary"
     position_offset: int = 0
@@ -132,10 +170,23 @@ class SlicedConfig(PreTrainedConfig):
             self.head_dim = self.dense_hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.dense_moe_intermediate_size is None:
+            self.dense_moe_intermediate_size = self.moe_intermediate_size
         if self.dense_intermediate_size is None:
             self.dense_intermediate_size = self.intermediate_size
         if self.layer_neurons is not None:
-            self.intermediate_size = max(self.layer_neurons, default=self.intermediate_size)
+            kinds = {"dense": [], "sparse": []}
+            for kind, count in zip(self.mlp_layer_types, self.layer_neurons, strict=False):
+                kinds.get(kind, []).append(count)
+            self.intermediate_size = max(kinds["dense"], default=self.intermediate_size)
+            self.moe_intermediate_size = max(kinds["sparse"], default=self.moe_intermediate_size)
+        if "dense" not in self.mlp_layer_types:
+            self.intermediate_size = self.moe_intermediate_size
+            self.dense_intermediate_size = self.dense_moe_intermediate_size
         if self.boundary_widths is None:
             self.boundary_widths = [self.dense_hidden_size] * (self.num_blocks + 1)
         if self.shortcuts is None:
@@ -161,8 +212,19 @@ class SlicedConfig(PreTrainedConfig):
 
     @property
     def neurons(self) -> list[int]:
-        """MLP neurons of each layer."""
-        return self.layer_neurons or [self.intermediate_size] * self.num_hidden_layers
+        """MLP neurons of each layer, those of one expert where it is a mixture of them."""
+        sizes = {"dense": self.intermediate_size, "sparse": self.moe_intermediate_size}
+        return self.layer_neurons or [sizes[kind] for kind in self.mlp_layer_types]
+
+    @property
+    def dense_neurons(self) -> list[int]:
+        """`neurons` before slicing."""
+        sizes = {"dense": self.dense_intermediate_size, "sparse": self.dense_moe_intermediate_size}
+        return [sizes[kind] for kind in self.mlp_layer_types]
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the MLP of a layer is a mixture of experts."""
+        return self.mlp_layer_types[layer] == "sparse"
 
     @property
     def longrope_length(self) -> int | None:
@@ -213,6 +275,7 @@ class SlicedConfig(PreTrainedConfig):
             raise ValueError(
                 f"intermediate_size must lie in [1, {self.dense_intermediate_size}], got {self.intermediate_size}"
             )
+        self._validate_experts()
         if len(self.neurons) != self.num_hidden_layers or min(self.neurons) < 1:
             raise ValueError(
                 f"layer_neurons must hold {self.num_hidden_layers} numbers of at least 1, got {self.layer_neurons}"
@@ -242,3 +305,34 @@ class SlicedConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+
+    def _validate_experts(self):
+        kinds, experts = self.mlp_layer_types, self.num_experts
+        if len(kinds) != self.num_hidden_layers or not set(kinds) <= {"dense", "sparse"}:
+            raise ValueError(
+                f"mlp_layer_types must hold {self.num_hidden_layers} of 'dense' and 'sparse', one a layer, got {kinds}"
+            )
+        if "sparse" not in kinds:
+            return
+        if not 1 <= self.num_experts_per_tok <= experts:
+            raise ValueError(
+                f"num_experts_per_tok must lie in [1, num_experts], got {self.num_experts_per_tok} of {experts}"
+            )
+        if not 1 <= self.moe_intermediate_size <= self.dense_moe_intermediate_size:
+            raise ValueError(
+                f"moe_intermediate_size must lie in [1, {self.dense_moe_intermediate_size}], got "
+                f"{self.moe_intermediate_size}"
+            )
+        if self.scoring_func not in SCORING_FUNCTIONS:
+            raise ValueError(f"scoring_func must be one of {SCORING_FUNCTIONS}, got {self.scoring_func!r}")
+        if self.scoring_func == "sparsemixer" and self.num_experts_per_tok != 2:
+            raise ValueError(
+                f"num_experts_per_tok must be 2 with 'sparsemixer', got {self.num_experts_per_tok}"
+            )
+        if experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
+            raise ValueError(
+                f"n_group must divide num_experts ({experts}) and topk_group lie in [1, n_group], got "
+                f"{self.n_group} and {self.topk_group}"
+            )
+        if self.parallel_blocks or not self.gated_mlp:
+            raise ValueError("experts need gated_mlp, and blocks that are not parallel")

@@ -148,16 +148,25 @@ def eager_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    s_aux: torch.Tensor | None = None,
     **_,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, for `attn_implementation="eager"`: returns the output and the probabilities."""
+    """Attention written out, for `attn_implementation="eager"`: returns the output and the probabilities.
+
+    Args:
+        s_aux: attention sinks [heads], scores that belong to no token, by transformers' name.
+    """
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.mT * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
+    if s_aux is not None:
+        scores = torch.cat((scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
     probabilities = F.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    if s_aux is not None:
+        probabilities = probabilities[..., :-1]
     output = F.dropout(probabilities, p=dropout, training=module.training) @ value
     return output.transpose(1, 2).contiguous(), probabilities
 
@@ -186,6 +195,7 @@ class SlicedAttention(nn.Module):
         self.k_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, out_width, bias=config.attention_output_bias)
+        self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
         self.q_norm = (
             nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         )
@@ -231,6 +241,7 @@ class SlicedAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            **({} if self.sinks is None else {"s_aux": self.sinks}),
             **kwargs,
         )
         return self.o_proj(output.reshape(*shape, -1)), probabilities

@@ -21,6 +21,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import SlicedConfig
+from .experts import SlicedExperts, SlicedRouter, build_feed_forward
 from .layers import (
     CACHE,
     CompactShortcut,
@@ -63,7 +64,7 @@ class SlicedDecoderLayer(SlicedLayer):
         self.self_attn = SlicedAttention(config, layer_idx, entry, middle)
         self.attention_shortcut = build_shortcut(config, block)
         self.mlp_norm = build_norm(config, block + 1)
-        self.mlp = build_mlp(config, middle, leave, config.neurons[layer_idx])
+        self.mlp = build_feed_forward(config, layer_idx, middle, leave, config.neurons[layer_idx])
         self.mlp_shortcut = build_shortcut(config, block + 1)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -114,11 +115,27 @@ class SlicedPreTrainedModel(PreTrainedModel):
         "attentions": SlicedAttention,
     }
 
+    # A choice between experts is decided by differences of a few thousandths.
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
+
+    def __init__(self, config: SlicedConfig, *args, **kwargs):
+        if config.attention_sinks:  # PyTorch's attention has no place for them
+            self._supports_sdpa = False
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, CompactShortcut):
             init.zeros_(module.factor)
+        elif isinstance(module, SlicedAttention) and module.sinks is not None:
+            init.normal_(module.sinks, std=self.config.initializer_range)
+        elif isinstance(module, SlicedExperts | SlicedRouter):
+            for name, parameter in module.named_parameters(recurse=False):
+                fill = init.zeros_ if name.endswith("bias") else init.normal_
+                fill(parameter, **({} if fill is init.zeros_ else {"std": self.config.initializer_range}))
+            if isinstance(module, SlicedRouter) and module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
         elif getattr(module, "starts_as_identity", False):
             # Not `eye_`: it takes the default device, which need not be the weight's (vLLM builds on meta tensors).
             identity = torch.eye(*module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what describes sizes in words needs neither
+    import torch
+
     from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 
 
@@ -18,9 +20,26 @@ def skeleton(config: SlicedConfig) -> SlicedForCausalLM:
         return SlicedForCausalLM(config)
 
 
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """In which a tensor of a model of `dtype` is stored: the correction of a router's choice in float32 at least."""
+    import torch
+
+    return torch.promote_types(dtype, torch.float32) if name.endswith(".e_score_correction_bias") else dtype
+
+
 def stored_parameters(config: SlicedConfig) -> int:
     """Elements that a model of this config stores (a tied head counts once)."""
     return sum(parameter.numel() for parameter in skeleton(config).parameters())
+
+
+def active_parameters(config: SlicedConfig) -> int:
+    """Elements that write for one token: of a mixture of experts those of `num_experts_per_tok` experts alone."""
+    idle = config.num_experts - config.num_experts_per_tok
+    model = skeleton(config)
+    experts = [module for name, module in model.named_modules() if name.endswith(".mlp.experts")]
+    whole = sum(parameter.numel() for module in experts for parameter in module.parameters())
+    stored = sum(parameter.numel() for parameter in model.parameters())
+    return stored - (whole * idle // config.num_experts if experts else 0)
 
 
 def decoder_parameters(config: SlicedConfig) -> int:

@@ -219,8 +219,11 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
 def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...]:
     """The one or two blocks of a decoder layer.
 
-    Errors: `SliceGPTError` for an activation that the fused operators do not have.
+    Errors: `SliceGPTError` for an activation that the fused operators do not have, experts and attention sinks.
     """
+    if config.num_experts or config.attention_sinks:
+        what = "a mixture of experts" if config.num_experts else "attention with sinks"
+        raise SliceGPTError(f"{what} is not supported by the fused operators; use the plain model", "model")
     if config.hidden_act not in ACTIVATION_NAMES or (
         config.gated_mlp and f"{ACTIVATION_NAMES[config.hidden_act]}_gated" not in GATED
     ):

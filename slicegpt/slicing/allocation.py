@@ -9,18 +9,21 @@ cheapest, until as many parameters are gone as with the planned number everywher
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
 import torch
 
 from slicegpt.calibration.batches import CalibrationBatch
-from slicegpt.families import Checkpoint
+from slicegpt.families import Checkpoint, Linear
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, neuron_rows
 from slicegpt.slicing.keeping import Keeper, Snapshot
+from slicegpt.slicing.mixture_moments import MixtureMoments
+from slicegpt.slicing.mixture_refit import mixture_equations
 from slicegpt.slicing.neurons import Equations, deletions
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions
@@ -70,7 +73,8 @@ def allocate_neurons(
     if reuse is None:
         curves = costs()
     else:  # of the size, they depend on how far the curves go alone
-        fewest = fewest_neurons(config, options.neuron_multiple)
+        layers = range(config.num_hidden_layers)
+        fewest = tuple(fewest_neurons(config, options.neuron_multiple, layer) for layer in layers)
         curves = reuse.value(("deletion costs", fewest, ridge, options.dtype, options.device), costs)
     neurons = options.ranks.decide(
         lambda: share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
@@ -79,21 +83,26 @@ def allocate_neurons(
 
 
 def deletes_neurons(config: SlicedConfig) -> bool:
-    return min(config.neurons) < config.dense_intermediate_size
+    return config.neurons != config.dense_neurons
 
 
-def fewest_neurons(config: SlicedConfig, multiple: int) -> int:
-    """What no layer falls below."""
-    fewest = min(FEWEST * config.dense_intermediate_size, config.intermediate_size / 2)
-    return min(config.intermediate_size, max(multiple, int(fewest) // multiple * multiple))
+def fewest_neurons(config: SlicedConfig, multiple: int, layer: int = 0) -> int:
+    """What a layer of a plan with equal layers does not fall below."""
+    planned = config.neurons[layer]
+    fewest = min(FEWEST * config.dense_neurons[layer], planned / 2)
+    return min(planned, max(multiple, int(fewest) // multiple * multiple))
 
 
 def neuron_parameters(config: SlicedConfig) -> list[int]:
-    """What a neuron of each layer stores: its rows of the gate and up projections, its column of the down one."""
-    reads, own = 2 if config.gated_mlp else 1, int(config.mlp_bias)
-    blocks = [block for block in blocks_of(config) if "mlp" in block.parts]
-    widths = config.boundary_widths
-    return [reads * (widths[block.index] + own) + widths[block.index + 1] for block in blocks]
+    """What a neuron of each layer stores: its rows of the gate and up projections, its column of the down one; where
+    there are experts, one neuron of each of them."""
+    reads, widths, stored = 2 if config.gated_mlp else 1, config.boundary_widths, []
+    for block in blocks_of(config):
+        if "mlp" in block.parts:
+            copies, bias = (config.num_experts, config.expert_bias) if block.sparse else (1, config.mlp_bias)
+            one = reads * (widths[block.index] + int(bias)) + widths[block.index + 1]
+            stored.append(copies * one)
+    return stored
 
 
 @torch.no_grad()
@@ -145,10 +154,14 @@ def deletion_costs(
             del layer, lifted  # the output weights are all that the costs need of it
             if moments is not None and options.ranks.first:
                 check_finite(moments, block)
-                make_room(moments, options.scratch)
-                equations = partial(objective.normal_equations, moments, ridge, prior_of(writers.values()))
-                fewest = fewest_neurons(config, options.neuron_multiple)
-                curves.append(cost_curve(equations, neuron_rows(writers), fewest))
+                fewest = fewest_neurons(config, options.neuron_multiple, block.layer)
+                if block.sparse:
+                    curves.append(mixture_curve(objective, moments, writers, ridge, fewest, options.scratch))
+                else:
+                    make_room(moments, options.scratch)
+                    prior = prior_of(writers.values())
+                    equations = partial(objective.normal_equations, moments, ridge, prior)
+                    curves.append(cost_curve(equations, neuron_rows(writers), fewest))
             ends = block is blocks[-1]
             data = {"curves": curves}
             with propagation.gathered() as first:
@@ -173,6 +186,22 @@ def cost_curve(equations: Equations, group: slice, fewest: int) -> list[tuple[in
     return curve
 
 
+def mixture_curve(
+    objective: Objective,
+    moments: MixtureMoments,
+    writers: Mapping[str, Linear],
+    ridge: float,
+    fewest: int,
+    scratch: str | os.PathLike | None,
+) -> list[tuple[int, float]]:
+    """The curve of a layer of experts, each of which has the same number of neurons: the sum of theirs."""
+    curves = []
+    for name, equations in mixture_equations(objective, moments, writers, ridge).items():
+        make_room(moments.parts[name], scratch)
+        curves.append(cost_curve(equations, slice(0, moments.parts[name].size), fewest))
+    return [(points[0][0], sum(rise for _, rise in points)) for points in zip(*curves, strict=True)]
+
+
 def share_out_neurons(
     curves: Sequence[Sequence[tuple[int, float]]],
     parameters: Sequence[int],
@@ -188,17 +217,18 @@ def share_out_neurons(
         curves: of each layer, see `deletion_costs`.
         parameters: what a neuron of each layer stores.
     """
-    whole, fewest = config.dense_intermediate_size, fewest_neurons(config, multiple)
-    choices = [whole, *range((whole - 1) // multiple * multiple, fewest - 1, -multiple)]
     steps = []
     for layer, curve in enumerate(curves):
+        whole, fewest = config.dense_neurons[layer], fewest_neurons(config, multiple, layer)
+        choices = [whole, *range((whole - 1) // multiple * multiple, fewest - 1, -multiple)]
         highest = 0.0
         for order, (more, less) in enumerate(pairwise(choices)):
             cost = (_rise_at(curve, less) - _rise_at(curve, more)) / ((more - less) * parameters[layer])
             highest = max(highest, cost)
             steps.append((highest, order, layer, less))
-    neurons = [whole] * len(curves)
-    excess = (whole - config.intermediate_size) * sum(parameters)
+    neurons = config.dense_neurons
+    gone = [whole - planned for whole, planned in zip(neurons, config.neurons, strict=True)]
+    excess = sum(count * size for count, size in zip(gone, parameters, strict=True))
     for _, _, layer, less in sorted(steps):
         if excess <= 0:
             break

@@ -13,6 +13,7 @@ from slicegpt.families import FAMILIES, DenseLayer, Linear
 from slicegpt.hardware.scratch import spilled
 from slicegpt.modeling import SlicedConfig, WeightlessRMSNorm
 from slicegpt.modeling.layers import SlicedAttention, build_mlp
+from slicegpt.slicing.mixtures import SHARED, LiftedMixture, mixture_writers
 
 # Bytes at whose multiples PyTorch's tensors begin, on a CPU.
 ALIGNMENT = 64
@@ -23,12 +24,13 @@ WRITER_NAMES = {"attention": "o_proj", "mlp": "down_proj"}
 
 @dataclass(frozen=True)
 class Block:
-    """What lies between two boundaries: attention, MLP, or both in parallel."""
+    """What lies between two boundaries: attention, MLP, or both in parallel; `sparse`: a mixture of experts."""
 
     index: int
     layer: int
     parts: tuple[str, ...]
     shortcut: str
+    sparse: bool = False
 
     @property
     def prefix(self) -> str:
@@ -40,7 +42,7 @@ def blocks_of(config: SlicedConfig) -> list[Block]:
     if config.parallel_blocks:
         return [Block(i, i, ("attention", "mlp"), "shortcut") for i in range(config.num_hidden_layers)]
     return [
-        Block(2 * i + k, i, (part,), f"{part}_shortcut")
+        Block(2 * i + k, i, (part,), f"{part}_shortcut", part == "mlp" and config.is_sparse(i))
         for i in range(config.num_hidden_layers)
         for k, part in enumerate(("attention", "mlp"))
     ]
@@ -48,12 +50,15 @@ def blocks_of(config: SlicedConfig) -> list[Block]:
 
 def fitted_names(config: SlicedConfig, names: Iterable[str]) -> list[str]:
     """Which of a sliced model's tensors depend on the refit's λ: the output weights, dense shortcuts among them."""
-    layers = set()
+    layers, tensors = set(), set()
     for block in blocks_of(config):
+        if block.sparse:
+            layers.add(f"{block.prefix}.mlp.{SHARED}.down_proj")
+            tensors |= {f"{block.prefix}.mlp.experts.down_proj{kind}" for kind in ("", "_bias")}
         layers |= {f"{block.prefix}.{MODULE_NAMES[part]}.{WRITER_NAMES[part]}" for part in block.parts}
         if config.shortcuts[block.index] == "dense":
             layers.add(f"{block.prefix}.{block.shortcut}")
-    return [name for name in names if name.rpartition(".")[0] in layers]
+    return [name for name in names if name in tensors or name.rpartition(".")[0] in layers]
 
 
 class LiftedBlock(nn.Module):
@@ -87,7 +92,8 @@ class LiftedBlock(nn.Module):
             if "attention" in block.parts:
                 self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width)
             if "mlp" in block.parts:
-                self.parts["mlp"] = build_mlp(config, width, dense_width, config.dense_intermediate_size)
+                neurons = config.dense_neurons[block.layer]
+                self.parts["mlp"] = build_mlp(config, width, dense_width, neurons)
         for part in states:
             setattr(self.parts[part], WRITER_NAMES[part], nn.Identity())
         self.set_readers(states)
@@ -135,9 +141,10 @@ class LiftedBlock(nn.Module):
         return self.write(*self.activations(stream, **kwargs))
 
 
-def file_readers(
-    states: dict[str, dict], lifted: LiftedBlock, folder: str | os.PathLike | None = None
-) -> None:
+Lifted = LiftedBlock | LiftedMixture
+
+
+def file_readers(states: dict[str, dict], lifted: Lifted, folder: str | os.PathLike | None = None) -> None:
     """Move the matrices of `states`, a CPU's, into files of `folder`, and give them to `lifted`.
 
     They are the same tensors but for their place: what is read of them is in memory until it is written over or given
@@ -145,7 +152,7 @@ def file_readers(
     """
     for part, state in states.items():
         states[part] = {
-            name: spilled(tensor, folder) if tensor.dim() == 2 else tensor for name, tensor in state.items()
+            name: spilled(tensor, folder) if tensor.dim() > 1 else tensor for name, tensor in state.items()
         }
     lifted.set_readers(states)
 
@@ -158,8 +165,11 @@ def _is_plain(weight: torch.Tensor) -> bool:
 def dense_writers(
     config: SlicedConfig, block: Block, layer: DenseLayer, device: torch.device
 ) -> dict[str, Linear]:
-    """Of each part of a block, its output projection [D, K] with the mean subtraction folded in, see `fold_writer`."""
+    """Of each part of a block, its output projection [D, K] with the mean subtraction folded in, see `fold_writer`; of
+    a mixture those of every expert."""
     centred = FAMILIES[config.source_model_type].mean_subtraction
+    if block.sparse:
+        return mixture_writers(layer.mixture, centred, device)
     return {part: fold_writer(getattr(layer, WRITERS[part][1]), centred, device) for part in block.parts}
 
 
@@ -180,7 +190,21 @@ def dense_block(
     writers: dict[str, Linear],
     dtype: torch.dtype,
     device: torch.device,
-) -> LiftedBlock:
+) -> Lifted:
     """The dense model's block, at full width, with the `writers` of its parts."""
     states = {part: reader_state(part, layer, None, dtype, device) for part in block.parts}
-    return LiftedBlock(config, block, None, states, writers, dtype)
+    return lifted_block(config, block, None, states, writers, dtype)
+
+
+def lifted_block(
+    config: SlicedConfig,
+    block: Block,
+    basis: torch.Tensor | None,
+    states: dict[str, dict],
+    writers: dict[str, Linear],
+    dtype: torch.dtype,
+) -> Lifted:
+    """A block as slicing runs it, see `LiftedBlock`; one that is a mixture of experts, see `LiftedMixture`."""
+    if block.sparse:
+        return LiftedMixture(config, block.layer, basis, states["mlp"], writers, dtype)
+    return LiftedBlock(config, block, basis, states, writers, dtype)

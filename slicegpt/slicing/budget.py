@@ -16,6 +16,7 @@ from slicegpt.modeling.sizes import stored_parameters
 from slicegpt.runtime.speed import CPU_PARAMETERS
 from slicegpt.slicing.allocation import POINTS, SHARE, deletes_neurons, fewest_neurons
 from slicegpt.slicing.blocks import Block, blocks_of
+from slicegpt.slicing.budget_mixture import mixture_allocation, mixture_stages, writers
 from slicegpt.slicing.filed_moments import batch_bytes, needs_files
 from slicegpt.slicing.matrices import PANEL_BYTES
 from slicegpt.slicing.neurons import ROUNDS
@@ -57,7 +58,7 @@ class _Model:
     # --- sizes -------------------------------------------------------------------------------------------------
 
     def rows(self, part: str) -> int:
-        """Rows of a part's layers that read the stream."""
+        """Rows of a part's layers that read the stream; of the MLPs that are no mixtures."""
         config = self.config
         if part == "attention":
             return (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
@@ -77,8 +78,12 @@ class _Model:
         return own + (self.config.boundary_widths[block.index] if dense and self.work.share else 0)
 
     def layer(self, parts: tuple[str, ...] = ("attention", "mlp")) -> int:
-        """Elements of a dense layer, or of some of its parts."""
-        return sum((self.rows(part) + self.columns(part)) * self.width for part in parts)
+        """Elements of a dense layer, or of some of its parts; of a mixture none but its output layers, for its experts
+        are read one by one."""
+        own = sum((self.rows(part) + self.columns(part)) * self.width for part in parts)
+        if "mlp" in parts and self.config.num_experts:
+            return max(own, (self.layer(("attention",)) if "attention" in parts else 0) + writers(self))
+        return own
 
     # --- stages ------------------------------------------------------------------------------------------------
 
@@ -105,7 +110,9 @@ class _Model:
         if self.work.on_gpu:
             stage.add("CUDA context", GPU_CONTEXT, "device")
         if self.work.in_memory:
-            fits = sum(self.columns(part) for part in ("attention", "mlp")) * self.config.num_hidden_layers
+            kinds = self.config.mlp_layer_types
+            fits = len(kinds) * self.columns("attention") + kinds.count("dense") * self.columns("mlp")
+            fits += kinds.count("sparse") * (writers(self) // self.width)
             stage.add("sliced model", stored_parameters(self.config) * self.item, "host")
             stage.add("sliced model", (self.work.ridges - 1) * fits * self.width * self.item, "host")
         if streams:
@@ -122,13 +129,15 @@ class _Model:
     def budget(self) -> Budget:
         stages = [self.embedding()]
         blocks = blocks_of(self.config)
-        for block in {(block.parts, self.inputs(block)): block for block in blocks}.values():
+        for block in {(block.parts, block.sparse, self.inputs(block)): block for block in blocks}.values():
             stages += self.block(block)
         stages += [self.head(), self.losses()]
         if self.work.own_text:
             stages.insert(0, self.own_text())
         if self.work.allocate and self.work.share and deletes_neurons(self.config):
-            stages += self.allocation(next(block for block in blocks if "mlp" in block.parts))
+            kinds = {block.sparse: block for block in blocks if "mlp" in block.parts}
+            for block in kinds.values():
+                stages += mixture_allocation(self, block) if block.sparse else self.allocation(block)
         if (timing := self.timing()) is not None:
             stages.append(timing)
         return Budget(stages, self.storage, self.spills, self.machine)
@@ -172,6 +181,8 @@ class _Model:
 
     def block(self, block: Block) -> list[PlannedStage]:
         """Of one block: folded, collected, neurons chosen, fitted, written, the next basis chosen, stored."""
+        if block.sparse:
+            return mixture_stages(self, block)
         work, width, item = self.work, self.width, self.item
         inputs, own = self.inputs(block), sum(self.columns(part) for part in block.parts)
         before = self.config.boundary_widths[block.index]
@@ -321,7 +332,7 @@ class _Model:
         collecting.add("batch", passing, self.device)
         spilled, _ = self.leaves(inputs, self.free(costs), filed)
         self.add_spilled(costs, inputs, spilled)
-        gone = self.config.dense_intermediate_size - fewest_neurons(self.config, 1)
+        gone = self.config.dense_neurons[block.layer] - fewest_neurons(self.config, 1, block.layer)
         self.add_inverse(costs, inputs, math.ceil(gone / POINTS))
         return [collecting, costs]
 
@@ -343,7 +354,7 @@ class _Model:
         work, remaining = self.work, self.inputs(block)
         right, stages = F64 * remaining * self.width, []
         neurons = self.config.neurons[block.layer] if "mlp" in block.parts else None
-        if neurons is not None and (gone := self.config.dense_intermediate_size - neurons):
+        if neurons is not None and (gone := self.config.dense_neurons[block.layer] - neurons):
             self.add_inverse(choosing, remaining, math.ceil(gone / ROUNDS))
             remaining -= gone
             stages.append(choosing)

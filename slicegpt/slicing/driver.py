@@ -1,5 +1,6 @@
 """`slice_model` and `slice_checkpoint`: the whole of slicing, into memory or into any other sink."""
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.ridge import choose_ridge
 from slicegpt.slicing.sink import MemorySink, Sink
 from slicegpt.slicing.slicer import Slicer
+
+logger = logging.getLogger("slicegpt")
 
 
 def slice_model(
@@ -120,6 +123,15 @@ def slice_checkpoint(
         report.seconds["allocation"] = journal["allocation"]
     report.refit = [
         {"block": block, "ridge": ridge, "remaining": remaining[ridge]}
+        | ({"few_tokens": slicer.few_tokens[block]} if block in slicer.few_tokens else {})
         for block, remaining in slicer.remaining
     ]
+    if slicer.few_tokens:
+        logger.warning(
+            "%d of %d experts had fewer calibration tokens than neurons, in %d layers; their fits stay near their own "
+            "weights (few_tokens in slicing.json tells which)",
+            sum(map(len, slicer.few_tokens.values())),
+            config.num_experts * config.mlp_layer_types.count("sparse"),
+            len(slicer.few_tokens),
+        )
     return config, report

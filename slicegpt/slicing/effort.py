@@ -120,7 +120,7 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
     """The operations of a run that slices to `config`, on the rank that has most to do."""
     effort, width = Effort(), config.dense_hidden_size
     fitted = work.fitted_tokens
-    deletes = min(config.neurons) < config.dense_intermediate_size
+    deletes = config.neurons != config.dense_neurons
     for block in blocks_of(config):
         before, after = config.boundary_widths[block.index : block.index + 2]
         rows, columns = block_shape(config, block)
@@ -131,11 +131,16 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
         attention = 0
         if "attention" in block.parts:  # scores and sums, causal
             attention = 2 * work.seqlen * config.num_attention_heads * config.head_dim
+        if block.sparse:
+            _add_mixture(effort, config, work, block, deletes)
+            continue
         if work.share:
             effort.add("teacher", "half", fitted * (2 * width * (rows + columns) + attention))
             moments = inputs * inputs + 2 * inputs * width
             effort.add("refit", "half", fitted * moments)
-            gone = config.dense_intermediate_size - config.neurons[block.layer] if "mlp" in block.parts else 0
+            gone = 0
+            if "mlp" in block.parts:
+                gone = config.dense_neurons[block.layer] - config.neurons[block.layer]
             effort.add("refit", "fp64", work.ridges * solving(inputs - gone, width))
             if gone:
                 effort.add("refit", "fp64", selection(inputs, width, gone))
@@ -144,7 +149,7 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
                     "allocation", "half", SHARE * work.tokens * (2 * width * (rows + columns) + attention)
                 )
                 if "mlp" in block.parts:
-                    removed = round((1 - FEWEST) * config.dense_intermediate_size)
+                    removed = round((1 - FEWEST) * config.dense_neurons[block.layer])
                     effort.add("allocation", "half", SHARE * work.tokens * moments)
                     effort.add("allocation", "fp64", selection(own, width, removed))
         lifting = 4 * width * before
@@ -163,15 +168,50 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
 
 
 def block_shape(config: SlicedConfig, block: Block) -> tuple[int, int]:
-    """Rows of the layers of a block that read the stream, and columns of those that write it, before slicing."""
+    """Rows of the layers of a block that read the stream, and columns of those that write it, before slicing; of a
+    mixture of experts those that one token meets."""
     rows = columns = 0
+    if block.sparse:
+        columns = config.num_experts_per_tok * config.dense_neurons[block.layer]
+        columns += config.shared_expert_intermediate_size
+        return 2 * columns + config.num_experts, columns
     if "attention" in block.parts:
         columns += config.num_attention_heads * config.head_dim
         rows += columns + 2 * config.num_key_value_heads * config.head_dim
     if "mlp" in block.parts:
-        columns += config.dense_intermediate_size
-        rows += (2 if config.gated_mlp else 1) * config.dense_intermediate_size
+        columns += config.dense_neurons[block.layer]
+        rows += (2 if config.gated_mlp else 1) * config.dense_neurons[block.layer]
     return rows, columns
+
+
+def _add_mixture(effort: Effort, config: SlicedConfig, work: Workload, block: Block, deletes: bool) -> None:
+    """The operations of a block of experts: each has a system of its own, of its own tokens."""
+    width, (rows, columns) = config.dense_hidden_size, block_shape(config, block)
+    before, after = config.boundary_widths[block.index : block.index + 2]
+    neurons, shared = config.dense_neurons[block.layer], config.shared_expert_intermediate_size
+    gone, fitted, count = neurons - config.neurons[block.layer], work.fitted_tokens, config.num_experts
+    a_token = 2 * width * (rows + columns)
+    moments = config.num_experts_per_tok * (neurons * neurons + 2 * neurons * width)
+    moments += shared * shared + 2 * shared * width
+    if work.share:
+        effort.add("teacher", "half", fitted * a_token)
+        effort.add("refit", "half", fitted * (moments + 4 * width * columns))
+        fits = count * solving(neurons - gone, width) + solving(shared, width)
+        effort.add("refit", "fp64", work.ridges * fits)
+        if gone:
+            effort.add("refit", "fp64", count * selection(neurons, width, gone))
+        if deletes and work.allocate:
+            effort.add("allocation", "half", SHARE * work.tokens * (a_token + moments))
+            removed = round((1 - FEWEST) * neurons)
+            effort.add("allocation", "fp64", count * selection(neurons, width, removed))
+    effort.add(
+        "signals", "half", work.tokens * (4 * width * before + 2 * before * rows + 2 * width * columns)
+    )
+    effort.add("covariance", "gram", work.tokens * width * width)
+    effort.add("eigensolver", "solver", SOLVER * width**3)
+    whole = count * neurons + shared
+    readers = before * (2 * whole + count)
+    effort.add("rotation", "fp64", 2 * width * (readers + max(1, work.ridges) * after * whole))
 
 
 def solving(size: int, width: int) -> float:

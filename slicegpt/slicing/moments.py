@@ -18,6 +18,11 @@ from slicegpt.slicing.matrices import panels
 TOKENS_PER_CALL = 4096
 
 
+def select(states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    """[batch, tokens, ...] to [n, ...]: the tokens of a mask, all of them (a view) where it is None."""
+    return states.flatten(0, 1) if tokens is None else states[tokens]
+
+
 class Moments:
     """Second moments of activations [n, K] and of what their block has to write [n, D], all in float64.
 
@@ -26,6 +31,7 @@ class Moments:
             `rows` and `diagonal` read them wherever `spill` has brought them.
         inputs, outputs: sums [K] and [D], for an intercept; tokens: their number, or the sum of their weights.
         groups: columns of each kind of activations, K in all; their scales differ. size: K.
+        scale: what the penalty of a fit is in proportion to; None: the mean diagonal of each group.
         spilled: whether `gram` and `cross` are out of the device's memory.
         device: where the tokens are added, and where `rows` brings what it reads.
     """
@@ -40,6 +46,7 @@ class Moments:
         self.gram, self.cross, self.energy = self._sums(inputs, inputs), self._sums(inputs, outputs), zeros()
         self.inputs, self.outputs, self.tokens = zeros(inputs), zeros(outputs), zeros()
         self.spilled = False
+        self.scale: torch.Tensor | None = None
         self._diagonal: torch.Tensor | None = None  # of a spilled Gram matrix, whose pages it lies all over
 
     def _sums(self, *shape: int) -> torch.Tensor:
@@ -75,6 +82,10 @@ class Moments:
     ) -> None:
         gram_(self.gram, inputs, weight, precision)
         cross_gram_(self.cross, inputs, outputs, weight, precision)
+
+    def joined(self, lifted: object) -> JoinedBatches:
+        """What batches of the activations of `lifted` are added by."""
+        return JoinedBatches(self)
 
     def reduce_(self, ranks: Ranks) -> None:
         """Add up what the ranks have added, on rank 0; on the others the sums are of no use any more."""
@@ -132,6 +143,16 @@ class JoinedBatches:
     def __init__(self, moments: Moments, tokens_per_call: int = TOKENS_PER_CALL):
         self.moments, self.tokens_per_call = moments, tokens_per_call
         self.waiting: list[tuple[torch.Tensor, ...]] = []
+
+    def add_batch(
+        self,
+        activations: torch.Tensor,
+        target: torch.Tensor,
+        weights: torch.Tensor,
+        present: torch.Tensor | None,
+    ) -> None:
+        """Add the tokens of a batch [batch, tokens, ...] that are no padding: those of a mask, None for all."""
+        self.add(*(select(states, present) for states in (activations, target, weights)))
 
     def add(self, activations: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> None:
         """As `Moments.add`; the tensors must not change until they have been added."""

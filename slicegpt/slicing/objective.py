@@ -103,11 +103,13 @@ class Objective:
     def penalty(self, moments: Moments, ridge: float, intercept: bool) -> torch.Tensor:
         """`λ g²` [K]. g² is the mean diagonal of aᵀ w a, apart for each kind of activations where several are fitted
         at once (attention's, the MLP's, the stream before a dense shortcut); of deviations from the means where an
-        `intercept` is fitted along."""
+        `intercept` is fitted along. Experts share one (`moments.scale`)."""
         diagonal = moments.diagonal()
         if intercept:
             diagonal = diagonal - moments.inputs.square() / moments.tokens
-        scales = torch.cat([part.mean().expand(len(part)) for part in diagonal.split(moments.groups)])
+        parts = diagonal.split(moments.groups)
+        means = [part.mean() if moments.scale is None else moments.scale for part in parts]
+        scales = torch.cat([mean.expand(len(part)) for mean, part in zip(means, parts, strict=True)])
         return ridge * scales
 
     def normal_equations(

@@ -108,7 +108,8 @@ class SlicingReport:
         seconds: of each stage.
         eigenvalues: [D] for each boundary; None where none were needed.
         refit: for each refitted block `{"block", "ridge", "remaining"}`: its index, λ, and the fraction of its squared
-            error before the fit that remains (None where there was none to speak of).
+            error before the fit that remains (None where there was none to speak of); of a mixture also "few_tokens",
+            the experts that had fewer tokens than neurons, if any.
         ridge_search: where λ was chosen, the held-out loss of each candidate, in nats a token.
     """
 

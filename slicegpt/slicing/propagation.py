@@ -17,9 +17,11 @@ from slicegpt.hardware.ranks import Ranks
 from slicegpt.hardware.scratch import free_space, spilled
 from slicegpt.modeling import SlicedConfig, SlicedModel
 from slicegpt.modeling.layers import SlicedRotaryEmbedding
-from slicegpt.slicing.blocks import Block, LiftedBlock
+from slicegpt.slicing.blocks import Block, Lifted
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.filed_moments import batch_bytes, moments_for
+from slicegpt.slicing.mixture_moments import JoinedMixture, MixtureMoments, mixture_moments
+from slicegpt.slicing.mixtures import LiftedMixture, RoutedActivations
 from slicegpt.slicing.moments import JoinedBatches, Moments
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.reuse import Reuse
@@ -27,17 +29,12 @@ from slicegpt.slicing.streams import Streams, TokenBatch, choose_storage
 from slicegpt.slicing.timing import StageTimer
 
 
-def select(states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-    """[batch, tokens, ...] to [n, ...]: the tokens of a mask, all of them (a view) where it is None."""
-    return states.flatten(0, 1) if tokens is None else states[tokens]
-
-
 def tokens_of(streams: Streams) -> int:
     """Of all batches, padding included."""
     return sum(batch.input_ids.numel() for batch in streams.batches)
 
 
-def check_finite(sums: Covariance | Moments, block: Block | None) -> None:
+def check_finite(sums: Covariance | Moments | MixtureMoments, block: Block | None) -> None:
     """One clear error for a stream that overflowed; `block` is what it comes from, None the embedding."""
     if not sums.is_finite():
         where = "the embedding" if block is None else f"layer {block.layer} ({' and '.join(block.parts)})"
@@ -189,8 +186,8 @@ class Propagation:
         return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
 
     def collect(
-        self, block: Block, lifted: LiftedBlock, teacher: LiftedBlock, objective: Objective
-    ) -> tuple[Moments, list[torch.Tensor | None]]:
+        self, block: Block, lifted: Lifted, teacher: Lifted, objective: Objective
+    ) -> tuple[Moments | MixtureMoments, list[torch.Tensor | RoutedActivations | None]]:
         """Moments of the fitted batches before a block writes; their dense streams pass the dense block.
 
         Args:
@@ -202,12 +199,13 @@ class Propagation:
             memory (of the disk, where the moments are in files), and what the shortcuts carry then stands in the
             streams; else an empty list, and `write` computes them again.
         """
-        joined = JoinedBatches(moments := self.new_moments(lifted, self.dense_streams))
+        joined = (moments := self.new_moments(lifted, self.dense_streams)).joined(lifted)
         size = tokens_of(self.dense_streams) * sum(lifted.groups) * self.dtype.itemsize
         # What has no room for the moments has none for the activations while the system is solved.
         filed = moments.spilled
         keep = size <= (free_space(self.scratch) if filed else free_memory(self.device)) // 2
-        kept: list[torch.Tensor | None] = []
+        keep = keep and not (filed and block.sparse)
+        kept: list[torch.Tensor | RoutedActivations | None] = []
         for (index, batch, dense), (_, _, stream) in zip(self.dense_streams, self.streams, strict=False):
             inputs = self.inputs(block, stream, batch)
             with self.stage("teacher"):
@@ -228,19 +226,23 @@ class Propagation:
         self.add_up(moments)
         return moments, kept
 
-    def new_moments(self, lifted: LiftedBlock, streams: Streams) -> Moments:
+    def new_moments(self, lifted: Lifted, streams: Streams) -> Moments | MixtureMoments:
         """Moments of what a block writes from, in memory where it has room for them and for passing `streams`."""
         rows = sum(weight.shape[0] for weight in lifted.parts.parameters() if weight.dim() == 2)
         batch = max((batch.input_ids.numel() for batch in streams.batches), default=1)
         inputs, width, item = sum(lifted.groups), self.config.dense_hidden_size, self.dtype.itemsize
         own = inputs - (lifted.groups[-1] if lifted.writes_shortcut else 0)
+        if isinstance(lifted, LiftedMixture):
+            rows = lifted.rows
         beside = batch_bytes(batch, tokens_of(streams), rows, own, inputs, width, item)
+        if isinstance(lifted, LiftedMixture):
+            return mixture_moments(lifted, width, beside, self.scratch)
         return moments_for(lifted.groups, width, self.device, beside, self.scratch)
 
     def dense_after(
         self,
         block: Block,
-        teacher: LiftedBlock,
+        teacher: Lifted,
         index: int,
         batch: TokenBatch,
         dense: torch.Tensor,
@@ -262,9 +264,9 @@ class Propagation:
     def write(
         self,
         block: Block,
-        lifted: LiftedBlock,
+        lifted: Lifted,
         covariance: Covariance | None,
-        kept: list[torch.Tensor | None] | None = None,
+        kept: list[torch.Tensor | RoutedActivations | None] | None = None,
     ) -> None:
         """Bring every batch past a block with its final output weights, and add it to the next boundary's covariance.
 
@@ -287,10 +289,10 @@ class Propagation:
         self.add_up(covariance)
 
     def collect_dense(
-        self, block: Block, dense: LiftedBlock, objective: Objective, moments: Moments | None
+        self, block: Block, dense: Lifted, objective: Objective, moments: Moments | MixtureMoments | None
     ) -> None:
         """Bring every batch past the dense model's block, and add it to the moments of what it writes."""
-        joined = None if moments is None else JoinedBatches(moments)
+        joined = None if moments is None else moments.joined(dense)
         for index, batch, stream in self.streams:
             inputs = self.inputs(block, stream.to(dense.dtype), batch)
             carried, activations = dense.activations(stream, **inputs)
@@ -301,7 +303,7 @@ class Propagation:
         if joined is not None:
             self.add_up(joined.finish())
 
-    def add_up(self, sums: Covariance | Moments | None) -> None:
+    def add_up(self, sums: Covariance | Moments | MixtureMoments | None) -> None:
         """Sums over this rank's batches become those over all, on rank 0; the time includes waiting for the slowest."""
         if sums is not None and self.ranks.size > 1:
             with self.stage("exchange"):
@@ -309,10 +311,10 @@ class Propagation:
 
     def add_moments(
         self,
-        joined: JoinedBatches,
+        joined: JoinedBatches | JoinedMixture,
         objective: Objective,
         batch: TokenBatch,
-        activations: torch.Tensor,
+        activations: torch.Tensor | RoutedActivations,
         target: torch.Tensor,
         before: torch.Tensor,
         after: torch.Tensor,
@@ -320,4 +322,4 @@ class Propagation:
         """Add a batch's tokens: what a block writes from, what it has to write, and the dense stream around it."""
         weights = objective.token_weights(before, after, self.config.rms_norm_eps)
         present = None if batch.attention_mask is None else batch.attention_mask.bool()
-        joined.add(*(select(states, present) for states in (activations, target, weights)))
+        joined.add_batch(activations, target, weights, present)

@@ -34,14 +34,17 @@ class BlockFits:
 
     Attributes:
         writers: of each λ, of each part of the block, its output weights [D, K] and bias, float64, at full width.
-        neurons: int64, the MLP neurons that stay, ascending: the columns of the others are 0. None: all.
+        neurons: int64, the MLP neurons that stay, ascending: the columns of the others are 0; of a mixture those of
+            every expert by its name. None: all.
         remaining: of each λ, the fraction of the squared error before the fit that remains; None where there was none.
             Empty where nothing was fitted.
+        before: that error.
     """
 
     writers: dict[float, Mapping[str, Linear]]
-    neurons: torch.Tensor | None = None
+    neurons: torch.Tensor | Mapping[str, torch.Tensor] | None = None
     remaining: dict[float, float | None] = field(default_factory=dict)
+    before: float = 0.0
 
 
 def fit_block(
@@ -81,7 +84,7 @@ def fit_block(
             writer = replace(writer, weight=spilled(writer.weight, scratch))
         fitted[ridge] = split_parts(writer, writers, moments.groups)
         remaining[ridge] = writer.loss / before if measurable else None
-    return BlockFits(fitted, staying, remaining)
+    return BlockFits(fitted, staying, remaining, before)
 
 
 def is_short(moments: Moments) -> bool:

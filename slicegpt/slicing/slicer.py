@@ -8,6 +8,7 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,15 +33,18 @@ from slicegpt.slicing.blocks import (
     MODULE_NAMES,
     WRITER_NAMES,
     Block,
-    LiftedBlock,
     blocks_of,
     dense_block,
     dense_writers,
     file_readers,
+    lifted_block,
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
 from slicegpt.slicing.keeping import Keeper, Snapshot
+from slicegpt.slicing.mixture_moments import MixtureMoments
+from slicegpt.slicing.mixture_refit import fit_mixture
+from slicegpt.slicing.mixtures import kept_readers, mixture_writer_state
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
@@ -70,6 +74,7 @@ class Slicer:
     Attributes:
         ridges: those that something is fitted at; the first one alone where there is no refit.
         remaining: of each refitted block its index, and `BlockFits.remaining`.
+        few_tokens: of blocks by their index, the experts that had fewer calibration tokens than neurons.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Slicer:
         self.generator = torch.Generator().manual_seed(options.seed)
         self.reading: tuple[int, DenseLayer] | None = None
         self.remaining: list[tuple[int, dict[float, float | None]]] = []
+        self.few_tokens: dict[int, list[int]] = {}
         self.prunes = deletes_neurons(config)
         if self.prunes and not options.refit:
             raise SliceGPTError("which of them to delete is decided by the refit, which is off", "neurons")
@@ -244,10 +250,10 @@ class Slicer:
             dense = dense_writers(config, block, layer, device)
             shortcut = {"shortcut": Linear(basis)} if config.shortcuts[block.index] == "dense" else {}
             # A dense shortcut is a matrix of its own: where there is a refit, it is fitted like the others.
-            writers = dense | shortcut if self.refits else dense
+            writers = dense | shortcut if self.refits and not block.sparse else dense
             lifted = None
             if self.needs_pass(block):
-                lifted = LiftedBlock(config, block, basis, readers, writers, dtype)
+                lifted = lifted_block(config, block, basis, readers, writers, dtype)
 
         fits, kept = BlockFits(dict.fromkeys(self.ridges, dense | shortcut)), None
         if self.refits:
@@ -263,6 +269,9 @@ class Slicer:
                 fits = self.fit(block, writers, moments, aside if device.type == "cpu" else None)
             lifted.set_writers(self.agreed(lambda: fits.writers[self.ridges[0]]))
             del moments  # [K, K + D] in float64
+            if block.sparse:
+                own = {ridge: {**fitted, **shortcut} for ridge, fitted in fits.writers.items()}
+                fits = replace(fits, writers=own)
         covariance = self.new_covariance(block.index + 1)
         if lifted is not None:
             self.propagation.write(block, lifted, covariance, kept)
@@ -278,18 +287,21 @@ class Slicer:
         self,
         block: Block,
         writers: Mapping[str, Linear],
-        moments: Moments,
+        moments: Moments | MixtureMoments,
         set_aside: Callable[[], None] | None = None,
     ) -> BlockFits:
         """The output weights at every λ, and which of the MLP's neurons stay where some are deleted."""
         neurons = self.config.neurons[block.layer] if "mlp" in block.parts else None
-        if neurons == self.config.dense_intermediate_size:
+        if neurons == self.config.dense_neurons[block.layer]:
             neurons = None
         with self.stage("refit"):
             check_finite(moments, block)
-            fits = fit_block(
+            fit = fit_mixture if block.sparse else fit_block
+            fits = fit(
                 self.objective, moments, writers, list(self.ridges), neurons, self.options.scratch, set_aside
             )
+        if block.sparse and (few := moments.starved()):
+            self.few_tokens[block.index] = few
         self.remaining.append((block.index, fits.remaining))
         return fits
 
@@ -303,7 +315,9 @@ class Slicer:
     ) -> None:
         """A block's state: its input weights, the factor of a compact shortcut, and the output weights on `basis`."""
         for part, state in readers.items():
-            if part == "mlp" and fits.neurons is not None:
+            if part == "mlp" and fits.neurons is not None and block.sparse:
+                state = kept_readers(state, fits.neurons)
+            elif part == "mlp" and fits.neurons is not None:
                 state = {
                     name: rows[fits.neurons] if "_proj." in name else rows for name, rows in state.items()
                 }
@@ -319,11 +333,16 @@ class Slicer:
         self,
         block: Block,
         writers: Mapping[str, Linear],
-        neurons: torch.Tensor | None,
+        neurons: torch.Tensor | Mapping[str, torch.Tensor] | None,
         basis: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """State of the layers that write the stream, brought onto the basis after a block."""
         state: dict[str, torch.Tensor] = {}
+        if block.sparse:
+            members = {part: full for part, full in writers.items() if part != "shortcut"}
+            own = mixture_writer_state(members, neurons, basis, self.options.dtype)
+            state = {f"{block.prefix}.mlp.{name}": tensor for name, tensor in own.items()}
+            writers = {part: full for part, full in writers.items() if part == "shortcut"}
         for part, full in writers.items():
             writer, name = rotate_writer(full, basis), f"{block.prefix}.{block.shortcut}"
             if part != "shortcut":
@@ -401,6 +420,7 @@ class Slicer:
         data = {
             "remaining": [[index, list(shares.items())] for index, shares in self.remaining],
             "seconds": self.report.seconds,
+            "few_tokens": [*self.few_tokens.items()],
         }
         ends = done == self.config.num_blocks
         return Snapshot("slicing", done, data, tensors, None if ends else self.propagation)
@@ -421,6 +441,7 @@ class Slicer:
         """What the first rank alone knows."""
         self.remaining = [(index, dict(shares)) for index, shares in found.data["remaining"]]
         self.report.seconds.update(found.data["seconds"])
+        self.few_tokens = {index: experts for index, experts in found.data.get("few_tokens", ())}
         for boundary in range(found.done + 1):
             name = f"eigenvalues.{boundary}"
             known = found.tensors[name].tolist() if name in found.tensors else None

@@ -8,11 +8,11 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     BertConfig,
+    DbrxConfig,
     Exaone4Config,
     Gemma2Config,
     LlavaConfig,
     MambaConfig,
-    MixtralConfig,
     ResNetConfig,
     T5Config,
 )
@@ -63,7 +63,7 @@ def test_the_page_names_every_family():
         (Exaone4Config(), "model_type 'exaone4' is not supported: its blocks normalise what they write"),
         (Gemma2Config(), "model_type 'gemma2' is not supported: its blocks normalise what they write"),
         (MambaConfig(), "model_type 'mamba' is not supported: some of its layers are recurrent"),
-        (MixtralConfig(), "model_type 'mixtral' is not supported: its MLPs are mixtures of experts"),
+        (DbrxConfig(), "model_type 'dbrx' is not supported: its MLPs are mixtures of experts"),
         # No causal language models, so they are not in the table.
         (T5Config(), "model_type 't5' is not supported: it is an encoder-decoder"),
         (LlavaConfig(), "model_type 'llava' is not supported: it takes images or sound beside text"),

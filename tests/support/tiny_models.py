@@ -23,12 +23,16 @@ from transformers import (
     FalconForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GlmConfig,
     GlmForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -47,6 +51,8 @@ from transformers import (
     MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
     OlmoConfig,
@@ -57,11 +63,17 @@ from transformers import (
     Phi3ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SeedOssConfig,
     SeedOssForCausalLM,
     SmolLM3Config,
@@ -131,6 +143,23 @@ GRANITE4 = (
     | {"layer_types": ["full_attention"] * 3, "mamba_n_heads": 4, "tie_word_embeddings": True}
 )
 
+# Both factors on cosines and sines are the same in the published model.
+PHIMOE_ROPE = LONG_ROPE | {"short_mscale": 1.2, "long_mscale": 1.2, "long_factor": [1.0] * 6}
+MIXED_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "mlp_only_layers": [1],
+}
+GLM_EXPERTS = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
+
 # Model class, config class, config.
 CASES = {
     "llama": (LlamaForCausalLM, LlamaConfig, GATED),
@@ -172,6 +201,8 @@ CASES = {
     "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig, COMMON | {"intermediate_size": 80, "rotary_pct": 0.5}),
     "gpt-neox-sequential": (
         GPTNeoXForCausalLM,
+        GptOssConfig,
+        GptOssForCausalLM,
         GPTNeoXConfig,
         COMMON
         | {
@@ -258,12 +289,45 @@ CASES = {
         GATED | {"head_dim": 16, "rope_parameters": GROWING_QUERIES},
     ),
     "helium": (HeliumForCausalLM, HeliumConfig, GATED | {"head_dim": 12}),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        GATED | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+    ),
+    "qwen2-moe": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        GATED | MIXED_EXPERTS | {"shared_expert_intermediate_size": 40},
+    ),
+    "qwen3-moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        GATED | MIXED_EXPERTS | {"head_dim": 8, "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
+    "phimoe": (
+        PhimoeForCausalLM,
+        PhimoeConfig,
+        GATED | {"num_local_experts": 4, "router_jitter_noise": 0.2, "rope_parameters": PHIMOE_ROPE},
+    ),
+    "glm4-moe": (
+        Glm4MoeForCausalLM,
+        Glm4MoeConfig,
+        GATED | GLM_EXPERTS | {"head_dim": 16, "use_qk_norm": True, "attention_bias": True},
+    ),
+    "gpt-oss": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        GATED
+        | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}
+        | {"swiglu_limit": 0.5},
+    ),
 }
 
 CASES = {name: case for name, case in CASES.items() if case[1] is not None}
 
-# Their activation has weights, which the fused operators do not take.
-PLAIN_ONLY = {"apertus"}
+# Their activation has weights, or their MLPs are experts, which the fused operators do not take.
+EXPERTS = {"mixtral", "qwen2-moe", "qwen3-moe", "phimoe", "glm4-moe", "gpt-oss"}
+PLAIN_ONLY = {"apertus"} | EXPERTS
 FUSED_CASES = sorted(set(CASES) - PLAIN_ONLY)
 
 
@@ -283,6 +347,9 @@ def tiny_model(case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
             centre = 1.0 if parameter.ndim == 1 and "norm" in name and name.endswith("weight") else 0.0
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(centre + scale * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
     return in_float64(model)
 
 
@@ -315,13 +382,35 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
         eps = getattr(self, "variance_epsilon", 1e-5)
         return F.layer_norm(hidden_states, hidden_states.shape[-1:], getattr(self, "weight", None), None, eps)
 
+    def softmax_router(self, hidden_states):
+        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
+        normalised = getattr(self, "norm_topk_prob", True)  # Mixtral's has no choice
+        total = chosen.values.sum(-1, keepdim=True) if normalised else 1.0
+        return logits, chosen.values / total, chosen.indices
+
+    def grouped_router(self, hidden_states):
+        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        scores = logits.sigmoid()
+        groups = (scores + self.e_score_correction_bias).unflatten(1, (self.num_group, -1))
+        last = groups.topk(2, dim=-1).values.sum(-1).sort(descending=True).values[:, self.topk_group - 1]
+        best = groups.topk(2, dim=-1).values.sum(-1) >= last[:, None]
+        indices = groups.masked_fill(~best[..., None], -9.0).flatten(1).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(1, indices)
+        return logits, weights / weights.sum(-1, keepdim=True) * self.routed_scaling_factor, indices
+
     if model.dtype == torch.float64:
+        model.set_experts_implementation("eager")  # PyTorch's grouped GEMM has no float64
         for module in model.modules():
             name = type(module).__name__
             if name.endswith("RMSNorm"):
                 module.forward = MethodType(rms_norm, module)
             elif name in ("CohereLayerNorm", "Cohere2LayerNorm", "OlmoLayerNorm"):
                 module.forward = MethodType(layer_norm, module)
+            elif name in ("MixtralTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter"):
+                module.forward = MethodType(softmax_router, module)
+            elif name == "Glm4MoeTopkRouter":
+                module.forward = MethodType(grouped_router, module)
             elif hasattr(module, "scalar_embed_scale"):
                 module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
     return model

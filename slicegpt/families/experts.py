@@ -1,0 +1,239 @@
+"""Mixtures of experts: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, Phi-3.5-MoE, GLM-4.5 and gpt-oss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from transformers import PreTrainedConfig
+
+from slicegpt.errors import SliceGPTError
+
+from .base import MixtureNames
+from .checks import check_head_dim
+from .llama import LLAMA, LLAMA_LAYER, llama_facts, windowed_facts
+
+_LAYER = replace(LLAMA_LAYER, experts=MixtureNames())
+
+
+def mixture_facts(config: PreTrainedConfig, count: str, neurons: str = "intermediate_size") -> dict:
+    """The fields of `SlicedConfig` that say which experts there are and how many of them a token has.
+
+    Args:
+        count, neurons: what the config calls their number, and how many neurons each of them has.
+
+    Raises:
+        SliceGPTError: numbers that describe no mixture.
+    """
+    kind, experts, chosen = config.model_type, getattr(config, count), config.num_experts_per_tok
+    for name in (count, neurons):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise SliceGPTError(
+                f"{kind}: {name} must be a whole number of at least 1, got {value!r}", "model"
+            )
+    if not isinstance(chosen, int) or not 1 <= chosen <= experts:
+        raise SliceGPTError(
+            f"{kind}: num_experts_per_tok must lie in [1, {count} = {experts}], got {chosen!r}", "model"
+        )
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": getattr(config, neurons),
+        "norm_topk_prob": bool(getattr(config, "norm_topk_prob", False)),
+    }
+
+
+def mixtral_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Mixtral config determines."""
+    facts = llama_facts(config) | mixture_facts(config, "num_local_experts")
+    return facts | {"norm_topk_prob": True, "sliding_window": config.sliding_window}
+
+
+def _stack(config: PreTrainedConfig) -> list[str]:
+    """Of every layer of a Qwen-MoE whether it has experts."""
+    step = config.decoder_sparse_step
+    if not isinstance(step, int) or step < 1:
+        raise SliceGPTError(
+            f"{config.model_type}: decoder_sparse_step must be a whole number of at least 1, got {step!r}",
+            "model",
+        )
+    kinds = [
+        "sparse" if layer not in config.mlp_only_layers and (layer + 1) % step == 0 else "dense"
+        for layer in range(config.num_hidden_layers)
+    ]
+    return kinds if config.num_experts else ["dense"] * len(kinds)
+
+
+def qwen2_moe_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Qwen2-MoE config determines: some layers may be dense, one expert is shared."""
+    stack, window = _stack(config), config.sliding_window or None
+    facts = llama_facts(config) | {"sliding_window": window, "layer_types": list(config.layer_types)}
+    if "sparse" not in stack:
+        return facts
+    return (
+        facts
+        | mixture_facts(config, "num_experts", "moe_intermediate_size")
+        | {
+            "mlp_layer_types": stack,
+            "shared_expert_intermediate_size": config.shared_expert_intermediate_size,
+            "shared_expert_gate": True,
+        }
+    )
+
+
+def qwen3_moe_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Qwen3-MoE config determines: some layers may be dense."""
+    stack = _stack(config)
+    facts = llama_facts(config) | {"sliding_window": config.sliding_window}
+    if "sparse" not in stack:
+        return facts
+    return facts | mixture_facts(config, "num_experts", "moe_intermediate_size") | {"mlp_layer_types": stack}
+
+
+def phimoe_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Phi-3.5-MoE config determines; its router is a sparse mixer of two experts."""
+    rope, scales = config.rope_parameters, {}
+    check_head_dim(config)
+    if rope["rope_type"] != "default":
+        scales = {name: rope.get(f"{name}_mscale") for name in ("short", "long")}
+        if rope["rope_type"] != "longrope" or len(set(scales.values())) > 1:
+            raise SliceGPTError(
+                "phimoe: rope_parameters must be of type 'default', or of type 'longrope' with one factor for short "
+                f"and long sequences, got {rope['rope_type']!r} with short_mscale={scales['short']} and "
+                f"long_mscale={scales['long']}",
+                "model",
+            )
+        # Their only factor on cosines and sines, which others compute from the lengths; and transformers' class keeps
+        # the short frequencies, whatever the length.
+        own = {"attention_factor": float(scales["short"]), "long_factor": rope["short_factor"]}
+        config = _with_rope(config, own)
+    if config.num_experts_per_tok != 2:
+        raise SliceGPTError(
+            f"phimoe: num_experts_per_tok must be 2, as its router chooses, got {config.num_experts_per_tok}",
+            "model",
+        )
+    threshold = config.router_jitter_noise
+    if not (isinstance(threshold, int | float) and 0 <= threshold < math.inf):
+        raise SliceGPTError(f"phimoe: router_jitter_noise must be at least 0, got {threshold!r}", "model")
+    return (
+        llama_facts(config)
+        | mixture_facts(config, "num_local_experts")
+        | {
+            "sliding_window": config.sliding_window,
+            "scoring_func": "sparsemixer",
+            "router_jitter_noise": float(threshold),
+        }
+    )
+
+
+def _with_rope(config: PreTrainedConfig, changes: dict) -> PreTrainedConfig:
+    changed = type(config).from_dict(config.to_dict())
+    rope = {name: value for name, value in config.rope_parameters.items() if not name.endswith("_mscale")}
+    changed.rope_parameters = rope | changes
+    return changed
+
+
+def glm4_moe_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a GLM-4.5 config determines: the first layers are dense, experts in groups."""
+    groups, chosen = config.n_group, config.topk_group
+    experts = config.n_routed_experts
+    if not (1 <= chosen <= groups and experts % groups == 0 and experts // groups >= 2):
+        raise SliceGPTError(
+            f"glm4_moe: n_group must divide n_routed_experts ({experts}) into groups of two and more, and topk_group "
+            f"lie in [1, n_group], got n_group={groups} and topk_group={chosen}",
+            "model",
+        )
+    scale = config.routed_scaling_factor
+    if not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise SliceGPTError(
+            f"glm4_moe: routed_scaling_factor must be finite and above 0, got {scale!r}", "model"
+        )
+    layers, dense = config.num_hidden_layers, min(config.first_k_dense_replace, config.num_hidden_layers)
+    facts = llama_facts(config, partial_rotary=True)
+    if dense == layers:
+        return facts
+    return (
+        facts
+        | mixture_facts(config, "n_routed_experts", "moe_intermediate_size")
+        | {
+            "mlp_layer_types": ["dense"] * dense + ["sparse"] * (layers - dense),
+            "shared_expert_intermediate_size": config.moe_intermediate_size * config.n_shared_experts,
+            "scoring_func": "sigmoid",
+            "routed_scaling_factor": float(scale),
+            "n_group": groups,
+            "topk_group": chosen,
+        }
+    )
+
+
+def gpt_oss_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a gpt-oss config determines: biases everywhere, sinks, windows, clamped experts.
+
+    A softmax over the chosen logits is one over all of them, divided by the sum of the chosen.
+    """
+    for name in ("swiglu_alpha", "swiglu_limit"):
+        value = getattr(config, name)
+        if not (isinstance(value, int | float) and math.isfinite(value)) or (
+            name == "swiglu_limit" and value <= 0
+        ):
+            raise SliceGPTError(
+                f"gpt_oss: {name} must be finite, and a limit above 0, got {value!r}", "model"
+            )
+    return (
+        windowed_facts(config)
+        | mixture_facts(config, "num_local_experts")
+        | {
+            "norm_topk_prob": True,
+            "swiglu_alpha": float(config.swiglu_alpha),
+            "swiglu_limit": float(config.swiglu_limit),
+        }
+    )
+
+
+MIXTRAL = replace(
+    LLAMA,
+    model_type="mixtral",
+    architectures=("MixtralForCausalLM",),
+    facts=mixtral_facts,
+    layer=_LAYER,
+)
+QWEN2_MOE = replace(
+    LLAMA,
+    model_type="qwen2_moe",
+    architectures=("Qwen2MoeForCausalLM",),
+    facts=qwen2_moe_facts,
+    layer=replace(
+        _LAYER,
+        experts=MixtureNames(shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate"),
+    ),
+)
+QWEN3_MOE = replace(
+    LLAMA,
+    model_type="qwen3_moe",
+    architectures=("Qwen3MoeForCausalLM",),
+    facts=qwen3_moe_facts,
+    layer=_LAYER,
+)
+PHIMOE = replace(
+    LLAMA,
+    model_type="phimoe",
+    architectures=("PhimoeForCausalLM",),
+    facts=phimoe_facts,
+    layer=replace(_LAYER, experts=MixtureNames(router="mlp.router")),
+    mean_subtraction=True,
+)
+GLM4_MOE = replace(
+    LLAMA,
+    model_type="glm4_moe",
+    architectures=("Glm4MoeForCausalLM",),
+    facts=glm4_moe_facts,
+    layer=replace(_LAYER, experts=MixtureNames(shared="mlp.shared_experts")),
+)
+GPT_OSS = replace(
+    LLAMA,
+    model_type="gpt_oss",
+    architectures=("GptOssForCausalLM",),
+    facts=gpt_oss_facts,
+    layer=replace(_LAYER, experts=MixtureNames(router="mlp.router", by_turns=True), sinks="self_attn.sinks"),
+)
