@@ -6,17 +6,23 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 
-def prompt_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def prompt_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None = None
+) -> Tensor:
     """softmax(queries keysᵀ / sqrt(head_dim)) values, for the last tokens of a sequence, or for all of them.
 
     Args:
         queries: [batch, heads, tokens, head_dim].
         keys, values: [batch, key heads, seen, head_dim], of these tokens and the ones before them.
-        mask: bool [batch or 1, 1, tokens, seen], True where a token attends, or what `causal_mask` returns.
+        mask: bool [batch or 1, 1, tokens, seen], True where a token attends, or what `causal_mask` returns; with sinks
+            a tensor.
+        sinks: [heads], a score of each head that belongs to no token, or None.
 
     Returns:
         [batch, heads, tokens, head_dim].
     """
+    if sinks is not None:
+        return _with_sinks(queries, keys, values, mask, sinks)
     grouped = queries.shape[1] != keys.shape[1]
     # On a GPU FlashAttention supports grouped heads but no mask, and the memory-efficient kernel masks but no groups.
     if grouped and type(mask) is Tensor and _on_gpu(queries):
@@ -45,3 +51,14 @@ def causal_mask(tokens: int, seen: int, like: Tensor) -> Tensor | None:
 
 def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
+
+
+def _with_sinks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+    """The softmax has one more entry, which has no value: PyTorch's attention does not know it."""
+    keys, values = (
+        states.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for states in (keys, values)
+    )
+    scores = (queries @ keys.mT * queries.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=wide)[..., :-1].to(values.dtype) @ values

@@ -140,6 +140,16 @@ class GrowingStep(CacheStep):
             self._new[0][layer].copy_(keys)
             self._new[1][layer].copy_(values)
             seen_keys, seen_values, mask = self._seen(attention.window)
+            if attention.sinks is not None:
+                mask = (
+                    torch.ones_like(self.cache.valid[:, None, None, : seen_keys[layer].shape[2]])
+                    if mask is None
+                    else mask
+                )
+                attended = prompt_attention(
+                    queries[:, :, None], seen_keys[layer], seen_values[layer], mask, attention.sinks
+                )
+                return attended.flatten(1)
             return one_query_attention(queries, seen_keys[layer], seen_values[layer], mask)
         cached_keys, cached_values = self.cache.keys[layer], self.cache.values[layer]
         queries, keys, values = (
@@ -151,8 +161,13 @@ class GrowingStep(CacheStep):
         if attention.window not in self._masks:
             self._masks[attention.window] = self._mask(attention.window, first)
         mask = self._masks[attention.window]
+        if attention.sinks is not None and type(mask) is not Tensor:
+            columns = torch.arange(self.stop, device=queries.device)
+            mask = (columns <= columns[self.start :, None])[None, None]
         seen = slice(first, self.stop)
-        attended = prompt_attention(queries, cached_keys[:, :, seen], cached_values[:, :, seen], mask)
+        attended = prompt_attention(
+            queries, cached_keys[:, :, seen], cached_values[:, :, seen], mask, attention.sinks
+        )
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _first_seen(self, window: int | None) -> int:

@@ -23,11 +23,13 @@ class CpuStep:
 
     @staticmethod
     def is_supported(packed: PackedNetwork, batch: int) -> bool:
-        """Whether the kernels are built and support this dtype, number of rows and order of a block's inputs."""
+        """Whether the kernels are built and support this dtype, number of rows and the network's blocks."""
         return (
             packed.device.type == "cpu"
             and gemm.is_supported(None, packed.dtype, batch)
             and all(one.attention is None for block in packed.blocks for one in block.inputs[1:])
+            and all(block.mixture is None for block in packed.blocks)
+            and not packed.config.attention_sinks
         )
 
     def __init__(self, packed: PackedNetwork, cache: KVCache):

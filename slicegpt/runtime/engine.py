@@ -283,9 +283,17 @@ class Runtime:
         """The name in `DECODERS` of what generates for so many rows."""
         dtype = self.executor.packed.dtype
         fused = not self.executor.through_operators and CpuStep.is_supported(self.executor.packed, batch)
+        if self.config.attention_sinks and self.decoder != "growing":
+            if self.decoder == "auto":
+                return "growing"
+            raise SliceGPTError(
+                f"must be auto or growing for a model with attention sinks, got {self.decoder!r}", "decoder"
+            )
         if self.decoder == "auto":
             return "graph" if self.device.type == "cuda" else "fused" if fused else "growing"
         if self.decoder == "fused" and not fused:
+            if any(block.mixture is not None for block in self.executor.packed.blocks):
+                raise SliceGPTError("'fused' has no mixtures of experts; take auto or growing", "decoder")
             raise SliceGPTError(
                 f"'fused' needs the CPU's kernels ({cpu_extension.why_not() or 'they are there'}), "
                 f"SLICEGPT_BACKEND=auto, float16, bfloat16 or float32 and "

@@ -11,6 +11,7 @@ from slicegpt.ops.dispatch import requested_backend
 from slicegpt.ops.norm_linear import DISPATCHER as NORM_LINEAR
 from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
 from slicegpt.runtime.cache import CacheStep
+from slicegpt.runtime.experts import PackedMixture, add_experts, shared_factor
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
 
 
@@ -91,8 +92,27 @@ class Executor:
         for projection in block.inputs:
             rows = self._project(projection, stream, sums, block.width, block.eps)
             pieces.append(rows if projection.attention is None else step.attend(projection.attention, rows))
+        if block.mixture is not None:
+            return self._mixture(block, block.mixture, stream, pieces), None
         a = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         return self._rotate(block, a, stream)
+
+    def _mixture(
+        self, block: PackedBlock, mixture: PackedMixture, stream: Tensor, pieces: list[Tensor]
+    ) -> Tensor:
+        """A block of experts; `pieces` are the results of its shared expert and of a compact shortcut, or nothing."""
+        factor = shared_factor(mixture, stream)
+        if factor is not None:
+            rank = 0 if block.factor is None else len(block.factor)
+            shared = pieces[0].shape[1] - rank
+            pieces[0][:, :shared] *= factor
+        if pieces:
+            base = self._rotate(block, pieces[0], stream)[0]
+        elif block.shortcut is not None:
+            base = F.linear(stream, block.shortcut)
+        else:
+            base = F.pad(stream, (0, len(block.output) - stream.shape[1]))
+        return add_experts(mixture, stream, base, self.norm_linear, self.rotate_add)
 
     def _project(
         self, projection: Projection, stream: Tensor, sums: Tensor | None, width: float, eps: float

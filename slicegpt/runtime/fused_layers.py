@@ -31,13 +31,19 @@ def fuse_layers(model: SlicedForCausalLM, release: bool = False) -> SlicedForCau
             can then be neither unfused nor saved.
 
     Raises:
-        SliceGPTError: not a `SlicedForCausalLM` (see `to_canonical`), or an activation without a fused form.
+        SliceGPTError: not a `SlicedForCausalLM` (see `to_canonical`), an activation without a fused form, experts, or
+            attention sinks.
     """
     if not isinstance(model, SlicedForCausalLM):
         raise SliceGPTError(
             f"must be a SlicedForCausalLM, got {type(model).__name__}; see to_canonical", "model"
         )
     check_one_device("fuse_layers", model)
+    if model.config.num_experts or model.config.attention_sinks:
+        what = "a mixture of experts" if model.config.num_experts else "attention sinks"
+        raise SliceGPTError(
+            f"{what} is not supported by fuse_layers; use the plain model, or Runtime", "model"
+        )
     for layer in model.model.layers:
         blocks = pack_layer(model.config, layer)
         layer.forward = _FusedForward(layer.self_attn, blocks)

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling.experts import SlicedMoE
 from slicegpt.modeling.layers import FinalNorm, SlicedAttention, SlicedMLP
 from slicegpt.ops.contracts import GATED
 from slicegpt.ops.rotate_add import reads_factor
+from slicegpt.runtime.experts import PackedMixture
 
 ACTIVATION_NAMES = {
     "relu": "relu",
@@ -43,6 +45,7 @@ class PackedAttention:
         window: number of tokens that a token attends to, itself included, or None.
         rotary: rotary positions turn queries and keys.
         rotate_first: the norm comes behind the rotation.
+        sinks: [heads], of each head a score that belongs to no token, or None.
     """
 
     layer: int
@@ -54,6 +57,7 @@ class PackedAttention:
     window: int | None
     rotary: bool
     rotate_first: bool
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class PackedBlock:
     Attributes:
         factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
             the same numbers in its last columns. None for another shortcut and for rank 0.
+        mixture: experts that write as well; `inputs` are then those of the shared one and of the shortcut, if any.
     """
 
     inputs: tuple[Projection, ...]
@@ -83,6 +88,7 @@ class PackedBlock:
     output_bias: Tensor | None
     shortcut: Tensor | None
     factor: Tensor | None = None
+    mixture: PackedMixture | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,8 @@ class PackedNetwork:
             if block.factor is not None and reads_factor(block.output, block.factor, rows)
         ]
         looked_up = [self.embedding[:1], None if self.positions is None else self.positions[:1]]
-        return _bytes([*self._weights(), *looked_up]) - _bytes(found)
+        idle = sum(block.mixture.idle_bytes(rows) for block in self.blocks if block.mixture is not None)
+        return _bytes([*self._weights(), *looked_up]) - _bytes(found) - idle
 
     def _weights(self) -> list[Tensor | None]:
         """All weights but the embedding tables."""
@@ -137,9 +144,12 @@ class PackedNetwork:
             tensors += [self.head_projection.weight, self.head_projection.bias]
         for block in self.blocks:
             tensors += [block.output, block.output_bias, block.shortcut]
+            if block.mixture is not None:
+                tensors += block.mixture.weights()
             for projection in block.inputs:
                 tensors += [projection.weight, projection.bias]
-                tensors.append(projection.attention and projection.attention.norm)
+                if projection.attention is not None:
+                    tensors += [projection.attention.norm, projection.attention.sinks]
         return tensors
 
 
@@ -219,13 +229,12 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
 def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...]:
     """The one or two blocks of a decoder layer.
 
-    Errors: `SliceGPTError` for an activation that the fused operators do not have, experts and attention sinks.
+    Errors: `SliceGPTError` for an activation that the fused operators do not have.
     """
-    if config.num_experts or config.attention_sinks:
-        what = "a mixture of experts" if config.num_experts else "attention with sinks"
-        raise SliceGPTError(f"{what} is not supported by the fused operators; use the plain model", "model")
-    if config.hidden_act not in ACTIVATION_NAMES or (
-        config.gated_mlp and f"{ACTIVATION_NAMES[config.hidden_act]}_gated" not in GATED
+    if (
+        (config.swiglu_limit is None
+        and config.hidden_act not in ACTIVATION_NAMES)
+        or (config.gated_mlp and f"{ACTIVATION_NAMES[config.hidden_act]}_gated" not in GATED)
     ):
         gated = "gated " if config.gated_mlp else ""
         raise SliceGPTError(
@@ -255,7 +264,14 @@ def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
 def _pack_block(
     config: SlicedConfig, norm: nn.Module, modules: tuple[nn.Module, ...], shortcut: nn.Module
 ) -> PackedBlock:
-    inputs, outputs, biases, factor = [], [], [], None
+    inputs, outputs, biases, factor, mixture = [], [], [], None, None
+    if isinstance(modules[0], SlicedMoE):
+        module = modules[0]
+        activation = (
+            None if config.swiglu_limit is not None else f"{ACTIVATION_NAMES[config.hidden_act]}_gated"
+        )
+        mixture = PackedMixture.of(module, activation, norm.width, norm.eps)
+        modules = () if module.shared_expert is None else (module.shared_expert,)
     for module in modules:
         if isinstance(module, SlicedAttention):
             inputs.append(_pack_attention(config, module))
@@ -268,19 +284,28 @@ def _pack_block(
             biases.append(writer.bias)
     if isinstance(shortcut, CompactShortcut) and len(shortcut.factor):
         # z = h F are the last columns of the last input GEMM; -Fᵀ brings them back to h's columns.
-        last = inputs[-1]
-        weight = torch.cat((last.weight, shortcut.factor))
-        factor = weight[len(last.weight) :]
-        inputs[-1] = Projection(weight, last.bias, last.n_scaled, last.activation, last.attention)
+        if inputs:
+            last = inputs[-1]
+            weight = torch.cat((last.weight, shortcut.factor))
+            factor = weight[len(last.weight) :]
+            inputs[-1] = Projection(weight, last.bias, last.n_scaled, last.activation, last.attention)
+        else:
+            factor = shortcut.factor.detach()
+            inputs.append(Projection(factor, None, 0, "none"))
         outputs.append(-F.pad(shortcut.factor, (0, shortcut.padding)).mT)
+    if not outputs:  # experts alone
+        outputs.append(
+            mixture.module.experts.down_proj.new_empty(mixture.module.experts.down_proj.shape[1], 0)
+        )
     return PackedBlock(
         inputs=tuple(inputs),
         width=norm.width,
         eps=norm.eps,
-        output=torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].detach(),
+        output=torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].detach().contiguous(),
         output_bias=sum(biases) if biases else None,
         shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
         factor=factor,
+        mixture=mixture,
     )
 
 
@@ -304,6 +329,7 @@ def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection
         window=module.sliding_window,
         rotary=module.uses_rope,
         rotate_first=config.qk_norm_after_rope,
+        sinks=None if module.sinks is None else module.sinks.detach(),
     )
     return Projection(weight, bias, len(weight), "none", attention)
 

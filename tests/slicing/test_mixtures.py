@@ -192,7 +192,8 @@ def test_slices_with_fewer_columns_and_neurons(case, caplog):
     ids = batches()[0].input_ids
     errors = [relative_error(network(ids).logits, model(ids).logits) for network in (refitted, plain)]
     assert errors[0] < errors[1]
-    assert all(entry["remaining"] < 1 for entry in report.refit)
+    # Of attention's blocks; what deleting neurons costs is in the others.
+    assert all(entry["remaining"] < 1 for entry in report.refit if entry["block"] % 2 == 0)
     few = [entry for entry in report.refit if "few_tokens" in entry]
     assert bool(few) == ("fewer calibration tokens than neurons" in caplog.text)
 
@@ -211,7 +212,7 @@ def test_from_files_as_in_memory(tmp_path, tiny_tokenizer, documents):
     choices = {"keep": 0.85, "round_to": 4, "nsamples": 8, "seqlen": 32, "batch_size": 4, "device": "cpu"}
     result = api.slice(str(tmp_path / "dense"), calibration=text, output=tmp_path / "out", **choices)
     loaded = SlicedForCausalLM.from_pretrained(tmp_path / "out")
-    record = result.record
+    record = result.report.record
     assert record["size"]["parameters"] == loaded.num_parameters()
     assert record["size"]["active_parameters"] < record["size"]["parameters"]
     idle = 2 * 2 * 3 * 32 * 48  # in two layers, two of four experts
