@@ -93,6 +93,7 @@ def describe_widths(config: SlicedConfig) -> str:
     """Widths run by run: "504" where all but the last are the same, else "448 x 12, 512 x 49"; and neurons cut."""
     runs = [(width, len(list(same))) for width, same in groupby(config.boundary_widths[:-1])]
     widths = str(runs[0][0]) if len(runs) == 1 else ", ".join(f"{width} x {count}" for width, count in runs)
-    if config.intermediate_size == config.dense_intermediate_size:
+    if config.neurons == config.dense_neurons:
         return widths
-    return f"{widths}; {config.intermediate_size} neurons"
+    neurons = config.moe_intermediate_size if config.num_experts else config.intermediate_size
+    return f"{widths}; {neurons} neurons"

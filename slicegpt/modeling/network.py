@@ -106,7 +106,6 @@ class SlicedPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SlicedDecoderLayer", "SlicedParallelDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
-    _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -118,10 +117,10 @@ class SlicedPreTrainedModel(PreTrainedModel):
     # A choice between experts is decided by differences of a few thousandths.
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
 
-    def __init__(self, config: SlicedConfig, *args, **kwargs):
-        if config.attention_sinks:  # PyTorch's attention has no place for them
-            self._supports_sdpa = False
-        super().__init__(config, *args, **kwargs)
+    @property
+    def _supports_sdpa(self) -> bool:
+        """PyTorch's attention has no place for sinks."""
+        return not self.config.attention_sinks
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -231,10 +231,8 @@ def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...
 
     Errors: `SliceGPTError` for an activation that the fused operators do not have.
     """
-    if (
-        (config.swiglu_limit is None
-        and config.hidden_act not in ACTIVATION_NAMES)
-        or (config.gated_mlp and f"{ACTIVATION_NAMES[config.hidden_act]}_gated" not in GATED)
+    if (config.swiglu_limit is None and config.hidden_act not in ACTIVATION_NAMES) or (
+        config.gated_mlp and f"{ACTIVATION_NAMES[config.hidden_act]}_gated" not in GATED
     ):
         gated = "gated " if config.gated_mlp else ""
         raise SliceGPTError(

@@ -201,8 +201,6 @@ CASES = {
     "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig, COMMON | {"intermediate_size": 80, "rotary_pct": 0.5}),
     "gpt-neox-sequential": (
         GPTNeoXForCausalLM,
-        GptOssConfig,
-        GptOssForCausalLM,
         GPTNeoXConfig,
         COMMON
         | {
