@@ -395,7 +395,8 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
         best = groups.topk(2, dim=-1).values.sum(-1) >= last[:, None]
         indices = groups.masked_fill(~best[..., None], -9.0).flatten(1).topk(self.top_k, dim=-1).indices
         weights = scores.gather(1, indices)
-        return logits, weights / weights.sum(-1, keepdim=True) * self.routed_scaling_factor, indices
+        total = weights.sum(-1, keepdim=True) if self.norm_topk_prob else 1.0
+        return logits, weights / total * self.routed_scaling_factor, indices
 
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # PyTorch's grouped GEMM has no float64
