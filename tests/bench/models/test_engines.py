@@ -92,7 +92,7 @@ def test_a_gguf_file_is_an_engine(tmp_path, tiny_networks, tiny_tokenizer, monke
 
 @pytest.mark.skipif(not llama_cpp.is_available(), reason="llama-cpp-python is not installed")
 def test_llama_cpp_chooses_the_tokens_of_the_model(tmp_path, tiny_networks, tiny_tokenizer):
-    network = tiny_networks((0.0,))[0]
+    network = tiny_networks((0.0,), vocab_size=len(tiny_tokenizer))[0]
     model = network.huggingface()
     file = str(write_gguf(tmp_path / "m.gguf", model, tiny_tokenizer))
     (engine,) = chosen_engines(["llama-cpp"], [file])
