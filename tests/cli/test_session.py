@@ -56,7 +56,14 @@ def test_demo(desk):
         assert column in shown
     for model in ("dense: ", "90 %: ", "80 %: "):  # what each of them writes
         assert f"\n{model}" in shown
-    for file in ("report.md", "report.html", "demo.svg", "token.json", "demo.json", "keep-0.8/model.safetensors"):
+    for file in (
+        "report.md",
+        "report.html",
+        "demo.svg",
+        "token.json",
+        "demo.json",
+        "keep-0.8/model.safetensors",
+    ):
         assert (desk / "shown" / file).exists(), file
     (proposed,) = session.next_commands
     assert proposed.startswith("slicegpt generate shown/keep-0.9 --prompt ")
