@@ -68,6 +68,12 @@ def _stack(config: PreTrainedConfig) -> list[str]:
 def qwen2_moe_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that a Qwen2-MoE config determines: some layers may be dense, one expert is shared."""
     stack, window = _stack(config), config.sliding_window or None
+    if window is None and "sliding_attention" in config.layer_types:
+        raise SliceGPTError(
+            "qwen2_moe: sliding_window must be at least 1 where layer_types has 'sliding_attention', got "
+            f"{config.sliding_window!r} (use_sliding_window={config.use_sliding_window})",
+            "model",
+        )
     facts = llama_facts(config) | {"sliding_window": window, "layer_types": list(config.layer_types)}
     if "sparse" not in stack:
         return facts
