@@ -207,18 +207,6 @@ def group_rows(config: SlicedConfig) -> list[slice]:
     return [slice(size * group, size * (group + 1)) for group in range(config.num_key_value_heads)]
 
 
-def rows_of_groups(config: SlicedConfig, groups: torch.Tensor, name: str) -> torch.Tensor:
-    """Rows that key/value groups have of a tensor of attention's state: of the query projection, "q_proj.", or of those
-    for keys and values.
-
-    Args:
-        groups: int64, indices.
-    """
-    sharing = config.num_attention_heads // config.num_key_value_heads if name.startswith("q_proj.") else 1
-    size = sharing * config.head_dim
-    return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
-
-
 def neuron_rows(writers: dict[str, Linear]) -> slice:
     """The columns of the writers side by side, those of the refit's activations, that the MLP's neurons are."""
     start = 0

@@ -18,9 +18,7 @@ from slicegpt.conversion.folding import (
     TABLE_ROWS,
     centre,
     folded_head_rows,
-    named,
     reader_state,
-    rotate_writer,
     rotated_rows,
 )
 from slicegpt.errors import SliceGPTError
@@ -28,8 +26,8 @@ from slicegpt.families import Checkpoint, DenseLayer, Linear
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.allocation import deletes_heads, deletes_neurons
+from slicegpt.slicing.block_state import reader_entries, writer_entries
 from slicegpt.slicing.blocks import (
-    MODULE_NAMES,
     Block,
     LiftedBlock,
     blocks_of,
@@ -38,8 +36,6 @@ from slicegpt.slicing.blocks import (
     file_readers,
     group_rows,
     remaining_writers,
-    rows_of_groups,
-    writer_name,
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
@@ -330,47 +326,13 @@ class Slicer:
         basis: torch.Tensor,
     ) -> None:
         """A block's state: its input weights, the factor of a compact shortcut, and the output weights on `basis`."""
-        for part, state in readers.items():
-            if part == "mlp" and fits.neurons is not None:
-                state = {
-                    name: rows[fits.neurons] if "_proj." in name else rows for name, rows in state.items()
-                }
-            if part == "attention" and fits.groups is not None:
-                state = {
-                    name: rows[rows_of_groups(self.config, fits.groups, name)] if "_proj." in name else rows
-                    for name, rows in state.items()
-                }
-            root = f"{block.prefix}.{MODULE_NAMES[part]}"
-            self.sink.store({f"{root}.{name}": tensor for name, tensor in state.items()})
+        self.sink.store(reader_entries(self.config, block, readers, fits))
         if self.config.shortcuts[block.index] == "compact":
             shortcut = factor.mT.to(self.options.dtype).contiguous()
             self.store(f"{block.prefix}.{block.shortcut}.factor", shortcut)
         for ridge, writers in fits.writers.items():
-            self.sink.store_fit(ridge, self.writer_state(block, writers, fits, basis))
-
-    def writer_state(
-        self,
-        block: Block,
-        writers: Mapping[str, Linear],
-        fits: BlockFits,
-        basis: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """State of the layers that write the stream, brought onto the basis after a block."""
-        state: dict[str, torch.Tensor] = {}
-        for part, full in writers.items():
-            writer, name = rotate_writer(full, basis), f"{block.prefix}.{block.shortcut}"
-            if part != "shortcut":
-                name = writer_name(block, part)
-                if part not in block.parts:
-                    state[f"{name}.bias"] = writer.bias.to(self.options.dtype)
-                    continue
-            if part == "mlp" and fits.neurons is not None:
-                writer = Linear(writer.weight[:, fits.neurons], writer.bias)
-            if part == "attention" and fits.groups is not None:
-                columns = rows_of_groups(self.config, fits.groups, "q_proj.")
-                writer = Linear(writer.weight[:, columns], writer.bias)
-            state |= named(name, writer, self.options.dtype)
-        return state
+            entries = writer_entries(self.config, block, writers, fits, basis, self.options.dtype)
+            self.sink.store_fit(ridge, entries)
 
     def slice_head(self, basis: torch.Tensor) -> None:
         """Final norm and head, in the basis of the last boundary."""
