@@ -76,7 +76,8 @@ def add_parser(commands) -> None:
         "--form",
         choices=FORMS,
         help="sliced (default), or stock: a model of the dense one's own class, which loads where slicegpt is not "
-        "installed: one width, one number of neurons, no shortcuts",
+        "installed: one width, one number of neurons, no shortcuts; per-layer: so, but for each layer's neurons, which "
+        "llama.cpp runs after `slicegpt export --gguf`",
     )
     shape.add_argument(
         "--untie",

@@ -35,7 +35,7 @@ class Shape:
             `slicegpt.conversion.multiples`; "auto" is then a CPU's.
         neurons: the fraction of MLP neurons to delete; None takes `NEURONS_TO_COLUMNS` times that of the columns, and
             in the stock form neurons first, see `slicegpt.conversion.stock_plan`.
-        form: "sliced" or "stock", see `slicegpt.conversion.stock`; the latter has no shortcuts.
+        form: "sliced", "stock" or "per-layer", see `slicegpt.recipe.Recipe`; the latter two have no shortcuts.
     """
 
     shortcut: str = "compact"
@@ -71,7 +71,7 @@ class Shape:
         return cls(
             recipe.shortcut or "compact",
             recipe.orientation,
-            recipe.slice_head or recipe.form == STOCK,
+            recipe.slice_head or recipe.form != SLICED,
             recipe.round_to,
             neurons,
             recipe.form,
@@ -140,7 +140,7 @@ def choose_shortcuts(fields: dict, widths: Sequence[int], shape: Shape) -> list[
     A narrower next boundary has no compact form, and a tied head fixes the last basis, so those stay dense.
     """
     dense_width = fields["dense_hidden_size"]
-    if shape.form == STOCK:
+    if shape.form != SLICED:
         check_stock_widths(fields, widths)
         return ["identity"] * (len(widths) - 1)
     if shape.orientation == "aligned" and all(width == dense_width for width in widths):
@@ -253,7 +253,7 @@ def _plan_size(
 def width_step(fields: dict, shape: Shape) -> int:
     """What widths are multiples of; transformers' classes ask for whole columns a head, whatever a head's size."""
     step = multiple_of(shape.round_to, fields["dense_hidden_size"], form=shape.form)
-    return math.lcm(step, fields["num_attention_heads"]) if shape.form == STOCK else step
+    return math.lcm(step, fields["num_attention_heads"]) if shape.form != SLICED else step
 
 
 def plan_for_parameters(
@@ -269,7 +269,7 @@ def plan_for_parameters(
     dense_width, step = fields["dense_hidden_size"], width_step(fields, shape)
     first = -(-head_dim(fields) // step)
     widths = [step * k for k in range(first, -(-dense_width // step))] + [dense_width]
-    if shape.form == STOCK and keeps_width(fields) is not None:
+    if shape.form != SLICED and keeps_width(fields) is not None:
         widths = [dense_width]
 
     def at(width: int, neurons: int | None = None) -> SlicedConfig:
@@ -278,7 +278,7 @@ def plan_for_parameters(
     def fits(config: SlicedConfig) -> bool:
         return count(config) <= target
 
-    if shape.form == STOCK and shape.neurons is None:
+    if shape.form != SLICED and shape.neurons is None:
         neurons = multiple_of(shape.round_to, dense_width, form=shape.form)
         return stock_for_parameters(fields, target, widths, at, count, neurons)
     if not fits(smallest := at(widths[0])):

@@ -11,7 +11,7 @@ from slicegpt.conversion.stock_plan import with_own_head
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import decoder_parameters, stored_parameters
-from slicegpt.recipe import AUTO, STOCK, Recipe
+from slicegpt.recipe import AUTO, PER_LAYER, STOCK, Recipe
 
 BASES = {"total": stored_parameters, "decoder": decoder_parameters}
 
@@ -48,6 +48,7 @@ METHODS = {
     "ours": Method("ours", {"neurons": AUTO}),
     "equal": Method("ours, equal layers", {"neurons": AUTO, "allocate": False}),
     "stock": Method("stock form", {"neurons": AUTO, "form": STOCK}),
+    "per-layer": Method("stock form, layers differ", {"neurons": AUTO, "form": PER_LAYER}),
     "stock-untied": Method(
         "stock form, untied", {"neurons": AUTO, "form": STOCK, "untie": True}, untied=True
     ),

@@ -191,3 +191,17 @@ def test_the_size_is_met_from_below(case):
     )
     got = stock_parameters(config, model.config)
     assert got <= 0.85 * dense < stock_parameters(more, model.config)
+
+
+def test_layers_may_differ_in_the_per_layer_form():
+    """No shortcuts, and in each layer as many neurons as its costs call for; the size is still met from below."""
+    model = tiny_model("llama-tied")
+    fields = canonical_fields(model)
+    config = plan_recipe(Recipe(keep=0.85, form="per-layer", round_to=4), fields, torch.float64)
+    options = SlicingOptions(dtype=torch.float64, ridge=0.3, neuron_multiple=4)
+    sliced, _ = slice_model(model, config, batches(2), options)
+    assert set(sliced.config.shortcuts) == {"identity"}
+    assert len(set(sliced.config.neurons)) > 1
+    assert sum(p.numel() for p in sliced.parameters()) <= 0.85 * fields["source_parameters"]
+    with pytest.raises(SliceGPTError, match="one number of neurons in all layers"):
+        check_form(sliced.config)
