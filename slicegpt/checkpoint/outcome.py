@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from slicegpt.modeling.sizes import describe_neurons, format_bytes
+from slicegpt.modeling.sizes import describe_heads, describe_neurons, format_bytes
 from slicegpt.recipe import Recipe
 
 NOT_MEASURED = "not measured"
@@ -76,11 +76,14 @@ def shape_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     shortcuts = summarise([boundary["shortcut"] for boundary in boundaries[:-1]])
     neurons, whole = (describe_neurons(record[name]) for name in ("neurons", "dense_neurons"))
     unit = "an expert" if "experts" in record["size"] else "an MLP"
-    return [
+    rows = [
         _row("columns", str(record["dense_width"]), widths, ""),
         _row(f"neurons of {unit}", whole, neurons, ""),
-        _row("shortcuts", "none", shortcuts, ""),
     ]
+    heads = record.get("key_value_heads")  # folders of older versions do not have it
+    if heads is not None and heads != record["dense_key_value_heads"]:
+        rows.append(_row("key/value heads", str(record["dense_key_value_heads"]), describe_heads(heads), ""))
+    return [*rows, _row("shortcuts", "none", shortcuts, "")]
 
 
 def notes(record: dict[str, Any]) -> list[str]:

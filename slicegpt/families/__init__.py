@@ -8,7 +8,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slicegpt.errors import SliceGPTError
 
 from .apertus import APERTUS
-from .base import Checkpoint, DenseLayer, Expert, Family, LayerNames, Linear, Mixture, Norm
+from .base import (
+    Checkpoint,
+    DenseLayer,
+    Expert,
+    Family,
+    LayerNames,
+    Linear,
+    Mixture,
+    Norm,
+    StockForm,
+)
 from .checks import check_config, check_facts
 from .cohere import COHERE, COHERE2
 from .experts import GLM4_MOE, GPT_OSS, MIXTRAL, PHIMOE, QWEN2_MOE, QWEN3_MOE
@@ -45,6 +55,7 @@ __all__ = [
     "Linear",
     "Mixture",
     "Norm",
+    "StockForm",
     "Weights",
     "canonical_fields",
     "checkpoint_of",

@@ -88,7 +88,7 @@ class Executor:
         if packed.positions is not None:
             offset = packed.config.position_offset
             stream = stream + F.embedding(positions.flatten().clamp(min=-offset) + offset, packed.positions)
-        return stream
+        return stream if packed.embed_bias is None else stream + packed.embed_bias
 
     def blocks(self, stream: Tensor, step: CacheStep) -> tuple[Tensor, Tensor | None]:
         """The residual stream after all blocks, and its rows' sums of squares (None: not computed)."""
@@ -100,6 +100,8 @@ class Executor:
     def _block(
         self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: CacheStep
     ) -> tuple[Tensor, Tensor | None]:
+        if not block.inputs:
+            return block.carried(stream), None
         pieces = []
         for projection in block.inputs:
             rows = self._project(projection, stream, sums, block.width, block.eps)
@@ -115,9 +117,7 @@ class Executor:
         """A block of experts; `pieces` are the results of its shared expert and of a compact shortcut, or nothing."""
         factor = shared_factor(mixture, stream)
         if factor is not None:
-            rank = 0 if block.factor is None else len(block.factor)
-            shared = pieces[0].shape[1] - rank
-            pieces[0][:, :shared] *= factor
+            pieces[0][:, : mixture.shared_neurons] *= factor
         if pieces:
             base = self._rotate(block, pieces[0], stream)[0]
         elif block.shortcut is not None:

@@ -27,15 +27,19 @@ class PackedMixture:
         module: shares the tensors of the layer's own module, and outlives it; the shared expert is not in it.
         activation: of `norm_linear`, for gate and up below each other; None where it has none of them.
         width, eps: of the norm.
+        shared_neurons: of the shared expert, 0 where there is none.
     """
 
     module: SlicedMoE
     activation: str | None
     width: int
     eps: float
+    shared_neurons: int
 
     @classmethod
-    def of(cls, module: SlicedMoE, activation: str | None, width: int, eps: float) -> PackedMixture:
+    def of(
+        cls, module: SlicedMoE, activation: str | None, width: int, eps: float, shared_neurons: int
+    ) -> PackedMixture:
         """Takes the weights of `module` as they are."""
         own = copy.copy(module)
         own._modules = {name: _sharing(module._modules[name]) for name in ("gate", "experts")}
@@ -44,7 +48,7 @@ class PackedMixture:
             "shared_expert": None,
             "shared_expert_gate": None if gate is None else _sharing(gate),
         }
-        return cls(own, activation, width, eps)
+        return cls(own, activation, width, eps, shared_neurons)
 
     def weights(self) -> list[Tensor]:
         return [parameter.detach() for parameter in self.module.parameters()]

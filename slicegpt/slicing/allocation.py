@@ -86,6 +86,10 @@ def deletes_neurons(config: SlicedConfig) -> bool:
     return config.neurons != config.dense_neurons
 
 
+def deletes_heads(config: SlicedConfig) -> bool:
+    return min(config.key_value_heads) < config.num_key_value_heads
+
+
 def fewest_neurons(config: SlicedConfig, multiple: int, layer: int = 0) -> int:
     """What a layer of a plan with equal layers does not fall below."""
     planned = config.neurons[layer]

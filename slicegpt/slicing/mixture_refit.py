@@ -64,7 +64,7 @@ def fit_mixture(
             kept[name] = fits.neurons
     measurable = before > 0
     remaining = {ridge: after[ridge] / before if measurable else None for ridge in ridges}
-    return BlockFits(fitted, kept or None, remaining, before)
+    return BlockFits(fitted, kept or None, remaining=remaining, before=before)
 
 
 def mixture_equations(
