@@ -100,7 +100,7 @@ class Executor:
     def _block(
         self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: CacheStep
     ) -> tuple[Tensor, Tensor | None]:
-        if not block.inputs:
+        if not block.inputs and block.mixture is None:
             return block.carried(stream), None
         pieces = []
         for projection in block.inputs:
@@ -118,12 +118,7 @@ class Executor:
         factor = shared_factor(mixture, stream)
         if factor is not None:
             pieces[0][:, : mixture.shared_neurons] *= factor
-        if pieces:
-            base = self._rotate(block, pieces[0], stream)[0]
-        elif block.shortcut is not None:
-            base = F.linear(stream, block.shortcut)
-        else:
-            base = F.pad(stream, (0, len(block.output) - stream.shape[1]))
+        base = self._rotate(block, pieces[0], stream)[0] if pieces else block.carried(stream)
         return add_experts(mixture, stream, base, self.norm_linear, self.rotate_add)
 
     def _project(

@@ -101,7 +101,8 @@ class PackedBlock:
     @property
     def is_constant(self) -> bool:
         """It adds a constant to the stream, or nothing at all."""
-        return not self.inputs and self.shortcut is None and self.width == len(self.output)
+        nothing = not self.inputs and self.mixture is None
+        return nothing and self.shortcut is None and self.width == len(self.output)
 
     def carried(self, stream: Tensor) -> Tensor:
         """The stream [rows, d] past a block without inputs, [rows, d']: its shortcut and its constant."""
