@@ -124,6 +124,9 @@ def test_its_quantiser(tmp_path, tiny_tokenizer):
     assert kinds["blk.0.ffn_down.weight"] == kinds["token_embd.weight"] == "Q8_0"
     assert kinds["blk.0.attn_norm.weight"] == "F32"
     assert not list(tmp_path.glob(".model*"))
+    import llama_cpp
+
+    llama_cpp.Llama(str(file), n_ctx=8, verbose=False)  # logs as before
 
 
 @pytest.mark.parametrize(
