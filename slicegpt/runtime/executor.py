@@ -6,12 +6,12 @@ from torch import Tensor
 
 from slicegpt import ops
 from slicegpt.ops import torch_gemm
-from slicegpt.ops.contracts import NormLinearInputs
+from slicegpt.ops.contracts import NormLinearInputs, sumsq_dtype
 from slicegpt.ops.dispatch import requested_backend
 from slicegpt.ops.norm_linear import DISPATCHER as NORM_LINEAR
 from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
 from slicegpt.runtime.cache import CacheStep
-from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
+from slicegpt.runtime.packing import PackedAttention, PackedBlock, PackedNetwork, Projection
 
 
 def _norm_linear_on_cpu(*arguments) -> Tensor:
@@ -38,6 +38,31 @@ def _rotate_add_on_cpu(
     return ROTATE_ADD.launcher(name)(a, weight, h, shortcut, bias)
 
 
+def row_scale(block: PackedBlock, stream: Tensor, sums: Tensor | None) -> tuple[Tensor | None, float]:
+    """The sums of squares and the epsilon that `norm_linear` scales rows by: by exactly 1 where there is no norm."""
+    if block.eps is not None:
+        return sums, block.eps
+    return stream.new_full((len(stream), 1), block.width, dtype=sumsq_dtype(stream.dtype)), 0.0
+
+
+def with_whole_norms(attention: PackedAttention, rows: Tensor) -> Tensor:
+    """Rows [tokens, v | k | q | ...] with keys and queries normalised over all of their heads, in place."""
+    if attention.whole_norms is None:
+        return rows
+    begin = attention.key_heads * attention.head_dim
+    for scale in attention.whole_norms:
+        columns = rows[:, begin : begin + len(scale)]
+        columns.copy_(F.rms_norm(columns, (len(scale),), scale, attention.norm_eps))
+        begin += len(scale)
+    return rows
+
+
+def add_normed(block: PackedBlock, a: Tensor, stream: Tensor) -> tuple[Tensor, None]:
+    """The stream behind a block that normalises what it writes; the next norm computes its own sums of squares."""
+    written = F.linear(a, block.output, block.output_bias)
+    return stream + F.rms_norm(written, (written.shape[1],), block.output_norm, block.inner_eps), None
+
+
 class Executor:
     """Runs a `PackedNetwork`. It holds no state of a generation, so that several may share it.
 
@@ -56,15 +81,13 @@ class Executor:
         self.norm_linear = ops.norm_linear if through_operators else _norm_linear_on_cpu
         self.rotate_add = ops.rotate_add if through_operators else _rotate_add_on_cpu
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and signed sines of these positions, each [positions, 1, rotary_dim]; None without rotary positions.
+    def angles(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and signed sines of these positions, each [positions, 1, rotary_dim], of every rotary table.
 
         Positions of padding may be negative.
         """
-        if self.packed.rotary is None:
-            return None
-        cos, sin = self.packed.rotary[positions.flatten().clamp(min=0)][:, :, None].unbind(1)
-        return cos, sin
+        rows = positions.flatten().clamp(min=0)
+        return [table[rows][:, :, None].unbind(1) for table in self.packed.rotary]
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids and positions [batch, tokens] to the stream [batch * tokens, d] at boundary 0."""
@@ -88,11 +111,16 @@ class Executor:
         self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: CacheStep
     ) -> tuple[Tensor, Tensor | None]:
         pieces = []
+        sums, eps = row_scale(block, stream, sums)
         for projection in block.inputs:
-            rows = self._project(projection, stream, sums, block.width, block.eps)
-            pieces.append(rows if projection.attention is None else step.attend(projection.attention, rows))
+            rows, attention = self._project(projection, stream, sums, block.width, eps), projection.attention
+            if attention is not None:
+                rows = step.attend(attention, with_whole_norms(attention, rows))
+            pieces.append(rows)
         a = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        return self._rotate(block, a, stream)
+        return (
+            add_normed(block, a, stream) if block.output_norm is not None else self._rotate(block, a, stream)
+        )
 
     def _project(
         self, projection: Projection, stream: Tensor, sums: Tensor | None, width: float, eps: float
@@ -111,7 +139,9 @@ class Executor:
                 sums = stream.to(torch.promote_types(stream.dtype, torch.float32)).square()
             stream = stream * packed.final_scale
         if packed.head_projection is None:
-            return self._project(packed.head, stream, sums, width, packed.final_eps)
+            logits = self._project(packed.head, stream, sums, width, packed.final_eps)
+            cap = packed.config.final_logit_softcapping
+            return logits if cap is None else torch.tanh(logits / cap) * cap
         inner = self._project(packed.head_projection, stream, sums, width, packed.final_eps)
         logits = self.norm_linear(inner, packed.head.weight, None, None, 0, "none", width, packed.final_eps)
         return logits if packed.head.bias is None else logits + packed.head.bias

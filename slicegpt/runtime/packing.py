@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
-from slicegpt.modeling.layers import FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.modeling.layers import (
+    FinalNorm,
+    LayerRotaryEmbeddings,
+    SlicedAttention,
+    SlicedMLP,
+    WeightlessRMSNorm,
+)
 from slicegpt.ops.contracts import GATED
 from slicegpt.ops.rotate_add import reads_factor
 
@@ -41,8 +47,11 @@ class PackedAttention:
         layer: index into the cache.
         norm: scales [key heads + query heads, head_dim] of the norm of keys and queries, or None.
         window: number of tokens that a token attends to, itself included, or None.
-        rotary: rotary positions turn queries and keys.
+        rotary: which of the network's tables turns queries and keys; None: no rotary positions.
         rotate_first: the norm comes behind the rotation.
+        whole_norms: scales [key heads * head_dim] and [heads * head_dim] of norms over all heads of keys and of
+            queries, which come first of all; or None.
+        softcap: the cap of the scores, or None.
     """
 
     layer: int
@@ -52,8 +61,10 @@ class PackedAttention:
     norm: Tensor | None
     norm_eps: float
     window: int | None
-    rotary: bool
+    rotary: int | None
     rotate_first: bool
+    whole_norms: tuple[Tensor, Tensor] | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,17 +83,28 @@ class PackedBlock:
     """One block, from its boundary to the next: input GEMMs, and one `rotate_add` of their concatenated results.
 
     Attributes:
+        eps: of the norm before it; None: it reads the stream itself.
+        output_norm: [D], the scale of the norm that what it writes passes, or None; inner_eps: its epsilon.
         factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
             the same numbers in its last columns. None for another shortcut and for rank 0.
     """
 
     inputs: tuple[Projection, ...]
     width: int
-    eps: float
+    eps: float | None
     output: Tensor
     output_bias: Tensor | None
     shortcut: Tensor | None
     factor: Tensor | None = None
+    output_norm: Tensor | None = None
+    inner_eps: float = 0.0
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether `norm_linear`, one attention operator and `rotate_add` are all there is to it."""
+        plain = self.eps is not None and self.output_norm is None
+        found = [one.attention for one in self.inputs if one.attention is not None]
+        return plain and all(one.whole_norms is None and one.softcap is None for one in found)
 
 
 @dataclass(frozen=True)
@@ -92,7 +114,8 @@ class PackedNetwork:
     Attributes:
         embed_projection, positions: None where the model has none; positions [rows, d] begin at row
             `config.position_offset`.
-        rotary: `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, or None.
+        rotary: tables `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, one for
+            each of `config.rope_settings`; none without rotary positions.
         final_scale: [d], the scale that the last norm of a tied model keeps, or None.
         head_projection: from a sliced last boundary to the width of a tied head, or None.
         head: reads the last norm, or the output of `head_projection` without a norm (`n_scaled` is then 0).
@@ -104,7 +127,7 @@ class PackedNetwork:
     embedding: Tensor
     embed_projection: Tensor | None
     positions: Tensor | None
-    rotary: Tensor | None
+    rotary: tuple[Tensor, ...]
     blocks: tuple[PackedBlock, ...]
     final_scale: Tensor | None
     final_eps: float
@@ -136,10 +159,11 @@ class PackedNetwork:
         if self.head_projection is not None:
             tensors += [self.head_projection.weight, self.head_projection.bias]
         for block in self.blocks:
-            tensors += [block.output, block.output_bias, block.shortcut]
+            tensors += [block.output, block.output_bias, block.shortcut, block.output_norm]
             for projection in block.inputs:
                 tensors += [projection.weight, projection.bias]
-                tensors.append(projection.attention and projection.attention.norm)
+                if (attention := projection.attention) is not None:
+                    tensors += [attention.norm, *(attention.whole_norms or ())]
         return tensors
 
 
@@ -185,13 +209,11 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
     check_one_device("runtime", model)
     config, trunk = model.config, model.model
     embedding = trunk.embed_tokens.weight.detach()
-    rotary = None
-    if trunk.rotary_emb is not None:
-        if trunk.rotary_emb.rope_type in UNSUPPORTED_ROPE:
-            raise SliceGPTError(
-                f"rope type {trunk.rotary_emb.rope_type!r} is not supported; use the plain model", "model"
-            )
-        rotary = rotary_table(trunk.rotary_emb, embedding, max_positions or position_limit(config)[0])
+    tables = []
+    for one in rotary_embeddings(trunk.rotary_emb):
+        if one.rope_type in UNSUPPORTED_ROPE:
+            raise SliceGPTError(f"rope type {one.rope_type!r} is not supported; use the plain model", "model")
+        tables.append(rotary_table(one, embedding, max_positions or position_limit(config)[0]))
     blocks: list[PackedBlock] = []
     for layer in trunk.layers:
         blocks += pack_layer(config, layer)
@@ -206,7 +228,7 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
         embedding=embedding,
         embed_projection=projection.weight.detach() if isinstance(projection, nn.Linear) else None,
         positions=None if positions is None else positions.weight.detach(),
-        rotary=rotary,
+        rotary=tuple(tables),
         blocks=tuple(blocks),
         final_scale=scale,
         final_eps=trunk.norm.eps,
@@ -229,13 +251,20 @@ def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...
             f"{gated}activation {config.hidden_act!r} is not supported; use the plain model", "model"
         )
     if config.parallel_blocks:
-        parts = [(layer.input_norm, (layer.self_attn, layer.mlp), layer.shortcut)]
+        parts = [(layer.input_norm, (layer.self_attn, layer.mlp), layer.shortcut, None)]
     else:
         parts = [
-            (layer.input_norm, (layer.self_attn,), layer.attention_shortcut),
-            (layer.mlp_norm, (layer.mlp,), layer.mlp_shortcut),
+            (layer.input_norm, (layer.self_attn,), layer.attention_shortcut, layer.attention_output_norm),
+            (layer.mlp_norm, (layer.mlp,), layer.mlp_shortcut, layer.mlp_output_norm),
         ]
     return tuple(_pack_block(config, *part) for part in parts)
+
+
+def rotary_embeddings(module: nn.Module | None) -> list[nn.Module]:
+    """A network's rotary embeddings, one for each of its `rope_settings`."""
+    if module is None:
+        return []
+    return list(module.settings) if isinstance(module, LayerRotaryEmbeddings) else [module]
 
 
 def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
@@ -250,7 +279,11 @@ def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
 
 
 def _pack_block(
-    config: SlicedConfig, norm: nn.Module, modules: tuple[nn.Module, ...], shortcut: nn.Module
+    config: SlicedConfig,
+    norm: nn.Module,
+    modules: tuple[nn.Module, ...],
+    shortcut: nn.Module,
+    output_norm: nn.Module | None,
 ) -> PackedBlock:
     inputs, outputs, biases, factor = [], [], [], None
     for module in modules:
@@ -272,22 +305,26 @@ def _pack_block(
         outputs.append(-F.pad(shortcut.factor, (0, shortcut.padding)).mT)
     return PackedBlock(
         inputs=tuple(inputs),
-        width=norm.width,
-        eps=norm.eps,
+        width=inputs[0].weight.shape[1],
+        eps=norm.eps if isinstance(norm, WeightlessRMSNorm) else None,
         output=torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].detach(),
         output_bias=sum(biases) if biases else None,
         shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
         factor=factor,
+        output_norm=output_norm.weight.detach() if isinstance(output_norm, nn.RMSNorm) else None,
+        inner_eps=config.inner_norm_eps,
     )
 
 
 def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection:
     modules = (module.v_proj, module.k_proj, module.q_proj)
     weight = torch.cat([one.weight for one in modules])
-    bias = norm = None
+    bias = norm = whole_norms = None
     if module.q_proj.bias is not None:
         bias = torch.cat([one.bias for one in modules])
-    if config.qk_norm:
+    if module.norm_whole:
+        whole_norms = module.k_norm.weight.detach(), module.q_norm.weight.detach()
+    elif config.qk_norm:
         key_scale = module.k_norm.weight.expand(config.num_key_value_heads, -1)
         query_scale = module.q_norm.weight.expand(config.num_attention_heads, -1)
         norm = torch.cat((key_scale, query_scale))
@@ -297,10 +334,12 @@ def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection
         key_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         norm=norm,
-        norm_eps=config.rms_norm_eps,
+        norm_eps=config.inner_norm_eps,
         window=module.sliding_window,
-        rotary=module.uses_rope,
+        rotary=config.rope_setting(module.layer_idx) if module.uses_rope else None,
         rotate_first=config.qk_norm_after_rope,
+        whole_norms=whole_norms,
+        softcap=config.attn_logit_softcapping,
     )
     return Projection(weight, bias, len(weight), "none", attention)
 
