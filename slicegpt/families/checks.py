@@ -178,22 +178,19 @@ def rotary_parameters(
     return rope
 
 
-def layered_rotary_facts(config: PreTrainedConfig, head_dim: int) -> dict:
-    """The facts of a config whose `rope_parameters` hold settings for each of `layer_types`.
+def layer_rotary_facts(config: PreTrainedConfig, head_dim: int, settings: list[dict]) -> dict:
+    """The facts of a config with rotary settings for each layer, in the form of `rope_parameters`.
 
     Raises:
         SliceGPTError: as `rotary_parameters`; or LongRoPE, whose frequencies change with the length of the sequence.
     """
-    settings = {}
-    for kind in dict.fromkeys(config.layer_types):
-        settings[kind] = rotary_parameters(config, head_dim, False, config.rope_parameters.get(kind))
-        if settings[kind]["rope_type"] == "longrope":
-            raise SliceGPTError(
-                f"{config.model_type}: rope_parameters: rope_type 'longrope' is not supported: it must be the same in"
-                " all layers"
-            )
-    layers = [settings[kind] for kind in config.layer_types]
-    if all(one == layers[0] for one in layers):
+    layers = [rotary_parameters(config, head_dim, False, own) for own in settings]
+    if any(own["rope_type"] == "longrope" for own in layers):
+        raise SliceGPTError(
+            f"{config.model_type}: rope_parameters: rope_type 'longrope' is not supported: it must be the same in"
+            " all layers"
+        )
+    if all(own == layers[0] for own in layers):
         return {"rope_parameters": layers[0]}
     return {"rope_parameters": layers[0], "layer_rope_parameters": layers}
 

@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 
 from .base import Family, LayerNames, head_dim_of
-from .checks import layered_rotary_facts, rotary_parameters
+from .checks import layer_rotary_facts, rotary_parameters
 
 LLAMA_LAYER = LayerNames(
     attention_norm="input_layernorm",
@@ -37,7 +37,8 @@ def llama_facts(
     """
     head_dim = head_dim_of(config)
     if layered_rotary:
-        rotary = layered_rotary_facts(config, head_dim)
+        settings = [config.rope_parameters.get(kind) for kind in config.layer_types]
+        rotary = layer_rotary_facts(config, head_dim, settings)
     else:
         rotary = {"rope_parameters": rotary_parameters(config, head_dim, partial_rotary)}
     return {

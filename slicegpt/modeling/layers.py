@@ -128,16 +128,16 @@ class LayerRotaryEmbeddings(nn.Module):
 
     def __init__(self, config: SlicedConfig):
         super().__init__()
-        self.settings = nn.ModuleList(
-            [SlicedRotaryEmbedding(config.with_rope(one)) for one in config.rope_settings]
-        )
+        # No `ModuleList`: what runs or places a model layer by layer takes such a list for its layers.
+        for index, one in enumerate(config.rope_settings):
+            self.add_module(f"setting_{index}", SlicedRotaryEmbedding(config.with_rope(one)))
         self.setting_of_layer = [config.rope_setting(layer) for layer in range(config.num_hidden_layers)]
 
     def forward(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Cosines and sines, once for every layer."""
-        pairs = [one(hidden_states, position_ids) for one in self.settings]
+        pairs = [one(hidden_states, position_ids) for one in self.children()]
         return [pairs[setting] for setting in self.setting_of_layer]
 
 

@@ -264,7 +264,7 @@ def rotary_embeddings(module: nn.Module | None) -> list[nn.Module]:
     """A network's rotary embeddings, one for each of its `rope_settings`."""
     if module is None:
         return []
-    return list(module.settings) if isinstance(module, LayerRotaryEmbeddings) else [module]
+    return list(module.children()) if isinstance(module, LayerRotaryEmbeddings) else [module]
 
 
 def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
