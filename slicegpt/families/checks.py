@@ -136,7 +136,8 @@ def rotary_parameters(
     Raises:
         SliceGPTError: a kind of scaling that transformers does not know, numbers out of range, an odd rotary part.
     """
-    family, rope = config.model_type, dict((config.rope_parameters if settings is None else settings) or {})
+    given = config.rope_parameters if settings is None else settings
+    family, rope = config.model_type, dict(given or {})
     kind, known = rope.get("rope_type"), ("default", *ROPE_INIT_FUNCTIONS)
     if kind not in known:
         raise SliceGPTError(

@@ -37,8 +37,9 @@ def llama_facts(
     """
     head_dim = head_dim_of(config)
     if layered_rotary:
-        settings = [config.rope_parameters.get(kind) for kind in config.layer_types]
-        rotary = layer_rotary_facts(config, head_dim, settings)
+        rotary = layer_rotary_facts(
+            config, head_dim, [_settings_of(config, kind) for kind in config.layer_types]
+        )
     else:
         rotary = {"rope_parameters": rotary_parameters(config, head_dim, partial_rotary)}
     return {
@@ -54,6 +55,12 @@ def llama_facts(
         "rms_norm_eps": getattr(config, "rms_norm_eps", None) if eps is None else eps,
         "attention_dropout": getattr(config, "attention_dropout", 0.0),
     }
+
+
+def _settings_of(config: PreTrainedConfig, kind: str) -> dict:
+    """`rope_parameters` of one of `layer_types`. transformers reads YaRN's `truncate` outside of them."""
+    own = dict(config.rope_parameters.get(kind) or {})
+    return own | {"truncate": config.rope_parameters.get("truncate", True)} if "truncate" in own else own
 
 
 def windowed_facts(config: PreTrainedConfig, eps: float | None = None, **settings) -> dict:
