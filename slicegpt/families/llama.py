@@ -60,7 +60,9 @@ def llama_facts(
 def _settings_of(config: PreTrainedConfig, kind: str) -> dict:
     """`rope_parameters` of one of `layer_types`. transformers reads YaRN's `truncate` outside of them."""
     own = dict(config.rope_parameters.get(kind) or {})
-    return own | {"truncate": config.rope_parameters.get("truncate", True)} if "truncate" in own else own
+    if own.get("rope_type") == "yarn":
+        own["truncate"] = config.rope_parameters.get("truncate", True)
+    return own
 
 
 def windowed_facts(config: PreTrainedConfig, eps: float | None = None, **settings) -> dict:
