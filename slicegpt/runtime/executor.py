@@ -1,14 +1,17 @@
 """The forward pass of a packed network: rows of tokens through `norm_linear`, attention and `rotate_add`."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt import ops
-from slicegpt.ops import torch_gemm
+from slicegpt.ops import quantized, torch_gemm
 from slicegpt.ops.contracts import NormLinearInputs, sumsq_dtype
 from slicegpt.ops.dispatch import requested_backend
 from slicegpt.ops.norm_linear import DISPATCHER as NORM_LINEAR
+from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
 from slicegpt.runtime.cache import CacheStep
 from slicegpt.runtime.packing import PackedAttention, PackedBlock, PackedNetwork, Projection
@@ -16,13 +19,16 @@ from slicegpt.runtime.packing import PackedAttention, PackedBlock, PackedNetwork
 
 def _norm_linear_on_cpu(*arguments) -> Tensor:
     inputs = NormLinearInputs(*arguments)
+    if isinstance(inputs.weight, PanelWeight):
+        name = quantized.NORM_LINEAR.choose("auto", None, inputs.h.dtype, inputs.weight.bits)
+        return quantized.norm_linear_by(name, inputs)
     name = NORM_LINEAR.choose("auto", None, inputs.h.dtype, len(inputs.h))
     return torch_gemm.norm_linear(inputs) if name == "torch" else NORM_LINEAR.launcher(name)(inputs)
 
 
 def _rotate_add_on_cpu(
     a: Tensor,
-    weight: Tensor,
+    weight: Tensor | PanelWeight,
     h: Tensor,
     shortcut: Tensor | None,
     bias: Tensor | None,
@@ -32,6 +38,9 @@ def _rotate_add_on_cpu(
 
     `factor` is for GPUs, and unused here.
     """
+    if isinstance(weight, PanelWeight):
+        name = quantized.ROTATE_ADD.choose("auto", None, a.dtype, weight.bits)
+        return quantized.rotate_add_by(name, a, weight, h, shortcut, bias)
     name = ROTATE_ADD.choose("auto", None, a.dtype, len(a))
     if name == "torch":
         return torch_gemm.rotate(a, weight, h, shortcut, bias), None
@@ -57,10 +66,20 @@ def with_whole_norms(attention: PackedAttention, rows: Tensor) -> Tensor:
     return rows
 
 
-def add_normed(block: PackedBlock, a: Tensor, stream: Tensor) -> tuple[Tensor, None]:
+def add_normed(
+    block: PackedBlock, a: Tensor, stream: Tensor, rotate_add: Callable[..., tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor, None]:
     """The stream behind a block that normalises what it writes; the next norm computes its own sums of squares."""
-    written = F.linear(a, block.output, block.output_bias)
+    if isinstance(block.output, PanelWeight):
+        written, _ = rotate_add(a, block.output, torch.zeros_like(stream), None, block.output_bias, None)
+    else:
+        written = F.linear(a, block.output, block.output_bias)
     return stream + F.rms_norm(written, (written.shape[1],), block.output_norm, block.inner_eps), None
+
+
+def look_up(table: Tensor | PanelWeight, ids: Tensor) -> Tensor:
+    """Rows [n, columns] of an embedding table."""
+    return table.take(ids) if isinstance(table, PanelWeight) else F.embedding(ids, table)
 
 
 class Executor:
@@ -92,7 +111,7 @@ class Executor:
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids and positions [batch, tokens] to the stream [batch * tokens, d] at boundary 0."""
         packed = self.packed
-        stream = F.embedding(ids.flatten(), packed.embedding)
+        stream = look_up(packed.embedding, ids.flatten())
         if packed.embed_projection is not None:
             stream = F.linear(stream, packed.embed_projection)
         if packed.positions is not None:
@@ -129,6 +148,8 @@ class Executor:
         return self.norm_linear(stream, weight, bias, sums, n_scaled, projection.activation, width, eps)
 
     def _rotate(self, block: PackedBlock, a: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+        if block.output_norm is not None:
+            return add_normed(block, a, stream, self.rotate_add)
         return self.rotate_add(a, block.output, stream, block.shortcut, block.output_bias, block.factor)
 
     def logits(self, stream: Tensor, sums: Tensor | None) -> Tensor:
@@ -143,5 +164,10 @@ class Executor:
             cap = packed.config.final_logit_softcapping
             return logits if cap is None else torch.tanh(logits / cap) * cap
         inner = self._project(packed.head_projection, stream, sums, width, packed.final_eps)
-        logits = self.norm_linear(inner, packed.head.weight, None, None, 0, "none", width, packed.final_eps)
+        weight = packed.head.weight
+        if isinstance(weight, PanelWeight):  # all of its rows are scaled: here by 1
+            ones = inner.new_ones((len(inner), 1), dtype=sumsq_dtype(inner.dtype))
+            logits = self.norm_linear(inner, weight, None, ones, weight.rows, "none", 1.0, 0.0)
+        else:
+            logits = self.norm_linear(inner, weight, None, None, 0, "none", width, packed.final_eps)
         return logits if packed.head.bias is None else logits + packed.head.bias

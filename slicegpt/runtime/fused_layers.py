@@ -14,7 +14,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.modeling.layers import SlicedAttention
 from slicegpt.runtime.executor import add_normed, row_scale
-from slicegpt.runtime.packing import PackedBlock, check_one_device, pack_layer
+from slicegpt.runtime.packing import PackedBlock, check_one_device, pack_layer, weight_reader
 
 
 @torch.no_grad()
@@ -39,8 +39,9 @@ def fuse_layers(model: SlicedForCausalLM, release: bool = False) -> SlicedForCau
             f"must be a SlicedForCausalLM, got {type(model).__name__}; see to_canonical", "model"
         )
     check_one_device("fuse_layers", model)
+    reader = weight_reader(model)
     for layer in model.model.layers:
-        blocks = pack_layer(model.config, layer)
+        blocks = pack_layer(model.config, layer, reader)
         layer.forward = _FusedForward(layer.self_attn, blocks)
         if release:
             layer.to("meta")
@@ -114,5 +115,5 @@ class _FusedForward:
                 pieces.append(rows[:, self.end :])
         a = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
         if block.output_norm is not None:
-            return add_normed(block, a, stream)
+            return add_normed(block, a, stream, ops.rotate_add)
         return ops.rotate_add(a, block.output, stream, block.shortcut, block.output_bias, block.factor)
