@@ -137,9 +137,7 @@ class Executor:
                 rows = step.attend(attention, with_whole_norms(attention, rows))
             pieces.append(rows)
         a = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        return (
-            add_normed(block, a, stream) if block.output_norm is not None else self._rotate(block, a, stream)
-        )
+        return self._rotate(block, a, stream)
 
     def _project(
         self, projection: Projection, stream: Tensor, sums: Tensor | None, width: float, eps: float
