@@ -1,17 +1,22 @@
 """How wide every boundary is: from a slicing fraction, a true size to reach, or a list of widths."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
+from transformers import PreTrainedConfig
 
 from slicegpt.conversion.multiples import multiple_of
+from slicegpt.conversion.stock import keeps_width, stock_parameters
+from slicegpt.conversion.stock_plan import check_stock_widths, last_that, stock_for_parameters, untied
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig, factor_rank
 from slicegpt.modeling.sizes import stored_parameters
-from slicegpt.recipe import AUTO, ORIENTATIONS, SHORTCUT_MODES, Recipe
+from slicegpt.recipe import AUTO, FORMS, ORIENTATIONS, SHORTCUT_MODES, SLICED, STOCK, Recipe
 
 # MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: about the ratio of
 # the least loss on held-out calibration text, at 90 and at 80 % of SmolLM2-135M's decoder (docs/quality.md).
@@ -28,7 +33,9 @@ class Shape:
         slice_head: the last boundary, which the head reads, is sliced too.
         round_to: widths and numbers of neurons are multiples of it (the published code uses 8), see
             `slicegpt.conversion.multiples`; "auto" is then a CPU's.
-        neurons: the fraction of MLP neurons to delete; None takes `NEURONS_TO_COLUMNS` times that of the columns.
+        neurons: the fraction of MLP neurons to delete; None takes `NEURONS_TO_COLUMNS` times that of the columns, and
+            in the stock form neurons first, see `slicegpt.conversion.stock_plan`.
+        form: "sliced", "stock" or "per-layer", see `slicegpt.recipe.Recipe`; the latter two have no shortcuts.
     """
 
     shortcut: str = "compact"
@@ -36,6 +43,7 @@ class Shape:
     slice_head: bool = False
     round_to: int | str = AUTO
     neurons: float | None = 0.0
+    form: str = SLICED
 
     def __post_init__(self):
         if self.neurons is not None and not 0 <= self.neurons < 1:
@@ -51,6 +59,8 @@ class Shape:
                 f"compact shortcuts need 'aligned' bases, got {self.orientation!r}; dense ones take it",
                 "orientation",
             )
+        if self.form not in FORMS:
+            raise SliceGPTError(f"must be one of {', '.join(FORMS)}, got {self.form!r}", "form")
         multiple_of(self.round_to, 1)  # an error where it is none
 
     @classmethod
@@ -58,7 +68,14 @@ class Shape:
         """The shape that a recipe asks for; its `round_to` is a number (`settled`)."""
         recipe = recipe.resolved()
         neurons = None if recipe.neurons == AUTO else recipe.neurons
-        return cls(recipe.shortcut, recipe.orientation, recipe.slice_head, recipe.round_to, neurons)
+        return cls(
+            recipe.shortcut or "compact",
+            recipe.orientation,
+            recipe.slice_head or recipe.form != SLICED,
+            recipe.round_to,
+            neurons,
+            recipe.form,
+        )
 
 
 def width_for_slice(dense_width: int, fraction: float, round_to: int) -> int:
@@ -83,7 +100,8 @@ def constant_widths(fields: dict, width: int, slice_head: bool = False) -> list[
 
 def neurons_for(fields: dict, widths: Sequence[int], shape: Shape) -> int:
     """MLP neurons left, rounded down to a multiple of `round_to` (but at least one of it), or all of them."""
-    dense, step = fields["intermediate_size"], multiple_of(shape.round_to, fields["dense_hidden_size"])
+    dense = fields["intermediate_size"]
+    step = multiple_of(shape.round_to, fields["dense_hidden_size"], form=shape.form)
     fraction = shape.neurons
     if fraction is None:
         columns = 1 - sum(widths[:-1]) / (len(widths) - 1) / fields["dense_hidden_size"]
@@ -134,12 +152,17 @@ def choose_shortcuts(fields: dict, widths: Sequence[int], shape: Shape) -> list[
     A narrower next boundary has no compact form, and a tied head fixes the last basis, so those stay dense.
     """
     dense_width = fields["dense_hidden_size"]
-    if keeps_its_columns(fields) and shape.orientation != "aligned":
+    if keeps_its_columns(fields) and (shape.orientation != "aligned" or shape.form != SLICED):
+        name, value = ("form", shape.form) if shape.form != SLICED else ("orientation", shape.orientation)
+        wanted = SLICED if name == "form" else "aligned"
         raise SliceGPTError(
             f"{fields['source_model_type']} normalises what its blocks write, in the model's own basis: it must be "
-            f"'aligned', got {shape.orientation!r}",
-            "orientation",
+            f"{wanted!r}, got {value!r}",
+            name,
         )
+    if shape.form != SLICED:
+        check_stock_widths(fields, widths)
+        return ["identity"] * (len(widths) - 1)
     if shape.orientation == "aligned" and all(width == dense_width for width in widths):
         return ["identity"] * (len(widths) - 1)
     kinds = []
@@ -190,12 +213,16 @@ def settled(recipe: Recipe, fields: dict, device: torch.device | str = "cpu") ->
         fields: `slicegpt.families.canonical_fields` of the dense model.
         device: that the model is sliced on.
     """
-    multiple = multiple_of(recipe.round_to, fields["dense_hidden_size"], device)
+    multiple = multiple_of(recipe.round_to, fields["dense_hidden_size"], device, recipe.form)
     return recipe.override(round_to=multiple).resolved()
 
 
 def plan_recipe(
-    recipe: Recipe, fields: dict, dtype: torch.dtype, device: torch.device | str = "cpu"
+    recipe: Recipe,
+    fields: dict,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    source: PreTrainedConfig | None = None,
 ) -> SlicedConfig:
     """The configuration of the sliced model that a recipe asks for.
 
@@ -204,21 +231,49 @@ def plan_recipe(
         fields: `slicegpt.families.canonical_fields` of the dense model.
         dtype: of the weights, which `target_bytes` are counted in.
         device: that the model is sliced on, where `round_to` is "auto".
+        source: the dense model's config, which a stock form is counted by.
 
     Raises:
         SliceGPTError: the recipe has no size, or the model cannot have it; the argument is the size's name.
     """
     recipe = settled(recipe, fields, device)
     shape, size = Shape.of(recipe), recipe.size
+    if recipe.untie:
+        fields = untied(fields)
+    count = stored_parameters if recipe.form != STOCK else partial(stock_parameters, source=source)
     with renamed(slice=size, widths=size, target=size):
-        if size == "widths":
-            return plan(fields, recipe.widths, shape)
-        if size == "slice":
-            width = width_for_slice(fields["dense_hidden_size"], recipe.slice, recipe.round_to)
-            return plan(fields, constant_widths(fields, width, recipe.slice_head), shape)
-        if size == "keep":
-            return plan_for_parameters(fields, int(recipe.keep * fields["source_parameters"]), shape)
-        return plan_for_parameters(fields, int(recipe.target_bytes / dtype.itemsize), shape)
+        config = _plan_size(recipe, fields, dtype, shape, count)
+    if recipe.untie and (stored := count(config)) >= config.source_parameters:
+        raise SliceGPTError(
+            f"with a head of its own the model would store {stored} elements at this size, the dense one stores"
+            f" {config.source_parameters}",
+            "untie",
+        )
+    return config
+
+
+def _plan_size(
+    recipe: Recipe,
+    fields: dict,
+    dtype: torch.dtype,
+    shape: Shape,
+    count: Callable[[SlicedConfig], int],
+) -> SlicedConfig:
+    """`plan_recipe` for the one size that a recipe asks for."""
+    if recipe.size == "widths":
+        return plan(fields, recipe.widths, shape)
+    if recipe.size == "slice":
+        width = width_for_slice(fields["dense_hidden_size"], recipe.slice, width_step(fields, shape))
+        return plan(fields, constant_widths(fields, width, shape.slice_head), shape)
+    if recipe.size == "keep":
+        return plan_for_parameters(fields, int(recipe.keep * fields["source_parameters"]), shape, count)
+    return plan_for_parameters(fields, int(recipe.target_bytes / dtype.itemsize), shape, count)
+
+
+def width_step(fields: dict, shape: Shape) -> int:
+    """What widths are multiples of; transformers' classes ask for whole columns a head, whatever a head's size."""
+    step = multiple_of(shape.round_to, fields["dense_hidden_size"], form=shape.form)
+    return math.lcm(step, fields["num_attention_heads"]) if shape.form != SLICED else step
 
 
 def plan_for_parameters(
@@ -231,12 +286,13 @@ def plan_for_parameters(
     Args:
         count: what is counted: `stored_parameters`, or `decoder_parameters` for the layers alone.
     """
-    dense_width = fields["dense_hidden_size"]
-    step = multiple_of(shape.round_to, dense_width)
+    dense_width, step = fields["dense_hidden_size"], width_step(fields, shape)
     first = -(-head_dim(fields) // step)
     widths = [step * k for k in range(first, -(-dense_width // step))] + [dense_width]
     if keeps_its_columns(fields):
         return _plan_of_neurons(fields, target, shape, count)
+    if shape.form != SLICED and keeps_width(fields) is not None:
+        widths = [dense_width]
 
     def at(width: int, neurons: int | None = None) -> SlicedConfig:
         return plan(fields, constant_widths(fields, width, shape.slice_head), shape, neurons)
@@ -244,6 +300,9 @@ def plan_for_parameters(
     def fits(config: SlicedConfig) -> bool:
         return count(config) <= target
 
+    if shape.form != SLICED and shape.neurons is None:
+        neurons = multiple_of(shape.round_to, dense_width, form=shape.form)
+        return stock_for_parameters(fields, target, widths, at, count, neurons)
     if not fits(smallest := at(widths[0])):
         raise SliceGPTError(
             f"{target} elements cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
@@ -280,12 +339,3 @@ def _plan_of_neurons(
         )
     fits = last_that(lambda index: count(plan(fields, widths, shape, choices[index])) <= target, len(choices))
     return plan(fields, widths, shape, choices[fits])
-
-
-def last_that(holds: Callable[[int], bool], end: int) -> int:
-    """The largest index below `end` for which a condition holds that holds up to some index, 0 included."""
-    low, high = 0, end
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low

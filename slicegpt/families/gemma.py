@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import DenseLayer, head_dim_of
+from .base import DenseLayer, StockForm, head_dim_of
 from .llama import LLAMA, LLAMA_LAYER, llama_facts, windowed_facts
 from .rewriting import one_plus, one_plus_all, one_plus_norms, scale_linear, scale_output_norms, scale_writers
 
@@ -33,11 +33,16 @@ def gemma_facts(config: PreTrainedConfig) -> dict:
 
 def fold_scales(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
     """See `scale_writers`."""
-    return scale_writers(one_plus_norms(layer), 1 / embedding_scale(layer, config))
+    return scale_writers(one_plus_norms(layer), 1 / _root(layer, config))
 
 
-def embedding_scale(layer: DenseLayer, config: PreTrainedConfig) -> float:
-    """The root of D: transformers multiplies by it as the model's dtype rounds it."""
+def unfold_scales(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """Undoes the scaling of the writers, by the root of the width that the config has now."""
+    return scale_writers(layer, _root(layer, config))
+
+
+def _root(layer: DenseLayer, config: PreTrainedConfig) -> float:
+    """The root of the width; transformers multiplies by it as the model's dtype rounds it."""
     return torch.tensor(config.hidden_size**0.5, dtype=torch.float64).to(layer.o.weight.dtype).item()
 
 
@@ -48,6 +53,7 @@ GEMMA = replace(
     facts=gemma_facts,
     rewrite_layer=fold_scales,
     rewrite_final_norm=one_plus,
+    stock=StockForm(eps_factor=float, restore_layer=unfold_scales, norm_offset=-1.0),
 )
 
 
@@ -79,7 +85,7 @@ def gemma3_facts(config: PreTrainedConfig) -> dict:
 def fold_gemma2(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
     """The embedding's factor goes into the norms behind the blocks, that of the scores into the queries' weights, or
     into the norm behind them."""
-    layer = scale_output_norms(one_plus_all(layer), 1 / embedding_scale(layer, config))
+    layer = scale_output_norms(one_plus_all(layer), 1 / _root(layer, config))
     factor = (head_dim_of(config) / config.query_pre_attn_scalar) ** 0.5
     if factor == 1:
         return layer

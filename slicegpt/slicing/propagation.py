@@ -292,9 +292,15 @@ class Propagation:
         self.add_up(covariance)
 
     def collect_dense(
-        self, block: Block, dense: LiftedBlock, objective: Objective, moments: Moments | None
+        self,
+        block: Block,
+        dense: LiftedBlock,
+        objective: Objective,
+        moments: Moments | None,
+        covariance: Covariance | None = None,
     ) -> None:
-        """Bring every batch past the dense model's block, and add it to the moments of what it writes."""
+        """Bring every batch past the dense model's block, and add it to the moments of what it writes, or to the
+        covariance of the stream that comes out."""
         joined = None if moments is None else JoinedBatches(moments)
         for index, batch, stream in self.streams:
             inputs = self.inputs(block, stream.to(dense.dtype), batch)
@@ -305,8 +311,11 @@ class Propagation:
                 size = dense.output_size(activations)
                 activations = activations.to(out.dtype)
                 self.add_moments(joined, objective, batch, activations, target, stream, out, size)
+            if covariance is not None:
+                covariance.add(out, batch.attention_mask)
         if joined is not None:
             self.add_up(joined.finish())
+        self.add_up(covariance)
 
     def add_up(self, sums: Covariance | Moments | None) -> None:
         """Sums over this rank's batches become those over all, on rank 0; the time includes waiting for the slowest."""
