@@ -234,6 +234,11 @@ def architecture_of(config: SlicedConfig, name: str) -> str:
     shortcuts = sorted(set(config.shortcuts) - {"identity"})
     if shortcuts or len(set(config.boundary_widths)) > 1:
         refuse(f"shortcuts, and this model has {' and '.join(shortcuts)} ones", "; slice with --form stock")
+    if config.layer_key_value_heads is not None or min(config.neurons) < 1:
+        refuse(
+            "layers of which heads are deleted, or all neurons, that this export writes",
+            "; slice without --kv-groups",
+        )
     if config.parallel_blocks:
         refuse("place for attention and MLP in parallel")
     if config.embed_projection or config.final_norm_bias or config.lm_head_bias:

@@ -64,6 +64,11 @@ def check_form(config: SlicedConfig) -> None:
             f"the stock form has no shortcuts, got {' and '.join(shortcuts)} ones; slice with --form stock",
             "form",
         )
+    if config.layer_key_value_heads is not None:
+        raise SliceGPTError(
+            f"the stock form has all key/value heads, got {config.layer_key_value_heads}; slice without kv_groups",
+            "form",
+        )
     if len(set(config.neurons)) > 1:
         raise SliceGPTError(
             "the stock form has one number of neurons in all layers, got"
