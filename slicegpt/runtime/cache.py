@@ -234,7 +234,7 @@ class StaticStep(CacheStep):
             rows, key_heads, heads, size, attention.norm, attention.norm_eps, cos, sin, attention.rotate_first
         )
         keys, queries = states[:, :key_heads, None], states[:, key_heads:, None]
-        cached = self.cache.keys[attention.layer], self.cache.values[attention.layer]
+        cached = self.cache.of_layer(attention.layer)
         for tensor, new in zip(cached, (keys, values[:, :, None]), strict=True):
             tensor.index_copy_(2, self.slot, new)
         places = torch.arange(self.cache.capacity, device=rows.device)
