@@ -21,10 +21,11 @@ from .base import (
 )
 from .checks import check_config, check_facts
 from .cohere import COHERE, COHERE2
-from .experts import GLM4_MOE, GPT_OSS, MIXTRAL, PHIMOE, QWEN2_MOE, QWEN3_MOE
+from .exaone4 import EXAONE4
+from .experts import GLM4_MOE, GPT_OSS, MIXTRAL, OLMOE, PHIMOE, QWEN2_MOE, QWEN3_MOE
 from .falcon import FALCON
-from .gemma import GEMMA
-from .glm import ERNIE, GLM, HELIUM
+from .gemma import GEMMA, GEMMA2, GEMMA3
+from .glm import ERNIE, GLM, GLM4, HELIUM
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
 from .granite import GRANITE, GRANITE4
@@ -33,7 +34,7 @@ from .llama import LLAMA
 from .llama_layouts import EXAONE, INTERNLM3, IQUEST_CODER, SEED_OSS
 from .mistral import CWM, MINISTRAL, MINISTRAL3, MISTRAL
 from .nemotron import ARCEE, JAIS2, NEMOTRON
-from .olmo import OLMO
+from .olmo import OLMO, OLMO2, OLMO3
 from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
@@ -101,9 +102,16 @@ FAMILIES = {
         MINISTRAL3,
         HUNYUAN,
         APERTUS,
+        GEMMA2,
+        GEMMA3,
+        OLMO2,
+        OLMO3,
+        EXAONE4,
+        GLM4,
         MIXTRAL,
         QWEN2_MOE,
         QWEN3_MOE,
+        OLMOE,
         PHIMOE,
         GLM4_MOE,
         GPT_OSS,

@@ -62,6 +62,7 @@ class Mixture:
 class DenseLayer:
     """One transformer layer of the checkpoint. In parallel layers both norms are the same one.
 
+    `attention_output_norm`, `mlp_output_norm`: of what the parts write, behind their output projections.
     `activation`: the state of an activation that has weights of its own (xIELU), by the names of its module.
     `mixture`: takes the place of `gate`, `up` and `down`, which are then None.
     `sinks`: of every head, a score that belongs to no token, [heads].
@@ -78,6 +79,8 @@ class DenseLayer:
     down: Linear | None
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    attention_output_norm: Norm | None = None
+    mlp_output_norm: Norm | None = None
     mixture: Mixture | None = None
     sinks: torch.Tensor | None = None
     activation: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -114,17 +117,19 @@ class LayerNames:
     `experts`: of the layers that have a router by its name there; the others have an MLP.
     """
 
-    attention_norm: str
+    attention_norm: str | None
     q: str
     k: str
     v: str
     o: str
-    mlp_norm: str
+    mlp_norm: str | None
     up: str
     down: str
     gate: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
     activation: str | None = None
     experts: MixtureNames | None = None
     sinks: str | None = None
@@ -284,6 +289,10 @@ class Checkpoint:
         names, root = self.names, self.family.layers.format(index)
         # A fused projection bears several names, and is to be read once.
         linear = functools.cache(lambda name: self._linear(f"{root}.{name}"))
+
+        def norm(name: str | None) -> Norm | None:
+            return None if name is None else self._norm(f"{root}.{name}")
+
         norms = [
             None if name is None else self._get(f"{root}.{name}.weight")
             for name in (names.q_norm, names.k_norm)
@@ -292,17 +301,19 @@ class Checkpoint:
         mlp = (None, None, None) if mixture is not None else (names.gate, names.up, names.down)
         gate, up, down = (None if name is None else linear(name) for name in mlp)
         layer = DenseLayer(
-            attention_norm=self._norm(f"{root}.{names.attention_norm}"),
+            attention_norm=norm(names.attention_norm) or Norm(),
             q=linear(names.q),
             k=linear(names.k),
             v=linear(names.v),
             o=linear(names.o),
-            mlp_norm=self._norm(f"{root}.{names.mlp_norm}"),
+            mlp_norm=norm(names.mlp_norm) or Norm(),
             gate=gate,
             up=up,
             down=down,
             q_norm=norms[0],
             k_norm=norms[1],
+            attention_output_norm=norm(names.attention_output_norm),
+            mlp_output_norm=norm(names.mlp_output_norm),
             activation=self._activation(f"{root}.{names.activation}"),
             mixture=mixture,
             sinks=None if names.sinks is None else self._get(f"{root}.{names.sinks}"),

@@ -97,6 +97,20 @@ def qwen3_moe_facts(config: PreTrainedConfig) -> dict:
     return facts | mixture_facts(config, "num_experts", "moe_intermediate_size") | {"mlp_layer_types": stack}
 
 
+def olmoe_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that an OLMoE config determines; its norms of queries and keys are over all heads."""
+    if config.clip_qkv is not None:
+        raise SliceGPTError(
+            f"olmoe: clip_qkv={config.clip_qkv} is not supported: queries, keys and values must not be clipped",
+            "model",
+        )
+    check_head_dim(config)
+    window = getattr(config, "sliding_window", None)
+    if window is not None:  # its masks have none, and its attention is called with one
+        raise SliceGPTError(f"olmoe: sliding_window={window} is not supported", "model")
+    return llama_facts(config) | mixture_facts(config, "num_experts") | {"qk_norm_whole": True}
+
+
 def phimoe_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that a Phi-3.5-MoE config determines; its router is a sparse mixer of two experts."""
     rope, scales = config.rope_parameters, {}
@@ -220,6 +234,9 @@ QWEN3_MOE = replace(
     architectures=("Qwen3MoeForCausalLM",),
     facts=qwen3_moe_facts,
     layer=_LAYER,
+)
+OLMOE = replace(
+    LLAMA, model_type="olmoe", architectures=("OlmoeForCausalLM",), facts=olmoe_facts, layer=_LAYER
 )
 PHIMOE = replace(
     LLAMA,

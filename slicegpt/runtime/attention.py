@@ -15,7 +15,7 @@ def prompt_attention(
         queries: [batch, heads, tokens, head_dim].
         keys, values: [batch, key heads, seen, head_dim], of these tokens and the ones before them.
         mask: bool [batch or 1, 1, tokens, seen], True where a token attends, or what `causal_mask` returns; with sinks
-            a tensor.
+            bool, or None where every token attends to all keys.
         sinks: [heads], a score of each head that belongs to no token, or None.
 
     Returns:
@@ -33,6 +33,23 @@ def prompt_attention(
     return F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
+
+
+def capped_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softcap: float
+) -> Tensor:
+    """`prompt_attention` with scores capped by a tanh (Gemma 2), written out: PyTorch's operator has no such scores.
+
+    mask: bool, as there; None: every token attends to all keys.
+    """
+    batch, heads, tokens, size = queries.shape
+    grouped = queries.reshape(batch, keys.shape[1], -1, size)
+    scores = softcap * torch.tanh(grouped @ keys.mT * (size**-0.5 / softcap))
+    scores = scores.view(batch, heads, tokens, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    shares = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+    return (shares.view(batch, keys.shape[1], -1, shares.shape[-1]) @ values).view(batch, heads, tokens, size)
 
 
 def causal_mask(tokens: int, seen: int, like: Tensor) -> Tensor | None:
@@ -53,12 +70,14 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def _with_sinks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+def _with_sinks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor) -> Tensor:
     """The softmax has one more entry, which has no value: PyTorch's attention does not know it."""
     keys, values = (
         states.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for states in (keys, values)
     )
-    scores = (queries @ keys.mT * queries.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    scores = queries @ keys.mT * queries.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
     wide = torch.promote_types(queries.dtype, torch.float32)
     return scores.softmax(dim=-1, dtype=wide)[..., :-1].to(values.dtype) @ values

@@ -289,12 +289,6 @@ class Runtime:
         """The name in `DECODERS` of what generates for so many rows."""
         dtype = self.executor.packed.dtype
         fused = not self.executor.through_operators and CpuStep.is_supported(self.executor.packed, batch)
-        if self.config.attention_sinks and self.decoder != "growing":
-            if self.decoder == "auto":
-                return "growing"
-            raise SliceGPTError(
-                f"must be auto or growing for a model with attention sinks, got {self.decoder!r}", "decoder"
-            )
         if self.decoder == "auto":
             return "graph" if self.device.type == "cuda" else "fused" if fused else "growing"
         if self.decoder == "fused" and not fused:
