@@ -203,6 +203,9 @@ class LiftedMixture(nn.Module):
             written = written + (shared if weight is None else shared * weight[:, None])
         return written.unflatten(0, activations.shape)
 
+    def output_size(self, activations: RoutedActivations) -> None:
+        """No norm is behind a mixture."""
+
     def write(self, carried: torch.Tensor | None, activations: RoutedActivations) -> torch.Tensor:
         """The block's output at full width."""
         return carried + self.written(activations)
