@@ -234,10 +234,10 @@ def architecture_of(config: SlicedConfig, name: str) -> str:
     shortcuts = sorted(set(config.shortcuts) - {"identity"})
     if shortcuts or len(set(config.boundary_widths)) > 1:
         refuse(f"shortcuts, and this model has {' and '.join(shortcuts)} ones", "; slice with --form stock")
-    if config.layer_key_value_heads is not None or min(config.neurons) < 1:
+    if not config.keeps_all_heads or min(config.neurons) < 1:
         refuse(
             "layers of which heads are deleted, or all neurons, that this export writes",
-            "; slice without --kv-groups",
+            "; slice without --kv-groups and --group-heads",
         )
     if config.parallel_blocks:
         refuse("place for attention and MLP in parallel")

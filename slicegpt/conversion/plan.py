@@ -37,6 +37,7 @@ class Shape:
             in the stock form neurons first, see `slicegpt.conversion.stock_plan`.
         form: "sliced", "stock" or "per-layer", see `slicegpt.recipe.Recipe`; the latter two have no shortcuts.
         kv_groups: key/value groups that every layer keeps, or each of them; None: all.
+        group_heads: query heads that every one of these groups keeps, or those of each layer; None: all.
     """
 
     shortcut: str = "compact"
@@ -46,6 +47,7 @@ class Shape:
     neurons: float | None = 0.0
     form: str = SLICED
     kv_groups: int | tuple[int, ...] | None = None
+    group_heads: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
         if self.neurons is not None and not 0 <= self.neurons < 1:
@@ -78,6 +80,7 @@ class Shape:
             neurons,
             recipe.form,
             recipe.kv_groups,
+            recipe.group_heads,
         )
 
 
@@ -137,6 +140,30 @@ def key_value_heads(fields: dict, kept: int | Sequence[int] | None) -> list[int]
     if not any(counts):
         raise SliceGPTError(f"one layer at least must keep attention, got {_shown(kept)}", "kv_groups")
     return None if min(counts) == groups else counts
+
+
+def heads_of_groups(fields: dict, kept: int | Sequence[int] | None) -> list[int] | None:
+    """Query heads that the key/value groups of each layer keep; None where all keep all.
+
+    Args:
+        kept: in every layer, or a list with one number a layer.
+
+    Raises:
+        SliceGPTError: a number that is not that of some of a group's heads.
+    """
+    if kept is None:
+        return None
+    layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
+    shared = heads // (fields.get("num_key_value_heads") or heads)
+    counts = [kept] * layers if isinstance(kept, int) else list(kept)
+    if len(counts) != layers:
+        raise SliceGPTError(f"must be one number, or {layers}, one a layer, got {len(counts)}", "group_heads")
+    if not all(1 <= count <= shared for count in counts):
+        raise SliceGPTError(
+            f"must lie in [1, {shared}], the query heads of a key/value group, got {_shown(kept)}",
+            "group_heads",
+        )
+    return None if min(counts) == shared else counts
 
 
 def _shown(kept: int | Sequence[int]) -> str:
@@ -202,6 +229,7 @@ def plan(
     shape: Shape | None = None,
     neurons: int | Sequence[int] | None = None,
     kv_groups: int | Sequence[int] | None = None,
+    group_heads: int | Sequence[int] | None = None,
 ) -> SlicedConfig:
     """The configuration of the sliced model: all of it but the numbers is known before slicing.
 
@@ -211,6 +239,7 @@ def plan(
         shape: shortcuts, orientation, the fraction of neurons and the key/value groups.
         neurons: of an MLP, or of each layer's; None: as `shape` says. A layer may keep none.
         kv_groups: that every layer keeps, or each; None: as `shape` says. A layer may keep none, but not all of them.
+        group_heads: query heads of a group, in every layer or in each; None: as `shape` says.
     """
     shape = shape or Shape()
     check_widths(fields, widths)
@@ -225,6 +254,9 @@ def plan(
         | {
             "dense_intermediate_size": fields["intermediate_size"],
             "layer_key_value_heads": heads,
+            "layer_group_heads": heads_of_groups(
+                fields, shape.group_heads if group_heads is None else group_heads
+            ),
         }
         | counts,
         boundary_widths=list(widths),

@@ -59,9 +59,9 @@ def check_form(config: SlicedConfig) -> None:
             f"the stock form has no shortcuts, got {' and '.join(shortcuts)} ones; slice with --form stock",
             "form",
         )
-    if config.layer_key_value_heads is not None:
+    if not config.keeps_all_heads:
         raise SliceGPTError(
-            f"the stock form has all key/value heads, got {config.layer_key_value_heads}; slice without kv_groups",
+            "the stock form has all heads, got a model without some; slice without kv_groups and group_heads",
             "form",
         )
     if len(set(config.neurons)) > 1:

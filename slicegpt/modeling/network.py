@@ -288,7 +288,7 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
     def _get_static_cache_init_shape(self):
         """transformers allocates a static cache before the first token where this tells the heads of its layers; where
         they differ, the first token does it."""
-        if self.config.layer_key_value_heads is not None:
+        if not self.config.keeps_all_heads:
             return None
         return super()._get_static_cache_init_shape()
 
@@ -296,12 +296,13 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         """transformers' continuous batching, whose paged cache has the same heads in every layer.
 
         Raises:
-            ValueError: layers keep different numbers of key/value heads.
+            ValueError: heads are deleted.
         """
-        if self.config.layer_key_value_heads is not None:
+        if not self.config.keeps_all_heads:
             raise ValueError(
-                "generate_batch: layers must have the same key/value heads, got layer_key_value_heads="
-                f"{self.config.layer_key_value_heads}; use generate, slicegpt.Runtime or vLLM"
+                "generate_batch: layers must have all of their heads, got layer_key_value_heads="
+                f"{self.config.layer_key_value_heads} and layer_group_heads={self.config.layer_group_heads}; use "
+                "generate, slicegpt.Runtime or vLLM"
             )
         return super().init_continuous_batching(*args, **kwargs)
 

@@ -44,7 +44,7 @@ from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.propagation import Propagation, check_finite
-from slicegpt.slicing.refit import BlockFits, fit_block
+from slicegpt.slicing.refit import BlockFits, KeptHeads, fit_block
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.rotation import align, random_orthogonal
 from slicegpt.slicing.shared_basis import shares_basis
@@ -105,7 +105,8 @@ class Slicer:
         self.blocks = blocks_of(config)
         self.prunes = deletes_neurons(config) or deletes_heads(config)
         if self.prunes and not options.refit:
-            deleted = "neurons" if deletes_neurons(config) else "kv_groups"
+            heads = "group_heads" if config.layer_key_value_heads is None else "kv_groups"
+            deleted = "neurons" if deletes_neurons(config) else heads
             raise SliceGPTError("which of them to delete is decided by the refit, which is off", deleted)
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
@@ -305,9 +306,10 @@ class Slicer:
         neurons = config.neurons[block.layer] if "mlp" in block.parts else None
         if neurons == config.dense_intermediate_size:
             neurons = None
-        groups = config.key_value_heads[block.layer] if "attention" in block.parts else None
-        if groups == config.num_key_value_heads:
-            groups = None
+        heads = None
+        if "attention" in block.parts and config.attention_heads[block.layer] < config.num_attention_heads:
+            kept = config.key_value_heads[block.layer], config.group_heads[block.layer]
+            heads = KeptHeads(group_rows(config), config.head_dim, *kept)
         with self.stage("refit"):
             check_finite(moments, block)
             fits = fit_block(
@@ -318,8 +320,7 @@ class Slicer:
                 neurons,
                 self.options.scratch,
                 set_aside,
-                group_rows(config),
-                groups,
+                heads,
             )
         self.remaining.append((block.index, fits.remaining))
         return fits

@@ -30,14 +30,22 @@ CASES = [
 NEW = 6
 
 
-def made(case: str, dtype=torch.float64, width: int = 40, kept=None, neurons=(80, 0, 40), **changes):
+def made(
+    case: str,
+    dtype=torch.float64,
+    width: int = 40,
+    kept=None,
+    neurons=(80, 0, 40),
+    group_heads=None,
+    **changes,
+):
     """A sliced tiny model whose first layer has no attention, whose second has no MLP and fewer heads."""
     model = tiny_model(case, dtype, **changes)
     fields = canonical_fields(model)
     groups = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     kept = (0, groups - 1, groups) if kept is None else kept
     neurons = [count * fields["intermediate_size"] // 80 for count in neurons]
-    config = plan(fields, constant_widths(fields, width), Shape(round_to=4), neurons, kept)
+    config = plan(fields, constant_widths(fields, width), Shape(round_to=4), neurons, kept, group_heads)
     return slice_model(model, config, batches(4), SlicingOptions(dtype, ridge=0.3))[0]
 
 
@@ -141,6 +149,26 @@ def test_kinds_of_attention():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", ["qwen3-tied", "phi"])
+def test_smaller_groups(case, dtype, tmp_path):
+    """Groups of one query head in two layers and of two in another: every cache, the runtime, the file."""
+    network = made(case, dtype, kept=(2, 1, 2), neurons=(80, 80, 80), group_heads=(1, 2, 1))
+    ids = token_ids()
+    logits, expected = network(ids).logits, without_cache(network, ids)
+    assert torch.equal(greedy(network, ids), expected)
+    assert torch.equal(greedy(network, ids, cache_implementation="static"), expected)
+    runtime = Runtime(network)
+    assert torch.equal(runtime.generate(ids, max_new_tokens=NEW, ignore_eos=True), expected)
+    # As in the tests above, by the dtype.
+    assert relative_error(runtime.logits(ids), logits) < (1e-10 if dtype == torch.float64 else 1e-5)
+    network.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert again.config.attention_heads == [2, 2, 2]
+    assert torch.equal(again(ids).logits, logits)
+
+
+@torch.no_grad()
 def test_a_parallel_block_of_nothing():
     """Both parts gone: a constant, added to the bias of the block before it, or to the embedding; the last one leads to
     the head's width, and stays."""
@@ -181,6 +209,8 @@ def test_training():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"layer_group_heads": [1]}, r"layer_group_heads must hold 2 numbers in \[1, 2\], got \[1\]"),
+        ({"layer_group_heads": [2, 0]}, r"layer_group_heads must hold 2 numbers in \[1, 2\], got"),
         ({"layer_key_value_heads": [1]}, r"layer_key_value_heads must hold 2 numbers in \[0, 2\], got \[1\]"),
         ({"layer_key_value_heads": [3, 1]}, r"layer_key_value_heads must hold 2 numbers in \[0, 2\], got"),
         (
@@ -205,7 +235,7 @@ def test_impossible_configs(changes, message):
 def test_what_cannot_share_heads_says_so():
     network = made("llama", kept=(1, 2, 2))
     with pytest.raises(
-        ValueError, match="generate_batch: layers must have the same key/value heads, got layer_key_value"
+        ValueError, match="generate_batch: layers must have all of their heads, got layer_key_value"
     ):
         network.generate_batch([[5, 6, 7]], max_new_tokens=2)
     assert heads_of_rank(network.config, 1, 2) == (2, 1)
