@@ -238,8 +238,9 @@ class Recipe:
         if self.shortcut is not None:
             raise SliceGPTError(f"the {self.form} form has none, got {self.shortcut!r}", "shortcut")
         for name in ("kv_groups", "group_heads"):
-            if getattr(self, name) is not None:
-                raise SliceGPTError(f"the {self.form} form has all heads, got {getattr(self, name)}", name)
+            kept = getattr(self, name)
+            if self.form == STOCK and isinstance(kept, tuple) and len(set(kept)) > 1:
+                raise SliceGPTError(f"the stock form has one number for all layers, got {kept}", name)
         if self.widths is not None:
             raise SliceGPTError(
                 f"the {self.form} form has one width, got a list; ask for keep, target_bytes or slice",

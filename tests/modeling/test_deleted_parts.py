@@ -3,7 +3,14 @@
 import pytest
 import torch
 from support.sliced_models import batches
-from support.tiny_models import left_padding, own_positions, relative_error, tiny_model, token_ids
+from support.tiny_models import (
+    NORMS_BEHIND,
+    left_padding,
+    own_positions,
+    relative_error,
+    tiny_model,
+    token_ids,
+)
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from slicegpt.cli.info import describe
@@ -16,7 +23,7 @@ from slicegpt.serving.plugin import heads_of_rank
 from slicegpt.slicing import SlicingOptions, slice_model
 
 # Grouped heads, biases, windows in some layers, q/k norms; learned positions; parallel blocks; a head of each key head;
-# fused projections; layers without rotary positions.
+# fused projections; layers without rotary positions; norms behind blocks, capped scores; one norm over all heads.
 CASES = [
     "llama-biased",
     "qwen2",
@@ -26,6 +33,8 @@ CASES = [
     "gpt-neox-sequential",
     "falcon-grouped",
     "smollm3-window",
+    "gemma2",
+    "gemma3",
 ]
 NEW = 6
 
@@ -44,6 +53,7 @@ def made(
     fields = canonical_fields(model)
     groups = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     kept = (0, groups - 1, groups) if kept is None else kept
+    width = 48 if case in NORMS_BEHIND else width
     neurons = [count * fields["intermediate_size"] // 80 for count in neurons]
     config = plan(fields, constant_widths(fields, width), Shape(round_to=4), neurons, kept, group_heads)
     return slice_model(model, config, batches(4), SlicingOptions(dtype, ridge=0.3))[0]

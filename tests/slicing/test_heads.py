@@ -255,6 +255,16 @@ def test_impossible_groups(kept, message):
         sliced(tiny_model("llama"), shape=Shape(group_heads=kept))
 
 
+def test_heads_under_one_norm():
+    model = tiny_model("olmo2")
+    with pytest.raises(
+        SliceGPTError, match=r"kv_groups: olmo2 norms queries and keys over all heads .* got 2,1,0"
+    ):
+        sliced(model, shape=Shape(kv_groups=(2, 1, 0)))
+    with pytest.raises(SliceGPTError, match=r"group_heads: olmo2 norms .* got some heads of a group"):
+        sliced(model, shape=Shape(group_heads=1))
+
+
 @pytest.mark.parametrize("neurons", [[80, 80], [80, 81, 80], [80, -1, 80]])
 def test_impossible_neurons(neurons):
     with pytest.raises(SliceGPTError, match=r"neurons: must be 3 numbers in \[0, 80\], one a layer, got"):
