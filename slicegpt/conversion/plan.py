@@ -280,11 +280,6 @@ def plan(
     group_heads = shape.group_heads if group_heads is None else group_heads
     heads, fewer = key_value_heads(fields, kv_groups), heads_of_groups(fields, group_heads)
     check_whole_norms(fields, heads, fewer)
-    if keeps_its_columns(fields) and heads is not None:
-        raise SliceGPTError(
-            f"{fields['source_model_type']} normalises what its blocks write: neurons alone are deleted, got {heads}",
-            "kv_groups",
-        )
     counts = neuron_counts(fields, neurons_for(fields, widths, shape) if neurons is None else neurons)
     kinds = choose_shortcuts(fields, widths, shape, deleted_blocks(fields, heads, counts["layer_neurons"]))
     # A LayerNorm family's table is centred on its way in, which one shared with the head cannot be.
