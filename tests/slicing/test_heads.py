@@ -121,8 +121,8 @@ def head_columns(model, layer: int, groups: list[int]) -> tuple[torch.Tensor, sl
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["llama-biased", "qwen3-tied", "opt", "phi", "gemma3"])
 def test_what_writes_nothing_goes_first_and_for_nothing(case):
-    """Grouped heads and one key head each, biases, q/k norms, learned positions, parallel blocks, norms behind blocks: a
-    group whose columns of the output projection are 0, all of a layer's groups, and all of a layer's neurons."""
+    """A group whose columns of the output projection are 0, all of a layer's groups, and all of a layer's neurons.
+    Grouped heads and one key head each, biases, q/k norms, learned positions, parallel blocks, norms behind blocks."""
     model, ids = tiny_model(case), token_ids()
     layers = model.get_decoder().layers
     gone = {0: [1], 1: [0, 1, 2, 3] if case in ("opt", "phi") else [0, 1]}
