@@ -73,9 +73,6 @@ def kept_rows(config: SlicedConfig, part: str, name: str, fits: BlockFits) -> to
     """
     if part == "mlp":
         return fits.neurons
-    if fits.groups is None:
-        return None
-    of_queries = name.startswith(("q_proj.", "sinks"))
-    sharing = config.num_attention_heads // config.num_key_value_heads if of_queries else 1
-    size = sharing * (1 if name == "sinks" else config.head_dim)
-    return (fits.groups[:, None] * size + torch.arange(size, device=fits.groups.device)).flatten()
+    kept = fits.heads if name.startswith(("q_proj.", "sinks")) else fits.groups
+    size = 1 if name == "sinks" else config.head_dim
+    return None if kept is None else (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()

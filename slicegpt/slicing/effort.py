@@ -19,7 +19,7 @@ import torch
 from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import gram_
 from slicegpt.slicing.allocation import FEWEST, SHARE
-from slicegpt.slicing.blocks import Block, blocks_of, group_rows
+from slicegpt.slicing.blocks import Block, blocks_of
 from slicegpt.slicing.workload import Workload
 
 KINDS = ("half", "fp64", "gram", "solver")
@@ -146,8 +146,8 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
             if "mlp" in block.parts:
                 gone = config.dense_neurons[block.layer] - config.neurons[block.layer]
             if "attention" in block.parts:
-                groups = config.num_key_value_heads - config.key_value_heads[block.layer]
-                gone += groups * group_rows(config)[0].stop
+                heads = config.num_attention_heads - config.attention_heads[block.layer]
+                gone += heads * config.head_dim
             effort.add("refit", "fp64", work.ridges * solving(inputs - gone, width))
             if gone:
                 effort.add("refit", "fp64", selection(inputs, width, gone))
