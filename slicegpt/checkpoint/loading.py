@@ -30,6 +30,7 @@ from slicegpt.checkpoint.names import SHIPPED_MODEL, check_name
 from slicegpt.checkpoint.tensors import PLAIN_DTYPES, read_safetensors_header
 from slicegpt.errors import SliceGPTError, first_line
 from slicegpt.families import FAMILIES, facts_of
+from slicegpt.modeling.configuration import SlicedConfig
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER_FILES = (
@@ -77,6 +78,12 @@ def load_dense(
             from slicegpt.checkpoint.gguf import load_gguf
 
             model, tokenizer = load_gguf(path, dtype)
+        elif _is_packed(path):
+            from slicegpt.checkpoint.dense_source import open_dense
+
+            source = open_dense(name, dtype, revision, trust_remote_code, sliceable)
+            model, tokenizer = source.load(), source.tokenizer
+            model.generation_config = source.generation_config
         else:
             model, tokenizer = _load_folder(path, dtype, trust_remote_code, sliceable)
     model.config.name_or_path = (
@@ -138,12 +145,19 @@ def _check_kind(folder: Path) -> None:
         raise SliceGPTError(f"{folder} holds an adapter (adapter_config.json): merge it into its model first")
     if not (folder / "config.json").is_file():
         raise SliceGPTError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-    quantised = _read_json(folder / "config.json").get("quantization_config")
-    if quantised is not None:
+    content = _read_json(folder / "config.json")
+    quantised = content.get("quantization_config")
+    if quantised is not None and content.get("model_type") != SlicedConfig.model_type:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise SliceGPTError(
             f"{folder} is quantised ({method or 'unknown method'}): give the checkpoint that it was made from"
         )
+
+
+def _is_packed(folder: Path) -> bool:
+    """Whether a folder holds a sliced model whose weights are packed, which transformers would not load by itself."""
+    file = folder / "config.json"
+    return file.is_file() and _read_json(file).get("quantization_config") is not None
 
 
 def _check_dtypes(folder: Path, header: dict[str, dict[str, Any]]) -> None:

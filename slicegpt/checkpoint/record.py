@@ -11,8 +11,9 @@ import transformers
 import slicegpt
 from slicegpt.calibration import CalibrationBatch, calibration_hash
 from slicegpt.checkpoint.outcome import perplexity_record
+from slicegpt.conversion.quantization import describe_storage
 from slicegpt.modeling import SlicedConfig
-from slicegpt.modeling.sizes import boundary_report, decoder_parameters, stored_parameters
+from slicegpt.modeling.sizes import boundary_report, decoder_parameters, stored_bytes, stored_parameters
 from slicegpt.slicing import SlicingOptions, SlicingReport
 
 
@@ -21,7 +22,7 @@ def size_record(config: SlicedConfig, dtype: torch.dtype) -> dict:
     parameters, dense = stored_parameters(config), config.source_parameters
     return {
         "parameters": parameters,
-        "bytes": parameters * dtype.itemsize,
+        "bytes": stored_bytes(config, dtype),
         "dense_parameters": dense,
         "dense_bytes": dense * dtype.itemsize,
         "decoder_parameters": decoder_parameters(config),
@@ -72,6 +73,7 @@ def slicing_record(
 
     Eigenvalues keep six digits: they are for looking at, and full precision would be megabytes.
     """
+    dtype = str(options.dtype).removeprefix("torch.")
     spectra = [
         None if values is None else [float(f"{value:.6g}") for value in values]
         for values in report.eigenvalues
@@ -80,7 +82,8 @@ def slicing_record(
         "source": source,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
-        "dtype": str(options.dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "stored_as": describe_storage(config, dtype),
         "dense_width": config.dense_hidden_size,
         "neurons": config.layer_neurons or config.intermediate_size,
         "dense_neurons": config.dense_intermediate_size,

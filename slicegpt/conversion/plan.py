@@ -7,10 +7,11 @@ from itertools import pairwise
 import torch
 
 from slicegpt.conversion.multiples import multiple_of
+from slicegpt.conversion.quantization import WeightFormat, common_multiple, with_quantization
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig, factor_rank
-from slicegpt.modeling.sizes import stored_parameters
+from slicegpt.modeling.sizes import stored_bytes, stored_parameters
 from slicegpt.recipe import AUTO, ORIENTATIONS, SHORTCUT_MODES, Recipe
 
 # MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: about the ratio of
@@ -173,6 +174,8 @@ def settled(recipe: Recipe, fields: dict, device: torch.device | str = "cpu") ->
         device: that the model is sliced on.
     """
     multiple = multiple_of(recipe.round_to, fields["dense_hidden_size"], device)
+    if recipe.round_to == AUTO:
+        multiple = common_multiple(multiple, WeightFormat.of(recipe))
     return recipe.override(round_to=multiple).resolved()
 
 
@@ -192,7 +195,9 @@ def plan_recipe(
     """
     recipe = settled(recipe, fields, device)
     shape, size = Shape.of(recipe), recipe.size
-    with renamed(slice=size, widths=size, target=size):
+    weights = WeightFormat.of(recipe)
+
+    def planned() -> SlicedConfig:
         if size == "widths":
             return plan(fields, recipe.widths, shape)
         if size == "slice":
@@ -200,11 +205,24 @@ def plan_recipe(
             return plan(fields, constant_widths(fields, width, recipe.slice_head), shape)
         if size == "keep":
             return plan_for_parameters(fields, int(recipe.keep * fields["source_parameters"]), shape)
-        return plan_for_parameters(fields, int(recipe.target_bytes / dtype.itemsize), shape)
+        if weights is None:
+            return plan_for_parameters(fields, int(recipe.target_bytes / dtype.itemsize), shape)
+
+        def count(config: SlicedConfig) -> int:
+            return stored_bytes(with_quantization(config, weights), dtype)
+
+        return plan_for_parameters(fields, int(recipe.target_bytes), shape, count, "bytes")
+
+    with renamed(slice=size, widths=size, target=size):
+        return with_quantization(planned(), weights)
 
 
 def plan_for_parameters(
-    fields: dict, target: int, shape: Shape, count: Callable[[SlicedConfig], int] = stored_parameters
+    fields: dict,
+    target: int,
+    shape: Shape,
+    count: Callable[[SlicedConfig], int] = stored_parameters,
+    unit: str = "elements",
 ) -> SlicedConfig:
     """The widest constant width whose model stores at most `target` elements (a multiple of `round_to`, or D).
 
@@ -212,6 +230,7 @@ def plan_for_parameters(
 
     Args:
         count: what is counted: `stored_parameters`, or `decoder_parameters` for the layers alone.
+        unit: of what is counted.
     """
     dense_width = fields["dense_hidden_size"]
     step = multiple_of(shape.round_to, dense_width)
@@ -226,7 +245,7 @@ def plan_for_parameters(
 
     if not fits(smallest := at(widths[0])):
         raise SliceGPTError(
-            f"{target} elements cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
+            f"{target} {unit} cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
             f"holds an attention head, the model stores {count(smallest)}",
             "target",
         )

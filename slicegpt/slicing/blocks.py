@@ -87,7 +87,9 @@ class LiftedBlock(nn.Module):
             if "attention" in block.parts:
                 self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width)
             if "mlp" in block.parts:
-                self.parts["mlp"] = build_mlp(config, width, dense_width, config.dense_intermediate_size)
+                self.parts["mlp"] = build_mlp(
+                    config, block.layer, width, dense_width, config.dense_intermediate_size
+                )
         for part in states:
             setattr(self.parts[part], WRITER_NAMES[part], nn.Identity())
         self.set_readers(states)
@@ -112,10 +114,14 @@ class LiftedBlock(nn.Module):
         self.groups = [writer.weight.shape[1] for writer in writers.values()]
         self.writes_shortcut = "shortcut" in writers
 
+    def normed(self, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream on its basis [..., d], and what the input weights are multiplied with."""
+        hidden_states = stream if self.basis is None else stream @ self.basis
+        return hidden_states, self.norm(hidden_states).to(self.dtype)
+
     def activations(self, stream: torch.Tensor, **kwargs) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What the shortcut carries, lifted [..., D], and the inputs of the writers [..., K]."""
-        hidden_states = stream if self.basis is None else stream @ self.basis
-        normed = self.norm(hidden_states).to(self.dtype)
+        hidden_states, normed = self.normed(stream)
         inputs = []
         if "attention" in self.parts:
             inputs.append(self.parts["attention"](normed, **kwargs)[0])
