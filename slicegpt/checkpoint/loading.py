@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +29,10 @@ from transformers.utils import logging as transformers_logging
 
 from slicegpt.checkpoint.checks import check_loaded, check_shapes, parameters_of, some
 from slicegpt.checkpoint.names import SHIPPED_MODEL, check_name
-from slicegpt.checkpoint.tensors import PLAIN_DTYPES, read_safetensors_header
+from slicegpt.checkpoint.shells import packed_shell
+from slicegpt.checkpoint.tensors import PLAIN_DTYPES, open_files, read_safetensors_header
+from slicegpt.conversion.canonical import build_model
+from slicegpt.conversion.quantization import is_quantized
 from slicegpt.errors import SliceGPTError, first_line
 from slicegpt.families import FAMILIES, facts_of
 from slicegpt.modeling.configuration import SlicedConfig
@@ -78,12 +83,6 @@ def load_dense(
             from slicegpt.checkpoint.gguf import load_gguf
 
             model, tokenizer = load_gguf(path, dtype)
-        elif _is_packed(path):
-            from slicegpt.checkpoint.dense_source import open_dense
-
-            source = open_dense(name, dtype, revision, trust_remote_code, sliceable)
-            model, tokenizer = source.load(), source.tokenizer
-            model.generation_config = source.generation_config
         else:
             model, tokenizer = _load_folder(path, dtype, trust_remote_code, sliceable)
     model.config.name_or_path = (
@@ -154,12 +153,6 @@ def _check_kind(folder: Path) -> None:
         )
 
 
-def _is_packed(folder: Path) -> bool:
-    """Whether a folder holds a sliced model whose weights are packed, which transformers would not load by itself."""
-    file = folder / "config.json"
-    return file.is_file() and _read_json(file).get("quantization_config") is not None
-
-
 def _check_dtypes(folder: Path, header: dict[str, dict[str, Any]]) -> None:
     for name, entry in header.items():
         if name.endswith(".weight") and entry.get("dtype") not in PLAIN_DTYPES:
@@ -199,7 +192,9 @@ def open_folder(
 def _load_folder(
     folder: Path, dtype: torch.dtype | None, trust_remote_code: bool, sliceable: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    _, tokenizer, _ = open_folder(folder, trust_remote_code, sliceable)
+    config, tokenizer, files = open_folder(folder, trust_remote_code, sliceable)
+    if is_quantized(config):
+        return _load_packed(folder, config, files, dtype), tokenizer
     common = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with load_errors(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -207,6 +202,34 @@ def _load_folder(
         )
     check_loaded(f"{folder}", model, info)
     return model, tokenizer
+
+
+def _load_packed(
+    folder: Path, config: PreTrainedConfig, files: list[Path], dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """A sliced model whose weights are packed. transformers would want compressed-tensors' library for it."""
+    stored = open_files(files)
+    shell, names = packed_shell(folder, config, stored, dtype or config.dtype)
+    state = {
+        name: replace(stored[name], dtype=tensor.dtype).read()
+        for name, tensor in shell.state_dict().items()
+        if names[name] == name
+    }
+    model = build_model(config, state)
+    model.generation_config = generation_config_of(folder, model)
+    return model
+
+
+def generation_config_of(folder: Path, shell: PreTrainedModel) -> GenerationConfig | None:
+    """The generation config that transformers gives a model of a folder."""
+    if not shell.can_generate():
+        return shell.generation_config
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # none there, or unreadable
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", local_files_only=True, _from_model_config=True
+        )
 
 
 @contextlib.contextmanager
