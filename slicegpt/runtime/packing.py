@@ -10,11 +10,18 @@ elsewhere; a shortcut's factor is the part of them that is not quantized.
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
-from slicegpt.modeling.layers import FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.modeling.layers import (
+    Constant,
+    FinalNorm,
+    LayerRotaryEmbeddings,
+    SlicedAttention,
+    SlicedMLP,
+)
 from slicegpt.ops import quantized
 from slicegpt.ops.contracts import GATED
 from slicegpt.ops.panels import PanelWeight
@@ -45,8 +52,11 @@ class PackedAttention:
         layer: index into the cache.
         norm: scales [key heads + query heads, head_dim] of the norm of keys and queries, or None.
         window: number of tokens that a token attends to, itself included, or None.
-        rotary: rotary positions turn queries and keys.
+        rotary: which of the network's tables turns queries and keys; None: no rotary positions.
         rotate_first: the norm comes behind the rotation.
+        whole_norms: scales [key heads * head_dim] and [heads * head_dim] of norms over all heads of keys and of
+            queries, which come first of all; or None.
+        softcap: the cap of the scores, or None.
     """
 
     layer: int
@@ -56,8 +66,10 @@ class PackedAttention:
     norm: Tensor | None
     norm_eps: float
     window: int | None
-    rotary: bool
+    rotary: int | None
     rotate_first: bool
+    whole_norms: tuple[Tensor, Tensor] | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,18 +87,44 @@ class Projection:
 class PackedBlock:
     """One block, from its boundary to the next: input GEMMs, and one `rotate_add` of their concatenated results.
 
+    A block of deleted parts has a compact shortcut's input alone, or none: see `carried`.
+
     Attributes:
+        eps: of the norm before it; None: it reads the stream itself.
+        output: [d', K]; K is 0 where there are no inputs.
+        output_norm: [D], the scale of the norm that what it writes passes, or None; inner_eps: its epsilon.
         factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
             the same numbers in its last columns. None for another shortcut, for rank 0, and beside a `PanelWeight`.
     """
 
     inputs: tuple[Projection, ...]
     width: int
-    eps: float
+    eps: float | None
     output: Tensor | PanelWeight
     output_bias: Tensor | None
     shortcut: Tensor | None
     factor: Tensor | None = None
+    output_norm: Tensor | None = None
+    inner_eps: float = 0.0
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether `norm_linear`, one attention operator and `rotate_add` are all there is to it."""
+        plain = self.eps is not None and self.output_norm is None
+        found = [one.attention for one in self.inputs if one.attention is not None]
+        return plain and all(one.whole_norms is None and one.softcap is None for one in found)
+
+    @property
+    def is_constant(self) -> bool:
+        """It adds a constant to the stream, or nothing at all."""
+        return not self.inputs and self.shortcut is None and self.width == len(self.output)
+
+    def carried(self, stream: Tensor) -> Tensor:
+        """The stream [rows, d] past a block without inputs, [rows, d']: its shortcut and its constant."""
+        if self.shortcut is not None:
+            return F.linear(stream, self.shortcut, self.output_bias)
+        stream = F.pad(stream, (0, len(self.output) - stream.shape[1]))
+        return stream if self.output_bias is None else stream + self.output_bias
 
 
 @dataclass(frozen=True)
@@ -96,7 +134,9 @@ class PackedNetwork:
     Attributes:
         embed_projection, positions: None where the model has none; positions [rows, d] begin at row
             `config.position_offset`.
-        rotary: `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, or None.
+        embed_bias: [d], what deleted parts before all others add to the stream, or None.
+        rotary: tables `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, one for
+            each of `config.rope_settings`; none without rotary positions.
         final_scale: [d], the scale that the last norm of a tied model keeps, or None.
         head_projection: from a sliced last boundary to the width of a tied head, or None.
         head: reads the last norm, or the output of `head_projection` without a norm (`n_scaled` is then 0).
@@ -109,7 +149,8 @@ class PackedNetwork:
     embedding: Tensor | PanelWeight
     embed_projection: Tensor | None
     positions: Tensor | None
-    rotary: Tensor | None
+    embed_bias: Tensor | None
+    rotary: tuple[Tensor, ...]
     blocks: tuple[PackedBlock, ...]
     final_scale: Tensor | None
     final_eps: float
@@ -157,14 +198,15 @@ class PackedNetwork:
 
     def _weights(self) -> list[Tensor | PanelWeight | None]:
         """All weights but the embedding tables."""
-        tensors = [self.embed_projection, self.final_scale, self.head.weight, self.head.bias]
+        tensors = [self.embed_projection, self.embed_bias, self.final_scale, self.head.weight, self.head.bias]
         if self.head_projection is not None:
             tensors += [self.head_projection.weight, self.head_projection.bias]
         for block in self.blocks:
-            tensors += [block.output, block.output_bias, block.shortcut]
+            tensors += [block.output, block.output_bias, block.shortcut, block.output_norm]
             for projection in block.inputs:
                 tensors += [projection.weight, projection.bias]
-                tensors.append(projection.attention and projection.attention.norm)
+                if (attention := projection.attention) is not None:
+                    tensors += [attention.norm, *(attention.whole_norms or ())]
         return tensors
 
 
@@ -239,21 +281,19 @@ def pack(
     like = next(trunk.embed_tokens.parameters())
     reader = reader or weight_reader(model)
     embedding = reader.table(trunk.embed_tokens)
-    dtype = embedding.dtype
-    rotary = None
-    if trunk.rotary_emb is not None:
-        if trunk.rotary_emb.rope_type in UNSUPPORTED_ROPE:
-            raise SliceGPTError(
-                f"rope type {trunk.rotary_emb.rope_type!r} is not supported; use the plain model", "model"
-            )
-        empty = torch.empty(0, dtype=dtype, device=like.device)
-        rotary = rotary_table(trunk.rotary_emb, empty, max_positions or position_limit(config)[0])
+    dtype, tables = embedding.dtype, []
+    empty = torch.empty(0, dtype=dtype, device=like.device)
+    for one in rotary_embeddings(trunk.rotary_emb):
+        if one.rope_type in UNSUPPORTED_ROPE:
+            raise SliceGPTError(f"rope type {one.rope_type!r} is not supported; use the plain model", "model")
+        tables.append(rotary_table(one, empty, max_positions or position_limit(config)[0]))
     made_dense = not reader.panels and any(hasattr(one, "weight_packed") for one in model.modules())
     blocks: list[PackedBlock] = []
-    for layer in trunk.layers:
-        blocks += pack_layer(config, layer, reader)
+    for index, layer in enumerate(trunk.layers):
+        blocks += pack_layer(config, index, layer, reader)
         if release:
             layer.to("meta")
+    embed_bias, blocks = without_constants(blocks)
     scale, head_projection, head = _pack_head(model, embedding, reader)
     projection, positions = trunk.embed_projection, trunk.embed_positions
     return PackedNetwork(
@@ -263,8 +303,9 @@ def pack(
         embedding=embedding,
         embed_projection=projection.weight.detach() if isinstance(projection, nn.Linear) else None,
         positions=None if positions is None else positions.weight.detach(),
-        rotary=rotary,
-        blocks=tuple(blocks),
+        embed_bias=embed_bias,
+        rotary=tuple(tables),
+        blocks=blocks,
         final_scale=scale,
         final_eps=trunk.norm.eps,
         head_projection=head_projection,
@@ -274,8 +315,10 @@ def pack(
 
 
 @torch.no_grad()
-def pack_layer(config: SlicedConfig, layer: nn.Module, reader: WeightReader) -> tuple[PackedBlock, ...]:
-    """The one or two blocks of a decoder layer.
+def pack_layer(
+    config: SlicedConfig, index: int, layer: nn.Module, reader: WeightReader
+) -> tuple[PackedBlock, ...]:
+    """The one or two blocks of decoder layer `index`.
 
     Errors: `SliceGPTError` for an activation that the fused operators do not have.
     """
@@ -287,13 +330,43 @@ def pack_layer(config: SlicedConfig, layer: nn.Module, reader: WeightReader) -> 
             f"{gated}activation {config.hidden_act!r} is not supported; use the plain model", "model"
         )
     if config.parallel_blocks:
-        parts = [(layer.input_norm, (layer.self_attn, layer.mlp), layer.shortcut)]
-    else:
-        parts = [
-            (layer.input_norm, (layer.self_attn,), layer.attention_shortcut),
-            (layer.mlp_norm, (layer.mlp,), layer.mlp_shortcut),
-        ]
-    return tuple(_pack_block(config, reader, *part) for part in parts)
+        return (_pack_block(config, reader, index, (layer.self_attn, layer.mlp), layer.shortcut, None),)
+    attention = (layer.self_attn,), layer.attention_shortcut, layer.attention_output_norm
+    return (
+        _pack_block(config, reader, 2 * index, *attention),
+        _pack_block(config, reader, 2 * index + 1, (layer.mlp,), layer.mlp_shortcut, layer.mlp_output_norm),
+    )
+
+
+def without_constants(blocks: list[PackedBlock]) -> tuple[Tensor | None, tuple[PackedBlock, ...]]:
+    """The same blocks; what only adds a constant to the stream is added to the bias of the block before it.
+
+    Returns:
+        What is to be added to the stream before the first block, [d] or None, and the blocks.
+    """
+    first: Tensor | None = None
+    kept: list[PackedBlock] = []
+    for block in blocks:
+        if not block.is_constant:
+            kept.append(block)
+        elif kept:
+            kept[-1] = replace(kept[-1], output_bias=_sum_of(kept[-1].output_bias, block.output_bias))
+        else:
+            first = _sum_of(first, block.output_bias)
+    return first, tuple(kept)
+
+
+def _sum_of(*biases: Tensor | None) -> Tensor:
+    """Rounded once."""
+    there = [bias for bias in biases if bias is not None]
+    return sum(bias.double() for bias in there).to(there[0].dtype)
+
+
+def rotary_embeddings(module: nn.Module | None) -> list[nn.Module]:
+    """A network's rotary embeddings, one for each of its `rope_settings`."""
+    if module is None:
+        return []
+    return list(module.children()) if isinstance(module, LayerRotaryEmbeddings) else [module]
 
 
 def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
@@ -310,58 +383,75 @@ def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
 def _pack_block(
     config: SlicedConfig,
     reader: WeightReader,
-    norm: nn.Module,
+    boundary: int,
     modules: tuple[nn.Module, ...],
     shortcut: nn.Module,
+    output_norm: nn.Module | None,
 ) -> PackedBlock:
-    inputs, writers, factor = [], [], None
+    width, next_width = config.boundary_widths[boundary : boundary + 2]
+    inputs, writers, constants, factor = [], [], [], None
     for module in modules:
+        if isinstance(module, Constant):
+            constants.append(module.bias)
+            continue
         if isinstance(module, SlicedAttention):
             inputs.append(_pack_attention(config, reader, module))
             writers.append(module.o_proj)
         else:
             inputs.append(_pack_mlp(config, reader, module))
             writers.append(module.down_proj)
-    output = reader.beside(writers)
-    biases = [writer.bias for writer in writers if writer.bias is not None]
+    output = reader.beside(writers) if writers else constants[0].new_empty(next_width, 0)
+    biases = [*constants, *(writer.bias for writer in writers if writer.bias is not None)]
     if isinstance(shortcut, CompactShortcut) and len(shortcut.factor):
         # z = h F are the last columns of the last input GEMM; -Fᵀ brings them back to h's columns.
-        last = inputs[-1]
-        inputs[-1] = replace(last, weight=with_factor(last.weight, shortcut.factor))
-        if not isinstance(last.weight, PanelWeight) and not isinstance(output, PanelWeight):
-            factor = inputs[-1].weight[len(last.weight) :]
+        if inputs:
+            last = inputs[-1]
+            inputs[-1] = replace(last, weight=with_factor(last.weight, shortcut.factor))
+            if not isinstance(last.weight, PanelWeight) and not isinstance(output, PanelWeight):
+                factor = inputs[-1].weight[len(last.weight) :]
+        else:
+            factor = shortcut.factor.detach()
+            inputs.append(Projection(factor, None, 0, "none"))
         output = with_negative_factor(output, shortcut.factor, shortcut.padding)
     return PackedBlock(
         inputs=tuple(inputs),
-        width=norm.width,
-        eps=norm.eps,
+        width=width,
+        eps=config.boundary_eps(boundary) if config.pre_norm else None,
         output=output,
         output_bias=sum(biases) if biases else None,
         shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
         factor=factor,
+        output_norm=output_norm.weight.detach() if isinstance(output_norm, nn.RMSNorm) else None,
+        inner_eps=config.inner_norm_eps,
     )
 
 
 def _pack_attention(config: SlicedConfig, reader: WeightReader, module: SlicedAttention) -> Projection:
     modules = (module.v_proj, module.k_proj, module.q_proj)
     weight = reader.below(modules)
-    bias = norm = None
+    key_heads = module.k_proj.out_features // config.head_dim
+    heads = module.q_proj.out_features // config.head_dim
+    bias = norm = whole_norms = None
     if module.q_proj.bias is not None:
         bias = torch.cat([one.bias for one in modules])
-    if config.qk_norm:
-        key_scale = module.k_norm.weight.expand(config.num_key_value_heads, -1)
-        query_scale = module.q_norm.weight.expand(config.num_attention_heads, -1)
+    if module.norm_whole:
+        whole_norms = module.k_norm.weight.detach(), module.q_norm.weight.detach()
+    elif config.qk_norm:
+        key_scale = module.k_norm.weight.expand(key_heads, -1)
+        query_scale = module.q_norm.weight.expand(heads, -1)
         norm = torch.cat((key_scale, query_scale))
     attention = PackedAttention(
         layer=module.layer_idx,
-        heads=config.num_attention_heads,
-        key_heads=config.num_key_value_heads,
+        heads=heads,
+        key_heads=key_heads,
         head_dim=config.head_dim,
         norm=norm,
-        norm_eps=config.rms_norm_eps,
+        norm_eps=config.inner_norm_eps,
         window=module.sliding_window,
-        rotary=module.uses_rope,
+        rotary=config.rope_setting(module.layer_idx) if module.uses_rope else None,
         rotate_first=config.qk_norm_after_rope,
+        whole_norms=whole_norms,
+        softcap=config.attn_logit_softcapping,
     )
     return Projection(weight, bias, len(weight), "none", attention)
 

@@ -18,10 +18,11 @@ import torch
 from slicegpt.conversion.folding import rotate_writer
 from slicegpt.conversion.quantization import TABLE, WRITING, WeightFormat, part_schemes
 from slicegpt.conversion.rounding import Grid, QuantizedMatrix, round_to_nearest
+from slicegpt.errors import SliceGPTError
 from slicegpt.families import Linear
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.quantized import WeightScheme
-from slicegpt.slicing.blocks import Block, neuron_rows
+from slicegpt.slicing.blocks import Block
 from slicegpt.slicing.gptq import Segment, gptq
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Objective
@@ -40,6 +41,25 @@ def round_table(pieces: Iterable[torch.Tensor], dtype: torch.dtype) -> Quantized
     return QuantizedMatrix(torch.cat([piece.codes for piece in rounded]), Grid(scale, None, TABLE.bits))
 
 
+# The layer whose rows are the columns of a part's output projection.
+WRITTEN_BY = {"attention": "q_proj.", "mlp": "up_proj."}
+
+
+def kept_rows(config: SlicedConfig, part: str, name: str, fits: BlockFits) -> torch.Tensor | None:
+    """Which rows a layer of a part keeps, int64; None: all.
+
+    Args:
+        name: of the layer and its tensor, such as "q_proj.weight".
+    """
+    if part == "mlp":
+        return fits.neurons
+    if fits.groups is None:
+        return None
+    sharing = config.num_attention_heads // config.num_key_value_heads if name.startswith("q_proj.") else 1
+    size = sharing * config.head_dim
+    return (fits.groups[:, None] * size + torch.arange(size, device=fits.groups.device)).flatten()
+
+
 @dataclass(frozen=True)
 class QuantizedWriters:
     """A block's output weights as they are stored, on the basis after it.
@@ -48,23 +68,23 @@ class QuantizedWriters:
         matrices: of each part, its output projection [d, its columns or the neurons that stay].
         shortcut: a dense one [d, its columns], float64, with the errors of the others made up for; None: no such.
         biases: of each of these [d], float64, or None.
+        columns: of each part, which of its columns stay; None: all.
     """
 
     matrices: Mapping[str, QuantizedMatrix]
     shortcut: torch.Tensor | None
     biases: Mapping[str, torch.Tensor | None]
+    columns: Mapping[str, torch.Tensor | None]
 
-    def lifted(
-        self, basis: torch.Tensor, writers: Mapping[str, Linear], neurons: torch.Tensor | None
-    ) -> dict[str, Linear]:
-        """The same at full width, with 0 for the neurons that are deleted: what `LiftedBlock` computes with."""
+    def lifted(self, basis: torch.Tensor, writers: Mapping[str, Linear]) -> dict[str, Linear]:
+        """The same at full width, with 0 for the columns that are deleted: what `LiftedBlock` computes with."""
         layers = {}
         for part, full in writers.items():
             own = self.shortcut if part == "shortcut" else self.matrices[part].dequantise().double()
             weight = basis @ own
-            if part == "mlp" and neurons is not None:
-                weight, rows = weight.new_zeros(len(basis), full.weight.shape[1]), weight
-                weight[:, neurons] = rows
+            if (columns := self.columns.get(part)) is not None:
+                weight, own = weight.new_zeros(len(basis), full.weight.shape[1]), weight
+                weight[:, columns] = own
             bias = self.biases[part]
             layers[part] = Linear(weight, None if bias is None else basis @ bias)
         return layers
@@ -81,6 +101,11 @@ class Quantizer:
     """
 
     def __init__(self, config: SlicedConfig, weights: WeightFormat, objective: Objective, dtype: torch.dtype):
+        if not all(config.neurons) or not all(config.key_value_heads):
+            raise SliceGPTError(
+                "every layer must keep some neurons and key/value heads, got one whose part is deleted whole",
+                "quantize",
+            )
         self.config, self.weights, self.objective, self.dtype = config, weights, objective, dtype
 
     def schemes(self, block: Block) -> dict[str, dict[str, WeightScheme]]:
@@ -127,18 +152,27 @@ class Quantizer:
             moments: what they were fitted to.
         """
         writers, kept, schemes = fits.writers[ridge], None, self.schemes(block)
-        if fits.neurons is not None:
-            group, every = neuron_rows(writers), torch.arange(moments.size, device=moments.device)
-            kept = torch.cat((every[: group.start], fits.neurons + group.start, every[group.stop :]))
+        columns = {
+            part: kept_rows(self.config, part, WRITTEN_BY[part], fits)
+            for part in writers
+            if part != "shortcut"
+        }
+        if any(own is not None for own in columns.values()):
+            start, pieces = 0, []
+            for part, full in writers.items():
+                count, own = full.weight.shape[1], columns.get(part)
+                own = torch.arange(count, device=moments.device) if own is None else own.to(moments.device)
+                pieces.append(own + start)
+                start += count
+            kept = torch.cat(pieces)
         rotated = {part: rotate_writer(full, basis) for part, full in writers.items()}
         weight = torch.cat([layer.weight for layer in rotated.values()], dim=1)
         weight = weight if kept is None else weight[:, kept]
         segments = []
         for part, full in writers.items():
-            columns = full.weight.shape[1]
-            if part == "mlp" and fits.neurons is not None:
-                columns = len(fits.neurons)
-            segments.append(Segment(columns, None if part == "shortcut" else schemes[part][WRITING[part]]))
+            own = columns.get(part)
+            count = full.weight.shape[1] if own is None else len(own)
+            segments.append(Segment(count, None if part == "shortcut" else schemes[part][WRITING[part]]))
         before = prior_of(prior.values())
         system, _ = self.objective.normal_equations(moments, ridge, before, kept)
         matrices, rest = gptq(weight, system, segments, self.dtype)
@@ -152,4 +186,4 @@ class Quantizer:
             first = next(part for part, bias in biases.items() if bias is not None)
             biases[first] = biases[first] + shift
         shortcut = rest if "shortcut" in writers else None
-        return QuantizedWriters(dict(zip(parts, matrices, strict=True)), shortcut, biases)
+        return QuantizedWriters(dict(zip(parts, matrices, strict=True)), shortcut, biases, columns)

@@ -8,6 +8,7 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,12 @@ import torch
 
 from slicegpt.calibration.batches import CalibrationBatch
 from slicegpt.conversion.folding import (
+    OUTPUT_NORMS,
     TABLE_ROWS,
     centre,
     folded_head_rows,
-    named,
+    output_norm_weight,
     reader_state,
-    rotate_writer,
     rotated_rows,
 )
 from slicegpt.conversion.quantization import with_quantization
@@ -29,16 +30,19 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint, DenseLayer, Linear
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
-from slicegpt.slicing.allocation import deletes_neurons
+from slicegpt.slicing.allocation import deletes_heads, deletes_neurons
+from slicegpt.slicing.block_state import reader_entries, rounded_entries, writer_entries
 from slicegpt.slicing.blocks import (
-    MODULE_NAMES,
-    WRITER_NAMES,
     Block,
     LiftedBlock,
     blocks_of,
     dense_block,
     dense_writers,
     file_readers,
+    fitted_scale,
+    group_rows,
+    remaining_writers,
+    scaled_writers,
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
@@ -52,19 +56,13 @@ from slicegpt.slicing.refit import BlockFits, fit_block
 from slicegpt.slicing.resuming import Resumed
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.rotation import align, random_orthogonal
+from slicegpt.slicing.shared_basis import shares_basis
 from slicegpt.slicing.sink import Pieces, Sink
 
 
 def fitted_batches(count: int, share: float) -> int:
     """How many of `count` calibration batches the refit fits to, the first ones: `share` of them, rounded up."""
     return math.ceil(round(share * count, 9))
-
-
-def writer_name(block: Block, part: str) -> str:
-    """Name of the layer that writes the stream for a part of a block, or for "shortcut"."""
-    if part == "shortcut":
-        return f"{block.prefix}.{block.shortcut}"
-    return f"{block.prefix}.{MODULE_NAMES[part]}.{WRITER_NAMES[part]}"
 
 
 class Slicer(Resumed):
@@ -77,6 +75,8 @@ class Slicer(Resumed):
         sink: where the model's tensors go, each one as soon as it is final.
         keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
         reuse: what other sizes of the same model share with this one.
+        shared: covariance [D, D] float64 that the basis of all boundaries is chosen from, where they share one; None on
+            all ranks but the first, and where a snapshot has that basis.
 
     Attributes:
         ridges: those that something is fitted at; the first one alone where there is no refit.
@@ -95,7 +95,9 @@ class Slicer(Resumed):
         sink: Sink,
         keeper: Keeper | None = None,
         reuse: Reuse | None = None,
+        shared: torch.Tensor | None = None,
     ):
+        self.shares, self.shared = shares_basis(config), shared
         self.checkpoint = checkpoint
         self.config = config
         self.options = options
@@ -109,9 +111,11 @@ class Slicer(Resumed):
         self.generator = torch.Generator().manual_seed(options.seed)
         self.reading: tuple[int, DenseLayer] | None = None
         self.remaining: list[tuple[int, dict[float, float | None]]] = []
-        self.prunes = deletes_neurons(config)
+        self.blocks = blocks_of(config)
+        self.prunes = deletes_neurons(config) or deletes_heads(config)
         if self.prunes and not options.refit:
-            raise SliceGPTError("which of them to delete is decided by the refit, which is off", "neurons")
+            deleted = "neurons" if deletes_neurons(config) else "kv_groups"
+            raise SliceGPTError("which of them to delete is decided by the refit, which is off", deleted)
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes or options.weights is not None)
         self.quantizer = None
@@ -152,8 +156,15 @@ class Slicer(Resumed):
         tied_end = config.tie_word_embeddings and boundary == config.num_blocks
         return full and (tied_end or all(kind == "identity" for kind in config.shortcuts))
 
+    def keeps_basis(self, boundary: int) -> bool:
+        """Nothing is left of the block before it but an identity shortcut: the stream keeps its basis."""
+        block = self.blocks[boundary - 1] if boundary else None
+        return block is not None and not block.parts and self.config.shortcuts[block.index] == "identity"
+
     def needs_covariance(self, boundary: int) -> bool:
         """Only a sliced boundary has a subspace to choose; in "pca" orientation every free one has a basis to."""
+        if self.shares or self.keeps_basis(boundary):
+            return False
         sliced = self.config.boundary_widths[boundary] < self.config.dense_hidden_size
         return sliced or (self.options.orientation == "pca" and not self.is_fixed(boundary))
 
@@ -180,13 +191,18 @@ class Slicer(Resumed):
         previous: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The basis [D, d] of the boundary after `block`, and the factor of a compact shortcut that leads there."""
+        if self.keeps_basis(boundary) or (self.shares and previous is not None):
+            self.report.eigenvalues.append(None)
+            return previous, None
         dense_width, width = self.config.dense_hidden_size, self.config.boundary_widths[boundary]
         device, orientation = self.options.device, self.options.orientation
         eigenvalues, vectors = None, torch.eye(dense_width, dtype=torch.float64, device=device)
+        matrix = self.shared if covariance is None else covariance.matrix
         if covariance is not None:
             check_finite(covariance, block)
+        if matrix is not None:
             with self.stage("eigensolver"):
-                eigenvalues, vectors = leading_eigenvectors(covariance.matrix, dense_width)
+                eigenvalues, vectors = leading_eigenvectors(matrix, dense_width)
         self.report.eigenvalues.append(None if eigenvalues is None else eigenvalues.tolist())
 
         basis, complement = vectors[:, :width], vectors[:, width:]
@@ -300,15 +316,23 @@ class Slicer(Resumed):
             exact = torch.promote_types(dtype, torch.float32) if rounds else dtype
             readers = {part: reader_state(part, layer, basis, exact, device) for part in block.parts}
             dense = dense_writers(config, block, layer, device)
+            own = remaining_writers(block, dense)
             shortcut = {"shortcut": Linear(basis)} if config.shortcuts[block.index] == "dense" else {}
             # A dense shortcut is a matrix of its own: where there is a refit, it is fitted like the others.
-            writers = dense | shortcut if self.refits else dense
+            writers = own | shortcut if self.refits else own
             lifted = None
             if self.needs_pass(block):
-                lifted = LiftedBlock(config, block, basis, readers, writers, dtype)
+                output_norm = output_norm_weight(block.dense_parts[0], layer, device)
+                lifted = LiftedBlock(config, block, basis, readers, writers, dtype, output_norm)
+            scale = fitted_scale(block, layer, device)
+            output_norms = {
+                f"{block.prefix}.{OUTPUT_NORMS[part]}.weight": weight.to(dtype)
+                for part in block.dense_parts
+                if (weight := output_norm_weight(part, layer, device)) is not None
+            }
 
         packed = self.quantize_readers(block, readers, lifted) if rounds else {}
-        fits, kept, moments = BlockFits(dict.fromkeys(self.ridges, dense | shortcut)), None, None
+        fits, kept, moments = BlockFits(dict.fromkeys(self.ridges, own | shortcut)), None, None
         if self.refits:
             with self.stage("rotation"):
                 teacher_dtype = self.objective.teacher_dtype(dtype, device)
@@ -319,7 +343,7 @@ class Slicer(Resumed):
             if self.ranks.first:
                 # On a GPU they would have to come back for the block to write.
                 aside = partial(file_readers, readers, lifted, self.options.scratch)
-                fits = self.fit(block, writers, moments, aside if device.type == "cpu" else None)
+                fits = self.fit(block, writers, scale, moments, aside if device.type == "cpu" else None)
             lifted.set_writers(self.agreed(lambda: fits.writers[self.ridges[0]]))
             if not rounds:
                 moments = None  # [K, K + D] in float64
@@ -337,6 +361,7 @@ class Slicer(Resumed):
             return next_basis
         with self.stage("rotation"):
             self.store_block(block, readers, factor, fits, next_basis, packed, rounded)
+            self.sink.store(output_norms)
         return next_basis
 
     def quantize_readers(
@@ -371,7 +396,7 @@ class Slicer(Resumed):
             if self.ranks.first:
                 for ridge in self.ridges:
                     rounded[ridge] = self.quantizer.writers(block, fits, ridge, writers, moments, basis)
-            first = self.agreed(lambda: rounded[self.ridges[0]].lifted(basis, writers, fits.neurons))
+            first = self.agreed(lambda: rounded[self.ridges[0]].lifted(basis, writers))
             lifted.set_writers(first)
         return rounded
 
@@ -379,18 +404,37 @@ class Slicer(Resumed):
         self,
         block: Block,
         writers: Mapping[str, Linear],
+        scale: torch.Tensor | None,
         moments: Moments,
         set_aside: Callable[[], None] | None = None,
     ) -> BlockFits:
-        """The output weights at every λ, and which of the MLP's neurons stay where some are deleted."""
-        neurons = self.config.neurons[block.layer] if "mlp" in block.parts else None
-        if neurons == self.config.dense_intermediate_size:
+        """The output weights at every λ, and which neurons and key/value groups stay where some are deleted.
+
+        `scale`: see `fitted_scale`.
+        """
+        config = self.config
+        neurons = config.neurons[block.layer] if "mlp" in block.parts else None
+        if neurons == config.dense_intermediate_size:
             neurons = None
+        groups = config.key_value_heads[block.layer] if "attention" in block.parts else None
+        if groups == config.num_key_value_heads:
+            groups = None
         with self.stage("refit"):
             check_finite(moments, block)
             fits = fit_block(
-                self.objective, moments, writers, list(self.ridges), neurons, self.options.scratch, set_aside
+                self.objective,
+                moments,
+                scaled_writers(writers, scale),
+                list(self.ridges),
+                neurons,
+                self.options.scratch,
+                set_aside,
+                group_rows(config),
+                groups,
             )
+            if scale is not None:
+                unscaled = {ridge: scaled_writers(own, 1 / scale) for ridge, own in fits.writers.items()}
+                fits = replace(fits, writers=unscaled)
         self.remaining.append((block.index, fits.remaining))
         return fits
 
@@ -409,56 +453,16 @@ class Slicer(Resumed):
         Args:
             packed, rounded: `quantize_readers`' and `quantize_writers`'; empty where nothing is rounded.
         """
-        for part, state in readers.items():
-            root, matrices = f"{block.prefix}.{MODULE_NAMES[part]}", packed.get(part, {})
-            state = {
-                name: tensor for name, tensor in state.items() if name.removesuffix(".weight") not in matrices
-            }
-            if part == "mlp" and fits.neurons is not None:
-                state = {
-                    name: rows[fits.neurons] if "_proj." in name else rows for name, rows in state.items()
-                }
-                matrices = {name: matrix.rows(fits.neurons) for name, matrix in matrices.items()}
-            self.sink.store({f"{root}.{name}": tensor for name, tensor in state.items()})
-            for name, matrix in matrices.items():
-                self.sink.store(matrix.entries(f"{root}.{name}"))
+        self.sink.store(reader_entries(self.config, block, readers, fits, packed))
         if self.config.shortcuts[block.index] == "compact":
             shortcut = factor.mT.to(self.options.dtype).contiguous()
             self.store(f"{block.prefix}.{block.shortcut}.factor", shortcut)
         for ridge, writers in fits.writers.items():
             if ridge in rounded:
-                state = self.rounded_state(block, rounded[ridge])
+                entries = rounded_entries(block, rounded[ridge], self.options.dtype)
             else:
-                state = self.writer_state(block, writers, fits.neurons, basis)
-            self.sink.store_fit(ridge, state)
-
-    def rounded_state(self, block: Block, writers: QuantizedWriters) -> dict[str, torch.Tensor]:
-        """As `writer_state`, of rounded ones."""
-        state, dtype = {}, self.options.dtype
-        for part, matrix in writers.matrices.items():
-            state |= matrix.entries(writer_name(block, part))
-        if writers.shortcut is not None:
-            state |= named(writer_name(block, "shortcut"), Linear(writers.shortcut), dtype)
-        for part, bias in writers.biases.items():
-            if bias is not None:
-                state[f"{writer_name(block, part)}.bias"] = bias.to(dtype)
-        return state
-
-    def writer_state(
-        self,
-        block: Block,
-        writers: Mapping[str, Linear],
-        neurons: torch.Tensor | None,
-        basis: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """State of the layers that write the stream, brought onto the basis after a block."""
-        state: dict[str, torch.Tensor] = {}
-        for part, full in writers.items():
-            writer, name = rotate_writer(full, basis), writer_name(block, part)
-            if part == "mlp" and neurons is not None:
-                writer = Linear(writer.weight[:, neurons], writer.bias)
-            state |= named(name, writer, self.options.dtype)
-        return state
+                entries = writer_entries(self.config, block, writers, fits, basis, self.options.dtype)
+            self.sink.store_fit(ridge, entries)
 
     def slice_head(self, basis: torch.Tensor) -> None:
         """Final norm and head, in the basis of the last boundary."""
@@ -492,7 +496,7 @@ class Slicer(Resumed):
     @torch.no_grad()
     def run(self) -> None:
         """Slice everything: all of the model's tensors are in the sink; of several ranks, in that of the first."""
-        blocks = blocks_of(self.config)
+        blocks = self.blocks
         if self.ranks.first:
             stored = with_quantization(self.config, self.options.weights)
             self.sink.open(stored, self.options.dtype, self.ridges)
