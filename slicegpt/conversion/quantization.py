@@ -79,8 +79,7 @@ def part_schemes(
     """Of each layer's name in a part ("attention" or "mlp") of a decoder layer, how it is stored."""
     step = 1 if config.parallel_blocks else 2
     boundary = step * layer + (1 if part == "mlp" and step == 2 else 0)
-    sharing = config.num_attention_heads // config.num_key_value_heads
-    heads = sharing * config.key_value_heads[layer]
+    heads = config.key_value_heads[layer] * config.group_heads[layer]
     written = config.neurons[layer] if part == "mlp" else heads * config.head_dim
     root = f"layers.{layer}.{MODULES[part]}"
     names = [name for name in READING[part] if name != "gate_proj" or config.gated_mlp]
