@@ -60,7 +60,7 @@ def outcome_rows(record: dict[str, Any]) -> list[dict[str, str]]:
             f"bytes, {record['dtype']}",
             format_bytes(size["dense_bytes"]),
             format_bytes(size["bytes"]),
-            removed,
+            f"{100 * (size['bytes'] / size['dense_bytes'] - 1):+.1f} %",
         ),
         _row("perplexity, held out", *_pair(record.get("perplexity"))),
     ]
@@ -76,7 +76,9 @@ def shape_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     shortcuts = summarise([boundary["shortcut"] for boundary in boundaries[:-1]])
     neurons, whole = (describe_neurons(record[name]) for name in ("neurons", "dense_neurons"))
     unit = "an expert" if "experts" in record["size"] else "an MLP"
-    rows = [
+    stored = record.get("stored_as", record["dtype"])
+    rows = [] if stored == record["dtype"] else [_row("stored as", record["dtype"], stored, "")]
+    rows += [
         _row("columns", str(record["dense_width"]), widths, ""),
         _row(f"neurons of {unit}", whole, neurons, ""),
     ]

@@ -12,12 +12,14 @@ from transformers import PreTrainedConfig
 import slicegpt
 from slicegpt.calibration import CalibrationBatch, calibration_hash
 from slicegpt.checkpoint.outcome import perplexity_record
+from slicegpt.conversion.quantization import describe_storage
 from slicegpt.conversion.stock import stock_parameters
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import (
     active_parameters,
     boundary_report,
     decoder_parameters,
+    stored_bytes,
     stored_parameters,
 )
 from slicegpt.recipe import SLICED, STOCK
@@ -36,7 +38,7 @@ def size_record(config: SlicedConfig, dtype: torch.dtype, stock: PreTrainedConfi
     return {
         "parameters": parameters,
         **expert_record(config),
-        "bytes": parameters * dtype.itemsize,
+        "bytes": stored_bytes(config, dtype) if stock is None else parameters * dtype.itemsize,
         "dense_parameters": dense,
         "dense_bytes": dense * dtype.itemsize,
         "decoder_parameters": decoder_parameters(config),
@@ -115,6 +117,7 @@ def slicing_record(
 
     Eigenvalues keep six digits: they are for looking at, and full precision would be megabytes.
     """
+    dtype = str(options.dtype).removeprefix("torch.")
     spectra = [
         None if values is None else [float(f"{value:.6g}") for value in values]
         for values in report.eigenvalues
@@ -124,7 +127,8 @@ def slicing_record(
         "form": SLICED if stock is None else STOCK,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
-        "dtype": str(options.dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "stored_as": describe_storage(config, dtype),
         "dense_width": config.dense_hidden_size,
         **neuron_record(config),
         "key_value_heads": config.layer_key_value_heads or config.num_key_value_heads,

@@ -189,13 +189,15 @@ class SlicedMoE(nn.Module):
         neurons: of an expert. The shared expert keeps its own number.
     """
 
-    def __init__(self, config: SlicedConfig, in_width: int, out_width: int, neurons: int):
+    def __init__(self, config: SlicedConfig, layer_idx: int, in_width: int, out_width: int, neurons: int):
         super().__init__()
         self.num_experts = config.num_experts
         self.gate = SlicedRouter(config, in_width)
         self.experts = SlicedExperts(config, in_width, out_width, neurons)
         shared = config.shared_expert_intermediate_size
-        self.shared_expert = SlicedGatedMLP(config, in_width, out_width, shared) if shared else None
+        self.shared_expert = (
+            SlicedGatedMLP(config, layer_idx, in_width, out_width, shared) if shared else None
+        )
         self.shared_expert_gate = (
             nn.Linear(in_width, 1, bias=False) if shared and config.shared_expert_gate else None
         )
@@ -222,5 +224,5 @@ def build_feed_forward(
 ) -> SlicedMLP | SlicedMoE:
     """The feed-forward part of a layer: an MLP, or a mixture of experts of so many neurons."""
     if config.is_sparse(layer):
-        return SlicedMoE(config, in_width, out_width, neurons)
-    return build_mlp(config, in_width, out_width, neurons)
+        return SlicedMoE(config, layer, in_width, out_width, neurons)
+    return build_mlp(config, layer, in_width, out_width, neurons)

@@ -120,7 +120,7 @@ class LiftedMixture(nn.Module):
         dense_width = config.dense_hidden_size
         width = dense_width if basis is None else basis.shape[1]
         with torch.device("meta"):
-            mixture = SlicedMoE(config, width, dense_width, config.dense_neurons[layer])
+            mixture = SlicedMoE(config, layer, width, dense_width, config.dense_neurons[layer])
         for module in (mixture.experts, mixture.shared_expert):
             if module is not None:
                 module.down_proj = None
