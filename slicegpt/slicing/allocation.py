@@ -90,7 +90,7 @@ def deletes_neurons(config: SlicedConfig) -> bool:
 
 
 def deletes_heads(config: SlicedConfig) -> bool:
-    return min(config.key_value_heads) < config.num_key_value_heads
+    return min(config.attention_heads) < config.num_attention_heads
 
 
 def fewest_neurons(config: SlicedConfig, multiple: int) -> int:
