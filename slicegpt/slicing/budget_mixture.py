@@ -15,7 +15,7 @@ from slicegpt.slicing.workload import Workload
 F64 = 8
 
 
-class Run(Protocol):
+class PlannedRun(Protocol):
     """What `slicegpt.slicing.budget` knows of the run; `device` and `host` are one place on a CPU.
 
     Attributes:
@@ -38,30 +38,30 @@ class Run(Protocol):
         """Bytes of the device's memory beside a stage."""
 
 
-def columns(model: Run) -> int:
+def columns(model: PlannedRun) -> int:
     """Columns of all output layers of a mixture."""
     config = model.config
     return config.num_experts * config.dense_moe_intermediate_size + config.shared_expert_intermediate_size
 
 
-def writers(model: Run) -> int:
+def writers(model: PlannedRun) -> int:
     """Elements of all output layers of a mixture."""
     return columns(model) * model.width
 
 
-def _moments(model: Run) -> int:
+def _moments(model: PlannedRun) -> int:
     config, width = model.config, model.width
     neurons, shared = config.dense_moe_intermediate_size, config.shared_expert_intermediate_size
     own = config.num_experts * neurons * (neurons + width) + shared * (shared + width)
     return F64 * own
 
 
-def _largest(model: Run) -> int:
+def _largest(model: PlannedRun) -> int:
     """Neurons of the largest of the experts, which is solved by itself."""
     return max(model.config.dense_moe_intermediate_size, model.config.shared_expert_intermediate_size)
 
 
-def _a_token(model: Run) -> tuple[int, int]:
+def _a_token(model: PlannedRun) -> tuple[int, int]:
     """Rows of the input layers that a token meets, and columns of the output layers."""
     config = model.config
     own = config.num_experts_per_tok * config.dense_moe_intermediate_size
@@ -69,7 +69,7 @@ def _a_token(model: Run) -> tuple[int, int]:
     return 2 * own + config.num_experts, own
 
 
-def _batch(model: Run, fitted_tokens: int) -> int:
+def _batch(model: PlannedRun, fitted_tokens: int) -> int:
     rows, own = _a_token(model)
     work = model.work
     # Every expert that writes for a token has a row at full width.
@@ -78,7 +78,7 @@ def _batch(model: Run, fitted_tokens: int) -> int:
     return batch_bytes(work.batch_tokens, fitted_tokens, rows, own, own, model.width, item)
 
 
-def _collected(model: Run, stage: PlannedStage, passing: int) -> bool:
+def _collected(model: PlannedRun, stage: PlannedStage, passing: int) -> bool:
     """The moments while tokens are added, and whether they are in files."""
     size = _moments(model)
     filed = not model.work.on_gpu and needs_files(1, 0, size + passing, model.free(stage))
@@ -87,12 +87,12 @@ def _collected(model: Run, stage: PlannedStage, passing: int) -> bool:
     return filed
 
 
-def _teacher(model: Run, stage: PlannedStage) -> None:
+def _teacher(model: PlannedRun, stage: PlannedStage) -> None:
     elements = 3 * writers(model)
     stage.add("block of the dense model", elements * model.work.teacher_dtype.itemsize, model.device)
 
 
-def mixture_stages(model: Run, block: Block) -> list[PlannedStage]:
+def mixture_stages(model: PlannedRun, block: Block) -> list[PlannedStage]:
     """Of one block of experts: collected, fitted one by one, written, the next basis chosen, stored."""
     work, width, item = model.work, model.width, model.item
     before = model.config.boundary_widths[block.index]
@@ -141,7 +141,7 @@ def mixture_stages(model: Run, block: Block) -> list[PlannedStage]:
     return [*stages, *after]
 
 
-def mixture_allocation(model: Run, block: Block) -> list[PlannedStage]:
+def mixture_allocation(model: PlannedRun, block: Block) -> list[PlannedStage]:
     """What deleting the neurons of a layer of experts costs."""
     work = model.work
     batches = math.ceil(SHARE * math.ceil(work.samples / work.batch_size))
