@@ -51,7 +51,7 @@ class GuardedAllocator:
         return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same values and strides; a view's whole storage is copied up to its last item, so that the end is tight."""
+        """The same values and strides, and nothing behind the last item."""
         if not tensor.numel():
             return tensor
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
