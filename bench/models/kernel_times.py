@@ -73,8 +73,11 @@ LAUNCH, OVERLAPPED_LAUNCH = 2.0e-6, 0.7e-6  # from a kernel's end to the next on
 ARRIVALS = 1.5e-6  # adding up splits: a round trip through L2
 FACTOR_STEP = 0.9e-6  # two rows of loads of the factor from L2, and their products
 ATTENTION = 2.5e-6  # of a short cache: norms, rotation, softmax
-# Of wgmma's int8 rate, which mma.sync reaches on Hopper; of the peak, which wgmma and cuBLAS reach.
-MMA_SYNC, WGMMA = 0.63, 0.83
+# Of wgmma's int8 rate, which mma.sync reaches on Hopper.
+MMA_SYNC = 0.63
+# What the passes before the products do in a cycle of a multiprocessor: items scanned, some 30 instructions each, and
+# residues written, some 13 each (SASS of csrc/residues.cu), with 70 % of the 128 lanes busy. They are bound by that.
+SCANNED_A_CYCLE, RESIDUES_A_CYCLE, CLOCK = 3, 7, 1.75e9
 # Conversions to float64 that a multiprocessor does in a cycle, and products of DMMA.
 CONVERSIONS_A_CYCLE, FMA_A_CYCLE = 16, 128
 
@@ -181,10 +184,13 @@ def exact_seconds(
     count = EXPECTED_PLANES["cuda"][dtype] if planes is None else planes
     operations = count * tokens * columns * (columns + 256)
     # cuBLAS's own rate stands for what wgmma reaches.
-    rate = device.int8 * (MMA_SYNC / WGMMA if kernel == "mma" else 1.0)
-    read = tokens * columns * dtype.itemsize
-    moved = 2 * read + count * tokens * columns  # scan and planes read X, and planes are written
-    return operations / rate + moved / device.copy
+    rate = device.int8 * (MMA_SYNC if kernel == "mma" else 1.0)
+    items, cycles = tokens * columns, device.multiprocessors * CLOCK
+    scan = max(items * dtype.itemsize / device.copy, items / SCANNED_A_CYCLE / cycles)
+    planes_pass = max(
+        items * (dtype.itemsize + count) / device.copy, items * count / RESIDUES_A_CYCLE / cycles
+    )
+    return operations / rate + scan + planes_pass
 
 
 def gram_seconds(
