@@ -87,12 +87,14 @@ KERNELS = {"gram": gram_cases, "wgmma": wgmma_cases, "decode": decode_cases}
 
 
 def in_bounds(cases, place, capability):
-    allocator = GuardedAllocator(**PLACES[place])
-    cuda_decode.decode_device = lambda device: DecodeDevice(3, 1 << 20, overlap=False)
-    # Inputs first: what makes them allocates for itself.
-    allocate_all_with(allocator)
-    cases(allocator, capability)
-    allocator.check()
+    inputs = GuardedAllocator(**PLACES[place])
+    # Outputs and workspaces are aligned as torch's own are.
+    allocated = GuardedAllocator(at_end=PLACES[place]["at_end"], align=64)
+    cuda_decode.decode_device = lambda device: DecodeDevice(3, 1 << 20, overlap=True)
+    allocate_all_with(allocated)
+    cases(inputs, capability)
+    inputs.check()
+    allocated.check()
 
 
 @pytest.mark.parametrize("place", PLACES)
