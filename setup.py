@@ -53,7 +53,7 @@ NAMED_ARCHITECTURES = {
 AVX512_FLAGS = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 X86_FLAGS = {
     "amx": f"{AVX512_FLAGS} -mavx512bf16 -mamx-tile -mamx-bf16",
-    "avx512_bf16": f"{AVX512_FLAGS} -mavx512bf16",
+    "avx512_bf16": f"{AVX512_FLAGS} -mavx512bf16 -mavx512vnni",
     "avx512": AVX512_FLAGS,
     "avx2": "-mavx2 -mfma -mf16c",
 }

@@ -87,8 +87,10 @@ class DecodingRun:
         seen = quantiles(self.times)
         gpus = int(network.device.type == "cuda")  # the harness runs on one
         rate = moved / seen.median / 1e6
+        own = {"bytes": self.stored_bytes} if engine.own_weights else {}
         return {
             **network.facts(),
+            **own,
             "engine": engine.name,
             "batch": options.batch,
             "tokens": len(self.times),
@@ -176,14 +178,16 @@ def stopped(run: DecodingRun, reason: str, options: TokenOptions) -> dict:
 def same_tokens(run: DecodingRun, runs: Sequence[DecodingRun]) -> int:
     """The length of the common prefix with the tokens of the engine that decoded most of them with the same weights.
 
-    Engines with the same weights choose the same tokens until rounding decides between two equally likely ones.
-    Hugging Face's class and this package's share weights only where these come from a folder.
+    Engines with the same weights choose the same tokens until rounding decides between two equally likely ones; one
+    with weights of its own is compared with itself. Hugging Face's class and this package's share weights only where
+    these come from a folder.
     """
     network = run.case.network
     shares = [
         one
         for one in runs
         if one.case.network is network
+        and (one is run or not (one.case.engine.own_weights or run.case.engine.own_weights))
         and (network.folder is not None or one.case.engine.huggingface == run.case.engine.huggingface)
     ]
     first = max(shares, key=lambda one: len(one.tokens))

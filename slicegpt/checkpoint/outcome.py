@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from slicegpt.modeling.sizes import describe_neurons, format_bytes
+from slicegpt.modeling.sizes import describe_heads, describe_neurons, format_bytes
 from slicegpt.recipe import Recipe
 
 NOT_MEASURED = "not measured"
@@ -74,11 +74,16 @@ def shape_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     widths = summarise([boundary["width"] for boundary in boundaries])
     shortcuts = summarise([boundary["shortcut"] for boundary in boundaries[:-1]])
     neurons = describe_neurons(record["neurons"])
-    return [
+    rows = [
         _row("columns", str(record["dense_width"]), widths, ""),
         _row("neurons of an MLP", describe_neurons(record["dense_neurons"]), neurons, ""),
-        _row("shortcuts", "none", shortcuts, ""),
     ]
+    for name in ("key/value heads", "query heads"):
+        field = name.replace("/", "_").replace(" ", "_")
+        heads, dense = (record.get(f"{which}{field}") for which in ("", "dense_"))
+        if heads != dense:  # folders of older versions have neither
+            rows.append(_row(name, str(dense), describe_heads(heads), ""))
+    return [*rows, _row("shortcuts", "none", shortcuts, "")]
 
 
 def notes(record: dict[str, Any]) -> list[str]:

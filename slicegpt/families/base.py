@@ -31,6 +31,7 @@ class Norm:
 class DenseLayer:
     """One transformer layer of the checkpoint. In parallel layers both norms are the same one.
 
+    `attention_output_norm`, `mlp_output_norm`: of what the parts write, behind their output projections.
     `activation`: the state of an activation that has weights of its own (xIELU), by the names of its module.
     """
 
@@ -45,6 +46,8 @@ class DenseLayer:
     down: Linear
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    attention_output_norm: Norm | None = None
+    mlp_output_norm: Norm | None = None
     activation: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -52,18 +55,42 @@ class DenseLayer:
 class LayerNames:
     """Names of a layer's modules below the layer's own; None where the family has no such part."""
 
-    attention_norm: str
+    attention_norm: str | None
     q: str
     k: str
     v: str
     o: str
-    mlp_norm: str
+    mlp_norm: str | None
     up: str
     down: str
     gate: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
     activation: str | None = None
+
+
+@dataclass(frozen=True)
+class StockForm:
+    """How the canonical network is written in the family's own class: what undoes `Family.facts` and `rewrite_layer`.
+
+    Attributes:
+        neurons: the name that the family's config has for the neurons of an MLP.
+        eps: the name that it has for the epsilon of its norms, where they are RMS norms.
+        eps_factor: of a width, what this epsilon is of the canonical network's.
+        fields: of a config, what else changes in it: a factor that the canonical weights hold is 1 from then on.
+        restore_layer: a canonical layer in the checkpoint's own way of writing, by the config of the stock model; parts
+            that one module holds together are then the same layer.
+        norm_offset: what is added to the scale that a norm's weight holds: 1 where it holds the scale less 1.
+    """
+
+    neurons: str = "intermediate_size"
+    eps: str = "rms_norm_eps"
+    eps_factor: Callable[[int], float] = lambda width: 1.0
+    fields: Callable[[PreTrainedConfig], dict] = lambda config: {}
+    restore_layer: Callable[[DenseLayer, PreTrainedConfig], DenseLayer] | None = None
+    norm_offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,7 @@ class Family:
         rewrite_layer: brings a layer, as its names read it, into the canonical form: fused projections taken apart,
             factors that stand outside of the weights folded in, rotary pairs reordered (`slicegpt.families.rewriting`).
         rewrite_final_norm: the same for the last norm.
+        stock: the way back, see `slicegpt.conversion.stock`.
     """
 
     model_type: str
@@ -95,6 +123,7 @@ class Family:
     positions: str | None = None
     rewrite_layer: Callable[[DenseLayer, PreTrainedConfig], DenseLayer] | None = None
     rewrite_final_norm: Callable[[Norm, PreTrainedConfig], Norm] | None = None
+    stock: StockForm = StockForm()
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
@@ -194,22 +223,28 @@ class Checkpoint:
         names, root = self.names, self.family.layers.format(index)
         # A fused projection bears several names, and is to be read once.
         linear = functools.cache(lambda name: self._linear(f"{root}.{name}"))
+
+        def norm(name: str | None) -> Norm | None:
+            return None if name is None else self._norm(f"{root}.{name}")
+
         norms = [
             None if name is None else self._get(f"{root}.{name}.weight")
             for name in (names.q_norm, names.k_norm)
         ]
         layer = DenseLayer(
-            attention_norm=self._norm(f"{root}.{names.attention_norm}"),
+            attention_norm=norm(names.attention_norm) or Norm(),
             q=linear(names.q),
             k=linear(names.k),
             v=linear(names.v),
             o=linear(names.o),
-            mlp_norm=self._norm(f"{root}.{names.mlp_norm}"),
+            mlp_norm=norm(names.mlp_norm) or Norm(),
             gate=None if names.gate is None else linear(names.gate),
             up=linear(names.up),
             down=linear(names.down),
             q_norm=norms[0],
             k_norm=norms[1],
+            attention_output_norm=norm(names.attention_output_norm),
+            mlp_output_norm=norm(names.mlp_output_norm),
             activation=self._activation(f"{root}.{names.activation}"),
         )
         rewrite = self.family.rewrite_layer

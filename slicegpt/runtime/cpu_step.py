@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slicegpt.ops.contracts import NormLinearInputs, norm_linear_columns
 from slicegpt.ops.cpu import gemm
+from slicegpt.ops.panels import PanelWeight
 from slicegpt.runtime.cache import KVCache
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork
 
@@ -23,10 +24,12 @@ class CpuStep:
 
     @staticmethod
     def is_supported(packed: PackedNetwork, batch: int) -> bool:
-        """Whether the kernels are built and support this dtype, number of rows and order of a block's inputs."""
+        """Whether the kernels are built and support this dtype, number of rows and the blocks' inputs: none that reads
+        nothing, and attention first."""
         return (
             packed.device.type == "cpu"
             and gemm.is_supported(None, packed.dtype, batch)
+            and all(block.inputs and block.is_fused for block in packed.blocks)
             and all(one.attention is None for block in packed.blocks for one in block.inputs[1:])
         )
 
@@ -77,9 +80,9 @@ class CpuStep:
             )  # fmt: skip
         facts, read, window = block.inputs[0].attention, 0, 0
         if facts is not None:
-            rotary = self.packed.rotary if facts.rotary else None
+            rotary = None if facts.rotary is None else self.packed.rotary[facts.rotary]
             read, window = 2 * facts.key_heads * facts.head_dim, facts.window or 0
-            keys, values = self.cache.keys[facts.layer], self.cache.values[facts.layer]
+            keys, values = self.cache.of_layer(facts.layer)
             attention = gemm.attention_arguments(
                 self._room,
                 keys,
@@ -110,9 +113,9 @@ class CpuStep:
         self._held.append(memory)
         return memory
 
-    def _rows(self, weight: Tensor) -> Tensor:
+    def _rows(self, weight: Tensor | PanelWeight) -> Tensor | PanelWeight:
         """The weight with contiguous rows, as the kernels read it; copied only where it has none."""
-        if weight.stride(1) != 1:
+        if not isinstance(weight, PanelWeight) and weight.stride(1) != 1:
             weight = weight.contiguous()
             self._held.append(weight)
         return weight

@@ -1,28 +1,34 @@
 """The forward pass of a packed network: rows of tokens through `norm_linear`, attention and `rotate_add`."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt import ops
-from slicegpt.ops import torch_gemm
-from slicegpt.ops.contracts import NormLinearInputs
+from slicegpt.ops import quantized, torch_gemm
+from slicegpt.ops.contracts import NormLinearInputs, sumsq_dtype
 from slicegpt.ops.dispatch import requested_backend
 from slicegpt.ops.norm_linear import DISPATCHER as NORM_LINEAR
+from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
 from slicegpt.runtime.cache import CacheStep
-from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
+from slicegpt.runtime.packing import PackedAttention, PackedBlock, PackedNetwork, Projection
 
 
 def _norm_linear_on_cpu(*arguments) -> Tensor:
     inputs = NormLinearInputs(*arguments)
+    if isinstance(inputs.weight, PanelWeight):
+        name = quantized.NORM_LINEAR.choose("auto", None, inputs.h.dtype, inputs.weight.bits)
+        return quantized.norm_linear_by(name, inputs)
     name = NORM_LINEAR.choose("auto", None, inputs.h.dtype, len(inputs.h))
     return torch_gemm.norm_linear(inputs) if name == "torch" else NORM_LINEAR.launcher(name)(inputs)
 
 
 def _rotate_add_on_cpu(
     a: Tensor,
-    weight: Tensor,
+    weight: Tensor | PanelWeight,
     h: Tensor,
     shortcut: Tensor | None,
     bias: Tensor | None,
@@ -32,10 +38,48 @@ def _rotate_add_on_cpu(
 
     `factor` is for GPUs, and unused here.
     """
+    if isinstance(weight, PanelWeight):
+        name = quantized.ROTATE_ADD.choose("auto", None, a.dtype, weight.bits)
+        return quantized.rotate_add_by(name, a, weight, h, shortcut, bias)
     name = ROTATE_ADD.choose("auto", None, a.dtype, len(a))
     if name == "torch":
         return torch_gemm.rotate(a, weight, h, shortcut, bias), None
     return ROTATE_ADD.launcher(name)(a, weight, h, shortcut, bias)
+
+
+def row_scale(block: PackedBlock, stream: Tensor, sums: Tensor | None) -> tuple[Tensor | None, float]:
+    """The sums of squares and the epsilon that `norm_linear` scales rows by: by exactly 1 where there is no norm."""
+    if block.eps is not None:
+        return sums, block.eps
+    return stream.new_full((len(stream), 1), block.width, dtype=sumsq_dtype(stream.dtype)), 0.0
+
+
+def with_whole_norms(attention: PackedAttention, rows: Tensor) -> Tensor:
+    """Rows [tokens, v | k | q | ...] with keys and queries normalised over all of their heads, in place."""
+    if attention.whole_norms is None:
+        return rows
+    begin = attention.key_heads * attention.head_dim
+    for scale in attention.whole_norms:
+        columns = rows[:, begin : begin + len(scale)]
+        columns.copy_(F.rms_norm(columns, (len(scale),), scale, attention.norm_eps))
+        begin += len(scale)
+    return rows
+
+
+def add_normed(
+    block: PackedBlock, a: Tensor, stream: Tensor, rotate_add: Callable[..., tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor, None]:
+    """The stream behind a block that normalises what it writes; the next norm computes its own sums of squares."""
+    if isinstance(block.output, PanelWeight):
+        written, _ = rotate_add(a, block.output, torch.zeros_like(stream), None, block.output_bias, None)
+    else:
+        written = F.linear(a, block.output, block.output_bias)
+    return stream + F.rms_norm(written, (written.shape[1],), block.output_norm, block.inner_eps), None
+
+
+def look_up(table: Tensor | PanelWeight, ids: Tensor) -> Tensor:
+    """Rows [n, columns] of an embedding table."""
+    return table.take(ids) if isinstance(table, PanelWeight) else F.embedding(ids, table)
 
 
 class Executor:
@@ -56,26 +100,24 @@ class Executor:
         self.norm_linear = ops.norm_linear if through_operators else _norm_linear_on_cpu
         self.rotate_add = ops.rotate_add if through_operators else _rotate_add_on_cpu
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and signed sines of these positions, each [positions, 1, rotary_dim]; None without rotary positions.
+    def angles(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and signed sines of these positions, each [positions, 1, rotary_dim], of every rotary table.
 
         Positions of padding may be negative.
         """
-        if self.packed.rotary is None:
-            return None
-        cos, sin = self.packed.rotary[positions.flatten().clamp(min=0)][:, :, None].unbind(1)
-        return cos, sin
+        rows = positions.flatten().clamp(min=0)
+        return [table[rows][:, :, None].unbind(1) for table in self.packed.rotary]
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids and positions [batch, tokens] to the stream [batch * tokens, d] at boundary 0."""
         packed = self.packed
-        stream = F.embedding(ids.flatten(), packed.embedding)
+        stream = look_up(packed.embedding, ids.flatten())
         if packed.embed_projection is not None:
             stream = F.linear(stream, packed.embed_projection)
         if packed.positions is not None:
             offset = packed.config.position_offset
             stream = stream + F.embedding(positions.flatten().clamp(min=-offset) + offset, packed.positions)
-        return stream
+        return stream if packed.embed_bias is None else stream + packed.embed_bias
 
     def blocks(self, stream: Tensor, step: CacheStep) -> tuple[Tensor, Tensor | None]:
         """The residual stream after all blocks, and its rows' sums of squares (None: not computed)."""
@@ -87,10 +129,15 @@ class Executor:
     def _block(
         self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: CacheStep
     ) -> tuple[Tensor, Tensor | None]:
+        if not block.inputs:
+            return block.carried(stream), None
         pieces = []
+        sums, eps = row_scale(block, stream, sums)
         for projection in block.inputs:
-            rows = self._project(projection, stream, sums, block.width, block.eps)
-            pieces.append(rows if projection.attention is None else step.attend(projection.attention, rows))
+            rows, attention = self._project(projection, stream, sums, block.width, eps), projection.attention
+            if attention is not None:
+                rows = step.attend(attention, with_whole_norms(attention, rows))
+            pieces.append(rows)
         a = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         return self._rotate(block, a, stream)
 
@@ -101,6 +148,8 @@ class Executor:
         return self.norm_linear(stream, weight, bias, sums, n_scaled, projection.activation, width, eps)
 
     def _rotate(self, block: PackedBlock, a: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+        if block.output_norm is not None:
+            return add_normed(block, a, stream, self.rotate_add)
         return self.rotate_add(a, block.output, stream, block.shortcut, block.output_bias, block.factor)
 
     def logits(self, stream: Tensor, sums: Tensor | None) -> Tensor:
@@ -111,7 +160,14 @@ class Executor:
                 sums = stream.to(torch.promote_types(stream.dtype, torch.float32)).square()
             stream = stream * packed.final_scale
         if packed.head_projection is None:
-            return self._project(packed.head, stream, sums, width, packed.final_eps)
+            logits = self._project(packed.head, stream, sums, width, packed.final_eps)
+            cap = packed.config.final_logit_softcapping
+            return logits if cap is None else torch.tanh(logits / cap) * cap
         inner = self._project(packed.head_projection, stream, sums, width, packed.final_eps)
-        logits = self.norm_linear(inner, packed.head.weight, None, None, 0, "none", width, packed.final_eps)
+        weight = packed.head.weight
+        if isinstance(weight, PanelWeight):  # all of its rows are scaled: here by 1
+            ones = inner.new_ones((len(inner), 1), dtype=sumsq_dtype(inner.dtype))
+            logits = self.norm_linear(inner, weight, None, ones, weight.rows, "none", 1.0, 0.0)
+        else:
+            logits = self.norm_linear(inner, weight, None, None, 0, "none", width, packed.final_eps)
         return logits if packed.head.bias is None else logits + packed.head.bias

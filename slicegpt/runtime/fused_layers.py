@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from slicegpt import ops
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedForCausalLM
-from slicegpt.modeling.layers import SlicedAttention
-from slicegpt.runtime.packing import PackedBlock, check_one_device, pack_layer
+from slicegpt.modeling.layers import Constant, SlicedAttention
+from slicegpt.runtime.executor import add_normed, row_scale
+from slicegpt.runtime.packing import PackedBlock, check_one_device, pack_layer, weight_reader
 
 
 @torch.no_grad()
@@ -38,8 +39,9 @@ def fuse_layers(model: SlicedForCausalLM, release: bool = False) -> SlicedForCau
             f"must be a SlicedForCausalLM, got {type(model).__name__}; see to_canonical", "model"
         )
     check_one_device("fuse_layers", model)
-    for layer in model.model.layers:
-        blocks = pack_layer(model.config, layer)
+    reader = weight_reader(model)
+    for index, layer in enumerate(model.model.layers):
+        blocks = pack_layer(model.config, index, layer, reader)
         layer.forward = _FusedForward(layer.self_attn, blocks)
         if release:
             layer.to("meta")
@@ -80,10 +82,12 @@ def _attention_of_rows(module: SlicedAttention) -> SlicedAttention:
 class _FusedForward:
     """The forward pass of a layer: `forward(hidden_states, **kwargs)`, [batch, tokens, d] to [batch, tokens, d']."""
 
-    def __init__(self, attention: SlicedAttention, blocks: tuple[PackedBlock, ...]):
+    def __init__(self, attention: SlicedAttention | Constant, blocks: tuple[PackedBlock, ...]):
+        self.blocks = blocks
+        if isinstance(attention, Constant):
+            return
         self.attention = _attention_of_rows(attention)
         self.end = 2 * attention.k_proj.out_features + attention.q_proj.out_features
-        self.blocks = blocks
 
     def __call__(self, hidden_states: Tensor, **kwargs) -> Tensor:
         if torch.is_grad_enabled() and hidden_states.requires_grad:
@@ -97,11 +101,14 @@ class _FusedForward:
 
     def _block(
         self, block: PackedBlock, stream: Tensor, sums: Tensor | None, shape: torch.Size, kwargs: dict
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
+        if not block.inputs:
+            return block.carried(stream), None
         pieces = []
+        sums, eps = row_scale(block, stream, sums)
         for one in block.inputs:
             rows = ops.norm_linear(
-                stream, one.weight, one.bias, sums, one.n_scaled, one.activation, block.width, block.eps
+                stream, one.weight, one.bias, sums, one.n_scaled, one.activation, block.width, eps
             )
             if one.attention is None:
                 pieces.append(rows)
@@ -111,4 +118,6 @@ class _FusedForward:
             if rows.shape[1] > self.end:
                 pieces.append(rows[:, self.end :])
         a = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+        if block.output_norm is not None:
+            return add_normed(block, a, stream, ops.rotate_add)
         return ops.rotate_add(a, block.output, stream, block.shortcut, block.output_bias, block.factor)

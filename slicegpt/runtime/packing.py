@@ -3,10 +3,11 @@
 One input GEMM holds the rows of v, k, q and the factor Fᵀ of a compact shortcut, or of gate, up and the factor; one
 output GEMM holds `[W_out | -F]`. The order v, k, q, z lets attention write its result over q, where it lies beside
 z: the output GEMM reads `[attended | z]` without a copy. Parallel blocks have two input GEMMs, whose activations
-differ.
+differ. Weights of 8 and 4 bits stay what they are where there are kernels for them (`PanelWeight`), and are made dense
+elsewhere; a shortcut's factor is the part of them that is not quantized.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,19 @@ from torch import Tensor, nn
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
-from slicegpt.modeling.layers import FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.modeling.layers import (
+    Constant,
+    FinalNorm,
+    LayerRotaryEmbeddings,
+    SlicedAttention,
+    SlicedMLP,
+)
+from slicegpt.ops import quantized
 from slicegpt.ops.contracts import GATED
+from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.rotate_add import reads_factor
+from slicegpt.runtime.linear_weights import WeightReader, with_factor, with_negative_factor
+from slicegpt.runtime.rounding import rounding
 
 ACTIVATION_NAMES = {
     "relu": "relu",
@@ -41,8 +52,11 @@ class PackedAttention:
         layer: index into the cache.
         norm: scales [key heads + query heads, head_dim] of the norm of keys and queries, or None.
         window: number of tokens that a token attends to, itself included, or None.
-        rotary: rotary positions turn queries and keys.
+        rotary: which of the network's tables turns queries and keys; None: no rotary positions.
         rotate_first: the norm comes behind the rotation.
+        whole_norms: scales [key heads * head_dim] and [heads * head_dim] of norms over all heads of keys and of
+            queries, which come first of all; or None.
+        softcap: the cap of the scores, or None.
     """
 
     layer: int
@@ -52,15 +66,17 @@ class PackedAttention:
     norm: Tensor | None
     norm_eps: float
     window: int | None
-    rotary: bool
+    rotary: int | None
     rotate_first: bool
+    whole_norms: tuple[Tensor, Tensor] | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
 class Projection:
     """One `norm_linear`: weight [N, d], bias [n_scaled] or None; `attention` follows it, or None."""
 
-    weight: Tensor
+    weight: Tensor | PanelWeight
     bias: Tensor | None
     n_scaled: int
     activation: str
@@ -71,18 +87,44 @@ class Projection:
 class PackedBlock:
     """One block, from its boundary to the next: input GEMMs, and one `rotate_add` of their concatenated results.
 
+    A block of deleted parts has a compact shortcut's input alone, or none: see `carried`.
+
     Attributes:
+        eps: of the norm before it; None: it reads the stream itself.
+        output: [d', K]; K is 0 where there are no inputs.
+        output_norm: [D], the scale of the norm that what it writes passes, or None; inner_eps: its epsilon.
         factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
-            the same numbers in its last columns. None for another shortcut and for rank 0.
+            the same numbers in its last columns. None for another shortcut, for rank 0, and beside a `PanelWeight`.
     """
 
     inputs: tuple[Projection, ...]
     width: int
-    eps: float
-    output: Tensor
+    eps: float | None
+    output: Tensor | PanelWeight
     output_bias: Tensor | None
     shortcut: Tensor | None
     factor: Tensor | None = None
+    output_norm: Tensor | None = None
+    inner_eps: float = 0.0
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether `norm_linear`, one attention operator and `rotate_add` are all there is to it."""
+        plain = self.eps is not None and self.output_norm is None
+        found = [one.attention for one in self.inputs if one.attention is not None]
+        return plain and all(one.whole_norms is None and one.softcap is None for one in found)
+
+    @property
+    def is_constant(self) -> bool:
+        """It adds a constant to the stream, or nothing at all."""
+        return not self.inputs and self.shortcut is None and self.width == len(self.output)
+
+    def carried(self, stream: Tensor) -> Tensor:
+        """The stream [rows, d] past a block without inputs, [rows, d']: its shortcut and its constant."""
+        if self.shortcut is not None:
+            return F.linear(stream, self.shortcut, self.output_bias)
+        stream = F.pad(stream, (0, len(self.output) - stream.shape[1]))
+        return stream if self.output_bias is None else stream + self.output_bias
 
 
 @dataclass(frozen=True)
@@ -92,24 +134,29 @@ class PackedNetwork:
     Attributes:
         embed_projection, positions: None where the model has none; positions [rows, d] begin at row
             `config.position_offset`.
-        rotary: `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, or None.
+        embed_bias: [d], what deleted parts before all others add to the stream, or None.
+        rotary: tables `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, one for
+            each of `config.rope_settings`; none without rotary positions.
         final_scale: [d], the scale that the last norm of a tied model keeps, or None.
         head_projection: from a sliced last boundary to the width of a tied head, or None.
         head: reads the last norm, or the output of `head_projection` without a norm (`n_scaled` is then 0).
+        made_dense: the model has weights of fewer bits, for which there are no kernels here.
     """
 
     config: SlicedConfig
     dtype: torch.dtype
     device: torch.device
-    embedding: Tensor
+    embedding: Tensor | PanelWeight
     embed_projection: Tensor | None
     positions: Tensor | None
-    rotary: Tensor | None
+    embed_bias: Tensor | None
+    rotary: tuple[Tensor, ...]
     blocks: tuple[PackedBlock, ...]
     final_scale: Tensor | None
     final_eps: float
     head_projection: Projection | None
     head: Projection
+    made_dense: bool = False
 
     def stored_bytes(self) -> int:
         """Bytes of all weights, with both copies of compact factors; a tied head is counted once."""
@@ -127,24 +174,44 @@ class PackedNetwork:
             for block in self.blocks
             if block.factor is not None and reads_factor(block.output, block.factor, rows)
         ]
-        looked_up = [self.embedding[:1], None if self.positions is None else self.positions[:1]]
-        return _bytes([*self._weights(), *looked_up]) - _bytes(found)
+        looked_up = _bytes([self.embedding]) // len(self.embedding)
+        return _bytes([*self._weights(), self.positions_of_a_token()]) + looked_up - _bytes(found)
 
-    def _weights(self) -> list[Tensor | None]:
+    def positions_of_a_token(self) -> Tensor | None:
+        """One row of the learned positions."""
+        return None if self.positions is None else self.positions[:1]
+
+    def weights_text(self) -> str:
+        """The dtype, and what the weights of the blocks are where they are not of it: bfloat16, 4-bit weights."""
+        name = str(self.dtype).removeprefix("torch.")
+        if self.made_dense:
+            return f"{name}, quantized weights made dense (no kernels for them here)"
+        bits = self.bits()
+        return f"{name}, {' and '.join(map(str, bits))}-bit weights" if bits else name
+
+    def bits(self) -> list[int]:
+        """Of the quantized weights of the blocks, most first; none where there are none."""
+        weights = [one.weight for block in self.blocks for one in block.inputs] + [
+            b.output for b in self.blocks
+        ]
+        return sorted({one.bits for one in weights if isinstance(one, PanelWeight)}, reverse=True)
+
+    def _weights(self) -> list[Tensor | PanelWeight | None]:
         """All weights but the embedding tables."""
-        tensors = [self.embed_projection, self.final_scale, self.head.weight, self.head.bias]
+        tensors = [self.embed_projection, self.embed_bias, self.final_scale, self.head.weight, self.head.bias]
         if self.head_projection is not None:
             tensors += [self.head_projection.weight, self.head_projection.bias]
         for block in self.blocks:
-            tensors += [block.output, block.output_bias, block.shortcut]
+            tensors += [block.output, block.output_bias, block.shortcut, block.output_norm]
             for projection in block.inputs:
                 tensors += [projection.weight, projection.bias]
-                tensors.append(projection.attention and projection.attention.norm)
+                if (attention := projection.attention) is not None:
+                    tensors += [attention.norm, *(attention.whole_norms or ())]
         return tensors
 
 
-def _bytes(tensors: list[Tensor | None]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+def _bytes(tensors: list[Tensor | PanelWeight | None]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def position_limit(config: SlicedConfig) -> tuple[int, str | None]:
@@ -169,8 +236,34 @@ def check_one_device(what: str, model: nn.Module) -> None:
         raise SliceGPTError(f"must be on one device, got {', '.join(devices)}", "model")
 
 
+def weight_reader(model: nn.Module, weights: str | None = None) -> WeightReader:
+    """Reads the model's weights: those of 8 and 4 bits as they are where there are kernels for them.
+
+    weights: "int8" or "int4" rounds the others to nearest, see `slicegpt.runtime.rounding`.
+
+    Errors: `SliceGPTError` for other values of `weights`, and where there are no such kernels.
+    """
+    dtype = next(one.dtype for one in model.parameters() if one.is_floating_point())
+    device = next(model.parameters()).device
+    panels = device.type == "cpu" and quantized.is_supported(None, dtype)
+    if weights is None:
+        return WeightReader(panels=panels)
+    codes_of = rounding(weights)
+    if not panels:
+        raise SliceGPTError(
+            f"{weights!r} needs the CPU's kernels and float16, bfloat16 or float32, got {dtype} on {device}",
+            "weights",
+        )
+    return WeightReader(codes_of)
+
+
 @torch.no_grad()
-def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bool = False) -> PackedNetwork:
+def pack(
+    model: SlicedForCausalLM,
+    max_positions: int | None = None,
+    release: bool = False,
+    reader: WeightReader | None = None,
+) -> PackedNetwork:
     """Pack the weights on the model's device; embedding and head are shared with the model.
 
     Args:
@@ -178,46 +271,54 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
         max_positions: rows of the rotary table; `position_limit` where not given.
         release: free each layer's weights in `model` once they are packed, so that they are never held twice. The
             model cannot be used afterwards.
+        reader: reads the weights; None: as they are stored.
 
     Errors: `SliceGPTError` for an activation or a rotary variant that the fused operators do not have, and for a model
     that is not on one device.
     """
     check_one_device("runtime", model)
     config, trunk = model.config, model.model
-    embedding = trunk.embed_tokens.weight.detach()
-    rotary = None
-    if trunk.rotary_emb is not None:
-        if trunk.rotary_emb.rope_type in UNSUPPORTED_ROPE:
-            raise SliceGPTError(
-                f"rope type {trunk.rotary_emb.rope_type!r} is not supported; use the plain model", "model"
-            )
-        rotary = rotary_table(trunk.rotary_emb, embedding, max_positions or position_limit(config)[0])
+    like = next(trunk.embed_tokens.parameters())
+    reader = reader or weight_reader(model)
+    embedding = reader.table(trunk.embed_tokens)
+    dtype, tables = embedding.dtype, []
+    empty = torch.empty(0, dtype=dtype, device=like.device)
+    for one in rotary_embeddings(trunk.rotary_emb):
+        if one.rope_type in UNSUPPORTED_ROPE:
+            raise SliceGPTError(f"rope type {one.rope_type!r} is not supported; use the plain model", "model")
+        tables.append(rotary_table(one, empty, max_positions or position_limit(config)[0]))
+    made_dense = not reader.panels and any(hasattr(one, "weight_packed") for one in model.modules())
     blocks: list[PackedBlock] = []
-    for layer in trunk.layers:
-        blocks += pack_layer(config, layer)
+    for index, layer in enumerate(trunk.layers):
+        blocks += pack_layer(config, index, layer, reader)
         if release:
             layer.to("meta")
-    scale, head_projection, head = _pack_head(model)
+    embed_bias, blocks = without_constants(blocks)
+    scale, head_projection, head = _pack_head(model, embedding, reader)
     projection, positions = trunk.embed_projection, trunk.embed_positions
     return PackedNetwork(
         config=config,
-        dtype=embedding.dtype,
-        device=embedding.device,
+        dtype=dtype,
+        device=like.device,
         embedding=embedding,
         embed_projection=projection.weight.detach() if isinstance(projection, nn.Linear) else None,
         positions=None if positions is None else positions.weight.detach(),
-        rotary=rotary,
-        blocks=tuple(blocks),
+        embed_bias=embed_bias,
+        rotary=tuple(tables),
+        blocks=blocks,
         final_scale=scale,
         final_eps=trunk.norm.eps,
         head_projection=head_projection,
         head=head,
+        made_dense=made_dense,
     )
 
 
 @torch.no_grad()
-def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...]:
-    """The one or two blocks of a decoder layer.
+def pack_layer(
+    config: SlicedConfig, index: int, layer: nn.Module, reader: WeightReader
+) -> tuple[PackedBlock, ...]:
+    """The one or two blocks of decoder layer `index`.
 
     Errors: `SliceGPTError` for an activation that the fused operators do not have.
     """
@@ -229,13 +330,44 @@ def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...
             f"{gated}activation {config.hidden_act!r} is not supported; use the plain model", "model"
         )
     if config.parallel_blocks:
-        parts = [(layer.input_norm, (layer.self_attn, layer.mlp), layer.shortcut)]
-    else:
-        parts = [
-            (layer.input_norm, (layer.self_attn,), layer.attention_shortcut),
-            (layer.mlp_norm, (layer.mlp,), layer.mlp_shortcut),
-        ]
-    return tuple(_pack_block(config, *part) for part in parts)
+        return (_pack_block(config, reader, index, (layer.self_attn, layer.mlp), layer.shortcut, None),)
+    attention = (layer.self_attn,), layer.attention_shortcut, layer.attention_output_norm
+    return (
+        _pack_block(config, reader, 2 * index, *attention),
+        _pack_block(config, reader, 2 * index + 1, (layer.mlp,), layer.mlp_shortcut, layer.mlp_output_norm),
+    )
+
+
+def without_constants(blocks: list[PackedBlock]) -> tuple[Tensor | None, tuple[PackedBlock, ...]]:
+    """The same blocks; what only adds a constant to the stream is added to the bias of the block before it, unless a
+    norm stands behind that.
+
+    Returns:
+        What is to be added to the stream before the first block, [d] or None, and the blocks.
+    """
+    first: Tensor | None = None
+    kept: list[PackedBlock] = []
+    for block in blocks:
+        if not block.is_constant or (kept and kept[-1].output_norm is not None):
+            kept.append(block)
+        elif kept:
+            kept[-1] = replace(kept[-1], output_bias=_sum_of(kept[-1].output_bias, block.output_bias))
+        else:
+            first = _sum_of(first, block.output_bias)
+    return first, tuple(kept)
+
+
+def _sum_of(*biases: Tensor | None) -> Tensor:
+    """Rounded once."""
+    there = [bias for bias in biases if bias is not None]
+    return sum(bias.double() for bias in there).to(there[0].dtype)
+
+
+def rotary_embeddings(module: nn.Module | None) -> list[nn.Module]:
+    """A network's rotary embeddings, one for each of its `rope_settings`."""
+    if module is None:
+        return []
+    return list(module.children()) if isinstance(module, LayerRotaryEmbeddings) else [module]
 
 
 def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
@@ -250,87 +382,116 @@ def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
 
 
 def _pack_block(
-    config: SlicedConfig, norm: nn.Module, modules: tuple[nn.Module, ...], shortcut: nn.Module
+    config: SlicedConfig,
+    reader: WeightReader,
+    boundary: int,
+    modules: tuple[nn.Module, ...],
+    shortcut: nn.Module,
+    output_norm: nn.Module | None,
 ) -> PackedBlock:
-    inputs, outputs, biases, factor = [], [], [], None
+    width, next_width = config.boundary_widths[boundary : boundary + 2]
+    inputs, writers, constants, factor = [], [], [], None
     for module in modules:
+        if isinstance(module, Constant):
+            constants.append(module.bias)
+            continue
         if isinstance(module, SlicedAttention):
-            inputs.append(_pack_attention(config, module))
-            writer = module.o_proj
+            inputs.append(_pack_attention(config, reader, module))
+            writers.append(module.o_proj)
         else:
-            inputs.append(_pack_mlp(config, module))
-            writer = module.down_proj
-        outputs.append(writer.weight)
-        if writer.bias is not None:
-            biases.append(writer.bias)
+            inputs.append(_pack_mlp(config, reader, module))
+            writers.append(module.down_proj)
+    output = reader.beside(writers) if writers else constants[0].new_empty(next_width, 0)
+    biases = [*constants, *(writer.bias for writer in writers if writer.bias is not None)]
     if isinstance(shortcut, CompactShortcut) and len(shortcut.factor):
         # z = h F are the last columns of the last input GEMM; -Fᵀ brings them back to h's columns.
-        last = inputs[-1]
-        weight = torch.cat((last.weight, shortcut.factor))
-        factor = weight[len(last.weight) :]
-        inputs[-1] = Projection(weight, last.bias, last.n_scaled, last.activation, last.attention)
-        outputs.append(-F.pad(shortcut.factor, (0, shortcut.padding)).mT)
+        if inputs:
+            last = inputs[-1]
+            inputs[-1] = replace(last, weight=with_factor(last.weight, shortcut.factor))
+            if not isinstance(last.weight, PanelWeight) and not isinstance(output, PanelWeight):
+                factor = inputs[-1].weight[len(last.weight) :]
+        else:
+            factor = shortcut.factor.detach()
+            inputs.append(Projection(factor, None, 0, "none"))
+        output = with_negative_factor(output, shortcut.factor, shortcut.padding)
     return PackedBlock(
         inputs=tuple(inputs),
-        width=norm.width,
-        eps=norm.eps,
-        output=torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].detach(),
+        width=width,
+        eps=config.boundary_eps(boundary) if config.pre_norm else None,
+        output=output,
         output_bias=sum(biases) if biases else None,
         shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
         factor=factor,
+        output_norm=output_norm.weight.detach() if isinstance(output_norm, nn.RMSNorm) else None,
+        inner_eps=config.inner_norm_eps,
     )
 
 
-def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection:
+def _pack_attention(config: SlicedConfig, reader: WeightReader, module: SlicedAttention) -> Projection:
     modules = (module.v_proj, module.k_proj, module.q_proj)
-    weight = torch.cat([one.weight for one in modules])
-    bias = norm = None
+    weight = reader.below(modules)
+    key_heads = module.k_proj.out_features // config.head_dim
+    heads = module.q_proj.out_features // config.head_dim
+    bias = norm = whole_norms = None
     if module.q_proj.bias is not None:
         bias = torch.cat([one.bias for one in modules])
-    if config.qk_norm:
-        key_scale = module.k_norm.weight.expand(config.num_key_value_heads, -1)
-        query_scale = module.q_norm.weight.expand(config.num_attention_heads, -1)
+    if module.norm_whole:
+        whole_norms = module.k_norm.weight.detach(), module.q_norm.weight.detach()
+    elif config.qk_norm:
+        key_scale = module.k_norm.weight.expand(key_heads, -1)
+        query_scale = module.q_norm.weight.expand(heads, -1)
         norm = torch.cat((key_scale, query_scale))
     attention = PackedAttention(
         layer=module.layer_idx,
-        heads=config.num_attention_heads,
-        key_heads=config.num_key_value_heads,
+        heads=heads,
+        key_heads=key_heads,
         head_dim=config.head_dim,
         norm=norm,
-        norm_eps=config.rms_norm_eps,
+        norm_eps=config.inner_norm_eps,
         window=module.sliding_window,
-        rotary=module.uses_rope,
+        rotary=config.rope_setting(module.layer_idx) if module.uses_rope else None,
         rotate_first=config.qk_norm_after_rope,
+        whole_norms=whole_norms,
+        softcap=config.attn_logit_softcapping,
     )
     return Projection(weight, bias, len(weight), "none", attention)
 
 
-def _pack_mlp(config: SlicedConfig, module: SlicedMLP) -> Projection:
+def _pack_mlp(config: SlicedConfig, reader: WeightReader, module: SlicedMLP) -> Projection:
     activation = ACTIVATION_NAMES[config.hidden_act]
     if not config.gated_mlp:
         bias = None if module.up_proj.bias is None else module.up_proj.bias.detach()
-        return Projection(module.up_proj.weight.detach(), bias, module.up_proj.out_features, activation)
-    weight = torch.cat((module.gate_proj.weight, module.up_proj.weight))
+        return Projection(reader.below([module.up_proj]), bias, module.up_proj.out_features, activation)
+    weight = reader.below([module.gate_proj, module.up_proj], gated=True)
     bias = None if module.up_proj.bias is None else torch.cat((module.gate_proj.bias, module.up_proj.bias))
     return Projection(weight, bias, len(weight), f"{activation}_gated")
 
 
-def _pack_head(model: SlicedForCausalLM) -> tuple[Tensor | None, Projection | None, Projection]:
+def _pack_head(
+    model: SlicedForCausalLM, embedding: Tensor | PanelWeight, reader: WeightReader
+) -> tuple[Tensor | None, Projection | None, Projection]:
     """The scale of the last norm, the projection to a tied head's width, and the head.
 
     The shift of the last norm passes through the head and becomes a bias of the logits.
     """
     norm, projection, head = model.model.norm, model.model.head_projection, model.lm_head
-    weight = head.weight.detach()
+    tied = _first_address(head) == _first_address(model.model.embed_tokens)
+    weight = embedding if tied else reader.table(head)
     bias = None if head.bias is None else head.bias.detach()
     scale = None
     if isinstance(norm, FinalNorm):
         scale = norm.weight.detach()
         if norm.bias is not None:
-            shift = torch.cat([rows.double() @ norm.bias.double() for rows in weight.split(16384)])
+            dense = weight.dense(weight.dtype) if isinstance(weight, PanelWeight) else weight
+            shift = torch.cat([rows.double() @ norm.bias.double() for rows in dense.split(16384)])
             bias = (shift if bias is None else shift + bias.double()).to(weight.dtype)
     if isinstance(projection, nn.Linear):
         inner_bias = None if projection.bias is None else projection.bias.detach()
         inner = Projection(projection.weight.detach(), inner_bias, projection.out_features, "none")
         return scale, inner, Projection(weight, bias, 0, "none")
     return scale, None, Projection(weight, bias, len(weight), "none")
+
+
+def _first_address(module: nn.Module) -> int:
+    """Where the first of a module's parameters lies: the same for tied ones."""
+    return next(module.parameters()).data_ptr()
