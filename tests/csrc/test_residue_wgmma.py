@@ -112,7 +112,8 @@ class WrongPairs:
 @on_hopper
 def test_checked_takes_the_fastest_that_is_right(hopper, monkeypatch, caplog):
     """A kernel with other bits is passed over with a warning; what is found is kept."""
-    device, X, real = torch.device(hopper.device), values(70, 70), extension.module
+    monkeypatch.setattr(cuda_gram, "CHECK_SHAPE", (70, 130))
+    device, X, real = torch.empty(0, device=hopper.device).device, values(70, 70), extension.module
     for wrong, chosen in (((), "wgmma-pairs"), ((3,), "wgmma"), ((2, 3), "mma")):
         monkeypatch.setattr(extension, "module", WrongPairs(real, wrong))
         cuda_gram.checked_exact_kernel.cache_clear()

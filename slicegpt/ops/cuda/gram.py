@@ -24,6 +24,8 @@ DTYPES_OF = {"fp64": DTYPES, "exact": DTYPES[:3], "fast": HALF}
 _EXACT_KERNELS = {"auto": 0, "mma": 1, "wgmma": 2, "wgmma-pairs": 3}
 # The fastest kernel by estimate that gives mma's bits on this device: found out once a process.
 CHECKED = "checked"
+# Tokens and columns of its block: several tiles, an odd number of groups of columns, stages that are used again.
+CHECK_SHAPE = (1100, 300)
 
 
 def is_supported(capability: tuple[int, int], dtype: torch.dtype, precision: str) -> bool:
@@ -97,8 +99,7 @@ def _requested_exact_kernel(X: Tensor) -> int:
 def checked_exact_kernel(device: torch.device) -> str:
     """ "wgmma-pairs", else "wgmma", where it gives the bits of "mma" on a small block; else "mma", with a warning.
 
-    The block has several tiles, an odd number of groups of columns and stages that are used again. Runs a millisecond,
-    and synchronises.
+    It synchronises.
     """
     with extension.on_device(torch.empty(0, device=device)):
         if not extension.module.gram_exact_has_wgmma():
@@ -117,8 +118,8 @@ def checked_exact_kernel(device: torch.device) -> str:
 
 def _small_gram(device: torch.device, kernel: str) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    X = torch.randn(1100, 300, generator=generator).to(device, torch.float16)
-    C = torch.zeros(300, 300, dtype=torch.float64, device=device)
+    X = torch.randn(CHECK_SHAPE, generator=generator).to(device, torch.float16)
+    C = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=device)
     _launch_exact(C, X, None, _EXACT_KERNELS[kernel])
     return C
 
