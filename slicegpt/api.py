@@ -40,7 +40,7 @@ from slicegpt.checkpoint.partial import check_partial, is_finished, partial_fold
 from slicegpt.checkpoint.record import calibration_record, size_record, slicing_record
 from slicegpt.checkpoint.report import SliceReport
 from slicegpt.checkpoint.saving import save_sliced, write_beside_weights
-from slicegpt.conversion.plan import plan_recipe, settled
+from slicegpt.conversion.plan import plan_choices, settled
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.report import Evaluation
@@ -235,7 +235,7 @@ def slice(
         recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch."))
         fields = canonical_fields(dense)
         recipe = settled(recipe, fields, device)
-        config = plan_recipe(recipe, fields, dtype)
+        config, *others = plan_choices(recipe, fields, dtype)
         planned = size_record(config, dtype)
         scratch = None if path is None else path.parent
         kept = output is None or isinstance(model, PreTrainedModel)
@@ -249,7 +249,9 @@ def slice(
         if not ranks.first:
             # It needs neither the text nor the model that may write some of it, and keeps nothing.
             drawn = ranks.decide(lambda: None)
-            slice_source(dense, config, drawn, options, MemorySink(), progress, reuse=reuse)
+            slice_source(
+                dense, config, drawn, options, MemorySink(), progress, reuse=reuse, alternatives=others
+            )
             return None
         if size == "slice" and recipe.slice and planned["parameters"] >= planned["dense_parameters"]:
             progress.warn(
@@ -278,7 +280,7 @@ def slice(
         warnings = calibration_warnings(figures)
         for warning in warnings:
             progress.warn(warning)
-        config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper, reuse)
+        config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper, reuse, others)
         sliced = sink.finished(dense.generation_config)
         check = None
         if held_out:

@@ -20,6 +20,7 @@ from slicegpt.recipe_rules import (
     FORMER_NAMES,
     POSITIVE,
     Rule,
+    allocation,
     byte_count,
     choice,
     number,
@@ -38,6 +39,8 @@ SHORTCUT_MODES = ("compact", "dense")
 ORIENTATIONS = ("aligned", "random", "pca")
 SIGNALS = ("residual", "normalized")
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+# How many neurons each layer keeps: by prices (`slicegpt.slicing.plans`), by the refit's objective, or all the same.
+PRICES, OBJECTIVE, UNIFORM = ALLOCATIONS = ("prices", "objective", "uniform")
 
 # The calibration of a run whose documents were handed over as such: no file can name them.
 IN_MEMORY = "documents in memory"
@@ -72,9 +75,11 @@ class Recipe:
         shortcut: "compact" or "dense"; None is compact where the orientation allows it.
         orientation: "aligned", "random" or "pca": the basis inside each subspace; compact shortcuts need aligned ones.
         slice_head: slice the last boundary, which the head reads, too.
-        neurons: fraction of MLP neurons to delete, in [0, 1), or "auto", in step with the columns. None is auto where
-            a true size is asked for (`keep`, `target_bytes`) and the refit is on, else 0.
-        allocate: layers keep more or fewer neurons as deleting them costs; else all the same.
+        neurons: fraction of MLP neurons to delete, in [0, 1), or "auto": as many as the size asks for. None is auto
+            where a true size is asked for (`keep`, `target_bytes`) and the refit is on, else 0.
+        allocate: which layers give them up. "prices": as the logits' loss and the refit's objective say, with as many
+            columns deleted beside them as pay; "objective": as the objective alone says, in step with the columns;
+            "uniform": all the same, and no columns. True and False are former names of "objective" and "uniform".
         signal: "residual" or "normalized": what the covariance is taken of.
         refit: fit every block's output weights to the dense model's stream.
         ridge: λ of the refit, above 0, relative to the mean diagonal; or "auto": by the loss on held-out windows.
@@ -147,7 +152,16 @@ class Recipe:
             True,
         ),
     )
-    allocate: bool = choice("shape", True, FLAG)
+    allocate: str = choice(
+        "shape",
+        PRICES,
+        Rule(
+            f"one of {', '.join(ALLOCATIONS)}",
+            allocation,
+            f"be one of {', '.join(ALLOCATIONS)}",
+            lambda value: value in ALLOCATIONS,
+        ),
+    )
     signal: str = choice("shape", "residual", one_of(SIGNALS))
 
     refit: bool = choice("output refit", True, FLAG)

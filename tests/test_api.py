@@ -163,7 +163,7 @@ def test_small_text_is_told(folder, text, capsys):
         {"keep": 0.9},
         {"slice": 0.25, "shortcut": "dense", "refit": False, "orientation": "random", "seed": 3},
         {"widths": [36, 40, 40, 32, 40, 44, 48], "dtype": "bfloat16", "vocabulary_prior": 0.1},
-        {"target_bytes": 250e3, "neurons": 0.1, "allocate": False, "refit_share": 0.5, "batch_size": 2},
+        {"target_bytes": 250e3, "neurons": 0.1, "allocate": "uniform", "refit_share": 0.5, "batch_size": 2},
     ],
 )
 def test_a_folder_s_recipe_makes_it_again(folder, text, tmp_path, choices):

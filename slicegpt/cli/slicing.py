@@ -10,7 +10,17 @@ from slicegpt.checkpoint.names import check_name
 from slicegpt.checkpoint.partial import check_partial, interrupted_recipe, what_is_kept
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.launcher import launched
-from slicegpt.recipe import AUTO, IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
+from slicegpt.recipe import (
+    ALLOCATIONS,
+    AUTO,
+    IN_MEMORY,
+    NAMES,
+    ORIENTATIONS,
+    SHORTCUT_MODES,
+    SIGNALS,
+    UNIFORM,
+    Recipe,
+)
 from slicegpt.table import check_writable
 
 from . import interrupts
@@ -84,13 +94,23 @@ def add_parser(commands) -> None:
         "--neurons",
         type=number_or_auto,
         metavar="F",
-        help="fraction of MLP neurons to delete as well, or auto: in step with the columns (default with --keep and "
+        help="fraction of MLP neurons to delete as well, or auto: what the size asks for (default with --keep and "
         "--target-bytes; else 0)",
     )
     shape.add_argument(
         "--allocate",
-        action=argparse.BooleanOptionalAction,
-        help="layers keep more or fewer neurons as deleting them costs (default), or all the same",
+        choices=ALLOCATIONS,
+        help="which layers give up neurons: by prices, what the logits lose by them, and columns as far as they pay "
+        "(default); by the refit's objective alone; or uniform, all the same",
+    )
+    add_option(
+        shape,
+        "--uniform",
+        former=["--no-allocate"],
+        action="store_const",
+        const=UNIFORM,
+        dest="allocate",
+        help="as many neurons in every layer, and no columns deleted for a true size: --allocate uniform",
     )
     shape.add_argument("--signal", choices=SIGNALS, help="what the covariance is taken of")
 

@@ -11,11 +11,18 @@ from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig, factor_rank
 from slicegpt.modeling.sizes import stored_parameters
-from slicegpt.recipe import AUTO, ORIENTATIONS, SHORTCUT_MODES, Recipe
+from slicegpt.recipe import AUTO, OBJECTIVE, ORIENTATIONS, PRICES, SHORTCUT_MODES, Recipe
 
-# MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: about the ratio of
-# the least loss on held-out calibration text, at 90 and at 80 % of SmolLM2-135M's decoder (docs/quality.md).
+# MLP neurons that are deleted beside columns where a true size is asked for and no prices are taken, as fractions of
+# each: about the ratio of the least loss on held-out calibration text, at 90 and at 80 % of SmolLM2-135M's decoder
+# (docs/quality.md).
 NEURONS_TO_COLUMNS = 8.0
+
+# Fractions of the columns that are deleted in the plans whose prices are compared with those of the full width.
+NARROWER = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+
+# Of its neurons a network keeps this fraction at least; a smaller one has fewer columns.
+FEWEST_KEPT = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,14 @@ def settled(recipe: Recipe, fields: dict, device: torch.device | str = "cpu") ->
 def plan_recipe(
     recipe: Recipe, fields: dict, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> SlicedConfig:
-    """The configuration of the sliced model that a recipe asks for.
+    """The first of `plan_choices`."""
+    return plan_choices(recipe, fields, dtype, device)[0]
+
+
+def plan_choices(
+    recipe: Recipe, fields: dict, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> list[SlicedConfig]:
+    """The configurations that a recipe leaves open: one, or several of the same size, the widest first.
 
     Args:
         recipe: with a size.
@@ -194,13 +208,76 @@ def plan_recipe(
     shape, size = Shape.of(recipe), recipe.size
     with renamed(slice=size, widths=size, target=size):
         if size == "widths":
-            return plan(fields, recipe.widths, shape)
+            return [plan(fields, recipe.widths, shape)]
         if size == "slice":
             width = width_for_slice(fields["dense_hidden_size"], recipe.slice, recipe.round_to)
-            return plan(fields, constant_widths(fields, width, recipe.slice_head), shape)
+            return [plan(fields, constant_widths(fields, width, recipe.slice_head), shape)]
         if size == "keep":
-            return plan_for_parameters(fields, int(recipe.keep * fields["source_parameters"]), shape)
-        return plan_for_parameters(fields, int(recipe.target_bytes / dtype.itemsize), shape)
+            target = int(recipe.keep * fields["source_parameters"])
+        else:
+            target = int(recipe.target_bytes / dtype.itemsize)
+        return choices_for_parameters(fields, target, shape, recipe.allocate)
+
+
+def choices_for_parameters(
+    fields: dict,
+    target: int,
+    shape: Shape,
+    allocate: str,
+    count: Callable[[SlicedConfig], int] = stored_parameters,
+) -> list[SlicedConfig]:
+    """Configurations that store at most `target` elements, the widest first: what `allocate` chooses from.
+
+    Where the number of neurons is open (`shape.neurons` is None), the full width with fewer neurons is the first
+    choice, and the only one of "uniform"; "prices" compares it with narrower networks. Where the full width does not
+    reach the size, and for "objective", there is the one of `plan_for_parameters`, with columns and neurons in step.
+
+    Args:
+        allocate: as `Recipe.allocate`.
+        count: what is counted.
+    """
+    whole_width = shape.orientation == "aligned" and not shape.slice_head
+    if shape.neurons is not None or allocate == OBJECTIVE or not whole_width:
+        return [plan_for_parameters(fields, target, shape, count)]
+    dense_width, dense = fields["dense_hidden_size"], fields["intermediate_size"]
+    step = multiple_of(shape.round_to, dense_width)
+    # Shared out among the layers they are multiples all the same, and their sum is as large as there is room for.
+    unit = 1 if allocate == PRICES else step
+    fractions = (0.0, *NARROWER) if allocate == PRICES else (0.0,)
+    found: list[SlicedConfig] = []
+    for width in dict.fromkeys(width_for_slice(dense_width, fraction, step) for fraction in fractions):
+        if width < head_dim(fields):
+            break
+        neurons = _most_neurons(fields, width, shape, target, count, unit)
+        if neurons is not None and neurons >= FEWEST_KEPT * dense:
+            found.append(plan(fields, constant_widths(fields, width), shape, neurons))
+        if neurons == dense:  # narrower networks are smaller than asked for
+            break
+    return found or [plan_for_parameters(fields, target, shape, count)]
+
+
+def _most_neurons(
+    fields: dict,
+    width: int,
+    shape: Shape,
+    target: int,
+    count: Callable[[SlicedConfig], int],
+    step: int,
+) -> int | None:
+    """Neurons that a network of one width has room for, a multiple of `step` or all of them; None: for none."""
+    dense, widths = fields["intermediate_size"], constant_widths(fields, width)
+
+    def at(neurons: int) -> int:
+        return count(plan(fields, widths, shape, neurons))
+
+    most, least = at(dense), at(min(step, dense))
+    if most <= target:
+        return dense
+    if least > target:
+        return None
+    # What is stored is linear in the neurons.
+    each = (most - least) // (dense - step)
+    return (step + (target - least) // each) // step * step
 
 
 def plan_for_parameters(

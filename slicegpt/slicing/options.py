@@ -9,7 +9,7 @@ import torch
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.ranks import Ranks
-from slicegpt.recipe import AUTO, ORIENTATIONS, SIGNALS, Recipe
+from slicegpt.recipe import ALLOCATIONS, AUTO, OBJECTIVE, ORIENTATIONS, SIGNALS, Recipe
 from slicegpt.slicing.streams import STORAGES
 
 
@@ -31,7 +31,8 @@ class SlicingOptions:
         refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.slicing.objective`.
         ridge: its λ; None: of `Objective.ridges` the one that loses least on held-out windows.
         allocate: where a config deletes the same number of neurons everywhere, each layer gives up as many as its
-            costs call for (`slicegpt.slicing.allocation`); False keeps that number.
+            costs call for: by "prices" (`slicegpt.slicing.plans`) or by the "objective" alone
+            (`slicegpt.slicing.allocation`); "uniform" keeps that number.
         neuron_multiple: those numbers are multiples of it.
         fitted: the share of the calibration batches that it fits to; the covariances are of all of them.
         ranks: the processes that share the calibration batches, see `slicegpt.hardware.ranks`. All of them slice the
@@ -48,7 +49,7 @@ class SlicingOptions:
     refit: bool = True
     ridge: float | None = None
     fitted: float = 1.0
-    allocate: bool = True
+    allocate: str = OBJECTIVE
     neuron_multiple: int = 64
     scratch: Path | None = None
     ranks: Ranks = field(default_factory=Ranks)
@@ -58,6 +59,7 @@ class SlicingOptions:
             ("orientation", self.orientation, ORIENTATIONS),
             ("signal", self.signal, SIGNALS),
             ("activation_storage", self.activation_storage, STORAGES),
+            ("allocate", self.allocate, ALLOCATIONS),
         ):
             if value not in allowed:
                 raise SliceGPTError(f"must be one of {', '.join(allowed)}, got {value!r}", name)
@@ -110,6 +112,7 @@ class SlicingReport:
         refit: for each refitted block `{"block", "ridge", "remaining"}`: its index, λ, and the fraction of its squared
             error before the fit that remains (None where there was none to speak of).
         ridge_search: where λ was chosen, the held-out loss of each candidate, in nats a token.
+        plans: where plans were compared, the best one first, see `slicegpt.slicing.plans.Plan.record`.
     """
 
     tokens: int = 0
@@ -117,3 +120,4 @@ class SlicingReport:
     eigenvalues: list[list[float] | None] = field(default_factory=list)
     refit: list[dict] = field(default_factory=list)
     ridge_search: dict[float, float] | None = None
+    plans: list[dict] = field(default_factory=list)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -88,6 +88,7 @@ class Propagation:
         # Shapes of the ids of all ranks' batches, by which a snapshot has them.
         shapes = [tuple(batch.input_ids.shape) for batch in batches]
         self.shapes = {"streams": shapes, "dense_streams": shapes[:fitted]}
+        self.others: dict[str, MutableSequence[torch.Tensor]] = {}
         fitted_batches, batches = self.ranks.deal(batches[:fitted]), self.ranks.deal(batches)
         tokens = sum(batch.input_ids.numel() for batch in [*batches, *fitted_batches])
         stream_bytes = tokens * config.dense_hidden_size * dtype.itemsize
@@ -103,16 +104,9 @@ class Propagation:
 
     def start(self, checkpoint: Checkpoint, covariance: Covariance | None) -> None:
         """Fill the streams before the first block."""
-        table, positions = checkpoint.embedding.to(self.device), checkpoint.positions
-        positions = None if positions is None else positions.to(self.device)
+        table, positions = self._tables(checkpoint)
         for index, batch in enumerate(self.streams.batches):
-            stream = table[batch.input_ids]
-            if positions is not None:
-                ids = self.shell.default_position_ids(stream, batch.attention_mask, 0)
-                stream = stream + positions[ids + self.config.position_offset]
-            if checkpoint.family.mean_subtraction:
-                stream = centre(stream, True)
-            stream = stream.to(self.dtype)
+            stream = self._embedded(checkpoint, table, positions, batch)
             if covariance is not None:
                 covariance.add(stream, batch.attention_mask)
             self.streams[index] = stream
@@ -120,7 +114,31 @@ class Propagation:
                 self.dense_streams[index] = stream
         self.add_up(covariance)
 
+    def embedded(self, checkpoint: Checkpoint, batch: TokenBatch) -> torch.Tensor:
+        """The stream of other tokens before the first block."""
+        return self._embedded(checkpoint, *self._tables(checkpoint), batch)
+
+    def _tables(self, checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor | None]:
+        positions = checkpoint.positions
+        return checkpoint.embedding.to(self.device), None if positions is None else positions.to(self.device)
+
+    def _embedded(
+        self, checkpoint: Checkpoint, table: torch.Tensor, positions: torch.Tensor | None, batch: TokenBatch
+    ) -> torch.Tensor:
+        stream = table[batch.input_ids]
+        if positions is not None:
+            ids = self.shell.default_position_ids(stream, batch.attention_mask, 0)
+            stream = stream + positions[ids + self.config.position_offset]
+        if checkpoint.family.mean_subtraction:
+            stream = centre(stream, True)
+        return stream.to(self.dtype)
+
     # --- what a snapshot of a run holds of it ---
+
+    def include(self, kind: str, streams: MutableSequence[torch.Tensor]) -> None:
+        """Snapshots also hold `streams`, which are dealt out among the ranks like batches: number i is that of place
+        `i // size` on rank `i % size`. `shapes[kind]` lists those that there are, as windows and tokens."""
+        self.others[kind], self.shapes[kind] = streams, []
 
     def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Names, dtypes and shapes of all streams: they are numbered by batches, whoever has them."""
@@ -177,8 +195,9 @@ class Propagation:
             for index, shape in enumerate(shapes):
                 yield kind, index, (*shape, width)
 
-    def _own(self, kind: str) -> Streams:
-        return self.streams if kind == "streams" else self.dense_streams
+    def _own(self, kind: str) -> Streams | MutableSequence[torch.Tensor]:
+        own = {"streams": self.streams, "dense_streams": self.dense_streams}
+        return own[kind] if kind in own else self.others[kind]
 
     def inputs(self, block: Block, stream: torch.Tensor, batch: TokenBatch) -> dict:
         """Attention mask and positions, as the block's attention takes them."""
@@ -287,9 +306,15 @@ class Propagation:
         self.add_up(covariance)
 
     def collect_dense(
-        self, block: Block, dense: LiftedBlock, objective: Objective, moments: Moments | None
+        self,
+        block: Block,
+        dense: LiftedBlock,
+        objective: Objective,
+        moments: Moments | None,
+        covariance: Covariance | None = None,
     ) -> None:
-        """Bring every batch past the dense model's block, and add it to the moments of what it writes."""
+        """Bring every batch past the dense model's block, and add it to the moments of what it writes, and to the
+        covariance of the stream that comes out."""
         joined = None if moments is None else JoinedBatches(moments)
         for index, batch, stream in self.streams:
             inputs = self.inputs(block, stream.to(dense.dtype), batch)
@@ -298,8 +323,11 @@ class Propagation:
             if joined is not None:
                 target = objective.target(out, carried)
                 self.add_moments(joined, objective, batch, activations.to(out.dtype), target, stream, out)
+            if covariance is not None:
+                covariance.add(out, batch.attention_mask)
         if joined is not None:
             self.add_up(joined.finish())
+        self.add_up(covariance)
 
     def add_up(self, sums: Covariance | Moments | None) -> None:
         """Sums over this rank's batches become those over all, on rank 0; the time includes waiting for the slowest."""

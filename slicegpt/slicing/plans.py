@@ -1,0 +1,203 @@
+"""Which plan is sliced: how wide the network is, and how many neurons each layer keeps, of those that reach the size.
+
+Plans are predicted from costs that are taken once (`slicegpt.slicing.allocation`), at every width that is considered;
+the best few are measured (`slicegpt.slicing.trials`), and the best of these is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from slicegpt.calibration.batches import CalibrationBatch
+from slicegpt.families import Checkpoint
+from slicegpt.modeling import SlicedConfig
+from slicegpt.progress import Progress
+from slicegpt.recipe import PRICES
+from slicegpt.slicing.allocation import (
+    Costs,
+    deletion_costs,
+    fewest_neurons,
+    looked_at,
+    neuron_structures,
+    share_out,
+)
+from slicegpt.slicing.exchange import losses_along, rise_at
+from slicegpt.slicing.keeping import Keeper
+from slicegpt.slicing.objective import Objective
+from slicegpt.slicing.options import SlicingOptions
+from slicegpt.slicing.prices import priced_windows
+from slicegpt.slicing.reuse import Reuse
+from slicegpt.slicing.trials import trial
+
+logger = logging.getLogger("slicegpt")
+
+# Exponents e of `slicegpt.slicing.exchange`: the geometric mean of price and objective, and the price alone.
+EXPONENTS = (0.5, 0.0)
+
+# A plan with fewer columns is measured where its prediction is at most so many times the best one's: the price of a
+# width is an upper bound (`slicegpt.slicing.prices`).
+NARROWER_WITHIN = 1.5
+
+# The curves go down to this fraction of the neurons at least, so that all sizes share them.
+FEWEST_PRICED = 0.125
+
+
+@dataclass
+class Plan:
+    """A way to reach the size.
+
+    Attributes:
+        config: with the neurons of each layer.
+        exponent: of the predicted losses that it is the best by; None: of the objective's rises alone.
+        predicted: the sum of these, in nats a token.
+        measured: the divergence of its logits from the dense model's, in nats a token; None: not measured.
+    """
+
+    config: SlicedConfig
+    exponent: float | None = None
+    predicted: float | None = None
+    measured: float | None = None
+
+    def shape(self, choices: Sequence[SlicedConfig]) -> tuple[int, list[int], float | None, float | None]:
+        """Which of `choices` it is of, its neurons, and its figures: plain values."""
+        widths = [config.boundary_widths for config in choices]
+        index = widths.index(self.config.boundary_widths)
+        return index, self.config.neurons, self.exponent, self.predicted
+
+    def record(self) -> dict:
+        """For `slicing.json`."""
+        return {
+            "width": max(self.config.boundary_widths[:-1]),
+            "neurons": self.config.neurons,
+            "exponent": self.exponent,
+            "predicted": self.predicted,
+            "measured": self.measured,
+        }
+
+
+def find_plan(
+    checkpoint: Checkpoint,
+    choices: Sequence[SlicedConfig],
+    batches: Sequence[CalibrationBatch],
+    options: SlicingOptions,
+    objective: Objective,
+    ridge: float,
+    progress: Progress,
+    keeper: Keeper | None = None,
+    reuse: Reuse | None = None,
+) -> list[Plan]:
+    """The plans that were measured, or the only one; the best one first.
+
+    Args:
+        choices: configs of the same size and different widths, each with the same number of neurons in all layers.
+        batches: calibration tokens, of which a part is looked at.
+        objective, ridge: of the refit, and its λ.
+        keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
+        reuse: where the costs are kept for other sizes.
+
+    Returns:
+        The same on all ranks.
+    """
+    keeper, prices = keeper or Keeper(), options.allocate == PRICES
+    part = looked_at(batches)
+    windows = priced_windows(batches, len(part)) if prices else None
+    multiple = options.neuron_multiple
+    fewest = min(fewest_neurons(config, multiple) for config in choices)
+    widths: tuple[int, ...] = ()
+    if prices:
+        whole = choices[0].dense_intermediate_size
+        fewest = min(fewest, max(multiple, int(FEWEST_PRICED * whole) // multiple * multiple))
+        widths = tuple(width for config in choices if (width := _width(config)) < config.dense_hidden_size)
+
+    def find_costs() -> Costs:
+        return deletion_costs(
+            checkpoint,
+            choices[0],
+            part,
+            options,
+            objective,
+            ridge,
+            progress,
+            keeper,
+            fewest,
+            windows,
+            widths if len(choices) > 1 else (),
+        )
+
+    began = time.perf_counter()
+    if reuse is None:
+        costs = find_costs()
+    else:  # of the size, they depend on how far the curves go, and on the widths, alone
+        key = ("deletion costs", fewest, widths, prices, ridge, options.dtype, options.device)
+        costs = reuse.value(key, find_costs)
+    keeper.journal["costs_seconds"] = keeper.journal.get("costs_seconds", 0.0) + time.perf_counter() - began
+    shapes = options.ranks.decide(
+        lambda: [plan.shape(choices) for plan in predicted_plans(choices, costs, multiple)]
+    )
+    plans = [Plan(_with_neurons(choices[index], neurons), *figures) for index, neurons, *figures in shapes]
+    if len(plans) == 1:
+        return plans
+
+    known = list(keeper.journal.get("trials", []))
+    with progress.stage("plans, sliced on a part of the text", len(plans), "plans") as advance:
+        for number, plan in enumerate(plans):
+            done = options.ranks.decide(lambda number=number: known[number] if number < len(known) else None)
+            if done is None:
+                began = time.perf_counter()
+                done = trial(checkpoint, plan.config, part, windows, costs.dense, options, objective, ridge)
+                known.append(done)
+                seconds = keeper.journal.get("trials_seconds", 0.0) + time.perf_counter() - began
+                keeper.note(trials=list(known), trials_seconds=seconds)
+            plan.measured = done
+            advance(1)
+    losses = options.ranks.decide(lambda: [plan.measured for plan in plans])
+    plans = [replace(plan, measured=loss) for plan, loss in zip(plans, losses, strict=True)]
+    plans.sort(key=lambda plan: plan.measured)
+    logger.info("plans: %s", [plan.record() for plan in plans])
+    return plans
+
+
+def predicted_plans(choices: Sequence[SlicedConfig], costs: Costs, multiple: int) -> list[Plan]:
+    """The plans that are worth a trial, each of them different.
+
+    By the price and by its geometric mean with the objective the best plan of all widths, and the best one with fewer
+    columns where it comes near.
+    """
+    if costs.prices is None:
+        return [
+            Plan(
+                _with_neurons(
+                    choices[0], share_out(neuron_structures(costs.curves, choices[0], multiple), choices[0])
+                )
+            )
+        ]
+    found: list[Plan] = []
+    for exponent in EXPONENTS:
+        losses = losses_along(costs.curves, costs.prices.neurons, exponent)
+        ranked = []
+        for config in choices:
+            structures = neuron_structures(losses, config, multiple)
+            neurons = share_out(structures, config)
+            columns = costs.prices.columns.get(_width(config), 0.0)
+            rises = sum(rise_at(curve, count) for curve, count in zip(losses, neurons, strict=True))
+            ranked.append(Plan(_with_neurons(config, neurons), exponent, columns + rises))
+        ranked.sort(key=lambda plan: plan.predicted)
+        best = ranked[0]
+        found.append(best)
+        others = [plan for plan in ranked if _width(plan.config) < _width(best.config)]
+        if exponent == EXPONENTS[0] and others and others[0].predicted <= NARROWER_WITHIN * best.predicted:
+            found.append(others[0])
+    different = {(_width(plan.config), *plan.config.neurons): plan for plan in reversed(found)}
+    return list(reversed(different.values()))
+
+
+def _width(config: SlicedConfig) -> int:
+    """Columns that a network of one width keeps."""
+    return max(config.boundary_widths[:-1])
+
+
+def _with_neurons(config: SlicedConfig, neurons: list[int]) -> SlicedConfig:
+    return SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
