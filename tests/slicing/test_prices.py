@@ -157,7 +157,8 @@ def test_the_plan_reaches_the_size_and_is_the_best_measured(case):
     target, choices = planned(case)
     checkpoint = checkpoint_of(model)
     plans = find_plan(checkpoint, choices, calibration, OPTIONS, Objective(), 0.1, SILENT)
-    step = 4 * 3 * 48
+    # A step of one layer's neurons is left over, and less than one neuron of every layer.
+    step = (4 + 3) * 3 * 48
     for plan in plans:
         assert target - step < stored_parameters(plan.config) <= target
         assert all(count % 4 == 0 for count in plan.config.neurons)
