@@ -1,6 +1,8 @@
 """`slicegpt demo`: the whole path on a real model, SmolLM2-135M, in a few minutes on two CPU cores."""
 
 import argparse
+import shutil
+import textwrap
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from .options import add_json, add_shared, positive
 from .parser import add_option
 
 PROMPT = "The for statement is used to iterate over the elements of"
+SHORT_PROMPT = "The for statement"  # of the proposed command, which fits a terminal's line
 CONTINUED = 24  # tokens
 
 
@@ -115,10 +118,12 @@ def run(options: argparse.Namespace) -> None:
     record.save(complete=True, seconds=round(seconds, 1), notes=notes_of(options))
     files = write_reports(folder, record, speed, quality, table_of(record.rows, width=None), progress)
     print(table_of(record.rows))
+    columns = shutil.get_terminal_size().columns
     for label, row in quality.items():
-        print(f"\n{label}: {' '.join(row['text'].split())}")
-    print(f"\nin {folder}: {', '.join(files)} and the sliced models; {seconds:.0f} s in all")
-    print(f'next: slicegpt generate {next(iter(sliced.values()))[1]} --runtime fused --prompt "{PROMPT}"')
+        print("\n" + textwrap.fill(f"{label}: {' '.join(row['text'].split())}", columns))
+    written = f"in {folder}: {', '.join(files)} and the sliced models; {seconds:.0f} s in all"
+    print("\n" + textwrap.fill(written, columns, break_long_words=False, break_on_hyphens=False))
+    print(f'next: slicegpt generate {next(iter(sliced.values()))[1]} --prompt "{SHORT_PROMPT}"')
     if options.json:
         write_json(options.json, record.content)
 

@@ -1,4 +1,4 @@
-"""A new user's first session at a terminal of 80 columns: slice, info, eval, generate, benchmark, report."""
+"""A new user's first session at a terminal of 80 columns: demo, slice, info, eval, generate, benchmark, report."""
 
 import copy
 import importlib.util
@@ -45,6 +45,29 @@ def slicegpt(folder, arguments: str, answers: str = "") -> Session:
     assert "Traceback" not in session.output
     assert session.widest <= COLUMNS, [line for line in session.lines if len(line) > COLUMNS]
     return session
+
+
+def test_demo(desk):
+    pytest.importorskip("matplotlib")
+    text = "--data text.txt --nsamples 8 --seqlen 32 --windows 2"
+    session = slicegpt(desk, f"demo --model dense {text} --keep 0.9 0.8 --output shown")
+    shown = "\n".join(session.lines)
+    for column in ("runs in", "bytes", "perplexity", "tokens/s", "speed-up"):
+        assert column in shown
+    for model in ("dense: ", "90 %: ", "80 %: "):  # what each of them writes
+        assert f"\n{model}" in shown
+    for file in (
+        "report.md",
+        "report.html",
+        "demo.svg",
+        "token.json",
+        "demo.json",
+        "keep-0.8/model.safetensors",
+    ):
+        assert (desk / "shown" / file).exists(), file
+    (proposed,) = session.next_commands
+    assert proposed.startswith("slicegpt generate shown/keep-0.9 --prompt ")
+    run_proposals(session, desk)
 
 
 @pytest.fixture(scope="module")
