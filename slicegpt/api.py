@@ -167,8 +167,8 @@ def slice(
         ranks: the processes that slice together, each of which calls this with the same arguments, see
             `slicegpt.hardware.ranks.joined`; None: this one alone.
         **choices: any other field of `slicegpt.recipe.Recipe`: `round_to`, `shortcut`, `orientation`, `slice_head`,
-            `neurons`, `allocate`, `signal`, `refit`, `ridge`, `refit_share`, `vocabulary_prior`, `text_column`,
-            `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`, `dtype`.
+            `neurons`, `allocate`, `kv_groups`, `signal`, `refit`, `ridge`, `refit_share`, `vocabulary_prior`,
+            `text_column`, `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`, `dtype`.
 
     Returns:
         The sliced model (on the CPU), its tokenizer, and the report. The model is a transformers model: `generate`,

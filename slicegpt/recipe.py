@@ -32,6 +32,7 @@ from slicegpt.recipe_rules import (
     whole,
     whole_numbers,
     whole_or_auto,
+    whole_or_list,
 )
 
 SIZES = ("keep", "slice", "target_bytes", "widths")
@@ -80,6 +81,8 @@ class Recipe:
         allocate: which layers give them up. "prices": as the logits' loss and the refit's objective say, with as many
             columns deleted beside them as pay; "objective": as the objective alone says, in step with the columns;
             "uniform": all the same, and no columns. True and False are former names of "objective" and "uniform".
+        kv_groups: key/value groups of attention that every layer keeps, a key/value head with its query heads each, or
+            a list with one number a layer; 0: a layer without attention. None: all.
         signal: "residual" or "normalized": what the covariance is taken of.
         refit: fit every block's output weights to the dense model's stream.
         ridge: λ of the refit, above 0, relative to the mean diagonal; or "auto": by the loss on held-out windows.
@@ -162,6 +165,17 @@ class Recipe:
             lambda value: value in ALLOCATIONS,
         ),
     )
+    kv_groups: int | tuple[int, ...] | None = choice(
+        "shape",
+        None,
+        Rule(
+            "a whole number or a list of them",
+            whole_or_list,
+            "be at least 0, and above 0 in one layer",
+            lambda value: value > 0 if isinstance(value, int) else min(value, default=-1) >= 0 < max(value),
+            True,
+        ),
+    )
     signal: str = choice("shape", "residual", one_of(SIGNALS))
 
     refit: bool = choice("output refit", True, FLAG)
@@ -215,6 +229,11 @@ class Recipe:
         if self.neurons not in (None, 0):
             raise SliceGPTError(
                 f"which of them to delete is decided by the refit, got {self.neurons} without it", "neurons"
+            )
+        if self.kv_groups is not None:
+            raise SliceGPTError(
+                f"which of them to delete is decided by the refit, got {self.kv_groups} without it",
+                "kv_groups",
             )
         if self.ridge != AUTO:
             raise SliceGPTError(f"needs the output refit, got {self.ridge:g} without it", "ridge")

@@ -16,7 +16,7 @@ tags:
 # {name}
 
 {source}, compressed with [SliceGPT](https://arxiv.org/abs/2401.15024): columns and rows of every weight matrix
-deleted along the principal components of the residual stream{with_neurons}. All weights are dense.
+deleted along the principal components of the residual stream{and_others}. All weights are dense.
 
 {table}
 
@@ -43,6 +43,17 @@ _WITHOUT_PACKAGE = """from transformers import AutoModelForCausalLM, AutoTokeniz
 
 # The network is in this repository. After `import slicegpt`, where it is installed, nothing has to be trusted.
 """
+
+
+def _and_others(record: dict) -> str:
+    """What else was deleted: ", and MLP neurons"."""
+    counts = {"neurons": "MLP neurons", "key_value_heads": "key/value heads with their query heads"}
+    deleted = [
+        name
+        for count, name in counts.items()
+        if record.get(count, record.get(f"dense_{count}")) != record.get(f"dense_{count}")
+    ]
+    return f", and {' and '.join(deleted)}" if deleted else ""
 
 
 def _describe_finetuning(run: dict | None) -> str:
@@ -85,7 +96,7 @@ def model_card(record: dict, name: str, self_contained: bool = True, recipe: boo
         table=_table(record),
         notes="\n".join(f"- {note}" for note in notes(record)),
         asked="" if asked is None else f" ({asked})",
-        with_neurons=", and MLP neurons" if record["neurons"] != record["dense_neurons"] else "",
+        and_others=_and_others(record),
         removed=size["removed"],
         slicing=record["slicing"],
         tokens=calibration["tokens"],

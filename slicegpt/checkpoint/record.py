@@ -84,6 +84,8 @@ def slicing_record(
         "dense_width": config.dense_hidden_size,
         "neurons": config.layer_neurons or config.intermediate_size,
         "dense_neurons": config.dense_intermediate_size,
+        "key_value_heads": config.layer_key_value_heads or config.num_key_value_heads,
+        "dense_key_value_heads": config.num_key_value_heads,
         "slicing": slicing_fraction(config),
         "orientation": options.orientation,
         "signal": options.signal,

@@ -63,6 +63,8 @@ def describe(name: str) -> dict:
         "dense_width": config.dense_hidden_size,
         "neurons": config.layer_neurons or config.intermediate_size,
         "dense_neurons": config.dense_intermediate_size,
+        "key_value_heads": config.layer_key_value_heads or config.num_key_value_heads,
+        "dense_key_value_heads": config.num_key_value_heads,
         "tied_head": config.tie_word_embeddings,
         "boundaries": boundary_report(config),
         "calibration": record.get("calibration"),
@@ -77,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     check_name(options.model, "model")
     check_writable("--json", options.json)
     from slicegpt.checkpoint.outcome import asked_and_got, compared, notes, summarise
-    from slicegpt.modeling.sizes import describe_neurons, format_bytes
+    from slicegpt.modeling.sizes import describe_heads, describe_neurons, format_bytes
     from slicegpt.table import format_table, write_json
 
     facts = describe(options.model)
@@ -99,6 +101,10 @@ def run(options: argparse.Namespace) -> None:
         ("slicing (1 - d/D)", f"{100 * facts['slicing']:.1f} %"),
         ("widths", f"{summarise([b['width'] for b in boundaries])} of {facts['dense_width']}"),
         ("neurons of an MLP", f"{describe_neurons(facts['neurons'])}, of {facts['dense_neurons']}"),
+        (
+            "key/value heads",
+            f"{describe_heads(facts['key_value_heads'])}, of {facts['dense_key_value_heads']}",
+        ),
         ("shortcuts", summarise([b["shortcut"] for b in boundaries[:-1]])),
         ("ranks", summarise([b["rank"] for b in boundaries[:-1] if b["shortcut"] == "compact"]) or "none"),
     ]

@@ -129,6 +129,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
         "size": size_record(config, dtype),
         "widths": config.boundary_widths,
         "neurons": config.neurons,
+        "key_value_heads": config.key_value_heads,
         "machine": {
             "device": machine.device if work.on_gpu else None,
             "host": host,
@@ -153,7 +154,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
 def describe(content: dict) -> str:
     """The plan in words and tables."""
     from slicegpt.checkpoint.outcome import summarise
-    from slicegpt.modeling.sizes import describe_neurons, format_bytes
+    from slicegpt.modeling.sizes import describe_heads, describe_neurons, format_bytes
     from slicegpt.table import format_table
 
     size, peak, machine = content["size"], content["peak"], content["machine"]
@@ -164,6 +165,7 @@ def describe(content: dict) -> str:
         ("bytes", f"{format_bytes(size['bytes'])} in {content['recipe']['dtype']}"),
         ("widths", summarise(content["widths"])),
         ("neurons of an MLP", describe_neurons(content["neurons"])),
+        ("key/value heads", describe_heads(content["key_value_heads"])),
         ("streams", f"on the {content['activation_storage']}"),
     ]
     facts = format_table([{"": name, title: value} for name, value in rows], ["", title])

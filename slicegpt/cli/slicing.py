@@ -112,6 +112,13 @@ def add_parser(commands) -> None:
         dest="allocate",
         help="as many neurons in every layer, and no columns deleted for a true size: --allocate uniform",
     )
+    shape.add_argument(
+        "--kv-groups",
+        type=number_or_list,
+        metavar="N",
+        help="key/value groups of attention that every layer keeps, each a key/value head with its query heads, or "
+        "one number a layer: 3,3,2,0; 0 is a layer without attention (default: all)",
+    )
     shape.add_argument("--signal", choices=SIGNALS, help="what the covariance is taken of")
 
     add_refit(parser)
@@ -188,6 +195,12 @@ def add_refit(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of the calibration samples that it fits to; its cost grows with it",
     )
+
+
+def number_or_list(text: str) -> int | list[int]:
+    """ "2" or "3,3,2,0"."""
+    numbers = [int(part) for part in text.split(",")]
+    return numbers if "," in text else numbers[0]
 
 
 def read_widths(file: str) -> list[int]:

@@ -36,6 +36,7 @@ class Shape:
         round_to: widths and numbers of neurons are multiples of it (the published code uses 8), see
             `slicegpt.conversion.multiples`; "auto" is then a CPU's.
         neurons: the fraction of MLP neurons to delete; None takes `NEURONS_TO_COLUMNS` times that of the columns.
+        kv_groups: key/value groups that every layer keeps, or each of them; None: all.
     """
 
     shortcut: str = "compact"
@@ -43,6 +44,7 @@ class Shape:
     slice_head: bool = False
     round_to: int | str = AUTO
     neurons: float | None = 0.0
+    kv_groups: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
         if self.neurons is not None and not 0 <= self.neurons < 1:
@@ -65,7 +67,14 @@ class Shape:
         """The shape that a recipe asks for; its `round_to` is a number (`settled`)."""
         recipe = recipe.resolved()
         neurons = None if recipe.neurons == AUTO else recipe.neurons
-        return cls(recipe.shortcut, recipe.orientation, recipe.slice_head, recipe.round_to, neurons)
+        return cls(
+            recipe.shortcut,
+            recipe.orientation,
+            recipe.slice_head,
+            recipe.round_to,
+            neurons,
+            recipe.kv_groups,
+        )
 
 
 def width_for_slice(dense_width: int, fraction: float, round_to: int) -> int:
@@ -100,6 +109,35 @@ def neurons_for(fields: dict, widths: Sequence[int], shape: Shape) -> int:
     return min(dense, max(step, int(round((1 - fraction) * dense, 9)) // step * step))
 
 
+def key_value_heads(fields: dict, kept: int | Sequence[int] | None) -> list[int] | None:
+    """Key/value heads that each layer keeps; None where all keep all.
+
+    Args:
+        kept: of every layer, or a list with one number a layer.
+
+    Raises:
+        SliceGPTError: a number that is not that of some of a layer's groups, or no attention in any layer.
+    """
+    if kept is None:
+        return None
+    layers = fields["num_hidden_layers"]
+    groups = fields.get("num_key_value_heads") or fields["num_attention_heads"]
+    counts = [kept] * layers if isinstance(kept, int) else list(kept)
+    if len(counts) != layers:
+        raise SliceGPTError(f"must be one number, or {layers}, one a layer, got {len(counts)}", "kv_groups")
+    if not all(0 <= count <= groups for count in counts):
+        raise SliceGPTError(
+            f"must lie in [0, {groups}], the key/value groups of a layer, got {_shown(kept)}", "kv_groups"
+        )
+    if not any(counts):
+        raise SliceGPTError(f"one layer at least must keep attention, got {_shown(kept)}", "kv_groups")
+    return None if min(counts) == groups else counts
+
+
+def _shown(kept: int | Sequence[int]) -> str:
+    return str(kept) if isinstance(kept, int) else ",".join(map(str, kept))
+
+
 def head_dim(fields: dict) -> int:
     """Columns of one attention head."""
     return fields.get("head_dim") or fields["dense_hidden_size"] // fields["num_attention_heads"]
@@ -123,10 +161,16 @@ def check_widths(fields: dict, widths: Sequence[int]) -> None:
             )
 
 
-def choose_shortcuts(fields: dict, widths: Sequence[int], shape: Shape) -> list[str]:
+def choose_shortcuts(
+    fields: dict, widths: Sequence[int], shape: Shape, deleted: Sequence[bool] | None = None
+) -> list[str]:
     """The kind of every shortcut.
 
-    A narrower next boundary has no compact form, and a tied head fixes the last basis, so those stay dense.
+    A narrower next boundary has no compact form, and a tied head fixes the last basis, so those stay dense. A block of
+    which nothing is left leaves the stream in its basis, where it may be as wide.
+
+    Args:
+        deleted: of each block, whether all of its parts are; None: of none.
     """
     dense_width = fields["dense_hidden_size"]
     if shape.orientation == "aligned" and all(width == dense_width for width in widths):
@@ -135,7 +179,9 @@ def choose_shortcuts(fields: dict, widths: Sequence[int], shape: Shape) -> list[
     for block, (width, following) in enumerate(pairwise(widths)):
         fixed = fields["tie_word_embeddings"] and following == dense_width and block == len(widths) - 2
         rank = factor_rank(dense_width, width, following)
-        if shape.shortcut == "dense" or width > following or fixed or rank >= following:
+        if deleted is not None and deleted[block] and width == following and not fixed:
+            kinds.append("identity")
+        elif shape.shortcut == "dense" or width > following or fixed or rank >= following:
             kinds.append("dense")
         else:
             kinds.append("identity" if rank == 0 and width == following else "compact")
@@ -143,33 +189,63 @@ def choose_shortcuts(fields: dict, widths: Sequence[int], shape: Shape) -> list[
 
 
 def plan(
-    fields: dict, widths: Sequence[int], shape: Shape | None = None, neurons: int | None = None
+    fields: dict,
+    widths: Sequence[int],
+    shape: Shape | None = None,
+    neurons: int | Sequence[int] | None = None,
+    kv_groups: int | Sequence[int] | None = None,
 ) -> SlicedConfig:
     """The configuration of the sliced model: all of it but the numbers is known before slicing.
 
     Args:
         fields: `slicegpt.families.canonical_fields` of the dense model.
         widths: one a boundary.
-        shape: shortcuts, orientation and the fraction of neurons.
-        neurons: of an MLP; None: as `shape` says.
+        shape: shortcuts, orientation, the fraction of neurons and the key/value groups.
+        neurons: of an MLP, or of each layer's; None: as `shape` says. A layer may keep none.
+        kv_groups: that every layer keeps, or each; None: as `shape` says. A layer may keep none, but not all of them.
     """
     shape = shape or Shape()
     check_widths(fields, widths)
-    kinds = choose_shortcuts(fields, widths, shape)
+    heads = key_value_heads(fields, shape.kv_groups if kv_groups is None else kv_groups)
+    counts = neuron_counts(fields, neurons_for(fields, widths, shape) if neurons is None else neurons)
+    kinds = choose_shortcuts(fields, widths, shape, deleted_blocks(fields, heads, counts["layer_neurons"]))
     # A LayerNorm family's table is centred on its way in, which one shared with the head cannot be.
     untouched = set(kinds) == {"identity"} and not FAMILIES[fields["source_model_type"]].mean_subtraction
     tied = fields["tie_word_embeddings"]
     return SlicedConfig(
         **fields
         | {
-            "intermediate_size": neurons_for(fields, widths, shape) if neurons is None else neurons,
             "dense_intermediate_size": fields["intermediate_size"],
-        },
+            "layer_key_value_heads": heads,
+        }
+        | counts,
         boundary_widths=list(widths),
         shortcuts=kinds,
         embed_projection=tied and not untouched,
         final_norm_weight=tied and widths[-1] == fields["dense_hidden_size"],
     )
+
+
+def neuron_counts(fields: dict, neurons: int | Sequence[int]) -> dict:
+    """The fields of `SlicedConfig` that say how many neurons there are, the same in every layer or one number each."""
+    if isinstance(neurons, int):
+        return {"intermediate_size": neurons, "layer_neurons": None}
+    layers, dense = fields["num_hidden_layers"], fields["intermediate_size"]
+    if len(neurons) != layers or not all(0 <= count <= dense for count in neurons):
+        raise SliceGPTError(
+            f"must be {layers} numbers in [0, {dense}], one a layer, got {neurons}", "neurons"
+        )
+    return {"intermediate_size": max(neurons), "layer_neurons": list(neurons)}
+
+
+def deleted_blocks(fields: dict, heads: list[int] | None, neurons: list[int] | None) -> list[bool]:
+    """Of each block, whether nothing of it is left; arguments as in `SlicedConfig`, None for all."""
+    layers = range(fields["num_hidden_layers"])
+    attention = [heads is not None and not heads[layer] for layer in layers]
+    mlp = [neurons is not None and not neurons[layer] for layer in layers]
+    if fields.get("parallel_blocks"):
+        return [both[0] and both[1] for both in zip(attention, mlp, strict=True)]
+    return [part for both in zip(attention, mlp, strict=True) for part in both]
 
 
 def settled(recipe: Recipe, fields: dict, device: torch.device | str = "cpu") -> Recipe:

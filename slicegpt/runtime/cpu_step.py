@@ -23,10 +23,12 @@ class CpuStep:
 
     @staticmethod
     def is_supported(packed: PackedNetwork, batch: int) -> bool:
-        """Whether the kernels are built and support this dtype, number of rows and order of a block's inputs."""
+        """Whether the kernels are built and support this dtype, number of rows and the blocks' inputs: none that reads
+        nothing, and attention first."""
         return (
             packed.device.type == "cpu"
             and gemm.is_supported(None, packed.dtype, batch)
+            and all(block.inputs for block in packed.blocks)
             and all(one.attention is None for block in packed.blocks for one in block.inputs[1:])
         )
 
@@ -79,7 +81,7 @@ class CpuStep:
         if facts is not None:
             rotary = self.packed.rotary if facts.rotary else None
             read, window = 2 * facts.key_heads * facts.head_dim, facts.window or 0
-            keys, values = self.cache.keys[facts.layer], self.cache.values[facts.layer]
+            keys, values = self.cache.of_layer(facts.layer)
             attention = gemm.attention_arguments(
                 self._room,
                 keys,

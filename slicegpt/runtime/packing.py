@@ -6,7 +6,7 @@ z: the output GEMM reads `[attended | z]` without a copy. Parallel blocks have t
 differ.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
-from slicegpt.modeling.layers import FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.modeling.layers import Constant, FinalNorm, SlicedAttention, SlicedMLP
 from slicegpt.ops.contracts import GATED
 from slicegpt.ops.rotate_add import reads_factor
 
@@ -71,7 +71,10 @@ class Projection:
 class PackedBlock:
     """One block, from its boundary to the next: input GEMMs, and one `rotate_add` of their concatenated results.
 
+    A block of deleted parts has a compact shortcut's input alone, or none: see `carried`.
+
     Attributes:
+        output: [d', K]; K is 0 where there are no inputs.
         factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
             the same numbers in its last columns. None for another shortcut and for rank 0.
     """
@@ -84,6 +87,18 @@ class PackedBlock:
     shortcut: Tensor | None
     factor: Tensor | None = None
 
+    @property
+    def is_constant(self) -> bool:
+        """It adds a constant to the stream, or nothing at all."""
+        return not self.inputs and self.shortcut is None and self.width == len(self.output)
+
+    def carried(self, stream: Tensor) -> Tensor:
+        """The stream [rows, d] past a block without inputs, [rows, d']: its shortcut and its constant."""
+        if self.shortcut is not None:
+            return F.linear(stream, self.shortcut, self.output_bias)
+        stream = F.pad(stream, (0, len(self.output) - stream.shape[1]))
+        return stream if self.output_bias is None else stream + self.output_bias
+
 
 @dataclass(frozen=True)
 class PackedNetwork:
@@ -92,6 +107,7 @@ class PackedNetwork:
     Attributes:
         embed_projection, positions: None where the model has none; positions [rows, d] begin at row
             `config.position_offset`.
+        embed_bias: [d], what deleted parts before all others add to the stream, or None.
         rotary: `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, or None.
         final_scale: [d], the scale that the last norm of a tied model keeps, or None.
         head_projection: from a sliced last boundary to the width of a tied head, or None.
@@ -104,6 +120,7 @@ class PackedNetwork:
     embedding: Tensor
     embed_projection: Tensor | None
     positions: Tensor | None
+    embed_bias: Tensor | None
     rotary: Tensor | None
     blocks: tuple[PackedBlock, ...]
     final_scale: Tensor | None
@@ -132,7 +149,7 @@ class PackedNetwork:
 
     def _weights(self) -> list[Tensor | None]:
         """All weights but the embedding tables."""
-        tensors = [self.embed_projection, self.final_scale, self.head.weight, self.head.bias]
+        tensors = [self.embed_projection, self.embed_bias, self.final_scale, self.head.weight, self.head.bias]
         if self.head_projection is not None:
             tensors += [self.head_projection.weight, self.head_projection.bias]
         for block in self.blocks:
@@ -193,10 +210,11 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
             )
         rotary = rotary_table(trunk.rotary_emb, embedding, max_positions or position_limit(config)[0])
     blocks: list[PackedBlock] = []
-    for layer in trunk.layers:
-        blocks += pack_layer(config, layer)
+    for index, layer in enumerate(trunk.layers):
+        blocks += pack_layer(config, index, layer)
         if release:
             layer.to("meta")
+    embed_bias, blocks = without_constants(blocks)
     scale, head_projection, head = _pack_head(model)
     projection, positions = trunk.embed_projection, trunk.embed_positions
     return PackedNetwork(
@@ -206,8 +224,9 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
         embedding=embedding,
         embed_projection=projection.weight.detach() if isinstance(projection, nn.Linear) else None,
         positions=None if positions is None else positions.weight.detach(),
+        embed_bias=embed_bias,
         rotary=rotary,
-        blocks=tuple(blocks),
+        blocks=blocks,
         final_scale=scale,
         final_eps=trunk.norm.eps,
         head_projection=head_projection,
@@ -216,8 +235,8 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
 
 
 @torch.no_grad()
-def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...]:
-    """The one or two blocks of a decoder layer.
+def pack_layer(config: SlicedConfig, index: int, layer: nn.Module) -> tuple[PackedBlock, ...]:
+    """The one or two blocks of decoder layer `index`.
 
     Errors: `SliceGPTError` for an activation that the fused operators do not have.
     """
@@ -229,13 +248,35 @@ def pack_layer(config: SlicedConfig, layer: nn.Module) -> tuple[PackedBlock, ...
             f"{gated}activation {config.hidden_act!r} is not supported; use the plain model", "model"
         )
     if config.parallel_blocks:
-        parts = [(layer.input_norm, (layer.self_attn, layer.mlp), layer.shortcut)]
-    else:
-        parts = [
-            (layer.input_norm, (layer.self_attn,), layer.attention_shortcut),
-            (layer.mlp_norm, (layer.mlp,), layer.mlp_shortcut),
-        ]
-    return tuple(_pack_block(config, *part) for part in parts)
+        return (_pack_block(config, index, (layer.self_attn, layer.mlp), layer.shortcut),)
+    return (
+        _pack_block(config, 2 * index, (layer.self_attn,), layer.attention_shortcut),
+        _pack_block(config, 2 * index + 1, (layer.mlp,), layer.mlp_shortcut),
+    )
+
+
+def without_constants(blocks: list[PackedBlock]) -> tuple[Tensor | None, tuple[PackedBlock, ...]]:
+    """The same blocks; what only adds a constant to the stream is added to the bias of the block before it.
+
+    Returns:
+        What is to be added to the stream before the first block, [d] or None, and the blocks.
+    """
+    first: Tensor | None = None
+    kept: list[PackedBlock] = []
+    for block in blocks:
+        if not block.is_constant:
+            kept.append(block)
+        elif kept:
+            kept[-1] = replace(kept[-1], output_bias=_sum_of(kept[-1].output_bias, block.output_bias))
+        else:
+            first = _sum_of(first, block.output_bias)
+    return first, tuple(kept)
+
+
+def _sum_of(*biases: Tensor | None) -> Tensor:
+    """Rounded once."""
+    there = [bias for bias in biases if bias is not None]
+    return sum(bias.double() for bias in there).to(there[0].dtype)
 
 
 def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
@@ -250,10 +291,17 @@ def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
 
 
 def _pack_block(
-    config: SlicedConfig, norm: nn.Module, modules: tuple[nn.Module, ...], shortcut: nn.Module
+    config: SlicedConfig,
+    boundary: int,
+    modules: tuple[nn.Module, ...],
+    shortcut: nn.Module,
 ) -> PackedBlock:
+    width, next_width = config.boundary_widths[boundary : boundary + 2]
     inputs, outputs, biases, factor = [], [], [], None
     for module in modules:
+        if isinstance(module, Constant):
+            biases.append(module.bias)
+            continue
         if isinstance(module, SlicedAttention):
             inputs.append(_pack_attention(config, module))
             writer = module.o_proj
@@ -265,15 +313,21 @@ def _pack_block(
             biases.append(writer.bias)
     if isinstance(shortcut, CompactShortcut) and len(shortcut.factor):
         # z = h F are the last columns of the last input GEMM; -Fᵀ brings them back to h's columns.
-        last = inputs[-1]
-        weight = torch.cat((last.weight, shortcut.factor))
-        factor = weight[len(last.weight) :]
-        inputs[-1] = Projection(weight, last.bias, last.n_scaled, last.activation, last.attention)
+        if inputs:
+            last = inputs[-1]
+            weight = torch.cat((last.weight, shortcut.factor))
+            factor = weight[len(last.weight) :]
+            inputs[-1] = Projection(weight, last.bias, last.n_scaled, last.activation, last.attention)
+        else:
+            factor = shortcut.factor.detach()
+            inputs.append(Projection(factor, None, 0, "none"))
         outputs.append(-F.pad(shortcut.factor, (0, shortcut.padding)).mT)
+    if not outputs:  # both constants, or the one that there is
+        outputs.append(biases[0].new_empty(next_width, 0))
     return PackedBlock(
         inputs=tuple(inputs),
-        width=norm.width,
-        eps=norm.eps,
+        width=width,
+        eps=config.boundary_eps(boundary),
         output=torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].detach(),
         output_bias=sum(biases) if biases else None,
         shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
@@ -284,17 +338,19 @@ def _pack_block(
 def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection:
     modules = (module.v_proj, module.k_proj, module.q_proj)
     weight = torch.cat([one.weight for one in modules])
+    key_heads = module.k_proj.out_features // config.head_dim
+    heads = module.q_proj.out_features // config.head_dim
     bias = norm = None
     if module.q_proj.bias is not None:
         bias = torch.cat([one.bias for one in modules])
     if config.qk_norm:
-        key_scale = module.k_norm.weight.expand(config.num_key_value_heads, -1)
-        query_scale = module.q_norm.weight.expand(config.num_attention_heads, -1)
+        key_scale = module.k_norm.weight.expand(key_heads, -1)
+        query_scale = module.q_norm.weight.expand(heads, -1)
         norm = torch.cat((key_scale, query_scale))
     attention = PackedAttention(
         layer=module.layer_idx,
-        heads=config.num_attention_heads,
-        key_heads=config.num_key_value_heads,
+        heads=heads,
+        key_heads=key_heads,
         head_dim=config.head_dim,
         norm=norm,
         norm_eps=config.rms_norm_eps,

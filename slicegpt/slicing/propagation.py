@@ -204,7 +204,7 @@ class Propagation:
         shape = stream.shape[:2]
         positions = torch.arange(shape[1], device=stream.device).expand(shape)
         masks, rotary = self.shell.block_inputs(stream, positions, batch.attention_mask)
-        mask = masks[self.config.layer_types[block.layer]]
+        mask = masks[self.config.attention_types[block.layer]]
         return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
 
     def collect(
