@@ -1,10 +1,10 @@
-"""What deleting MLP neurons costs in every layer, and how many each one keeps.
+"""What deleting MLP neurons and key/value groups costs in every layer, and how many each one keeps.
 
 With the same number everywhere, the neurons of one layer cost twenty times what those of another do (docs/quality.md).
 So the tokens pass the dense model once. They tell, of every layer, by how much the refit's objective rises as its
 neurons go (`neurons.deletions`), and, where that is asked for, what the whole model loses at a few points of that curve
-(`slicegpt.slicing.prices`). The neurons then go where a parameter is cheapest (`slicegpt.slicing.exchange`), until as
-many parameters are gone as with the planned number everywhere.
+(`slicegpt.slicing.prices`); and both for its key/value groups as well. They then go where a parameter is cheapest
+(`slicegpt.slicing.exchange`), until as many parameters are gone as with the planned number of neurons everywhere.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from slicegpt.calibration.batches import CalibrationBatch
 from slicegpt.families import Checkpoint
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
-from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, neuron_rows
+from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, group_rows, neuron_rows
 from slicegpt.slicing.covariance import Covariance
+from slicegpt.slicing.deletion import Deletion
 from slicegpt.slicing.divergence import DenseLogits
 from slicegpt.slicing.eigensolver import leading_eigenvectors
 from slicegpt.slicing.exchange import Structure, exchange, rise_at
+from slicegpt.slicing.heads import group_deletions
 from slicegpt.slicing.keeping import Keeper, Snapshot
+from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.neurons import Equations, deletions
 from slicegpt.slicing.objective import Objective, Writer
 from slicegpt.slicing.options import SlicingOptions
-from slicegpt.slicing.prices import LEVELS, Cut, PriceList, Prices
+from slicegpt.slicing.prices import GROUP_LEVELS, LEVELS, Cut, PriceList, Prices, group_levels
 from slicegpt.slicing.propagation import Propagation, check_finite
 from slicegpt.slicing.refit import make_room
 from slicegpt.slicing.regression import fit, prior_of
@@ -52,11 +55,13 @@ class Costs:
 
     Attributes:
         curves: of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all on.
+        groups: the same of key/value groups, from all of them to none; empty where they were not looked at.
         prices: what the whole model loses, where it was looked at.
         dense: the dense model's distributions at the tokens that the prices were taken from.
     """
 
     curves: list[list[tuple[int, float]]] = field(default_factory=list)
+    groups: list[list[tuple[int, float]]] = field(default_factory=list)
     prices: PriceList | None = None
     dense: DenseLogits | None = None
 
@@ -80,10 +85,29 @@ def fewest_neurons(config: SlicedConfig, multiple: int) -> int:
     return min(config.intermediate_size, max(multiple, int(fewest) // multiple * multiple))
 
 
+def gives_groups(config: SlicedConfig) -> bool:
+    """Whether a plan may delete key/value groups: nobody has said how many stay."""
+    return config.layer_key_value_heads is None
+
+
+def group_parameters(config: SlicedConfig) -> list[int]:
+    """What a key/value group of each layer stores: rows of the query, key and value projections, columns of the output
+    one; less its share of the constant that stays where all of them go."""
+    query = config.num_attention_heads // config.num_key_value_heads * config.head_dim
+    rows, own = query + 2 * config.head_dim, int(config.attention_bias)
+    found = []
+    for block in blocks_of(config):
+        if "attention" in block.dense_parts:
+            before, after = config.boundary_widths[block.index : block.index + 2]
+            constant = -(-after // config.num_key_value_heads)
+            found.append(rows * (before + own) + query * after - constant)
+    return found
+
+
 def neuron_parameters(config: SlicedConfig) -> list[int]:
     """What a neuron of each layer stores: its rows of the gate and up projections, its column of the down one."""
     reads, own = 2 if config.gated_mlp else 1, int(config.mlp_bias)
-    blocks = [block for block in blocks_of(config) if "mlp" in block.parts]
+    blocks = [block for block in blocks_of(config) if "mlp" in block.dense_parts]
     widths = config.boundary_widths
     return [reads * (widths[block.index] + own) + widths[block.index + 1] for block in blocks]
 
@@ -127,7 +151,7 @@ def deletion_costs(
     fewest = fewest_neurons(config, options.neuron_multiple) if fewest is None else fewest
     priced = None
     if windows is not None:
-        most = len(LEVELS) * config.num_hidden_layers + len(widths)
+        most = (len(LEVELS) + len(GROUP_LEVELS)) * config.num_hidden_layers + len(widths)
         priced = Prices(config, windows, most, widths, options, propagation)
     keeper = keeper or Keeper()
     found = keeper.found("allocation")
@@ -144,7 +168,8 @@ def deletion_costs(
         if done < len(blocks):
             propagation.restore(found and found.tensors)
     if found is not None:
-        found_costs.curves = [[tuple(point) for point in curve] for curve in found.data["curves"]]
+        for name in ("curves", "groups"):
+            setattr(found_costs, name, [[tuple(point) for point in curve] for curve in found.data[name]])
     done = done or 0
     stage = progress.stage("neurons: what deleting them costs", len(blocks), "blocks", done=done)
     with stage as advance:
@@ -153,7 +178,8 @@ def deletion_costs(
             writers = dense_writers(config, block, layer, options.device)
             lifted = dense_block(config, block, layer, writers, dtype, options.device)
             moments, fits = None, []
-            if "mlp" in block.parts:
+            has_groups = priced is not None and "attention" in block.dense_parts and gives_groups(config)
+            if "mlp" in block.dense_parts or has_groups:
                 moments = propagation.new_moments(lifted, propagation.streams)
             ends = block is blocks[-1]
             covariance = None if ends else _covariance(config, options, widths)
@@ -166,14 +192,20 @@ def deletion_costs(
                 make_room(moments, options.scratch)
                 prior = prior_of(writers.values())
                 equations = partial(objective.normal_equations, moments, ridge, prior)
-                levels = () if priced is None else LEVELS
-                curve, kept = cost_curve(equations, neuron_rows(writers), fewest, levels)
-                found_costs.curves.append(curve)
-                for count, rows in kept.items():
-                    found_fit = fit(objective, moments, ridge, prior, rows)
-                    writer = Writer(found_fit.weight.to(options.dtype), found_fit.bias)
-                    fits.append((Cut("neurons", block.layer, count), writer))
-            data, tensors = {"curves": found_costs.curves}, {}
+                if "mlp" in block.dense_parts:
+                    levels = () if priced is None else LEVELS
+                    curve, kept = cost_curve(equations, neuron_rows(writers), fewest, levels)
+                    found_costs.curves.append(curve)
+                    for count, rows in kept.items():
+                        writer = fitted_without(objective, moments, ridge, prior, rows, options.dtype)
+                        fits.append((Cut("neurons", block.layer, count), writer))
+                if has_groups:
+                    curve, kept = group_curve(equations, group_rows(config))
+                    found_costs.groups.append(curve)
+                    for count in group_levels(len(kept) - 1):
+                        writer = fitted_without(objective, moments, ridge, prior, kept[count], options.dtype)
+                        fits.append((Cut("groups", block.layer, count), writer))
+            data, tensors = {"curves": found_costs.curves, "groups": found_costs.groups}, {}
             if priced is not None:
                 priced.pass_block(block, lifted, options.ranks.decide(lambda fits=fits: fits))
                 del lifted
@@ -191,6 +223,35 @@ def deletion_costs(
     if priced is not None and options.ranks.first:
         found_costs.prices, found_costs.dense = priced.prices(), priced.reference(checkpoint)
     return found_costs
+
+
+def fitted_without(
+    objective: Objective,
+    moments: Moments,
+    ridge: float,
+    prior: Writer,
+    kept: torch.Tensor,
+    dtype: torch.dtype,
+) -> Writer:
+    """The fit with the rows `kept` alone, its weight in `dtype`; where none are, the constant that is nearest."""
+    if len(kept):
+        found = fit(objective, moments, ridge, prior, kept)
+        return Writer(found.weight.to(dtype), found.bias)
+    weight = torch.zeros(prior.weight.shape, dtype=dtype, device=moments.device)
+    return Writer(weight, moments.outputs / moments.tokens)
+
+
+def group_curve(
+    equations: Equations, groups: Sequence[slice]
+) -> tuple[list[tuple[int, float]], dict[int, torch.Tensor]]:
+    """`[(remaining key/value groups, rise of the objective so far)]`, from all to none; {remaining: rows that stay}."""
+    deletion, rise = Deletion(equations), 0.0
+    curve, kept = [(len(groups), 0.0)], {len(groups): deletion.kept()}
+    for more in group_deletions(deletion, groups, 0):
+        rise += more.item()
+        curve.append((curve[-1][0] - 1, rise))
+        kept[curve[-1][0]] = deletion.kept()
+    return curve, kept
 
 
 def _covariance(config: SlicedConfig, options: SlicingOptions, widths: Sequence[int]) -> Covariance | None:
@@ -249,8 +310,27 @@ def neuron_structures(
     ]
 
 
+def group_structures(curves: Sequence[Sequence[tuple[int, float]]], config: SlicedConfig) -> list[Structure]:
+    """What the attention of a network of `config`'s widths can give up.
+
+    All of a layer's groups can go where the width stays whole: elsewhere the basis before a block that is gone would
+    have to be that behind it. The first layer keeps one, for one layer has to.
+
+    Args:
+        curves: of each layer the loss along its key/value groups.
+    """
+    whole = config.num_key_value_heads
+    full_width = set(config.shortcuts) == {"identity"}
+    structures = []
+    for layer, (curve, parameters) in enumerate(zip(curves, group_parameters(config), strict=True)):
+        counts = list(range(whole, -1 if full_width and layer else 0, -1))
+        structures.append(Structure(counts, [rise_at(curve, count) for count in counts], parameters))
+    return structures
+
+
 def share_out(structures: Sequence[Structure], config: SlicedConfig) -> list[int]:
-    """Neurons of each layer: as many parameters as `config` stores, at the least loss of all layers together."""
+    """What remains of each structure, so that as many parameters as `config` does are stored, at the least loss of all
+    together."""
     gone = config.dense_intermediate_size - config.intermediate_size
     chosen = exchange(structures, gone * sum(neuron_parameters(config)))
     return [structure.counts[choice] for structure, choice in zip(structures, chosen, strict=True)]

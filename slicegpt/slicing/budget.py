@@ -20,7 +20,7 @@ from slicegpt.slicing.filed_moments import batch_bytes, needs_files
 from slicegpt.slicing.matrices import PANEL_BYTES
 from slicegpt.slicing.neurons import ROUNDS
 from slicegpt.slicing.planned import Budget, PlannedStage
-from slicegpt.slicing.prices import LEVELS, TOKENS
+from slicegpt.slicing.prices import GROUP_LEVELS, LEVELS, TOKENS
 from slicegpt.slicing.workload import Machine, Workload
 
 # What a process has once the package, PyTorch and transformers are imported (Linux, x86-64, PyTorch 2.13's CPU build),
@@ -312,7 +312,7 @@ class _Model:
         )
         prior = (F64 if self.centred else self.item) * inputs * width
         if work.prices:
-            networks = len(LEVELS) * self.config.num_hidden_layers / work.ranks
+            networks = (len(LEVELS) + len(GROUP_LEVELS)) * self.config.num_hidden_layers / work.ranks
             priced = networks * TOKENS * width * self.item
             place = self.device if 2 * priced <= self.free(collecting) else "host"
             for stage in (collecting, costs):

@@ -29,6 +29,7 @@ PLANNED = (
     "final_norm_weight",
     "intermediate_size",
     "layer_neurons",
+    "layer_key_value_heads",
 )
 
 

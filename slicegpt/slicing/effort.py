@@ -23,7 +23,7 @@ from slicegpt.slicing.allocation import FEWEST, SHARE
 from slicegpt.slicing.blocks import blocks_of, group_rows
 from slicegpt.slicing.divergence import EVERY
 from slicegpt.slicing.plans import EXPONENTS
-from slicegpt.slicing.prices import LEVELS, TOKENS
+from slicegpt.slicing.prices import GROUP_LEVELS, LEVELS, TOKENS
 from slicegpt.slicing.workload import Workload
 
 KINDS = ("half", "fp64", "gram", "solver")
@@ -179,7 +179,7 @@ def add_prices(effort: Effort, config: SlicedConfig, work: Workload) -> None:
     sliced on a part of the text: of these the passes and the fits, as of the run itself."""
     width, layers = config.dense_hidden_size, config.num_hidden_layers
     weights = sum(width * sum(block_shape(config, block.dense_parts)) for block in blocks_of(config))
-    networks = len(LEVELS) * layers
+    networks = (len(LEVELS) + len(GROUP_LEVELS)) * layers
     passes = networks * TOKENS * weights / 2
     logits = (networks + 2) * (TOKENS / EVERY) * config.vocab_size * width
     effort.add("prices", "half", 2 * (passes + logits) / work.ranks)

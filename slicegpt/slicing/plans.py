@@ -1,4 +1,5 @@
-"""Which plan is sliced: how wide the network is, and how many neurons each layer keeps, of those that reach the size.
+"""Which plan is sliced, of those that reach the size: how wide the network is, and how many neurons and key/value
+groups each layer keeps.
 
 Plans are predicted from costs that are taken once (`slicegpt.slicing.allocation`), at every width that is considered;
 the best few are measured (`slicegpt.slicing.trials`), and the best of these is taken.
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slicegpt.calibration.batches import CalibrationBatch
+from slicegpt.conversion.plan import NARROWER, width_for_slice
 from slicegpt.families import Checkpoint
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
@@ -20,6 +22,7 @@ from slicegpt.slicing.allocation import (
     Costs,
     deletion_costs,
     fewest_neurons,
+    group_structures,
     looked_at,
     neuron_structures,
     share_out,
@@ -50,7 +53,7 @@ class Plan:
     """A way to reach the size.
 
     Attributes:
-        config: with the neurons of each layer.
+        config: with the neurons and key/value groups of each layer.
         exponent: of the predicted losses that it is the best by; None: of the objective's rises alone.
         predicted: the sum of these, in nats a token.
         measured: the divergence of its logits from the dense model's, in nats a token; None: not measured.
@@ -61,17 +64,23 @@ class Plan:
     predicted: float | None = None
     measured: float | None = None
 
-    def shape(self, choices: Sequence[SlicedConfig]) -> tuple[int, list[int], float | None, float | None]:
-        """Which of `choices` it is of, its neurons, and its figures: plain values."""
+    @property
+    def counts(self) -> tuple[int, list[int], list[int]]:
+        """Columns, and what each layer keeps."""
+        return _width(self.config), self.config.neurons, self.config.key_value_heads
+
+    def shape(self, choices: Sequence[SlicedConfig]) -> tuple:
+        """Which of `choices` it is of, what its layers keep, and its figures: plain values."""
         widths = [config.boundary_widths for config in choices]
-        index = widths.index(self.config.boundary_widths)
-        return index, self.config.neurons, self.exponent, self.predicted
+        index, config = widths.index(self.config.boundary_widths), self.config
+        return index, config.neurons, config.layer_key_value_heads, self.exponent, self.predicted
 
     def record(self) -> dict:
         """For `slicing.json`."""
         return {
             "width": max(self.config.boundary_widths[:-1]),
             "neurons": self.config.neurons,
+            "kv_groups": self.config.key_value_heads,
             "exponent": self.exponent,
             "predicted": self.predicted,
             "measured": self.measured,
@@ -110,7 +119,9 @@ def find_plan(
     if prices:
         whole = choices[0].dense_intermediate_size
         fewest = min(fewest, max(multiple, int(FEWEST_PRICED * whole) // multiple * multiple))
-        widths = tuple(width for config in choices if (width := _width(config)) < config.dense_hidden_size)
+    if prices and len(choices) > 1:  # of all sizes the same
+        full = choices[0].dense_hidden_size
+        widths = tuple(dict.fromkeys(width_for_slice(full, fraction, multiple) for fraction in NARROWER))
 
     def find_costs() -> Costs:
         return deletion_costs(
@@ -124,7 +135,7 @@ def find_plan(
             keeper,
             fewest,
             windows,
-            widths if len(choices) > 1 else (),
+            widths,
         )
 
     began = time.perf_counter()
@@ -137,7 +148,10 @@ def find_plan(
     shapes = options.ranks.decide(
         lambda: [plan.shape(choices) for plan in predicted_plans(choices, costs, multiple)]
     )
-    plans = [Plan(_with_neurons(choices[index], neurons), *figures) for index, neurons, *figures in shapes]
+    plans = [
+        Plan(_with_counts(choices[index], neurons, groups), *figures)
+        for index, neurons, groups, *figures in shapes
+    ]
     if len(plans) == 1:
         return plans
 
@@ -167,31 +181,39 @@ def predicted_plans(choices: Sequence[SlicedConfig], costs: Costs, multiple: int
     columns where it comes near.
     """
     if costs.prices is None:
-        return [
-            Plan(
-                _with_neurons(
-                    choices[0], share_out(neuron_structures(costs.curves, choices[0], multiple), choices[0])
-                )
-            )
-        ]
+        config = choices[0]
+        neurons = share_out(neuron_structures(costs.curves, config, multiple), config)
+        return [Plan(_with_counts(config, neurons, config.layer_key_value_heads))]
     found: list[Plan] = []
     for exponent in EXPONENTS:
-        losses = losses_along(costs.curves, costs.prices.neurons, exponent)
-        ranked = []
-        for config in choices:
-            structures = neuron_structures(losses, config, multiple)
-            neurons = share_out(structures, config)
-            columns = costs.prices.columns.get(_width(config), 0.0)
-            rises = sum(rise_at(curve, count) for curve, count in zip(losses, neurons, strict=True))
-            ranked.append(Plan(_with_neurons(config, neurons), exponent, columns + rises))
-        ranked.sort(key=lambda plan: plan.predicted)
+        ranked = sorted(
+            (_exchanged(config, costs, exponent, multiple) for config in choices),
+            key=lambda plan: plan.predicted,
+        )
         best = ranked[0]
         found.append(best)
         others = [plan for plan in ranked if _width(plan.config) < _width(best.config)]
         if exponent == EXPONENTS[0] and others and others[0].predicted <= NARROWER_WITHIN * best.predicted:
             found.append(others[0])
-    different = {(_width(plan.config), *plan.config.neurons): plan for plan in reversed(found)}
-    return list(reversed(different.values()))
+    return [
+        plan for number, plan in enumerate(found) if plan.counts not in [p.counts for p in found[:number]]
+    ]
+
+
+def _exchanged(config: SlicedConfig, costs: Costs, exponent: float, multiple: int) -> Plan:
+    """The plan of one width: neurons and key/value groups in one exchange."""
+    layers = len(costs.curves)
+    losses = losses_along(
+        [*costs.curves, *costs.groups], [*costs.prices.neurons, *costs.prices.groups], exponent
+    )
+    structures = neuron_structures(losses[:layers], config, multiple)
+    if costs.groups:
+        structures += group_structures(losses[layers:], config)
+    counts = share_out(structures, config)
+    columns = costs.prices.columns.get(_width(config), 0.0)
+    blocks = sum(rise_at(curve, count) for curve, count in zip(losses, counts, strict=True))
+    groups = counts[layers:] or config.layer_key_value_heads
+    return Plan(_with_counts(config, counts[:layers], groups), exponent, columns + blocks)
 
 
 def _width(config: SlicedConfig) -> int:
@@ -199,5 +221,8 @@ def _width(config: SlicedConfig) -> int:
     return max(config.boundary_widths[:-1])
 
 
-def _with_neurons(config: SlicedConfig, neurons: list[int]) -> SlicedConfig:
-    return SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
+def _with_counts(config: SlicedConfig, neurons: list[int], groups: list[int] | None) -> SlicedConfig:
+    if groups is not None and min(groups) == config.num_key_value_heads:
+        groups = None
+    counts = {"layer_neurons": neurons, "layer_key_value_heads": groups}
+    return SlicedConfig.from_dict(config.to_dict() | counts)

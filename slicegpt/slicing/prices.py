@@ -3,7 +3,8 @@
 The rise of a block's own objective does not tell: an error of the same size costs the logits 25 times as much in one
 layer as in another (docs/quality.md). So a few windows of the calibration text that the fits do not see pass the dense
 model once, and beside them, in streams of their own, the same windows in networks that differ from it in one block: its
-MLP has fewer neurons, and its output weights are fitted to make up for that. Such a network is the dense one up to its
+MLP has fewer neurons, or its attention fewer key/value groups, and its output weights are fitted to make up for that.
+Such a network is the dense one up to its
 block, so its stream begins there, and every layer is read once for all of them. The streams take the place of the
 networks: the dense model need never be in memory.
 
@@ -37,6 +38,9 @@ TOKENS, WINDOWS = 768, 4
 # Fractions of an MLP's neurons that remain where its price is taken; between them its objective's curve tells.
 LEVELS = (0.625, 0.25)
 
+# Fractions of the key/value groups, likewise.
+GROUP_LEVELS = (2 / 3, 1 / 3, 0.0)
+
 # Tokens of several networks that pass a block together.
 TOGETHER = 4096
 
@@ -46,7 +50,7 @@ class Cut:
     """What is cut of the dense model.
 
     Attributes:
-        kind: "neurons" of one layer, or "columns" of the whole network.
+        kind: "neurons" or key/value "groups" of one layer, or "columns" of the whole network.
         layer: None for columns.
         count: what remains.
     """
@@ -62,11 +66,18 @@ class PriceList:
 
     Attributes:
         neurons: of each layer {remaining neurons: price}.
+        groups: of each layer {remaining key/value groups: price}.
         columns: {width: price}.
     """
 
     neurons: list[dict[int, float]] = field(default_factory=list)
+    groups: list[dict[int, float]] = field(default_factory=list)
     columns: dict[int, float] = field(default_factory=dict)
+
+
+def group_levels(groups: int) -> list[int]:
+    """The numbers of key/value groups, of `groups`, at which a layer's price is taken, descending."""
+    return sorted({min(groups - 1, round(level * groups)) for level in GROUP_LEVELS}, reverse=True)
 
 
 def priced_windows(batches: Sequence[CalibrationBatch], seen: int) -> CalibrationBatch:
@@ -199,9 +210,10 @@ class Prices:
 
     def prices(self) -> PriceList:
         """What the cuts cost; a divergence is never below 0, but for its rounding."""
-        found = PriceList([{} for _ in range(self.config.num_hidden_layers)])
+        layers = range(self.config.num_hidden_layers)
+        found = PriceList([{} for _ in layers], [{} for _ in layers])
         for cut, loss in zip(self.cuts, self.losses, strict=True):
-            of = found.columns if cut.layer is None else found.neurons[cut.layer]
+            of = found.columns if cut.layer is None else getattr(found, cut.kind)[cut.layer]
             of[cut.count] = max(0.0, loss)
         return found
 

@@ -14,7 +14,7 @@ from slicegpt.slicing import Objective, SlicingOptions, slice_model
 from slicegpt.slicing.allocation import deletion_costs, looked_at
 from slicegpt.slicing.divergence import EVERY, DenseLogits
 from slicegpt.slicing.plans import find_plan
-from slicegpt.slicing.prices import Prices, priced_windows
+from slicegpt.slicing.prices import Prices, group_levels, priced_windows
 from slicegpt.slicing.trials import trial
 
 SILENT = Progress(quiet=True)
@@ -47,7 +47,7 @@ def planned(case: str, keep: float = 0.8):
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["llama", "llama-biased", "opt"])
 def test_neurons_cost_what_the_whole_model_says(case, monkeypatch):
-    """Every price: the dense model with the fitted output weights of that block in the place of its own."""
+    """And so do key/value groups: the dense model with the fitted output weights of a block in the place of its own."""
     model, calibration = tiny_model(case), padded()
     part = looked_at(calibration)
     windows = priced_windows(calibration, len(part))
@@ -64,23 +64,36 @@ def test_neurons_cost_what_the_whole_model_says(case, monkeypatch):
     costs = deletion_costs(
         checkpoint_of(model), choices[0], part, OPTIONS, Objective(), 0.1, SILENT, None, 20, windows
     )
-    assert len(seen) == 6
+    groups = choices[0].num_key_value_heads
+    levels = group_levels(groups)
+    assert levels[-1] == 0
+    assert len(seen) == 3 * (2 + len(levels))
     inputs = {"input_ids": windows.input_ids, "attention_mask": windows.attention_mask}
     dense = model(**inputs).logits
     layers = model.model.decoder.layers if case == "opt" else model.model.layers
     for cut, fitted in seen:
         layer = layers[cut.layer]
-        writer = layer.fc2 if case == "opt" else layer.mlp.down_proj
-        kept = fitted.weight.abs().sum(dim=1) > 0
-        assert int(kept.sum()) == cut.count
-        before = {name: value.clone() for name, value in writer.state_dict().items()}
+        mlp, attention = (layer.fc2, layer.self_attn.out_proj) if case == "opt" else (None, None)
+        if case != "opt":
+            mlp, attention = layer.mlp.down_proj, layer.self_attn.o_proj
+        writer = mlp if cut.kind == "neurons" else attention
+        kept = int((fitted.weight.abs().sum(dim=1) > 0).sum())
+        assert kept == cut.count * (1 if cut.kind == "neurons" else len(fitted.weight) // groups)
+        before = writer.weight.clone(), writer.bias
         writer.weight.copy_(fitted.weight.mT)
         if fitted.bias is not None:
-            writer.bias.copy_(fitted.bias)
+            writer.bias = torch.nn.Parameter(fitted.bias)
         expected = divergence(dense, model(**inputs).logits, windows.attention_mask)
-        writer.load_state_dict(before)
-        assert costs.prices.neurons[cut.layer][cut.count] == pytest.approx(expected, rel=SAME, abs=1e-12)
+        writer.weight.copy_(before[0])
+        writer.bias = before[1]
+        prices = getattr(costs.prices, cut.kind)[cut.layer]
+        assert prices[cut.count] == pytest.approx(expected, rel=SAME, abs=1e-12)
     assert costs.prices.columns == {}
+    # What is deleted alone, by the rise of the objective: never falling, and known from all to none.
+    for curve in costs.groups:
+        assert [count for count, _ in curve] == list(range(groups, -1, -1))
+        rises = [rise for _, rise in curve]
+        assert rises == sorted(rises)
 
 
 @torch.no_grad()
