@@ -205,10 +205,12 @@ def deletion_costs(
                     for count in group_levels(len(kept) - 1):
                         writer = fitted_without(objective, moments, ridge, prior, kept[count], options.dtype)
                         fits.append((Cut("groups", block.layer, count), writer))
-            data, tensors = {"curves": found_costs.curves, "groups": found_costs.groups}, {}
             if priced is not None:
                 priced.pass_block(block, lifted, options.ranks.decide(lambda fits=fits: fits))
                 del lifted
+            del writers, moments, fits  # one layer's at a time
+            data, tensors = {"curves": found_costs.curves, "groups": found_costs.groups}, {}
+            if priced is not None:
                 if ends:
                     priced.finish(checkpoint)
                 else:
@@ -218,7 +220,6 @@ def deletion_costs(
                 if first:
                     streams = None if ends else propagation
                     keeper.keep(Snapshot("allocation", block.index + 1, data, tensors, streams))
-            del writers, moments, fits  # one layer's at a time
             advance(1)
     if priced is not None and options.ranks.first:
         found_costs.prices, found_costs.dense = priced.prices(), priced.reference(checkpoint)

@@ -38,7 +38,7 @@ class DenseLogits:
         places = torch.arange(length, device=self.device) % EVERY == (length - 1) % EVERY
         wanted = places.expand(stream.shape[:2])
         self.wanted = wanted if mask is None else wanted & mask
-        norm, self.head = checkpoint.final_norm, checkpoint.head
+        norm, self.checkpoint = checkpoint.final_norm, checkpoint
         self.scale, self.shift = (
             None if part is None else part.to(self.device, self.dtype) for part in (norm.weight, norm.bias)
         )
@@ -81,11 +81,12 @@ class DenseLogits:
         return (self.constant - linear + sums).mean(dim=1).tolist()
 
     def _pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Rows of the head and of its bias, on the device."""
-        for start in range(0, len(self.head.weight), TABLE_ROWS):
+        """Rows of the head and of its bias, on the device; the head is read for it, and not kept."""
+        head = self.checkpoint.head
+        for start in range(0, len(head.weight), TABLE_ROWS):
             rows = slice(start, start + TABLE_ROWS)
-            bias = None if self.head.bias is None else self.head.bias[rows].to(self.device, self.dtype)
-            yield self.head.weight[rows].to(self.device, self.dtype), bias
+            bias = None if head.bias is None else head.bias[rows].to(self.device, self.dtype)
+            yield head.weight[rows].to(self.device, self.dtype), bias
 
 
 def _normaliser(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
