@@ -98,7 +98,7 @@ def test_costs_are_those_of_the_regressions(case, judge):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("case", ["llama", "opt", "phi"])
 def test_shares_are_the_best_of_all(case, seed):
-    """Convex curves: no other choice of as few parameters has a lower sum of rises."""
+    """Convex curves: no other choice that stores as few parameters has a lower sum of rises."""
     config, generator = planned(case), torch.Generator().manual_seed(seed)
     config.num_hidden_layers = 3
     parameters = neuron_parameters(config)
@@ -115,7 +115,9 @@ def test_shares_are_the_best_of_all(case, seed):
 
     assert all(count % 4 == 0 and count >= fewest_neurons(config, 4) for count in chosen)
     assert stored(chosen) <= budget
-    best = min(rise(neurons) for neurons in product(range(20, 81, 4), repeat=3) if stored(neurons) <= budget)
+    best = min(
+        rise(neurons) for neurons in product(range(20, 81, 4), repeat=3) if stored(neurons) <= stored(chosen)
+    )
     assert rise(chosen) == pytest.approx(best)
 
 
@@ -127,7 +129,8 @@ def test_a_cheap_step_behind_a_dear_one():
         stepped = [(80, 0.0), (76, rise), (20, rise + 0.1)]
         neurons = share_out(neuron_structures([stepped, other, other], config, 4), config)
         assert neurons[0] == (20 if all_of_them else 80)
-        assert sum(neurons) == 3 * config.intermediate_size
+        gone = 3 * (80 - config.intermediate_size)
+        assert gone <= 3 * 80 - sum(neurons) <= gone + 4  # one step more: the last layer's neurons store more
 
 
 @torch.no_grad()
