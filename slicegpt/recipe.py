@@ -36,6 +36,7 @@ from slicegpt.recipe_rules import (
 )
 
 SIZES = ("keep", "slice", "target_bytes", "widths")
+FORMS = SLICED, STOCK, PER_LAYER = ("sliced", "stock", "per-layer")
 SHORTCUT_MODES = ("compact", "dense")
 ORIENTATIONS = ("aligned", "random", "pca")
 SIGNALS = ("residual", "normalized")
@@ -71,6 +72,10 @@ class Recipe:
         slice: fraction of columns to delete, in [0, 1): the paper's percentage.
         target_bytes: bytes that the weights may take, a number or a text such as "400MB" (1e6) or "400MiB" (2**20).
         widths: columns at every boundary, one whole number each.
+        form: "sliced", or "stock": a model of the dense model's own class, without shortcuts, one width, and one number
+            of neurons in all layers (`slicegpt.conversion.stock`); or "per-layer": the same with a number of neurons
+            for each layer, which of other engines llama.cpp runs (`slicegpt.checkpoint.gguf_export`).
+        untie: give a model in the stock form, which keeps its width where the head is tied, a head of its own.
         round_to: widths and numbers of neurons are multiples of it; "auto": what the model's width and the device need
             (`slicegpt.conversion.multiples`).
         shortcut: "compact" or "dense"; None is compact where the orientation allows it.
@@ -131,6 +136,8 @@ class Recipe:
         "size", None, Rule("a list of whole numbers", whole_numbers, "hold one at least", bool, True)
     )
 
+    form: str = choice("shape", SLICED, one_of(FORMS))
+    untie: bool = choice("shape", False, FLAG)
     round_to: int | str = choice(
         "shape",
         AUTO,
@@ -224,6 +231,21 @@ class Recipe:
             )
         if not self.refit:
             self._check_without_refit()
+        if self.form != SLICED:
+            self._check_stock()
+        elif self.untie:
+            raise SliceGPTError(f"is for the stock form, got True with form {self.form!r}", "untie")
+
+    def _check_stock(self) -> None:
+        if self.shortcut is not None:
+            raise SliceGPTError(f"the {self.form} form has none, got {self.shortcut!r}", "shortcut")
+        if self.kv_groups is not None:
+            raise SliceGPTError(f"the {self.form} form has all heads, got {self.kv_groups}", "kv_groups")
+        if self.widths is not None:
+            raise SliceGPTError(
+                f"the {self.form} form has one width, got a list; ask for keep, target_bytes or slice",
+                "widths",
+            )
 
     def _check_without_refit(self) -> None:
         if self.neurons not in (None, 0):
@@ -277,13 +299,18 @@ class Recipe:
     def resolved(self) -> Recipe:
         """Return the recipe with the choices filled in that follow from others, so that no default can change them."""
         shortcut, neurons = self.shortcut, self.neurons
-        if shortcut is None:
+        if shortcut is None and self.form == SLICED:
             shortcut = "compact" if self.orientation == "aligned" else "dense"
         if neurons is None:
             # The paper's percentage is of columns alone; a true size is best reached both ways.
             true_size = self.keep is not None or self.target_bytes is not None
             neurons = AUTO if true_size and self.refit else 0.0
-        return replace(self, shortcut=shortcut, neurons=neurons)
+        allocate = self.allocate
+        if self.form == STOCK:  # its layers are alike
+            allocate = UNIFORM
+        elif self.form != SLICED and allocate == PRICES:  # it has all heads, and widths of its own
+            allocate = OBJECTIVE
+        return replace(self, shortcut=shortcut, neurons=neurons, allocate=allocate)
 
     # --- files ---
 

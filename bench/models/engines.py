@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from slicegpt.bench.harness.memory import is_out_of_memory
 from slicegpt.bench.harness.record import without_folders
+from slicegpt.bench.models import llama_cpp
 from slicegpt.bench.models.decoders import ForwardDecoder, GenerateDecoder, GreedyDecoder, RuntimeDecoder
 from slicegpt.bench.models.networks import MeasuredNetwork
 from slicegpt.errors import SliceGPTError, first_line
@@ -37,12 +38,16 @@ class Engine:
         start: (network, batch, maximum length in tokens) -> decoder.
         huggingface: runs Hugging Face's own class, which exists for the dense model only.
         compiled_on: device types where it uses torch.compile, which takes time and, on a CPU, a compiler.
+        own_weights: its weights are not the network's: rows give the bytes of its own.
+        shape: layers, columns and vocabulary of the dense model whose weights it has; None: any network's.
     """
 
     name: str
     start: Callable[[MeasuredNetwork, int, int], GreedyDecoder]
     huggingface: bool = False
     compiled_on: tuple[str, ...] = ()
+    own_weights: bool = False
+    shape: tuple[int, int, int] | None = None
 
     def compiles(self, network: MeasuredNetwork) -> bool:
         return network.device.type in self.compiled_on
@@ -53,6 +58,8 @@ class Engine:
             return "Hugging Face's own class is dense"
         if self.compiles(network) and network.device.type == "cpu" and not shutil.which("g++"):
             return "torch.compile needs a C++ compiler on a CPU"
+        if self.shape is not None and network.device.type != "cpu":
+            return "it is measured on a CPU"
         return None
 
 
@@ -72,17 +79,25 @@ def plain(**settings) -> Callable[[MeasuredNetwork, int, int], GreedyDecoder]:
     return start
 
 
-def fused(network: MeasuredNetwork, batch: int, length: int) -> GreedyDecoder:
-    try:
-        return RuntimeDecoder(network.runtime(), batch, length)
-    except SliceGPTError as error:
-        raise NotApplicable(first_line(error)) from error
+def fused(weights: str | None = None) -> Callable[[MeasuredNetwork, int, int], GreedyDecoder]:
+    def start(network: MeasuredNetwork, batch: int, length: int) -> GreedyDecoder:
+        try:
+            return RuntimeDecoder(network.runtime(weights), batch, length)
+        except SliceGPTError as error:
+            raise NotApplicable(first_line(error)) from error
+
+    return start
+
+
+def without_file(network: MeasuredNetwork, batch: int, length: int) -> GreedyDecoder:
+    raise NotApplicable("llama-cpp needs a file: --gguf")
 
 
 ANYWHERE = ("cpu", "cuda")
 
 # "hf": the forward pass of Hugging Face's class in a loop of this package; "hf-generate": its `generate()`, which on a
 # GPU compiles the forward pass where the cache is static. "plain": this package's model, as `from_pretrained` loads it.
+# "fused-int8", "fused-int4": the runtime with the weights rounded to nearest. "llama-cpp": a GGUF file in llama.cpp.
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -101,17 +116,39 @@ ENGINES = {
         ),
         Engine("plain", plain()),
         Engine("plain-compile", plain(cache="static", compiled=True), compiled_on=ANYWHERE),
-        Engine("fused", fused),
+        Engine("fused", fused()),
+        Engine("fused-int8", fused("int8"), own_weights=True),
+        Engine("fused-int4", fused("int4"), own_weights=True),
+        Engine("llama-cpp", without_file, own_weights=True),
     )
 }
 
 
-def chosen_engines(names: Sequence[str]) -> list[Engine]:
-    """The engines of these names, in this order."""
+def chosen_engines(names: Sequence[str], gguf: Sequence[str] = ()) -> list[Engine]:
+    """The engines of these names, in this order; "llama-cpp" is one for each of the files `gguf`."""
     for name in names:
         if name not in ENGINES:
             raise SliceGPTError(f"--engines: must be among {', '.join(ENGINES)}, got {name!r}")
-    return [ENGINES[name] for name in dict.fromkeys(names)]
+    if gguf and "llama-cpp" not in names:
+        raise SliceGPTError("--gguf: is for the engine llama-cpp, which --engines does not name")
+    chosen: list[Engine] = []
+    for name in dict.fromkeys(names):
+        chosen += llama_cpp_engines(gguf) if name == "llama-cpp" else [ENGINES[name]]
+    return chosen
+
+
+def llama_cpp_engines(files: Sequence[str]) -> list[Engine]:
+    """An engine for each GGUF file, called after the type of its weights: "llama-cpp q8_0"."""
+    if not files:
+        raise SliceGPTError("--engines: llama-cpp needs a GGUF file, --gguf")
+    if not llama_cpp.is_available():
+        raise SliceGPTError("--engines: llama-cpp needs the package llama-cpp-python, which is not installed")
+    found = []
+    for file in dict.fromkeys(files):
+        facts = llama_cpp.GGUFFacts(file)
+        start = llama_cpp.starter(file, facts)
+        found.append(Engine(f"llama-cpp {facts.kind}", start, own_weights=True, shape=facts.shape))
+    return found
 
 
 @dataclass(frozen=True)
@@ -133,8 +170,11 @@ def benchmark_cases(
     cases, skipped = [], []
     for network in networks:
         network.keeps_plain = any(engine.name.startswith("plain") for engine in engines)
+        network.forms = sum(engine.name.startswith("fused") for engine in engines)
         network.keeps_huggingface = any(engine.huggingface for engine in engines)
         for engine in engines:
+            if engine.shape is not None and not (network.is_dense and engine.shape == shape_of(network)):
+                continue  # another model's file
             reason = engine.reason_against(network)
             if reason is None:
                 cases.append(BenchmarkCase(network, engine))
@@ -145,6 +185,12 @@ def benchmark_cases(
             f"--engines: none of {', '.join(engine.name for engine in engines)} runs any of these networks here"
         )
     return cases, skipped
+
+
+def shape_of(network: MeasuredNetwork) -> tuple[int, int, int]:
+    """Layers, columns and vocabulary of the dense model."""
+    config = network.config
+    return config.num_hidden_layers, config.dense_hidden_size, config.vocab_size
 
 
 def start_decoder(case: BenchmarkCase, batch: int, length: int) -> GreedyDecoder:

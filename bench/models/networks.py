@@ -45,6 +45,7 @@ class MeasuredNetwork:
         folder: with the weights at this size; None where they are random.
         huggingface_config: of the dense model in Hugging Face's own class; None where sliced.
         keeps_plain, keeps_huggingface: whether this form is measured, and not only a step towards another one.
+        forms: of the runtime's that are measured.
     """
 
     label: str
@@ -56,6 +57,7 @@ class MeasuredNetwork:
     huggingface_config: PreTrainedConfig | None = None
     keeps_plain: bool = True
     keeps_huggingface: bool = True
+    forms: int = 1
     _models: dict[str, PreTrainedModel | Runtime] = field(default_factory=dict, repr=False)
 
     @property
@@ -90,13 +92,19 @@ class MeasuredNetwork:
             self._models["canonical"] = model
         return self._models["canonical"]
 
-    def runtime(self) -> Runtime:
-        """The fused form; unless `keeps_plain`, the plain form's layers are released as they are packed."""
-        if "runtime" not in self._models:
-            self._models["runtime"] = Runtime(self.canonical(), release=not self.keeps_plain)
-            if not self.keeps_plain:
+    def runtime(self, weights: str | None = None) -> Runtime:
+        """The fused form; unless it is needed, the plain form's layers are released as they are packed.
+
+        weights: what `Runtime` rounds them to.
+        """
+        name = "runtime" if weights is None else f"runtime {weights}"
+        if name not in self._models:
+            made = sum(one.startswith("runtime") for one in self._models)
+            last = not self.keeps_plain and made + 1 >= self.forms
+            self._models[name] = Runtime(self.canonical(), release=last, weights=weights)
+            if last:
                 del self._models["canonical"]
-        return self._models["runtime"]
+        return self._models[name]
 
     def huggingface(self) -> PreTrainedModel:
         """The dense model in Hugging Face's own class."""

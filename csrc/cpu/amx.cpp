@@ -35,11 +35,13 @@ namespace {
 constexpr int64_t kFewestTokens = 4;
 
 void norm_linear_of(Dtype dtype, const NormLinear& op, int thread, int threads) {
+    if (op.quantized.data) return avx512_bf16()->norm_linear(dtype, op, thread, threads);
     if (dtype != Dtype::kBfloat16 || op.tokens < kFewestTokens) return kAvx512.norm_linear(dtype, op, thread, threads);
     norm_linear<TileProduct>(op, thread, threads);
 }
 
 void rotate_add_of(Dtype dtype, const RotateAdd& op, int thread, int threads) {
+    if (op.quantized.data) return avx512_bf16()->rotate_add(dtype, op, thread, threads);
     if (dtype != Dtype::kBfloat16 || op.tokens < kFewestTokens) return kAvx512.rotate_add(dtype, op, thread, threads);
     rotate_add<TileProduct>(op, thread, threads);
 }
@@ -50,7 +52,7 @@ bool have_tiles() {
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
     constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-    if (!(edx & kAmxBf16) || !(edx & kAmxTile) || !__builtin_cpu_supports("avx512bf16")) return false;
+    if (!(edx & kAmxBf16) || !(edx & kAmxTile) || !avx512_bf16()) return false;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return ::syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

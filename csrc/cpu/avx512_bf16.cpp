@@ -1,4 +1,5 @@
-// The kernels for AVX512-BF16: products of bfloat16 are of pairs, all else is AVX-512's.
+// The kernels for AVX512-BF16 and AVX512-VNNI: products of bfloat16 are of pairs, those of 16-bit integers are one
+// instruction, all else is AVX-512's.
 #if defined(__x86_64__) || defined(_M_X64)
 #include "decode.h"
 
@@ -31,12 +32,12 @@ namespace {
 
 void norm_linear_of(Dtype dtype, const NormLinear& op, int thread, int threads) {
     if (dtype != Dtype::kBfloat16) return kAvx512.norm_linear(dtype, op, thread, threads);
-    norm_linear<RowProduct<RowPairs>>(op, thread, threads);
+    norm_linear_any<RowProduct<RowPairs>>(op, thread, threads);
 }
 
 void rotate_add_of(Dtype dtype, const RotateAdd& op, int thread, int threads) {
     if (dtype != Dtype::kBfloat16) return kAvx512.rotate_add(dtype, op, thread, threads);
-    rotate_add<RowProduct<RowPairs>>(op, thread, threads);
+    rotate_add_any<RowProduct<RowPairs>>(op, thread, threads);
 }
 
 // For gram_tiles.h: a column's neighbouring tokens are a pair, the earlier one in the lower half of an item.
@@ -88,7 +89,7 @@ constexpr GramKernels kGram{kPanelColumns<Pairs>, sizeof(Item<Pairs>) / kItemTok
 const Kernels* avx512_bf16() {
     static const Kernels kernels{"avx512_bf16",  norm_linear_of,    kAvx512.finish,    rotate_add_of, kAvx512.row_sums,
                                  kAvx512.attend, kAvx512.gram_fp64, kAvx512.gram_fast, &kGram};
-    return __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? &kernels : nullptr;
 }
 
 }  // namespace cpu

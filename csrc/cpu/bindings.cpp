@@ -75,7 +75,7 @@ using A = uintptr_t;
 
 NormLinear norm_linear_arguments(A h, int64_t h_stride, A weight, int64_t weight_stride, A bias, A sumsq, int64_t parts,
                                  A y, int64_t y_stride, int64_t tokens, int64_t d, int64_t N, int64_t n_scaled,
-                                 int activation, bool gated, double divisor, double eps) {
+                                 int activation, bool gated, double divisor, double eps, const Quantized* quantized) {
     return {Address{h},
             h_stride,
             Address{weight},
@@ -92,12 +92,14 @@ NormLinear norm_linear_arguments(A h, int64_t h_stride, A weight, int64_t weight
             static_cast<Activation>(activation),
             gated,
             divisor,
-            eps};
+            eps,
+            quantized ? *quantized : Quantized{}};
 }
 
 RotateAdd rotate_add_arguments(A a, int64_t a_stride, A weight, int64_t weight_stride, A h, int64_t h_stride,
                                A shortcut, int64_t shortcut_stride, A bias, A h_next, int64_t h_next_stride, A sumsq,
-                               int64_t tokens, int64_t K, int64_t d, int64_t N) {
+                               int64_t tokens, int64_t K, int64_t d, int64_t N, const Quantized* quantized,
+                               int64_t quantized_columns) {
     return {Address{a},
             a_stride,
             Address{weight},
@@ -113,7 +115,9 @@ RotateAdd rotate_add_arguments(A a, int64_t a_stride, A weight, int64_t weight_s
             tokens,
             K,
             d,
-            N};
+            N,
+            quantized ? *quantized : Quantized{},
+            quantized_columns};
 }
 
 void norm_linear(int dtype, const NormLinear& op, int threads) {
@@ -144,16 +148,26 @@ void rotate_add(int dtype, const RotateAdd& op, int threads) {
 }
 
 void bind_operations(py::module_& m) {
+    py::class_<Quantized>(m, "Quantized", py::module_local())
+        .def(py::init([](A data, A scales, A zeros, int scale_dtype, int bits, int64_t blocks, int64_t groups,
+                         int64_t group_blocks) {
+                 return Quantized{Address{data}, Address{scales}, Address{zeros}, static_cast<Dtype>(scale_dtype),
+                                  bits,          blocks,          groups,         group_blocks};
+             }),
+             py::arg("data"), py::arg("scales"), py::arg("zeros"), py::arg("scale_dtype"), py::arg("bits"),
+             py::arg("blocks"), py::arg("groups"), py::arg("group_blocks"));
     py::class_<NormLinear>(m, "NormLinear", py::module_local())
         .def(py::init(&norm_linear_arguments), py::arg("h"), py::arg("h_stride"), py::arg("weight"),
              py::arg("weight_stride"), py::arg("bias"), py::arg("sumsq"), py::arg("parts"), py::arg("y"),
              py::arg("y_stride"), py::arg("tokens"), py::arg("d"), py::arg("N"), py::arg("n_scaled"),
-             py::arg("activation"), py::arg("gated"), py::arg("divisor"), py::arg("eps"));
+             py::arg("activation"), py::arg("gated"), py::arg("divisor"), py::arg("eps"),
+             py::arg("quantized") = nullptr);
     py::class_<RotateAdd>(m, "RotateAdd", py::module_local())
         .def(py::init(&rotate_add_arguments), py::arg("a"), py::arg("a_stride"), py::arg("weight"),
              py::arg("weight_stride"), py::arg("h"), py::arg("h_stride"), py::arg("shortcut"),
              py::arg("shortcut_stride"), py::arg("bias"), py::arg("h_next"), py::arg("h_next_stride"), py::arg("sumsq"),
-             py::arg("tokens"), py::arg("K"), py::arg("d"), py::arg("N"));
+             py::arg("tokens"), py::arg("K"), py::arg("d"), py::arg("N"), py::arg("quantized") = nullptr,
+             py::arg("quantized_columns") = 0);
     py::class_<Attention>(m, "Attention", py::module_local())
         .def(py::init([](A rows, int64_t rows_stride, A keys, A values, int64_t batch_stride, int64_t head_stride,
                          A valid, int64_t valid_stride, A rotary, A positions, A norm, double norm_eps,

@@ -12,10 +12,23 @@
 namespace slicegpt {
 namespace cpu {
 
+// Weights of 8 or 4 bits: (code - zero) * scale. 16 rows make a panel, whose codes stand as quantized.h reads them, 32
+// items of all 16 rows a block; rows and items that are missing are zeros. slicegpt/ops/cpu/quantized.py makes them.
+struct Quantized {
+    const uint8_t* data;   // [panels, blocks, 512 or 256 bytes]; null: there are none
+    const void* scales;    // [panels, groups, 16] of scale_dtype
+    const uint8_t* zeros;  // [panels, groups, 16], codes of 0 to 15; or null: int4 has 8, int8 (signed) has 0
+    Dtype scale_dtype;
+    int bits;
+    int64_t blocks, groups, group_blocks;
+};
+
 struct NormLinear {
     const void* h;  // [tokens, d]
     int64_t h_stride;
-    const void* weight;  // [N, d]
+    // [N, d]; where `quantized` has the first n_scaled rows, the others alone. Of gates and values the panels of both
+    // begin anew.
+    const void* weight;
     int64_t weight_stride;
     const void* bias;    // [n_scaled] or null
     const float* sumsq;  // [tokens, parts] or null: computed from h
@@ -26,12 +39,13 @@ struct NormLinear {
     Activation activation;
     bool gated;
     double divisor, eps;
+    Quantized quantized;
 };
 
 struct RotateAdd {
     const void* a;  // [tokens, K]
     int64_t a_stride;
-    const void* weight;  // [N, K]
+    const void* weight;  // [N, K]; where `quantized` has the first columns, the last ones alone
     int64_t weight_stride;
     const void* h;  // [tokens, d]
     int64_t h_stride;
@@ -42,6 +56,8 @@ struct RotateAdd {
     int64_t h_next_stride;
     float* sumsq;  // [tokens, ceil(N / kSumColumns)], see `row_sums`
     int64_t tokens, K, d, N;
+    Quantized quantized;
+    int64_t quantized_columns;  // of K
 };
 
 // One new token in each row of a batch: its key and value go into the cache, its query sees what the cache holds.

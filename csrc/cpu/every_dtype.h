@@ -27,11 +27,11 @@ inline void with_rows(Dtype dtype, Body body) {
 }
 
 void norm_linear_of(Dtype dtype, const NormLinear& op, int thread, int threads) {
-    with_rows(dtype, [&](auto fixed) { norm_linear<typename decltype(fixed)::type>(op, thread, threads); });
+    with_rows(dtype, [&](auto fixed) { norm_linear_any<typename decltype(fixed)::type>(op, thread, threads); });
 }
 
 void rotate_add_of(Dtype dtype, const RotateAdd& op, int thread, int threads) {
-    with_rows(dtype, [&](auto fixed) { rotate_add<typename decltype(fixed)::type>(op, thread, threads); });
+    with_rows(dtype, [&](auto fixed) { rotate_add_any<typename decltype(fixed)::type>(op, thread, threads); });
 }
 
 void finish_of(Dtype dtype, const NormLinear& op, const void* product, int64_t stride, int thread, int threads) {

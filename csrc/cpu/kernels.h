@@ -11,6 +11,8 @@ struct Part {
     int thread, threads;
 };
 
+#include "quantized.h"
+
 // Few tokens, every one packed on its own: the weights are what takes the time, so threads share nothing but columns.
 template <typename V>
 struct RowProduct {
@@ -18,9 +20,10 @@ struct RowProduct {
     using Item = typename V::Item;
     static_assert(sizeof(Item) == sizeof(float), "packed rows lie in scratch memory, which is counted in floats");
     struct Session {};  // what the processor is set to meanwhile
+    static constexpr bool kQuantized = false;
 
     static Part part(int64_t tokens, int thread, int threads) { return {{0, tokens}, thread, threads}; }
-    static int64_t tokens_at_once(int64_t tokens) { return tokens; }
+    static int64_t tokens_at_once(int64_t tokens, int64_t) { return tokens; }
     static int64_t columns_at_once(int64_t) { return kBlock; }
     static int64_t packed_floats(int64_t tokens, int64_t K) { return tokens * packed_size<V>(K); }
     static int64_t sums_floats(int64_t tokens, int64_t block) { return tokens * block; }
@@ -72,33 +75,46 @@ inline void finish_row(const NormLinear& op, Activate activate, D* out, int64_t 
     });
 }
 
-template <typename P>
+// P multiplies the scaled rows of weights, R the others: the same, but where P's are quantized.
+template <typename P, typename R>
 void norm_linear_rows(const NormLinear& op, int thread, int threads) {
     using D = typename P::Stored;
     const auto* h = static_cast<const D*>(op.h);
     const auto* weight = static_cast<const D*>(op.weight);
     auto* y = static_cast<D*>(op.y);
     const int64_t tokens = op.tokens, group = P::group(tokens), block = P::columns_at_once(op.d);
+    const bool packed_twice = P::kQuantized && op.N > op.n_scaled;
     const int64_t packed = whole_lines(P::packed_floats(tokens, op.d)), sums = P::sums_floats(tokens, block);
+    const int64_t packed_again = packed_twice ? whole_lines(R::packed_floats(tokens, op.d)) : 0;
     const int64_t rows = P::rows_floats(block);
-    float* x = scratch(packed + 2 * (sums + rows) + P::room_floats() + tokens);
-    float* first = x + packed;
+    float* x = scratch(packed + packed_again + 2 * (sums + rows) + P::room_floats() + tokens);
+    float* x_plain = packed_twice ? x + packed : x;
+    float* first = x + packed + packed_again;
     float* second = first + sums;
     float* first_rows = second + sums;
     float* second_rows = first_rows + rows;
     float* room = second_rows + rows;
     float* scales = room + P::room_floats();
     P::pack_tokens(h, op.h_stride, tokens, op.d, x);
+    if (packed_twice) R::pack_tokens(h, op.h_stride, tokens, op.d, x_plain);
     for (int64_t t = 0; t < tokens; ++t) scales[t] = norm_scale<D>(op, t);
+    const auto multiply_plain = [&](int64_t row, int64_t count, float* out) {
+        R::multiply(weight + row * op.weight_stride, op.weight_stride, count, op.d, x_plain, tokens, out, block, false,
+                    room);
+    };
     const auto multiply = [&](int64_t row, int64_t count, float* out) {
-        P::multiply(weight + row * op.weight_stride, op.weight_stride, count, op.d, x, tokens, out, block, false, room);
+        if constexpr (P::kQuantized)
+            P::multiply(op.quantized, row, count, x, tokens, out, block, false);
+        else
+            multiply_plain(row, count, out);
     };
     const int64_t up = op.n_scaled / 2, columns = op.gated ? up : op.n_scaled;
-    const Range scaled = share(columns, kUnit, thread, threads);
+    const int64_t unit = P::kQuantized ? kPanelRows : kUnit, first_up = P::kQuantized ? whole_panels(up) : up;
+    const Range scaled = share(columns, unit, thread, threads);
     for (int64_t n = scaled.begin; n < scaled.end; n += block) {
         const int64_t count = least(block, scaled.end - n);
         multiply(n, count, first);
-        if (op.gated) multiply(up + n, count, second);
+        if (op.gated) multiply(first_up + n, count, second);
         for (int64_t begin = 0; begin < tokens; begin += group) {
             const float* values = P::rows(first, count, tokens, begin, block, first_rows);
             const float* others = op.gated ? P::rows(second, count, tokens, begin, block, second_rows) : nullptr;
@@ -115,34 +131,36 @@ void norm_linear_rows(const NormLinear& op, int thread, int threads) {
     }
     // The threads that got less above get more here.
     const Range plain = share(op.N - op.n_scaled, kUnit, threads - 1 - thread, threads);
+    const int64_t first_plain = P::kQuantized ? 0 : op.n_scaled;
     for (int64_t n = plain.begin; n < plain.end; n += block) {
         const int64_t count = least(block, plain.end - n);
-        multiply(op.n_scaled + n, count, first);
+        multiply_plain(first_plain + n, count, first);
         for (int64_t begin = 0; begin < tokens; begin += group) {
-            const float* values = P::rows(first, count, tokens, begin, block, first_rows);
+            const float* values = R::rows(first, count, tokens, begin, block, first_rows);
             for (int64_t t = begin; t < least(begin + group, tokens); ++t, values += block)
                 store_row(y + t * op.y_stride + columns + n, values, count);
         }
     }
 }
 
-template <typename P>
+template <typename P, typename R = P>
 void norm_linear(const NormLinear& op, int thread, int threads) {
     using D = typename P::Stored;
     const typename P::Session session;
     const Part part = P::part(op.tokens, thread, threads);
-    const int64_t step = P::tokens_at_once(op.tokens);
+    const int64_t step = P::tokens_at_once(op.tokens, op.d);
     for (int64_t t = part.tokens.begin; t < part.tokens.end; t += step) {
         NormLinear rows = op;
         rows.tokens = least(step, part.tokens.end - t);
         rows.h = static_cast<const D*>(op.h) + t * op.h_stride;
         rows.y = static_cast<D*>(op.y) + t * op.y_stride;
         rows.sumsq = op.sumsq ? op.sumsq + t * op.parts : nullptr;
-        norm_linear_rows<P>(rows, part.thread, part.threads);
+        norm_linear_rows<P, R>(rows, part.thread, part.threads);
     }
 }
 
-template <typename P>
+// P multiplies the weight, where it is quantized its first columns; R the rest and the shortcut.
+template <typename P, typename R>
 void rotate_add_rows(const RotateAdd& op, int thread, int threads) {
     using D = typename P::Stored;
     const auto* a = static_cast<const D*>(op.a);
@@ -152,23 +170,34 @@ void rotate_add_rows(const RotateAdd& op, int thread, int threads) {
     const auto* bias = static_cast<const D*>(op.bias);
     auto* h_next = static_cast<D*>(op.h_next);
     const int64_t tokens = op.tokens, group = P::group(tokens), block = P::columns_at_once(op.K);
-    const int64_t packed_a = whole_lines(P::packed_floats(tokens, op.K));
-    const int64_t packed_h = shortcut ? whole_lines(P::packed_floats(tokens, op.d)) : 0;
+    const int64_t own = P::kQuantized ? op.quantized_columns : op.K, rest = op.K - own;
+    const int64_t packed_a = whole_lines(P::packed_floats(tokens, own));
+    const int64_t packed_rest = rest ? whole_lines(R::packed_floats(tokens, rest)) : 0;
+    const int64_t packed_h = shortcut ? whole_lines(R::packed_floats(tokens, op.d)) : 0;
     const int64_t size = P::sums_floats(tokens, block);
-    float* x = scratch(packed_a + packed_h + size + P::rows_floats(block) + P::room_floats());
-    float* x_h = x + packed_a;
+    float* x = scratch(packed_a + packed_rest + packed_h + size + P::rows_floats(block) + P::room_floats());
+    float* x_rest = x + packed_a;
+    float* x_h = x_rest + packed_rest;
     float* sums = x_h + packed_h;
     float* rows = sums + size;
     float* room = rows + P::rows_floats(block);
-    P::pack_tokens(a, op.a_stride, tokens, op.K, x);
-    if (shortcut) P::pack_tokens(h, op.h_stride, tokens, op.d, x_h);
-    const Range columns = share(op.N, kUnit, thread, threads);
+    P::pack_tokens(a, op.a_stride, tokens, own, x);
+    if (rest) R::pack_tokens(a + own, op.a_stride, tokens, rest, x_rest);
+    if (shortcut) R::pack_tokens(h, op.h_stride, tokens, op.d, x_h);
+    const auto multiply = [&](const D* w, int64_t stride, int64_t n, int64_t count, int64_t K, const float* packed,
+                              bool add) {
+        R::multiply(w + n * stride, stride, count, K, packed, tokens, sums, block, add, room);
+    };
+    const Range columns = share(op.N, P::kQuantized ? kPanelRows : kUnit, thread, threads);
     for (int64_t n = columns.begin; n < columns.end; n += block) {
         const int64_t count = least(block, columns.end - n);
-        P::multiply(weight + n * op.weight_stride, op.weight_stride, count, op.K, x, tokens, sums, block, false, room);
-        if (shortcut)
-            P::multiply(shortcut + n * op.shortcut_stride, op.shortcut_stride, count, op.d, x_h, tokens, sums, block,
-                        true, room);
+        if constexpr (P::kQuantized) {
+            P::multiply(op.quantized, n, count, x, tokens, sums, block, false);
+            if (rest) multiply(weight, op.weight_stride, n, count, rest, x_rest, true);
+        } else {
+            multiply(weight, op.weight_stride, n, count, op.K, x, false);
+        }
+        if (shortcut) multiply(shortcut, op.shortcut_stride, n, count, op.d, x_h, true);
         // The stream passes as it is, with zeros beyond its columns.
         const int64_t kept = shortcut ? 0 : most(0, least(count, op.d - n));
         for (int64_t begin = 0; begin < tokens; begin += group) {
@@ -185,20 +214,33 @@ void rotate_add_rows(const RotateAdd& op, int thread, int threads) {
     }
 }
 
-template <typename P>
+template <typename P, typename R = P>
 void rotate_add(const RotateAdd& op, int thread, int threads) {
     using D = typename P::Stored;
     const typename P::Session session;
     const Part part = P::part(op.tokens, thread, threads);
-    const int64_t step = P::tokens_at_once(op.tokens);
+    const int64_t step = P::tokens_at_once(op.tokens, op.K);
     for (int64_t t = part.tokens.begin; t < part.tokens.end; t += step) {
         RotateAdd rows = op;  // but for `sumsq`, which is not written here
         rows.tokens = least(step, part.tokens.end - t);
         rows.a = static_cast<const D*>(op.a) + t * op.a_stride;
         rows.h = static_cast<const D*>(op.h) + t * op.h_stride;
         rows.h_next = static_cast<D*>(op.h_next) + t * op.h_next_stride;
-        rotate_add_rows<P>(rows, part.thread, part.threads);
+        rotate_add_rows<P, R>(rows, part.thread, part.threads);
     }
+}
+
+// Few rows, of weights as R multiplies them or quantized.
+template <typename R>
+void norm_linear_any(const NormLinear& op, int thread, int threads) {
+    const auto run = op.quantized.data ? norm_linear<QuantizedProduct<typename R::Stored>, R> : norm_linear<R>;
+    run(op, thread, threads);
+}
+
+template <typename R>
+void rotate_add_any(const RotateAdd& op, int thread, int threads) {
+    const auto run = op.quantized.data ? rotate_add<QuantizedProduct<typename R::Stored>, R> : rotate_add<R>;
+    run(op, thread, threads);
 }
 
 // `norm_linear` after a library's product h Wᵀ, [tokens, N]; without gates y may be the same memory.

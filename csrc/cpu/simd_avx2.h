@@ -88,6 +88,57 @@ inline void write(Float16* p, Vec x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// For quantized.h: 16-bit integers of two neighbouring items of 16 rows, and what they are multiplied with.
+struct Pair {
+    __m256i v;
+    static Pair of(const int16_t* p) {
+        int both;
+        std::memcpy(&both, p, sizeof both);
+        return {_mm256_set1_epi32(both)};
+    }
+};
+struct Words {
+    __m256i low, high;
+    static Words of_bytes(const uint8_t* p) {
+        const __m128i* halves = reinterpret_cast<const __m128i*>(p);
+        return {_mm256_cvtepi8_epi16(_mm_loadu_si128(halves)), _mm256_cvtepi8_epi16(_mm_loadu_si128(halves + 1))};
+    }
+};
+// Four codes in each of these.
+struct FourCodes {
+    Words v;
+    static FourCodes load(const uint8_t* p) {
+        const __m256i* halves = reinterpret_cast<const __m256i*>(p);
+        return {{_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)}};
+    }
+    template <int N>
+    Words get() const {
+        return {code<N>(v.low), code<N>(v.high)};
+    }
+
+  private:
+    template <int N>
+    static __m256i code(__m256i x) {
+        const __m256i shifted = N ? _mm256_srli_epi16(x, 4 * N) : x;
+        return N == 3 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi16(15));
+    }
+};
+struct Sums {
+    __m256i low, high;
+    static Sums all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+    static Sums multiply_add(const Words& w, Pair x, Sums c) {
+        c = {_mm256_add_epi32(c.low, _mm256_madd_epi16(w.low, x.v)),
+             _mm256_add_epi32(c.high, _mm256_madd_epi16(w.high, x.v))};
+        // One after the other: as a tree, which GCC makes of it, the products do not fit into the registers.
+        asm("" : "+x"(c.low), "+x"(c.high));
+        return c;
+    }
+    void floats(Vec* out) const {
+        out[0] = {_mm256_cvtepi32_ps(low)};
+        out[1] = {_mm256_cvtepi32_ps(high)};
+    }
+};
+
 struct Doubles {
     __m256d v;
     static constexpr int kLanes = 4;

@@ -121,6 +121,46 @@ inline void write(Float16* p, Vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// For quantized.h: 16-bit integers of two neighbouring items of 16 rows, and what they are multiplied with.
+struct Pair {
+    __m512i v;
+    static Pair of(const int16_t* p) {
+        int both;
+        std::memcpy(&both, p, sizeof both);
+        return {_mm512_set1_epi32(both)};
+    }
+};
+struct Words {
+    __m512i v;
+    static Words of_bytes(const uint8_t* p) {
+        return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
+};
+// Four codes in each of these.
+struct FourCodes {
+    __m512i v;
+    static FourCodes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+    template <int N>
+    Words get() const {
+        const __m512i shifted = N ? _mm512_srli_epi16(v, 4 * N) : v;
+        return {N == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(15))};
+    }
+};
+struct Sums {
+    __m512i v;
+    static Sums all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+    static Sums multiply_add(const Words& w, Pair x, Sums c) {
+#ifdef __AVX512VNNI__
+        return {_mm512_dpwssd_epi32(c.v, w.v, x.v)};
+#else
+        c = {_mm512_add_epi32(c.v, _mm512_madd_epi16(w.v, x.v))};
+        asm("" : "+v"(c.v));  // see simd_avx2.h
+        return c;
+#endif
+    }
+    void floats(Vec* out) const { out[0] = {_mm512_cvtepi32_ps(v)}; }
+};
+
 struct Doubles {
     __m512d v;
     static constexpr int kLanes = 8;

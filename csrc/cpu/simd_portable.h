@@ -116,3 +116,47 @@ template <typename V>
 inline void add_to(double* p, const V& x) {
     for (int i = 0; i < V::kLanes; ++i) p[i] += x.v[i];
 }
+
+// For quantized.h: 16-bit integers of two neighbouring items of 16 rows, and what they are multiplied with.
+struct Pair {
+    int16_t v[2];
+    static Pair of(const int16_t* p) { return {{p[0], p[1]}}; }
+};
+struct Words {
+    int16_t v[32];
+    static Words of_bytes(const uint8_t* p) {
+        Words words;
+        for (int i = 0; i < 32; ++i) words.v[i] = static_cast<int8_t>(p[i]);
+        return words;
+    }
+};
+// Four codes in each of these.
+struct FourCodes {
+    uint16_t v[32];
+    static FourCodes load(const uint8_t* p) {
+        FourCodes codes;
+        for (int i = 0; i < 32; ++i) codes.v[i] = static_cast<uint16_t>(p[2 * i] | p[2 * i + 1] << 8);
+        return codes;
+    }
+    template <int N>
+    Words get() const {
+        Words words;
+        for (int i = 0; i < 32; ++i) words.v[i] = static_cast<int16_t>(v[i] >> (4 * N) & 15);
+        return words;
+    }
+};
+struct Sums {
+    int32_t v[16];
+    static Sums all(int32_t x) {
+        Sums sums;
+        for (int32_t& lane : sums.v) lane = x;
+        return sums;
+    }
+    static Sums multiply_add(const Words& w, Pair x, Sums c) {
+        for (int i = 0; i < 16; ++i) c.v[i] += int32_t{w.v[2 * i]} * x.v[0] + int32_t{w.v[2 * i + 1]} * x.v[1];
+        return c;
+    }
+    void floats(Vec* out) const {
+        for (int i = 0; i < 16; ++i) out[i / 8].v[i % 8] = static_cast<float>(v[i]);
+    }
+};

@@ -119,6 +119,7 @@ inline void multiply_tiles(const Strip* strips, int64_t chunks, const char* x, i
 struct TileProduct {
     using Stored = BFloat16;
     using Session = TileSession;
+    static constexpr bool kQuantized = false;
     static constexpr int64_t kColumns = 256;
 
     // Threads share out tokens as well, where each gets a hundred: packing them costs as much as a few rows of weights.
@@ -128,7 +129,7 @@ struct TileProduct {
             if (threads % p == 0 && tokens / p >= 96) parts = p;
         return {share(tokens, 2 * kTile, thread % parts, parts), thread / parts, threads / parts};
     }
-    static int64_t tokens_at_once(int64_t tokens) { return least(tokens, kTokensAtOnce); }
+    static int64_t tokens_at_once(int64_t tokens, int64_t) { return least(tokens, kTokensAtOnce); }
     // Where sums are put aside there are to be many of them, since each time all tokens come in again.
     static int64_t columns_at_once(int64_t K) { return K > kChunksAtOnce * kTileItems ? kColumns : kBlock; }
     static int64_t packed_floats(int64_t tokens, int64_t K) {

@@ -3,7 +3,7 @@
 import math
 
 from slicegpt.checkpoint.outcome import asked_and_got, notes, outcome_rows, shape_rows
-from slicegpt.recipe import FILE_NAME
+from slicegpt.recipe import FILE_NAME, STOCK
 
 _CARD = """---
 library_name: transformers
@@ -39,6 +39,8 @@ The licence of the original model applies. Evaluate the sliced model on your own
 _WITH_PACKAGE = """import slicegpt  # registers the architecture with transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 """
+_STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
+"""
 _WITHOUT_PACKAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # The network is in this repository. After `import slicegpt`, where it is installed, nothing has to be trusted.
@@ -54,6 +56,12 @@ def _and_others(record: dict) -> str:
         if record.get(count, record.get(f"dense_{count}")) != record.get(f"dense_{count}")
     ]
     return f", and {' and '.join(deleted)}" if deleted else ""
+
+
+def _imports(record: dict, self_contained: bool) -> str:
+    if record.get("form") == STOCK:
+        return _STOCK
+    return _WITHOUT_PACKAGE if self_contained else _WITH_PACKAGE
 
 
 def _describe_finetuning(run: dict | None) -> str:
@@ -90,7 +98,7 @@ def model_card(record: dict, name: str, self_contained: bool = True, recipe: boo
     return _CARD.format(
         name=name,
         custom_code="- custom_code\n" if self_contained else "",
-        imports=_WITHOUT_PACKAGE if self_contained else _WITH_PACKAGE,
+        imports=_imports(record, self_contained),
         arguments=f'"{name}", trust_remote_code=True' if self_contained else f'"{name}"',
         source=record["source"],
         table=_table(record),

@@ -101,8 +101,8 @@ class FusedAnswering:
 
     def __init__(self, runtime: Runtime, session: Session, seed: int):
         self.session, self.seed = session, seed
-        dtype = str(runtime.executor.packed.dtype).removeprefix("torch.")
-        self.label = f"runtime, {runtime.decoder_name(1)} decoder, {dtype} on {runtime.device}"
+        weights = runtime.executor.packed.weights_text()
+        self.label = f"runtime, {runtime.decoder_name(1)} decoder, {weights} on {runtime.device}"
 
     def answer(self, ids: Tensor, count: int, printer: Printer, stopped: Callable[[], bool]) -> None:
         with closing(self.session.stream(ids, count, self.seed)) as tokens:
@@ -170,21 +170,23 @@ def open_engine(
     sampling: Sampling,
     seed: int,
     length: int,
+    weights: str | None = None,
 ) -> Iterator[Answering]:
     """The engine that `--runtime` names; "auto" is the runtime, for a model that it cannot run transformers.
 
     Args:
         model: its weights are freed as the runtime packs them.
         length: tokens of a prompt and its answer together, at most.
+        weights: what the runtime rounds the weights to, see `Runtime`; never with transformers.
     """
     packed = None
     if runtime != "plain":
         try:
             if runtime == "auto":
                 check_room(model)
-            packed = Runtime(model, max_length=length, release=True)
+            packed = Runtime(model, max_length=length, release=True, weights=weights)
         except SliceGPTError as error:
-            if runtime == "fused":
+            if runtime == "fused" or weights is not None:
                 raise
             say(f"note: the runtime cannot run this model: {error.reason}")
     lent: AbstractContextManager = nullcontext() if packed is None else packed.session(length, sampling)

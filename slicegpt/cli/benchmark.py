@@ -83,7 +83,8 @@ def add_networks(parser: argparse.ArgumentParser, engines: str | None, on_gpu: s
             default=engines.split(",") if on_gpu is None else None,
             metavar="E,...",
             help="of hf, hf-eager, hf-static, hf-compile: Hugging Face's forward pass; hf-generate, "
-            f"hf-generate-static: its generate(); plain, plain-compile, fused: this package's (default: {engines}"
+            f"hf-generate-static: its generate(); plain, plain-compile, fused: this package's; fused-int8, fused-int4: "
+            f"the same with weights rounded to nearest; llama-cpp: --gguf (default: {engines}"
             + (f"; on a GPU {on_gpu})" if on_gpu else ")"),
         )
     add_device(group, dtypes)
@@ -186,6 +187,13 @@ def add_token(benchmarks) -> None:
     )
     parser.set_defaults(run=run_token)
     add_networks(parser, "hf,hf-generate,hf-generate-static,hf-compile,plain,fused")
+    parser.add_argument(
+        "--gguf",
+        type=names,
+        default=[],
+        metavar="FILE,...",
+        help="GGUF files of the dense models, for the engine llama-cpp (needs llama-cpp-python; default: none)",
+    )
     parser.add_argument("--tokens", type=positive, default=128, help="steps that are timed")
     parser.add_argument("--prompt", type=positive, default=16, metavar="N", help="tokens of the prompt")
     add_sequences(parser)
@@ -203,7 +211,7 @@ def run_token(options: argparse.Namespace) -> None:
     from slicegpt.progress import Progress
 
     networks = networks_of(options)
-    cases, skipped = benchmark_cases(networks, chosen_engines(options.engines))
+    cases, skipped = benchmark_cases(networks, chosen_engines(options.engines, options.gguf))
     how = TokenOptions(
         options.tokens,
         options.prompt,
@@ -312,6 +320,12 @@ def add_layers(benchmarks) -> None:
         "--repeats", type=positive, default=40, help="runs, of which the fastest quarter counts"
     )
     parser.add_argument("--cold-l2", action="store_true", help="overwrite the last cache before every run")
+    parser.add_argument(
+        "--sparse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="2:4 sparse weights too, where they run",
+    )
     add_trace(parser, "of one run of every variant")
     add_results(parser)
 
@@ -323,7 +337,7 @@ def run_layers(options: argparse.Namespace) -> None:
 
     networks = networks_of(options)
     record = record_of(options, networks[0].device)
-    how = LayersOptions(options.batch, options.seqlen, options.repeats, options.cold_l2)
+    how = LayersOptions(options.batch, options.seqlen, options.repeats, options.cold_l2, options.sparse)
     with measuring(record, options):
         measure_layers(networks, how, record, Progress(), options.trace)
 

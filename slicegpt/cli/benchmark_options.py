@@ -21,6 +21,9 @@ ENGINES = (
     "plain",
     "plain-compile",
     "fused",
+    "fused-int8",
+    "fused-int4",
+    "llama-cpp",
 )
 SHAPES = (
     "smollm2-135m",

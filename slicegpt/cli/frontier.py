@@ -11,7 +11,19 @@ from slicegpt.recipe import AUTO, NAMES, Recipe
 from .options import add_device, add_shared, check_device, counts
 
 # Those of `slicegpt.evaluation.frontier_run`, which needs torch.
-METHODS = ("ours", "neurons", "in-step", "equal", "columns", "compact", "published", "sparsegpt-2:4")
+METHODS = (
+    "ours",
+    "neurons",
+    "in-step",
+    "equal",
+    "stock",
+    "per-layer",
+    "stock-untied",
+    "columns",
+    "compact",
+    "published",
+    "sparsegpt-2:4",
+)
 
 
 def add_parser(commands) -> None:
@@ -41,8 +53,9 @@ def add_parser(commands) -> None:
         default="ours,published",
         metavar="NAME,NAME",
         help="ours, neurons (no columns deleted, shared out by the refit's objective), in-step (columns and neurons "
-        "in step, by the objective), equal (as many neurons in every layer), columns (no neurons deleted), compact (no "
-        "refit either), published (dense shortcuts, untied head), sparsegpt-2:4",
+        "in step, by the objective), equal (as many neurons in every layer), stock (the stock form), per-layer, "
+        "stock-untied, columns (no neurons deleted), compact (no refit either), published (dense shortcuts, untied "
+        "head), sparsegpt-2:4",
     )
     parser.add_argument(
         "--data",

@@ -74,6 +74,12 @@ def add_parser(commands) -> None:
         help="fused: this package's, packed weights, fused operators and a static cache; plain: transformers' "
         "generate; auto (default): fused, or plain for a model that fused cannot run",
     )
+    parser.add_argument(
+        "--weights",
+        choices=("int8", "int4"),
+        help="round the weights to nearest as they are loaded, by row or in groups of 32 columns: fewer bytes to read, "
+        "and another, worse model (default: as they are stored)",
+    )
     add_device(parser)
     add_json(parser)
 
@@ -87,6 +93,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise SliceGPTError(f"must be at least 1e-6, got {options.temperature}", "temperature")
     if options.sample and not 0 < options.top_p <= 1:
         raise SliceGPTError(f"must lie in (0, 1], got {options.top_p}", "top_p")
+    if options.weights and options.runtime == "plain":
+        raise SliceGPTError("needs the runtime, and --runtime is plain", "weights")
     check_device(options.device)
     check_writable("--json", options.json)
     check_name(options.model, "model")
@@ -140,7 +148,9 @@ def run_prompt(options: argparse.Namespace) -> None:
     count = options.max_new_tokens or NEW_TOKENS
     length = ids.shape[1] + count
     check_fits(model, ids, length)
-    with open_engine(options.runtime, model, tokenizer, sampling, options.seed, length) as engine:
+    with open_engine(
+        options.runtime, model, tokenizer, sampling, options.seed, length, options.weights
+    ) as engine:
         del model  # the runtime has a copy of a dense model's weights
         if not options.chat:
             print(options.prompt, end="", flush=True)
@@ -175,7 +185,7 @@ def run_chat(options: argparse.Namespace) -> None:
     count = options.max_new_tokens or ANSWER_TOKENS
     conversation = open_conversation(tokenizer, model, options.context, count, options.system)
     with open_engine(
-        options.runtime, model, tokenizer, sampling, options.seed, conversation.context
+        options.runtime, model, tokenizer, sampling, options.seed, conversation.context, options.weights
     ) as engine:
         del model
         converse(engine, conversation)

@@ -13,6 +13,7 @@ from slicegpt.hardware.launcher import launched
 from slicegpt.recipe import (
     ALLOCATIONS,
     AUTO,
+    FORMS,
     IN_MEMORY,
     NAMES,
     ORIENTATIONS,
@@ -82,6 +83,18 @@ def add_parser(commands) -> None:
     size.add_argument("--widths", metavar="FILE", help="JSON list of widths, one a boundary")
 
     shape = parser.add_argument_group("shape")
+    shape.add_argument(
+        "--form",
+        choices=FORMS,
+        help="sliced (default), or stock: a model of the dense one's own class, which loads where slicegpt is not "
+        "installed: one width, one number of neurons, no shortcuts; per-layer: so, but for each layer's neurons, which "
+        "llama.cpp runs after `slicegpt export --gguf`",
+    )
+    shape.add_argument(
+        "--untie",
+        action="store_true",
+        help="with --form stock: a tied head gets a table of its own, so that columns can go; else they all stay",
+    )
     add_shared(shape, "--round-to", default=argparse.SUPPRESS)
     shape.add_argument(
         "--shortcut", choices=SHORTCUT_MODES, help="compact (default) needs aligned bases; else dense"

@@ -1,17 +1,32 @@
 """How wide every boundary is: from a slicing fraction, a true size to reach, or a list of widths."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
+from transformers import PreTrainedConfig
 
 from slicegpt.conversion.multiples import multiple_of
+from slicegpt.conversion.stock import keeps_width, stock_parameters
+from slicegpt.conversion.stock_plan import check_stock_widths, last_that, stock_for_parameters, untied
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig, factor_rank
 from slicegpt.modeling.sizes import stored_parameters
-from slicegpt.recipe import AUTO, OBJECTIVE, ORIENTATIONS, PRICES, SHORTCUT_MODES, Recipe
+from slicegpt.recipe import (
+    AUTO,
+    FORMS,
+    OBJECTIVE,
+    ORIENTATIONS,
+    PRICES,
+    SHORTCUT_MODES,
+    SLICED,
+    STOCK,
+    Recipe,
+)
 
 # MLP neurons that are deleted beside columns where a true size is asked for and no prices are taken, as fractions of
 # each: about the ratio of the least loss on held-out calibration text, at 90 and at 80 % of SmolLM2-135M's decoder
@@ -35,7 +50,9 @@ class Shape:
         slice_head: the last boundary, which the head reads, is sliced too.
         round_to: widths and numbers of neurons are multiples of it (the published code uses 8), see
             `slicegpt.conversion.multiples`; "auto" is then a CPU's.
-        neurons: the fraction of MLP neurons to delete; None takes `NEURONS_TO_COLUMNS` times that of the columns.
+        neurons: the fraction of MLP neurons to delete; None takes `NEURONS_TO_COLUMNS` times that of the columns, and
+            in the stock form neurons first, see `slicegpt.conversion.stock_plan`.
+        form: "sliced", "stock" or "per-layer", see `slicegpt.recipe.Recipe`; the latter two have no shortcuts.
         kv_groups: key/value groups that every layer keeps, or each of them; None: all.
     """
 
@@ -44,6 +61,7 @@ class Shape:
     slice_head: bool = False
     round_to: int | str = AUTO
     neurons: float | None = 0.0
+    form: str = SLICED
     kv_groups: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
@@ -60,6 +78,8 @@ class Shape:
                 f"compact shortcuts need 'aligned' bases, got {self.orientation!r}; dense ones take it",
                 "orientation",
             )
+        if self.form not in FORMS:
+            raise SliceGPTError(f"must be one of {', '.join(FORMS)}, got {self.form!r}", "form")
         multiple_of(self.round_to, 1)  # an error where it is none
 
     @classmethod
@@ -68,11 +88,12 @@ class Shape:
         recipe = recipe.resolved()
         neurons = None if recipe.neurons == AUTO else recipe.neurons
         return cls(
-            recipe.shortcut,
+            recipe.shortcut or "compact",
             recipe.orientation,
-            recipe.slice_head,
+            recipe.slice_head or recipe.form != SLICED,
             recipe.round_to,
             neurons,
+            recipe.form,
             recipe.kv_groups,
         )
 
@@ -99,7 +120,8 @@ def constant_widths(fields: dict, width: int, slice_head: bool = False) -> list[
 
 def neurons_for(fields: dict, widths: Sequence[int], shape: Shape) -> int:
     """MLP neurons left, rounded down to a multiple of `round_to` (but at least one of it), or all of them."""
-    dense, step = fields["intermediate_size"], multiple_of(shape.round_to, fields["dense_hidden_size"])
+    dense = fields["intermediate_size"]
+    step = multiple_of(shape.round_to, fields["dense_hidden_size"], form=shape.form)
     fraction = shape.neurons
     if fraction is None:
         columns = 1 - sum(widths[:-1]) / (len(widths) - 1) / fields["dense_hidden_size"]
@@ -173,6 +195,9 @@ def choose_shortcuts(
         deleted: of each block, whether all of its parts are; None: of none.
     """
     dense_width = fields["dense_hidden_size"]
+    if shape.form != SLICED:
+        check_stock_widths(fields, widths)
+        return ["identity"] * (len(widths) - 1)
     if shape.orientation == "aligned" and all(width == dense_width for width in widths):
         return ["identity"] * (len(widths) - 1)
     kinds = []
@@ -255,19 +280,27 @@ def settled(recipe: Recipe, fields: dict, device: torch.device | str = "cpu") ->
         fields: `slicegpt.families.canonical_fields` of the dense model.
         device: that the model is sliced on.
     """
-    multiple = multiple_of(recipe.round_to, fields["dense_hidden_size"], device)
+    multiple = multiple_of(recipe.round_to, fields["dense_hidden_size"], device, recipe.form)
     return recipe.override(round_to=multiple).resolved()
 
 
 def plan_recipe(
-    recipe: Recipe, fields: dict, dtype: torch.dtype, device: torch.device | str = "cpu"
+    recipe: Recipe,
+    fields: dict,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    source: PreTrainedConfig | None = None,
 ) -> SlicedConfig:
     """The first of `plan_choices`."""
-    return plan_choices(recipe, fields, dtype, device)[0]
+    return plan_choices(recipe, fields, dtype, device, source)[0]
 
 
 def plan_choices(
-    recipe: Recipe, fields: dict, dtype: torch.dtype, device: torch.device | str = "cpu"
+    recipe: Recipe,
+    fields: dict,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    source: PreTrainedConfig | None = None,
 ) -> list[SlicedConfig]:
     """The configurations that a recipe leaves open: one, or several of the same size, the widest first.
 
@@ -276,23 +309,51 @@ def plan_choices(
         fields: `slicegpt.families.canonical_fields` of the dense model.
         dtype: of the weights, which `target_bytes` are counted in.
         device: that the model is sliced on, where `round_to` is "auto".
+        source: the dense model's config, which a stock form is counted by.
 
     Raises:
         SliceGPTError: the recipe has no size, or the model cannot have it; the argument is the size's name.
     """
     recipe = settled(recipe, fields, device)
     shape, size = Shape.of(recipe), recipe.size
+    if recipe.untie:
+        fields = untied(fields)
+    count = stored_parameters if recipe.form != STOCK else partial(stock_parameters, source=source)
     with renamed(slice=size, widths=size, target=size):
-        if size == "widths":
-            return [plan(fields, recipe.widths, shape)]
-        if size == "slice":
-            width = width_for_slice(fields["dense_hidden_size"], recipe.slice, recipe.round_to)
-            return [plan(fields, constant_widths(fields, width, recipe.slice_head), shape)]
-        if size == "keep":
-            target = int(recipe.keep * fields["source_parameters"])
-        else:
-            target = int(recipe.target_bytes / dtype.itemsize)
-        return choices_for_parameters(fields, target, shape, recipe.allocate)
+        choices = _plan_size(recipe, fields, dtype, shape, count)
+    if recipe.untie and (stored := count(choices[0])) >= choices[0].source_parameters:
+        raise SliceGPTError(
+            f"with a head of its own the model would store {stored} elements at this size, the dense one stores"
+            f" {choices[0].source_parameters}",
+            "untie",
+        )
+    return choices
+
+
+def _plan_size(
+    recipe: Recipe,
+    fields: dict,
+    dtype: torch.dtype,
+    shape: Shape,
+    count: Callable[[SlicedConfig], int],
+) -> list[SlicedConfig]:
+    """`plan_choices` for the one size that a recipe asks for."""
+    if recipe.size == "widths":
+        return [plan(fields, recipe.widths, shape)]
+    if recipe.size == "slice":
+        width = width_for_slice(fields["dense_hidden_size"], recipe.slice, width_step(fields, shape))
+        return [plan(fields, constant_widths(fields, width, shape.slice_head), shape)]
+    if recipe.size == "keep":
+        target = int(recipe.keep * fields["source_parameters"])
+    else:
+        target = int(recipe.target_bytes / dtype.itemsize)
+    return choices_for_parameters(fields, target, shape, recipe.allocate, count)
+
+
+def width_step(fields: dict, shape: Shape) -> int:
+    """What widths are multiples of; transformers' classes ask for whole columns a head, whatever a head's size."""
+    step = multiple_of(shape.round_to, fields["dense_hidden_size"], form=shape.form)
+    return math.lcm(step, fields["num_attention_heads"]) if shape.form != SLICED else step
 
 
 def choices_for_parameters(
@@ -312,7 +373,7 @@ def choices_for_parameters(
         allocate: as `Recipe.allocate`.
         count: what is counted.
     """
-    whole_width = shape.orientation == "aligned" and not shape.slice_head
+    whole_width = shape.form == SLICED and shape.orientation == "aligned" and not shape.slice_head
     if shape.neurons is not None or allocate == OBJECTIVE or not whole_width:
         return [plan_for_parameters(fields, target, shape, count)]
     dense_width, dense = fields["dense_hidden_size"], fields["intermediate_size"]
@@ -325,7 +386,9 @@ def choices_for_parameters(
         if width < head_dim(fields):
             break
         neurons = _most_neurons(fields, width, shape, target, count, unit)
-        if neurons is not None and neurons >= FEWEST_KEPT * dense:
+        # Where shortcuts take more than the columns gave, it is the wider network that has more of both.
+        more = not found or (neurons is not None and neurons > found[-1].intermediate_size)
+        if more and neurons is not None and neurons >= FEWEST_KEPT * dense:
             found.append(plan(fields, constant_widths(fields, width), shape, neurons))
         if neurons == dense:  # narrower networks are smaller than asked for
             break
@@ -366,10 +429,11 @@ def plan_for_parameters(
     Args:
         count: what is counted: `stored_parameters`, or `decoder_parameters` for the layers alone.
     """
-    dense_width = fields["dense_hidden_size"]
-    step = multiple_of(shape.round_to, dense_width)
+    dense_width, step = fields["dense_hidden_size"], width_step(fields, shape)
     first = -(-head_dim(fields) // step)
     widths = [step * k for k in range(first, -(-dense_width // step))] + [dense_width]
+    if shape.form != SLICED and keeps_width(fields) is not None:
+        widths = [dense_width]
 
     def at(width: int, neurons: int | None = None) -> SlicedConfig:
         return plan(fields, constant_widths(fields, width, shape.slice_head), shape, neurons)
@@ -377,6 +441,9 @@ def plan_for_parameters(
     def fits(config: SlicedConfig) -> bool:
         return count(config) <= target
 
+    if shape.form != SLICED and shape.neurons is None:
+        neurons = multiple_of(shape.round_to, dense_width, form=shape.form)
+        return stock_for_parameters(fields, target, widths, at, count, neurons)
     if not fits(smallest := at(widths[0])):
         raise SliceGPTError(
             f"{target} elements cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
@@ -393,12 +460,3 @@ def plan_for_parameters(
     neurons = neurons_for(fields, constant_widths(fields, width), shape)
     choices = [*range(neurons, fields["intermediate_size"], step), fields["intermediate_size"]]
     return at(width, choices[last_that(lambda index: fits(at(width, choices[index])), len(choices))])
-
-
-def last_that(holds: Callable[[int], bool], end: int) -> int:
-    """The largest index below `end` for which a condition holds that holds up to some index, 0 included."""
-    low, high = 0, end
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low

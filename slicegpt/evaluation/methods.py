@@ -7,10 +7,11 @@ from itertools import groupby
 from typing import Any
 
 from slicegpt.conversion.plan import Shape, choices_for_parameters, constant_widths, plan
+from slicegpt.conversion.stock_plan import with_own_head
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import decoder_parameters, stored_parameters
-from slicegpt.recipe import AUTO, OBJECTIVE, UNIFORM, Recipe
+from slicegpt.recipe import AUTO, OBJECTIVE, PER_LAYER, STOCK, UNIFORM, Recipe
 
 BASES = {"total": stored_parameters, "decoder": decoder_parameters}
 
@@ -50,6 +51,11 @@ METHODS = {
     "neurons": Method("ours, neurons alone", {"neurons": AUTO, "allocate": OBJECTIVE}, full_width=True),
     "in-step": Method("ours, columns and neurons in step", {"neurons": AUTO, "allocate": OBJECTIVE}),
     "equal": Method("ours, equal layers", {"neurons": AUTO, "allocate": UNIFORM}),
+    "stock": Method("stock form", {"neurons": AUTO, "form": STOCK}),
+    "per-layer": Method("stock form, layers differ", {"neurons": AUTO, "form": PER_LAYER}),
+    "stock-untied": Method(
+        "stock form, untied", {"neurons": AUTO, "form": STOCK, "untie": True}, untied=True
+    ),
     "columns": Method("ours, columns alone", {"neurons": 0.0}),
     "compact": Method("compact shortcuts only", {"neurons": 0.0, "refit": False}),
     "published": Method(
@@ -64,15 +70,6 @@ METHODS = {
         untied=True,
     ),
 }
-
-
-def untied(fields: dict) -> dict:
-    """The same model with its head stored apart: it then absorbs the final norm."""
-    return fields | {
-        "tie_word_embeddings": False,
-        "lm_head_bias": fields["lm_head_bias"] or fields["final_norm_bias"],
-        "final_norm_bias": False,
-    }
 
 
 def plan_point(method: Method, fields: dict, size: float, basis: str, round_to: int) -> list[SlicedConfig]:
@@ -90,7 +87,7 @@ def plan_point(method: Method, fields: dict, size: float, basis: str, round_to: 
     whole = fields["source_parameters"] if basis == "total" else count(dense)
     recipe = method.recipe(Recipe(round_to=round_to))
     shape, allocate = Shape.of(recipe), UNIFORM if method.full_width else recipe.allocate
-    fields = untied(fields) if method.untied and fields["tie_word_embeddings"] else fields
+    fields = with_own_head(fields) if method.untied and fields["tie_word_embeddings"] else fields
     with renamed(target="size"):
         return choices_for_parameters(fields, round(size * whole), shape, allocate, count)
 

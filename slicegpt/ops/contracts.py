@@ -1,6 +1,6 @@
 """What all implementations of an operator agree on: dtypes and activations, output shapes, checks of arguments.
 
-Imports no kernel and no other module of the operators, so that each of them can import it: the operators, the
+Imports no kernel and of the operators only `panels`, so that each of them can import it: the operators, the
 reference, the launchers and the Triton kernels. Checks look at metadata alone, and so also run while tracing.
 """
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.ops.panels import PanelWeight
 
 # The order is csrc/types.h's `Dtype`.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -154,7 +155,7 @@ class NormLinearInputs:
     """The arguments of `slicegpt.ops.norm_linear`, in its order; its documentation has shapes and dtypes."""
 
     h: Tensor
-    weight: Tensor
+    weight: Tensor | PanelWeight
     bias: Tensor | None
     sumsq: Tensor | None
     n_scaled: int
@@ -212,7 +213,7 @@ class NormLinearInputs:
         check_alike(op, "h", h, {"sumsq": sumsq}, dtype=False)
 
 
-def norm_linear_columns(weight: Tensor, n_scaled: int, activation: str) -> int:
+def norm_linear_columns(weight: Tensor | PanelWeight, n_scaled: int, activation: str) -> int:
     """Columns of `norm_linear`'s output: a gate and its values make one."""
     return weight.shape[0] - (n_scaled // 2 if activation in GATED else 0)
 
@@ -220,7 +221,7 @@ def norm_linear_columns(weight: Tensor, n_scaled: int, activation: str) -> int:
 # --- rotate_add ---------------------------------------------------------------------------------------------
 
 
-def rotate_add_outputs(a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def rotate_add_outputs(a: Tensor, weight: Tensor | PanelWeight) -> tuple[Tensor, Tensor]:
     """Empty outputs of `rotate_add`: the next stream, and its sums of squares."""
     h_next = a.new_empty((a.shape[0], weight.shape[0]))
     return h_next, sumsq_output(h_next)

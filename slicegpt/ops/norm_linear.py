@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from slicegpt.ops import reference, torch_gemm
+from slicegpt.ops import quantized, reference, torch_gemm
 from slicegpt.ops.contracts import NormLinearInputs
 from slicegpt.ops.dispatch import CPU_KERNELS, GemmDispatcher, capability_of, requested_backend
+from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.registration import register
 
 DISPATCHER = GemmDispatcher("norm_linear")
@@ -13,7 +14,7 @@ DISPATCHER = GemmDispatcher("norm_linear")
 
 def norm_linear(
     h: Tensor,
-    weight: Tensor,
+    weight: Tensor | PanelWeight,
     bias: Tensor | None,
     sumsq: Tensor | None,
     n_scaled: int,
@@ -32,7 +33,8 @@ def norm_linear(
 
     Args:
         h: [T, d] float16, bfloat16, float32 or float64, the stream; unit column stride, any row stride, T may be 0.
-        weight: [N, d], h's dtype, as `nn.Linear` stores it: the rows of W₁, then those of W₂.
+        weight: [N, d], h's dtype, as `nn.Linear` stores it: the rows of W₁, then those of W₂. Or a `PanelWeight`, whose
+            quantized rows are W₁ and whose `rest` is W₂; see `slicegpt.ops.quantized`.
         bias: [n_scaled], h's dtype, or None.
         sumsq: [T, P] float32 (float64 for a float64 stream), whose rows sum to `|h|²`, as `rotate_add` returns them;
             None computes the sums from h.
@@ -49,6 +51,10 @@ def norm_linear(
         SliceGPTError: an argument has the wrong shape, dtype, device or layout, or the requested backend
             (environment variable SLICEGPT_BACKEND) cannot do it.
     """
+    if isinstance(weight, PanelWeight):
+        return quantized.norm_linear(
+            NormLinearInputs(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
+        )
     return _operator(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
 
 

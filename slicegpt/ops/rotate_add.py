@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slicegpt.ops import reference, torch_gemm
+from slicegpt.ops import quantized, reference, torch_gemm
 from slicegpt.ops.contracts import (
     bad,
     block_sums_of_squares,
@@ -14,6 +14,7 @@ from slicegpt.ops.contracts import (
 )
 from slicegpt.ops.cuda import decode as cuda_decode
 from slicegpt.ops.dispatch import CPU_KERNELS, GemmDispatcher, capability_of, requested_backend
+from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.registration import register
 
 OP = "rotate_add"
@@ -22,7 +23,7 @@ DISPATCHER = GemmDispatcher(OP)
 
 def rotate_add(
     a: Tensor,
-    weight: Tensor,
+    weight: Tensor | PanelWeight,
     h: Tensor,
     shortcut: Tensor | None = None,
     bias: Tensor | None = None,
@@ -38,7 +39,7 @@ def rotate_add(
 
     Args:
         a: [T, K] float16, bfloat16, float32 or float64, what the block computed; unit column stride, T may be 0.
-        weight: [d', K], a's dtype, as `nn.Linear` stores it.
+        weight: [d', K], a's dtype, as `nn.Linear` stores it; or a `PanelWeight`, see `slicegpt.ops.quantized`.
         h: [T, d], a's dtype, the stream before the block; unit column stride.
         shortcut: [d', d], a's dtype (as `nn.Linear` stores it), or None, which needs d' >= d.
         bias: [d'], a's dtype, or None.
@@ -56,6 +57,8 @@ def rotate_add(
         SliceGPTError: an argument has the wrong shape, dtype, device or layout, or the requested backend
             (environment variable SLICEGPT_BACKEND) cannot do it.
     """
+    if isinstance(weight, PanelWeight):
+        return quantized.rotate_add(a, weight, h, shortcut, bias)
     return _operator(a, weight, h, shortcut, bias, factor)
 
 
@@ -68,7 +71,7 @@ def is_supported(
 
 def reads_factor(weight: Tensor, factor: Tensor, rows: int = 1) -> bool:
     """Whether a call with so many rows and this `factor` reads it, and not the last columns of `weight`."""
-    if _implementation(weight, rows) != "cuda":
+    if isinstance(weight, PanelWeight) or _implementation(weight, rows) != "cuda":
         return False
     return cuda_decode.takes_factor(weight, factor)
 

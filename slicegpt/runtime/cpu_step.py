@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slicegpt.ops.contracts import NormLinearInputs, norm_linear_columns
 from slicegpt.ops.cpu import gemm
+from slicegpt.ops.panels import PanelWeight
 from slicegpt.runtime.cache import KVCache
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork
 
@@ -112,9 +113,9 @@ class CpuStep:
         self._held.append(memory)
         return memory
 
-    def _rows(self, weight: Tensor) -> Tensor:
+    def _rows(self, weight: Tensor | PanelWeight) -> Tensor | PanelWeight:
         """The weight with contiguous rows, as the kernels read it; copied only where it has none."""
-        if weight.stride(1) != 1:
+        if not isinstance(weight, PanelWeight) and weight.stride(1) != 1:
             weight = weight.contiguous()
             self._held.append(weight)
         return weight

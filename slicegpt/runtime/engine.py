@@ -25,7 +25,7 @@ from slicegpt.runtime.decoding import (
 )
 from slicegpt.runtime.executor import Executor
 from slicegpt.runtime.leases import CacheLease, CachePool
-from slicegpt.runtime.packing import pack, position_limit
+from slicegpt.runtime.packing import pack, position_limit, weight_reader
 from slicegpt.runtime.sampling import Sampling
 from slicegpt.runtime.session import Session
 
@@ -56,6 +56,9 @@ class Runtime:
         decoder: "auto", "growing", "fused", "static" or "graph"; see `slicegpt.runtime.decoding`. "auto" is "graph" on
             a GPU; on a CPU "fused" where its kernels are built, up to the batch size at which they are fastest, else
             "growing".
+        weights: "int8" or "int4" rounds the weights to nearest as they are packed, on a CPU with the compiled kernels:
+            another, worse model of fewer bytes, to measure or to try (see `slicegpt.runtime.rounding`). None runs the
+            model as it is; weights that it stores with 8 or 4 bits stay that.
 
     Raises:
         SliceGPTError: a model that the fused operators cannot run.
@@ -68,6 +71,7 @@ class Runtime:
         prefill_chunk: int = 512,
         release: bool = False,
         decoder: str = "auto",
+        weights: str | None = None,
     ):
         if decoder not in ("auto", *DECODERS):
             raise SliceGPTError(f"must be one of auto, {', '.join(DECODERS)}, got {decoder!r}", "decoder")
@@ -82,7 +86,9 @@ class Runtime:
             raise SliceGPTError(f"must be at most {limit}, {reason}, got {max_length}", "max_length")
         self.max_length = max_length or limit
         self.prefill_chunk = prefill_chunk
-        self.executor = Executor(pack(canonical, self.max_length, release or canonical is not model))
+        reader = weight_reader(canonical, weights)
+        release = release or canonical is not model
+        self.executor = Executor(pack(canonical, self.max_length, release, reader))
         self.device = self.executor.packed.device
         self.decoder = decoder
         self._pool = CachePool(self.device)

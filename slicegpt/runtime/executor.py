@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt import ops
-from slicegpt.ops import torch_gemm
-from slicegpt.ops.contracts import NormLinearInputs
+from slicegpt.ops import quantized, torch_gemm
+from slicegpt.ops.contracts import NormLinearInputs, sumsq_dtype
 from slicegpt.ops.dispatch import requested_backend
 from slicegpt.ops.norm_linear import DISPATCHER as NORM_LINEAR
+from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
 from slicegpt.runtime.cache import CacheStep
 from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
@@ -16,13 +17,16 @@ from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
 
 def _norm_linear_on_cpu(*arguments) -> Tensor:
     inputs = NormLinearInputs(*arguments)
+    if isinstance(inputs.weight, PanelWeight):
+        name = quantized.NORM_LINEAR.choose("auto", None, inputs.h.dtype, inputs.weight.bits)
+        return quantized.norm_linear_by(name, inputs)
     name = NORM_LINEAR.choose("auto", None, inputs.h.dtype, len(inputs.h))
     return torch_gemm.norm_linear(inputs) if name == "torch" else NORM_LINEAR.launcher(name)(inputs)
 
 
 def _rotate_add_on_cpu(
     a: Tensor,
-    weight: Tensor,
+    weight: Tensor | PanelWeight,
     h: Tensor,
     shortcut: Tensor | None,
     bias: Tensor | None,
@@ -32,10 +36,18 @@ def _rotate_add_on_cpu(
 
     `factor` is for GPUs, and unused here.
     """
+    if isinstance(weight, PanelWeight):
+        name = quantized.ROTATE_ADD.choose("auto", None, a.dtype, weight.bits)
+        return quantized.rotate_add_by(name, a, weight, h, shortcut, bias)
     name = ROTATE_ADD.choose("auto", None, a.dtype, len(a))
     if name == "torch":
         return torch_gemm.rotate(a, weight, h, shortcut, bias), None
     return ROTATE_ADD.launcher(name)(a, weight, h, shortcut, bias)
+
+
+def look_up(table: Tensor | PanelWeight, ids: Tensor) -> Tensor:
+    """Rows [n, columns] of an embedding table."""
+    return table.take(ids) if isinstance(table, PanelWeight) else F.embedding(ids, table)
 
 
 class Executor:
@@ -69,7 +81,7 @@ class Executor:
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids and positions [batch, tokens] to the stream [batch * tokens, d] at boundary 0."""
         packed = self.packed
-        stream = F.embedding(ids.flatten(), packed.embedding)
+        stream = look_up(packed.embedding, ids.flatten())
         if packed.embed_projection is not None:
             stream = F.linear(stream, packed.embed_projection)
         if packed.positions is not None:
@@ -115,5 +127,10 @@ class Executor:
         if packed.head_projection is None:
             return self._project(packed.head, stream, sums, width, packed.final_eps)
         inner = self._project(packed.head_projection, stream, sums, width, packed.final_eps)
-        logits = self.norm_linear(inner, packed.head.weight, None, None, 0, "none", width, packed.final_eps)
+        weight = packed.head.weight
+        if isinstance(weight, PanelWeight):  # all of its rows are scaled: here by 1
+            ones = inner.new_ones((len(inner), 1), dtype=sumsq_dtype(inner.dtype))
+            logits = self.norm_linear(inner, weight, None, ones, weight.rows, "none", 1.0, 0.0)
+        else:
+            logits = self.norm_linear(inner, weight, None, None, 0, "none", width, packed.final_eps)
         return logits if packed.head.bias is None else logits + packed.head.bias

@@ -13,7 +13,7 @@ from slicegpt import ops
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.modeling.layers import Constant, SlicedAttention
-from slicegpt.runtime.packing import PackedBlock, check_one_device, pack_layer
+from slicegpt.runtime.packing import PackedBlock, check_one_device, pack_layer, weight_reader
 
 
 @torch.no_grad()
@@ -38,8 +38,9 @@ def fuse_layers(model: SlicedForCausalLM, release: bool = False) -> SlicedForCau
             f"must be a SlicedForCausalLM, got {type(model).__name__}; see to_canonical", "model"
         )
     check_one_device("fuse_layers", model)
+    reader = weight_reader(model)
     for index, layer in enumerate(model.model.layers):
-        blocks = pack_layer(model.config, index, layer)
+        blocks = pack_layer(model.config, index, layer, reader)
         layer.forward = _FusedForward(layer.self_attn, blocks)
         if release:
             layer.to("meta")

@@ -3,7 +3,8 @@
 One input GEMM holds the rows of v, k, q and the factor Fᵀ of a compact shortcut, or of gate, up and the factor; one
 output GEMM holds `[W_out | -F]`. The order v, k, q, z lets attention write its result over q, where it lies beside
 z: the output GEMM reads `[attended | z]` without a copy. Parallel blocks have two input GEMMs, whose activations
-differ.
+differ. Weights of 8 and 4 bits stay what they are where there are kernels for them (`PanelWeight`), and are made dense
+elsewhere; a shortcut's factor is the part of them that is not quantized.
 """
 
 from dataclasses import dataclass, replace
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
 from slicegpt.modeling.layers import Constant, FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.ops import quantized
 from slicegpt.ops.contracts import GATED
+from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.rotate_add import reads_factor
+from slicegpt.runtime.linear_weights import WeightReader, with_factor, with_negative_factor
+from slicegpt.runtime.rounding import rounding
 
 ACTIVATION_NAMES = {
     "relu": "relu",
@@ -60,7 +65,7 @@ class PackedAttention:
 class Projection:
     """One `norm_linear`: weight [N, d], bias [n_scaled] or None; `attention` follows it, or None."""
 
-    weight: Tensor
+    weight: Tensor | PanelWeight
     bias: Tensor | None
     n_scaled: int
     activation: str
@@ -76,13 +81,13 @@ class PackedBlock:
     Attributes:
         output: [d', K]; K is 0 where there are no inputs.
         factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
-            the same numbers in its last columns. None for another shortcut and for rank 0.
+            the same numbers in its last columns. None for another shortcut, for rank 0, and beside a `PanelWeight`.
     """
 
     inputs: tuple[Projection, ...]
     width: int
     eps: float
-    output: Tensor
+    output: Tensor | PanelWeight
     output_bias: Tensor | None
     shortcut: Tensor | None
     factor: Tensor | None = None
@@ -112,12 +117,13 @@ class PackedNetwork:
         final_scale: [d], the scale that the last norm of a tied model keeps, or None.
         head_projection: from a sliced last boundary to the width of a tied head, or None.
         head: reads the last norm, or the output of `head_projection` without a norm (`n_scaled` is then 0).
+        made_dense: the model has weights of fewer bits, for which there are no kernels here.
     """
 
     config: SlicedConfig
     dtype: torch.dtype
     device: torch.device
-    embedding: Tensor
+    embedding: Tensor | PanelWeight
     embed_projection: Tensor | None
     positions: Tensor | None
     embed_bias: Tensor | None
@@ -127,6 +133,7 @@ class PackedNetwork:
     final_eps: float
     head_projection: Projection | None
     head: Projection
+    made_dense: bool = False
 
     def stored_bytes(self) -> int:
         """Bytes of all weights, with both copies of compact factors; a tied head is counted once."""
@@ -144,10 +151,29 @@ class PackedNetwork:
             for block in self.blocks
             if block.factor is not None and reads_factor(block.output, block.factor, rows)
         ]
-        looked_up = [self.embedding[:1], None if self.positions is None else self.positions[:1]]
-        return _bytes([*self._weights(), *looked_up]) - _bytes(found)
+        looked_up = _bytes([self.embedding]) // len(self.embedding)
+        return _bytes([*self._weights(), self.positions_of_a_token()]) + looked_up - _bytes(found)
 
-    def _weights(self) -> list[Tensor | None]:
+    def positions_of_a_token(self) -> Tensor | None:
+        """One row of the learned positions."""
+        return None if self.positions is None else self.positions[:1]
+
+    def weights_text(self) -> str:
+        """The dtype, and what the weights of the blocks are where they are not of it: bfloat16, 4-bit weights."""
+        name = str(self.dtype).removeprefix("torch.")
+        if self.made_dense:
+            return f"{name}, quantized weights made dense (no kernels for them here)"
+        bits = self.bits()
+        return f"{name}, {' and '.join(map(str, bits))}-bit weights" if bits else name
+
+    def bits(self) -> list[int]:
+        """Of the quantized weights of the blocks, most first; none where there are none."""
+        weights = [one.weight for block in self.blocks for one in block.inputs] + [
+            b.output for b in self.blocks
+        ]
+        return sorted({one.bits for one in weights if isinstance(one, PanelWeight)}, reverse=True)
+
+    def _weights(self) -> list[Tensor | PanelWeight | None]:
         """All weights but the embedding tables."""
         tensors = [self.embed_projection, self.embed_bias, self.final_scale, self.head.weight, self.head.bias]
         if self.head_projection is not None:
@@ -160,8 +186,8 @@ class PackedNetwork:
         return tensors
 
 
-def _bytes(tensors: list[Tensor | None]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+def _bytes(tensors: list[Tensor | PanelWeight | None]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def position_limit(config: SlicedConfig) -> tuple[int, str | None]:
@@ -186,8 +212,34 @@ def check_one_device(what: str, model: nn.Module) -> None:
         raise SliceGPTError(f"must be on one device, got {', '.join(devices)}", "model")
 
 
+def weight_reader(model: nn.Module, weights: str | None = None) -> WeightReader:
+    """Reads the model's weights: those of 8 and 4 bits as they are where there are kernels for them.
+
+    weights: "int8" or "int4" rounds the others to nearest, see `slicegpt.runtime.rounding`.
+
+    Errors: `SliceGPTError` for other values of `weights`, and where there are no such kernels.
+    """
+    dtype = next(one.dtype for one in model.parameters() if one.is_floating_point())
+    device = next(model.parameters()).device
+    panels = device.type == "cpu" and quantized.is_supported(None, dtype)
+    if weights is None:
+        return WeightReader(panels=panels)
+    codes_of = rounding(weights)
+    if not panels:
+        raise SliceGPTError(
+            f"{weights!r} needs the CPU's kernels and float16, bfloat16 or float32, got {dtype} on {device}",
+            "weights",
+        )
+    return WeightReader(codes_of)
+
+
 @torch.no_grad()
-def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bool = False) -> PackedNetwork:
+def pack(
+    model: SlicedForCausalLM,
+    max_positions: int | None = None,
+    release: bool = False,
+    reader: WeightReader | None = None,
+) -> PackedNetwork:
     """Pack the weights on the model's device; embedding and head are shared with the model.
 
     Args:
@@ -195,32 +247,38 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
         max_positions: rows of the rotary table; `position_limit` where not given.
         release: free each layer's weights in `model` once they are packed, so that they are never held twice. The
             model cannot be used afterwards.
+        reader: reads the weights; None: as they are stored.
 
     Errors: `SliceGPTError` for an activation or a rotary variant that the fused operators do not have, and for a model
     that is not on one device.
     """
     check_one_device("runtime", model)
     config, trunk = model.config, model.model
-    embedding = trunk.embed_tokens.weight.detach()
+    like = next(trunk.embed_tokens.parameters())
+    reader = reader or weight_reader(model)
+    embedding = reader.table(trunk.embed_tokens)
+    dtype = embedding.dtype
     rotary = None
     if trunk.rotary_emb is not None:
         if trunk.rotary_emb.rope_type in UNSUPPORTED_ROPE:
             raise SliceGPTError(
                 f"rope type {trunk.rotary_emb.rope_type!r} is not supported; use the plain model", "model"
             )
-        rotary = rotary_table(trunk.rotary_emb, embedding, max_positions or position_limit(config)[0])
+        empty = torch.empty(0, dtype=dtype, device=like.device)
+        rotary = rotary_table(trunk.rotary_emb, empty, max_positions or position_limit(config)[0])
+    made_dense = not reader.panels and any(hasattr(one, "weight_packed") for one in model.modules())
     blocks: list[PackedBlock] = []
     for index, layer in enumerate(trunk.layers):
-        blocks += pack_layer(config, index, layer)
+        blocks += pack_layer(config, index, layer, reader)
         if release:
             layer.to("meta")
     embed_bias, blocks = without_constants(blocks)
-    scale, head_projection, head = _pack_head(model)
+    scale, head_projection, head = _pack_head(model, embedding, reader)
     projection, positions = trunk.embed_projection, trunk.embed_positions
     return PackedNetwork(
         config=config,
-        dtype=embedding.dtype,
-        device=embedding.device,
+        dtype=dtype,
+        device=like.device,
         embedding=embedding,
         embed_projection=projection.weight.detach() if isinstance(projection, nn.Linear) else None,
         positions=None if positions is None else positions.weight.detach(),
@@ -231,11 +289,14 @@ def pack(model: SlicedForCausalLM, max_positions: int | None = None, release: bo
         final_eps=trunk.norm.eps,
         head_projection=head_projection,
         head=head,
+        made_dense=made_dense,
     )
 
 
 @torch.no_grad()
-def pack_layer(config: SlicedConfig, index: int, layer: nn.Module) -> tuple[PackedBlock, ...]:
+def pack_layer(
+    config: SlicedConfig, index: int, layer: nn.Module, reader: WeightReader
+) -> tuple[PackedBlock, ...]:
     """The one or two blocks of decoder layer `index`.
 
     Errors: `SliceGPTError` for an activation that the fused operators do not have.
@@ -248,10 +309,10 @@ def pack_layer(config: SlicedConfig, index: int, layer: nn.Module) -> tuple[Pack
             f"{gated}activation {config.hidden_act!r} is not supported; use the plain model", "model"
         )
     if config.parallel_blocks:
-        return (_pack_block(config, index, (layer.self_attn, layer.mlp), layer.shortcut),)
+        return (_pack_block(config, reader, index, (layer.self_attn, layer.mlp), layer.shortcut),)
     return (
-        _pack_block(config, 2 * index, (layer.self_attn,), layer.attention_shortcut),
-        _pack_block(config, 2 * index + 1, (layer.mlp,), layer.mlp_shortcut),
+        _pack_block(config, reader, 2 * index, (layer.self_attn,), layer.attention_shortcut),
+        _pack_block(config, reader, 2 * index + 1, (layer.mlp,), layer.mlp_shortcut),
     )
 
 
@@ -292,52 +353,50 @@ def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
 
 def _pack_block(
     config: SlicedConfig,
+    reader: WeightReader,
     boundary: int,
     modules: tuple[nn.Module, ...],
     shortcut: nn.Module,
 ) -> PackedBlock:
     width, next_width = config.boundary_widths[boundary : boundary + 2]
-    inputs, outputs, biases, factor = [], [], [], None
+    inputs, writers, constants, factor = [], [], [], None
     for module in modules:
         if isinstance(module, Constant):
-            biases.append(module.bias)
+            constants.append(module.bias)
             continue
         if isinstance(module, SlicedAttention):
-            inputs.append(_pack_attention(config, module))
-            writer = module.o_proj
+            inputs.append(_pack_attention(config, reader, module))
+            writers.append(module.o_proj)
         else:
-            inputs.append(_pack_mlp(config, module))
-            writer = module.down_proj
-        outputs.append(writer.weight)
-        if writer.bias is not None:
-            biases.append(writer.bias)
+            inputs.append(_pack_mlp(config, reader, module))
+            writers.append(module.down_proj)
+    output = reader.beside(writers) if writers else constants[0].new_empty(next_width, 0)
+    biases = [*constants, *(writer.bias for writer in writers if writer.bias is not None)]
     if isinstance(shortcut, CompactShortcut) and len(shortcut.factor):
         # z = h F are the last columns of the last input GEMM; -Fᵀ brings them back to h's columns.
         if inputs:
             last = inputs[-1]
-            weight = torch.cat((last.weight, shortcut.factor))
-            factor = weight[len(last.weight) :]
-            inputs[-1] = Projection(weight, last.bias, last.n_scaled, last.activation, last.attention)
+            inputs[-1] = replace(last, weight=with_factor(last.weight, shortcut.factor))
+            if not isinstance(last.weight, PanelWeight) and not isinstance(output, PanelWeight):
+                factor = inputs[-1].weight[len(last.weight) :]
         else:
             factor = shortcut.factor.detach()
             inputs.append(Projection(factor, None, 0, "none"))
-        outputs.append(-F.pad(shortcut.factor, (0, shortcut.padding)).mT)
-    if not outputs:  # both constants, or the one that there is
-        outputs.append(biases[0].new_empty(next_width, 0))
+        output = with_negative_factor(output, shortcut.factor, shortcut.padding)
     return PackedBlock(
         inputs=tuple(inputs),
         width=width,
         eps=config.boundary_eps(boundary),
-        output=torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].detach(),
+        output=output,
         output_bias=sum(biases) if biases else None,
         shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
         factor=factor,
     )
 
 
-def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection:
+def _pack_attention(config: SlicedConfig, reader: WeightReader, module: SlicedAttention) -> Projection:
     modules = (module.v_proj, module.k_proj, module.q_proj)
-    weight = torch.cat([one.weight for one in modules])
+    weight = reader.below(modules)
     key_heads = module.k_proj.out_features // config.head_dim
     heads = module.q_proj.out_features // config.head_dim
     bias = norm = None
@@ -361,32 +420,41 @@ def _pack_attention(config: SlicedConfig, module: SlicedAttention) -> Projection
     return Projection(weight, bias, len(weight), "none", attention)
 
 
-def _pack_mlp(config: SlicedConfig, module: SlicedMLP) -> Projection:
+def _pack_mlp(config: SlicedConfig, reader: WeightReader, module: SlicedMLP) -> Projection:
     activation = ACTIVATION_NAMES[config.hidden_act]
     if not config.gated_mlp:
         bias = None if module.up_proj.bias is None else module.up_proj.bias.detach()
-        return Projection(module.up_proj.weight.detach(), bias, module.up_proj.out_features, activation)
-    weight = torch.cat((module.gate_proj.weight, module.up_proj.weight))
+        return Projection(reader.below([module.up_proj]), bias, module.up_proj.out_features, activation)
+    weight = reader.below([module.gate_proj, module.up_proj], gated=True)
     bias = None if module.up_proj.bias is None else torch.cat((module.gate_proj.bias, module.up_proj.bias))
     return Projection(weight, bias, len(weight), f"{activation}_gated")
 
 
-def _pack_head(model: SlicedForCausalLM) -> tuple[Tensor | None, Projection | None, Projection]:
+def _pack_head(
+    model: SlicedForCausalLM, embedding: Tensor | PanelWeight, reader: WeightReader
+) -> tuple[Tensor | None, Projection | None, Projection]:
     """The scale of the last norm, the projection to a tied head's width, and the head.
 
     The shift of the last norm passes through the head and becomes a bias of the logits.
     """
     norm, projection, head = model.model.norm, model.model.head_projection, model.lm_head
-    weight = head.weight.detach()
+    tied = _first_address(head) == _first_address(model.model.embed_tokens)
+    weight = embedding if tied else reader.table(head)
     bias = None if head.bias is None else head.bias.detach()
     scale = None
     if isinstance(norm, FinalNorm):
         scale = norm.weight.detach()
         if norm.bias is not None:
-            shift = torch.cat([rows.double() @ norm.bias.double() for rows in weight.split(16384)])
+            dense = weight.dense(weight.dtype) if isinstance(weight, PanelWeight) else weight
+            shift = torch.cat([rows.double() @ norm.bias.double() for rows in dense.split(16384)])
             bias = (shift if bias is None else shift + bias.double()).to(weight.dtype)
     if isinstance(projection, nn.Linear):
         inner_bias = None if projection.bias is None else projection.bias.detach()
         inner = Projection(projection.weight.detach(), inner_bias, projection.out_features, "none")
         return scale, inner, Projection(weight, bias, 0, "none")
     return scale, None, Projection(weight, bias, len(weight), "none")
+
+
+def _first_address(module: nn.Module) -> int:
+    """Where the first of a module's parameters lies: the same for tied ones."""
+    return next(module.parameters()).data_ptr()

@@ -10,7 +10,7 @@ neurons go (`neurons.deletions`), and, where that is asked for, what the whole m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -18,17 +18,16 @@ from itertools import accumulate
 import torch
 
 from slicegpt.calibration.batches import CalibrationBatch
-from slicegpt.families import Checkpoint
+from slicegpt.families import Checkpoint, Linear
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
-from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, group_rows, neuron_rows
+from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, neuron_rows
 from slicegpt.slicing.covariance import Covariance
-from slicegpt.slicing.deletion import Deletion
 from slicegpt.slicing.divergence import DenseLogits
 from slicegpt.slicing.eigensolver import leading_eigenvectors
-from slicegpt.slicing.exchange import Structure, exchange, rise_at
-from slicegpt.slicing.heads import group_deletions
+from slicegpt.slicing.exchange import Curve, Structure, exchange, rise_at
 from slicegpt.slicing.keeping import Keeper, Snapshot
+from slicegpt.slicing.levels import levels
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.neurons import Equations, deletions
 from slicegpt.slicing.objective import Objective, Writer
@@ -60,8 +59,8 @@ class Costs:
         dense: the dense model's distributions at the tokens that the prices were taken from.
     """
 
-    curves: list[list[tuple[int, float]]] = field(default_factory=list)
-    groups: list[list[tuple[int, float]]] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    groups: list[Curve] = field(default_factory=list)
     prices: PriceList | None = None
     dense: DenseLogits | None = None
 
@@ -190,21 +189,17 @@ def deletion_costs(
             if moments is not None and options.ranks.first:
                 check_finite(moments, block)
                 make_room(moments, options.scratch)
-                prior = prior_of(writers.values())
-                equations = partial(objective.normal_equations, moments, ridge, prior)
                 if "mlp" in block.dense_parts:
-                    levels = () if priced is None else LEVELS
-                    curve, kept = cost_curve(equations, neuron_rows(writers), fewest, levels)
+                    wanted = () if priced is None else LEVELS
+                    curve, kept = _neuron_costs(objective, moments, ridge, writers, fewest, wanted)
                     found_costs.curves.append(curve)
-                    for count, rows in kept.items():
-                        writer = fitted_without(objective, moments, ridge, prior, rows, options.dtype)
-                        fits.append((Cut("neurons", block.layer, count), writer))
+                    fits += [(Cut("neurons", block.layer, count), fitted) for count, fitted in kept.items()]
                 if has_groups:
-                    curve, kept = group_curve(equations, group_rows(config))
+                    curve, kept = _group_costs(config, objective, moments, ridge, writers)
                     found_costs.groups.append(curve)
-                    for count in group_levels(len(kept) - 1):
-                        writer = fitted_without(objective, moments, ridge, prior, kept[count], options.dtype)
-                        fits.append((Cut("groups", block.layer, count), writer))
+                    fits += [(Cut("groups", block.layer, count), fitted) for count, fitted in kept.items()]
+                fits = [(cut, Writer(fitted.weight.to(options.dtype), fitted.bias)) for cut, fitted in fits]
+                del kept
             if priced is not None:
                 priced.pass_block(block, lifted, options.ranks.decide(lambda fits=fits: fits))
                 del lifted
@@ -226,32 +221,35 @@ def deletion_costs(
     return found_costs
 
 
-def fitted_without(
+def _neuron_costs(
     objective: Objective,
     moments: Moments,
     ridge: float,
-    prior: Writer,
-    kept: torch.Tensor,
-    dtype: torch.dtype,
-) -> Writer:
-    """The fit with the rows `kept` alone, its weight in `dtype`; where none are, the constant that is nearest."""
-    if len(kept):
-        found = fit(objective, moments, ridge, prior, kept)
-        return Writer(found.weight.to(dtype), found.bias)
-    weight = torch.zeros(prior.weight.shape, dtype=dtype, device=moments.device)
-    return Writer(weight, moments.outputs / moments.tokens)
+    writers: Mapping[str, Linear],
+    fewest: int,
+    wanted: Sequence[float],
+) -> tuple[Curve, dict[int, Writer]]:
+    """`cost_curve` of a block's neurons, and the fits at the points next to the fractions `wanted`."""
+    prior = prior_of(writers.values())
+    equations = partial(objective.normal_equations, moments, ridge, prior)
+    curve, kept = cost_curve(equations, neuron_rows(writers), fewest, wanted)
+    return curve, {count: fit(objective, moments, ridge, prior, rows) for count, rows in kept.items()}
 
 
-def group_curve(
-    equations: Equations, groups: Sequence[slice]
-) -> tuple[list[tuple[int, float]], dict[int, torch.Tensor]]:
-    """`[(remaining key/value groups, rise of the objective so far)]`, from all to none; {remaining: rows that stay}."""
-    deletion, rise = Deletion(equations), 0.0
-    curve, kept = [(len(groups), 0.0)], {len(groups): deletion.kept()}
-    for more in group_deletions(deletion, groups, 0):
-        rise += more.item()
-        curve.append((curve[-1][0] - 1, rise))
-        kept[curve[-1][0]] = deletion.kept()
+def _group_costs(
+    config: SlicedConfig,
+    objective: Objective,
+    moments: Moments,
+    ridge: float,
+    writers: Mapping[str, Linear],
+) -> tuple[Curve, dict[int, Writer]]:
+    """The same of its key/value groups, from all of them to none, and the fits at `group_levels`."""
+    groups = config.num_key_value_heads
+    wanted, curve, kept = group_levels(groups), [], {}
+    for level in levels(config, objective, moments, writers, ridge, "attention", range(groups, -1, -1)):
+        curve.append((level.count, level.rise))
+        if level.count in wanted:
+            kept[level.count] = level.writer
     return curve, kept
 
 
@@ -270,12 +268,12 @@ def _narrow(priced: Prices, covariance: Covariance | None, options: SlicingOptio
 
 
 def cost_curve(
-    equations: Equations, group: slice, fewest: int, levels: Sequence[float] = ()
-) -> tuple[list[tuple[int, float]], dict[int, torch.Tensor]]:
+    equations: Equations, group: slice, fewest: int, wanted: Sequence[float] = ()
+) -> tuple[Curve, dict[int, torch.Tensor]]:
     """The curve of one layer down to `fewest` neurons; the others as `choose_neurons` takes them.
 
     Args:
-        levels: fractions of the neurons; the rows that stay are wanted at the points of the curve next to them.
+        wanted: fractions of the neurons; the rows that stay are asked for at the points of the curve next to them.
 
     Returns:
         `[(remaining neurons, rise of the objective so far)]`, and {remaining neurons: rows that stay, int64}.
@@ -285,12 +283,12 @@ def cost_curve(
     step = max(1, -(-removable // POINTS))
     rounds = [min(step, removable - gone) for gone in range(0, removable, step)]
     points = [whole - gone for gone in accumulate(rounds)]
-    wanted = {min(points, key=lambda count: abs(count - level * whole)) for level in levels if points}
+    nearest = {min(points, key=lambda count: abs(count - part * whole)) for part in wanted if points}
     remaining, rise, curve, kept = whole, 0.0, [(whole, 0.0)], {}
     for removed, (rows, more) in zip(rounds, deletions(equations, group, rounds), strict=True):
         remaining, rise = remaining - removed, rise + more.item()
         curve.append((remaining, rise))
-        if remaining in wanted:
+        if remaining in nearest:
             kept[remaining] = rows
     return curve, kept
 

@@ -314,7 +314,7 @@ class _Model:
         if work.prices:
             networks = (len(LEVELS) + len(GROUP_LEVELS)) * self.config.num_hidden_layers / work.ranks
             priced = networks * TOKENS * width * self.item
-            place = self.device if 2 * priced <= self.free(collecting) else "host"
+            place = {"device": self.device, "host": "host", "disk": "disk"}[self.storage]
             for stage in (collecting, costs):
                 stage.add("priced streams", priced, place)
             self.add_teacher(costs, block, inputs, plain)

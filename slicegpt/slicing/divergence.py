@@ -40,12 +40,14 @@ class DenseLogits:
         self.wanted = wanted if mask is None else wanted & mask
         norm, self.checkpoint = checkpoint.final_norm, checkpoint
         self.scale, self.shift = (
-            None if part is None else part.to(self.device, self.dtype) for part in (norm.weight, norm.bias)
+            None if part is None else part.to(self.device, self.dtype, copy=True)
+            for part in (norm.weight, norm.bias)
         )
         states = self.read(stream)
         normaliser = torch.full((len(states),), -torch.inf, dtype=torch.float64, device=self.device)
         for weight, bias in self._pieces():
             normaliser = torch.logaddexp(normaliser, _normaliser(states, weight, bias))
+        del weight, bias  # the head is read anew
         self.mean = torch.zeros(states.shape, dtype=torch.float64, device=self.device)  # Σ p W
         self.constant = torch.zeros_like(normaliser)  # Σ p log p - Σ p c
         for weight, bias in self._pieces():

@@ -18,6 +18,7 @@ from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.plans import find_plan
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.ridge import choose_ridge
+from slicegpt.slicing.shared_basis import shared_covariance, shares_basis
 from slicegpt.slicing.sink import MemorySink, Sink
 from slicegpt.slicing.slicer import Slicer
 
@@ -137,7 +138,16 @@ def slice_checkpoint(
             keeper.note(plan=shape, plans=[plan.record() for plan in plans])
         config = SlicedConfig.from_dict(config.to_dict() | shape)
 
-    slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress, sink, keeper, reuse)
+    shared, seconds = None, 0.0
+    if shares_basis(config) and options.ranks.decide(lambda: keeper.found("slicing") is None):
+        began = time.perf_counter()
+        shared = shared_covariance(checkpoint, config, batches, options, objective, progress)
+        seconds = time.perf_counter() - began
+    slicer = Slicer(
+        checkpoint, config, batches, options, objective, ridges, progress, sink, keeper, reuse, shared
+    )
+    if seconds:
+        slicer.report.seconds["shared basis"] = seconds
     slicer.run()
     report, ridge = slicer.report, slicer.ridges[0]
     if not options.ranks.first:

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+# [(what remains, loss or rise there)], from all on.
 Curve = Sequence[tuple[int, float]]
 
 

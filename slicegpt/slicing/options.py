@@ -94,7 +94,7 @@ class SlicingOptions:
             refit=recipe.refit,
             ridge=None if recipe.ridge == AUTO else recipe.ridge,
             fitted=recipe.refit_share,
-            allocate=recipe.allocate,
+            allocate=recipe.resolved().allocate,
             neuron_multiple=recipe.round_to,
             scratch=scratch,
             ranks=ranks or Ranks(),

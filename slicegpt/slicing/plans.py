@@ -203,9 +203,10 @@ def predicted_plans(choices: Sequence[SlicedConfig], costs: Costs, multiple: int
 def _exchanged(config: SlicedConfig, costs: Costs, exponent: float, multiple: int) -> Plan:
     """The plan of one width: neurons and key/value groups in one exchange."""
     layers = len(costs.curves)
-    losses = losses_along(
-        [*costs.curves, *costs.groups], [*costs.prices.neurons, *costs.prices.groups], exponent
-    )
+    curves, prices = list(costs.curves), list(costs.prices.neurons)
+    if costs.groups:
+        curves, prices = curves + costs.groups, prices + costs.prices.groups
+    losses = losses_along(curves, prices, exponent)
     structures = neuron_structures(losses[:layers], config, multiple)
     if costs.groups:
         structures += group_structures(losses[layers:], config)

@@ -313,7 +313,7 @@ class Propagation:
         moments: Moments | None,
         covariance: Covariance | None = None,
     ) -> None:
-        """Bring every batch past the dense model's block, and add it to the moments of what it writes, and to the
+        """Bring every batch past the dense model's block, and add it to the moments of what it writes and to the
         covariance of the stream that comes out."""
         joined = None if moments is None else JoinedBatches(moments)
         for index, batch, stream in self.streams:

@@ -47,6 +47,7 @@ from slicegpt.slicing.propagation import Propagation, check_finite
 from slicegpt.slicing.refit import BlockFits, fit_block
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.rotation import align, random_orthogonal
+from slicegpt.slicing.shared_basis import shares_basis
 from slicegpt.slicing.sink import Pieces, Sink
 
 
@@ -65,6 +66,8 @@ class Slicer:
         sink: where the model's tensors go, each one as soon as it is final.
         keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
         reuse: what other sizes of the same model share with this one.
+        shared: covariance [D, D] float64 that the basis of all boundaries is chosen from, where they share one; None on
+            all ranks but the first, and where a snapshot has that basis.
 
     Attributes:
         ridges: those that something is fitted at; the first one alone where there is no refit.
@@ -83,7 +86,9 @@ class Slicer:
         sink: Sink,
         keeper: Keeper | None = None,
         reuse: Reuse | None = None,
+        shared: torch.Tensor | None = None,
     ):
+        self.shares, self.shared = shares_basis(config), shared
         self.checkpoint = checkpoint
         self.config = config
         self.options = options
@@ -144,7 +149,7 @@ class Slicer:
 
     def needs_covariance(self, boundary: int) -> bool:
         """Only a sliced boundary has a subspace to choose; in "pca" orientation every free one has a basis to."""
-        if self.keeps_basis(boundary):
+        if self.shares or self.keeps_basis(boundary):
             return False
         sliced = self.config.boundary_widths[boundary] < self.config.dense_hidden_size
         return sliced or (self.options.orientation == "pca" and not self.is_fixed(boundary))
@@ -162,16 +167,18 @@ class Slicer:
         previous: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The basis [D, d] of the boundary after `block`, and the factor of a compact shortcut that leads there."""
-        if self.keeps_basis(boundary):
+        if self.keeps_basis(boundary) or (self.shares and previous is not None):
             self.report.eigenvalues.append(None)
             return previous, None
         dense_width, width = self.config.dense_hidden_size, self.config.boundary_widths[boundary]
         device, orientation = self.options.device, self.options.orientation
         eigenvalues, vectors = None, torch.eye(dense_width, dtype=torch.float64, device=device)
+        matrix = self.shared if covariance is None else covariance.matrix
         if covariance is not None:
             check_finite(covariance, block)
+        if matrix is not None:
             with self.stage("eigensolver"):
-                eigenvalues, vectors = leading_eigenvectors(covariance.matrix, dense_width)
+                eigenvalues, vectors = leading_eigenvectors(matrix, dense_width)
         self.report.eigenvalues.append(None if eigenvalues is None else eigenvalues.tolist())
 
         basis, complement = vectors[:, :width], vectors[:, width:]

@@ -22,9 +22,10 @@ from slicegpt.calibration import CalibrationBatch, encode_text, load_documents, 
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.cli import main
 from slicegpt.conversion.plan import Shape, constant_widths, plan
+from slicegpt.conversion.stock_plan import with_own_head
 from slicegpt.errors import SliceGPTError
 from slicegpt.evaluation.frontier import cut_text, loss_ratio, table_rows
-from slicegpt.evaluation.methods import BASES, METHODS, describe_widths, plan_point, untied
+from slicegpt.evaluation.methods import BASES, METHODS, describe_widths, plan_point
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.sparsegpt import check_2_4, decoder_linears, sparse_sizes, sparsegpt_2_4
 from slicegpt.families import canonical_fields
@@ -89,7 +90,7 @@ def test_untied_is_the_same_network(family):
     ids = torch.arange(96).view(4, 24) % model.config.vocab_size
     batches = [CalibrationBatch(ids, torch.ones_like(ids))]
     logits = []
-    for each in (fields, untied(fields)):
+    for each in (fields, with_own_head(fields)):
         config = plan(each, constant_widths(each, width), Shape("dense"))
         sliced, _ = slice_model(model, config, batches, SlicingOptions(torch.float64, refit=False))
         logits.append(sliced(ids).logits)
@@ -106,9 +107,10 @@ def test_the_widest_that_fits(folder, basis, method):
     dense = plan(fields, constant_widths(fields, fields["dense_hidden_size"]))
     limit = 0.8 * (fields["source_parameters"] if basis == "total" else count(dense))
     step = METHODS[method].round_to or 4
-    own = untied(fields) if METHODS[method].untied else fields
+    own = with_own_head(fields) if METHODS[method].untied else fields
     width, shape = config.boundary_widths[0], Shape.of(METHODS[method].recipe())
     if width == own["dense_hidden_size"]:  # at full width, as many neurons as fit
+        step = 1 if method == "ours" else step  # they are multiples once they are shared out
         larger = plan(own, constant_widths(own, width), shape, config.intermediate_size + step)
     else:
         larger = plan(own, constant_widths(own, width + step), shape)
@@ -118,7 +120,7 @@ def test_the_widest_that_fits(folder, basis, method):
     for more, less in pairwise([config, *narrower]):
         assert more.boundary_widths[0] > less.boundary_widths[0]
         assert more.intermediate_size < less.intermediate_size
-        assert limit - 200 < count(less) <= limit + 0.5  # a neuron stores 3 x 48 numbers at most
+        assert limit - 3 * 3 * 48 < count(less) <= limit + 0.5  # a neuron of every layer
 
 
 def test_cut_text_evaluates_the_same_windows(tiny_tokenizer, documents):

@@ -173,10 +173,10 @@ def test_layers_that_do_little_give_more():
 
 def test_a_config_must_name_every_layer():
     config = planned("llama").to_dict()
-    for neurons in ([80, 80], [80, 80, 0]):
+    for neurons in ([80, 80], [80, 80, -1]):
         with pytest.raises(
             StrictDataclassClassValidationError,
-            match=r"layer_neurons must hold 3 numbers of at least 1, got \[80, 80",
+            match=r"layer_neurons must hold 3 numbers of at least 0, got \[80, 80",
         ):
             SlicedConfig.from_dict(config | {"layer_neurons": neurons})
     with pytest.raises(StrictDataclassClassValidationError, match="intermediate_size must lie in"):

@@ -92,7 +92,7 @@ def test_neurons_cost_what_the_whole_model_says(case, monkeypatch):
     # What is deleted alone, by the rise of the objective: never falling, and known from all to none.
     for curve in costs.groups:
         assert [count for count, _ in curve] == list(range(groups, -1, -1))
-        rises = [rise for _, rise in curve]
+        rises = [rise for _, rise in curve[:-1]]  # without any the part is a constant, which may do better
         assert rises == sorted(rises)
 
 

@@ -26,8 +26,13 @@ def sum_error(magnitude: Tensor, terms: int) -> Tensor:
     return (2 * terms + PRODUCT_U) * U * magnitude
 
 
-def norm_linear_bound(h, weight, bias, n_scaled, activation, divisor, eps) -> tuple[Tensor, Tensor]:
-    """The result in float64, and how far a kernel's may be from it."""
+def norm_linear_bound(
+    h, weight, bias, n_scaled, activation, divisor, eps, product_error: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The result in float64, and how far a kernel's may be from it.
+
+    product_error: what the products of the scaled columns may be off by besides, [T, n_scaled].
+    """
     exact = [None if t is None else t.double() for t in (h, weight, bias)]
     expected = reference.norm_linear(NormLinearInputs(*exact, None, n_scaled, activation, divisor, eps))
     h64, w64, b64 = exact
@@ -37,7 +42,9 @@ def norm_linear_bound(h, weight, bias, n_scaled, activation, divisor, eps) -> tu
     pre_size = magnitude[:, :n_scaled] * scale + (0 if b64 is None else b64.abs())
     # The sum of squares is off by inner · U relative, its root by half of that; the approximate reciprocal root, the
     # product and the bias by a few U more.
-    pre_error = sum_error(magnitude[:, :n_scaled], inner) * scale + (inner / 2 + 8) * U * pre_size
+    pre_error = (sum_error(magnitude[:, :n_scaled], inner) + product_error) * scale + (
+        inner / 2 + 8
+    ) * U * pre_size
     # relu, gelu and silu have slopes of at most 1.13, and their own arithmetic is off by a few U of |x| + 1; a square
     # has slopes of 2 |x|, and is off by a few U of itself.
     if activation == "relu2":
@@ -52,13 +59,15 @@ def norm_linear_bound(h, weight, bias, n_scaled, activation, divisor, eps) -> tu
     return expected, error + rounding(expected.abs() + error, h.dtype)
 
 
-def rotate_add_bound(a, weight, h, shortcut, bias) -> tuple[Tensor, Tensor]:
-    """The next stream in float64, and how far a kernel's may be from it."""
+def rotate_add_bound(
+    a, weight, h, shortcut, bias, product_error: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The next stream in float64, and how far a kernel's may be from it; product_error: as above, [T, d']."""
     exact = [None if t is None else t.double() for t in (a, weight, h, shortcut, bias)]
     expected, _ = reference.rotate_add(*exact)
     sizes = [None if t is None else t.abs() for t in exact]
     magnitude, _ = reference.rotate_add(*sizes)
-    error = sum_error(magnitude, a.shape[1] + h.shape[1] + 2)
+    error = sum_error(magnitude, a.shape[1] + h.shape[1] + 2) + product_error
     return expected, error + rounding(expected.abs() + error, a.dtype)
 
 

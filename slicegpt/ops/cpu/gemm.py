@@ -16,6 +16,7 @@ from slicegpt.ops import contracts
 from slicegpt.ops.contracts import NormLinearInputs, activation_code, dtype_code, rotate_add_outputs
 from slicegpt.ops.cpu import extension
 from slicegpt.ops.cpu.extension import address, threads_for
+from slicegpt.ops.panels import PanelWeight
 
 DTYPES = contracts.DTYPES[:3]
 
@@ -109,14 +110,20 @@ def row_sums(dtype: torch.dtype, arguments, h_next: Tensor) -> None:
     extension.module.row_sums(dtype_code(dtype), arguments, _threads(h_next.nbytes))
 
 
+def takes_panels(dtype: torch.dtype) -> bool:
+    """Whether the kernels are built and multiply a `PanelWeight` with rows of this dtype, any number of them."""
+    return extension.is_available() and dtype in DTYPES
+
+
 def norm_linear_arguments(inputs: NormLinearInputs, y: Tensor):
     """csrc/cpu/decode.h's `NormLinear`: it holds addresses, so the tensors must outlive it."""
     h, weight, sumsq = inputs.h, inputs.weight, inputs.sumsq
+    dense, quantized = _parts(weight)
     return extension.module.NormLinear(
         h.data_ptr(),
         h.stride(0),
-        weight.data_ptr(),
-        weight.stride(0),
+        address(dense),
+        0 if dense is None else dense.stride(0),
         address(inputs.bias),
         address(sumsq),
         0 if sumsq is None else sumsq.shape[1],
@@ -130,6 +137,7 @@ def norm_linear_arguments(inputs: NormLinearInputs, y: Tensor):
         inputs.gated,
         inputs.divisor,
         inputs.eps,
+        quantized,
     )
 
 
@@ -143,11 +151,12 @@ def rotate_add_arguments(
     sumsq: Tensor | None,
 ):
     """csrc/cpu/decode.h's `RotateAdd`: it holds addresses, so the tensors must outlive it."""
+    dense, quantized = _parts(weight)
     return extension.module.RotateAdd(
         a.data_ptr(),
         a.stride(0),
-        weight.data_ptr(),
-        weight.stride(0),
+        address(dense),
+        0 if dense is None else dense.stride(0),
         h.data_ptr(),
         h.stride(0),
         address(shortcut),
@@ -160,7 +169,26 @@ def rotate_add_arguments(
         a.shape[1],
         h.shape[1],
         weight.shape[0],
+        quantized,
+        0 if quantized is None else weight.columns,
     )
+
+
+def _parts(weight: Tensor | PanelWeight):
+    """The dense part of a weight, or None, and csrc/cpu/decode.h's `Quantized` of the other, or None."""
+    if not isinstance(weight, PanelWeight):
+        return weight, None
+    quantized = extension.module.Quantized(
+        weight.codes.data_ptr(),
+        weight.scales.data_ptr(),
+        address(weight.zeros),
+        dtype_code(weight.scales.dtype),
+        weight.bits,
+        weight.codes.shape[1],
+        weight.groups,
+        weight.group_blocks,
+    )
+    return weight.rest, quantized
 
 
 def attention_arguments(
