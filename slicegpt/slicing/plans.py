@@ -110,40 +110,11 @@ def find_plan(
     Returns:
         The same on all ranks.
     """
-    keeper, prices = keeper or Keeper(), options.allocate == PRICES
+    keeper, multiple = keeper or Keeper(), options.neuron_multiple
     part = looked_at(batches)
-    windows = priced_windows(batches, len(part)) if prices else None
-    multiple = options.neuron_multiple
-    fewest = min(fewest_neurons(config, multiple) for config in choices)
-    widths: tuple[int, ...] = ()
-    if prices:
-        whole = choices[0].dense_intermediate_size
-        fewest = min(fewest, max(multiple, int(FEWEST_PRICED * whole) // multiple * multiple))
-    if prices and len(choices) > 1:  # of all sizes the same
-        full = choices[0].dense_hidden_size
-        widths = tuple(dict.fromkeys(width_for_slice(full, fraction, multiple) for fraction in NARROWER))
-
-    def find_costs() -> Costs:
-        return deletion_costs(
-            checkpoint,
-            choices[0],
-            part,
-            options,
-            objective,
-            ridge,
-            progress,
-            keeper,
-            fewest,
-            windows,
-            widths,
-        )
-
+    windows = priced_windows(batches, len(part)) if options.allocate == PRICES else None
     began = time.perf_counter()
-    if reuse is None:
-        costs = find_costs()
-    else:  # of the size, they depend on how far the curves go, and on the widths, alone
-        key = ("deletion costs", fewest, widths, prices, ridge, options.dtype, options.device)
-        costs = reuse.value(key, find_costs)
+    costs = find_costs(checkpoint, choices, part, windows, options, objective, ridge, progress, keeper, reuse)
     keeper.journal["costs_seconds"] = keeper.journal.get("costs_seconds", 0.0) + time.perf_counter() - began
     shapes = options.ranks.decide(
         lambda: [plan.shape(choices) for plan in predicted_plans(choices, costs, multiple)]
@@ -172,6 +143,67 @@ def find_plan(
     plans.sort(key=lambda plan: plan.measured)
     logger.info("plans: %s", [plan.record() for plan in plans])
     return plans
+
+
+def find_costs(
+    checkpoint: Checkpoint,
+    choices: Sequence[SlicedConfig],
+    part: Sequence[CalibrationBatch],
+    windows: CalibrationBatch | None,
+    options: SlicingOptions,
+    objective: Objective,
+    ridge: float,
+    progress: Progress,
+    keeper: Keeper | None = None,
+    reuse: Reuse | None = None,
+) -> Costs:
+    """What plans are predicted from.
+
+    Args:
+        part: the calibration tokens that are looked at.
+        windows: those that the prices are taken from; None: there are none.
+
+    The others are those of `find_plan`.
+    """
+    multiple, widths = options.neuron_multiple, ()
+    fewest = min(fewest_neurons(config, multiple) for config in choices)
+    if windows is not None:
+        whole = choices[0].dense_intermediate_size
+        fewest = min(fewest, max(multiple, int(FEWEST_PRICED * whole) // multiple * multiple))
+        if len(choices) > 1:  # of all sizes the same
+            full = choices[0].dense_hidden_size
+            widths = tuple(dict.fromkeys(width_for_slice(full, cut, multiple) for cut in NARROWER))
+
+    def find() -> Costs:
+        return deletion_costs(
+            checkpoint,
+            choices[0],
+            part,
+            options,
+            objective,
+            ridge,
+            progress,
+            keeper,
+            fewest,
+            windows,
+            widths,
+        )
+
+    if reuse is None:
+        return find()
+    # Of the size, they depend on how far the curves go, and on the widths, alone.
+    groups = choices[0].layer_key_value_heads
+    key = (
+        "deletion costs",
+        fewest,
+        widths,
+        options.allocate,
+        ridge,
+        options.dtype,
+        options.device,
+        str(groups),
+    )
+    return reuse.value(key, find)
 
 
 def predicted_plans(choices: Sequence[SlicedConfig], costs: Costs, multiple: int) -> list[Plan]:

@@ -35,7 +35,7 @@ def folder_of(path, case, tokenizer, sliced=None, **changes):
             fields, constant_widths(fields, width, True), Shape(form="stock", round_to=4), max(neurons)
         )
         config = SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
-        options = SlicingOptions(ridge=0.3, allocate=False)
+        options = SlicingOptions(ridge=0.3, allocate="uniform")
         model, _ = slice_model(model, config, batches(2), options)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
