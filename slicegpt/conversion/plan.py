@@ -170,6 +170,13 @@ def check_widths(fields: dict, widths: Sequence[int]) -> None:
     needed, dense_width, head = len(constant_widths(fields, 0)), fields["dense_hidden_size"], head_dim(fields)
     if len(widths) != needed:
         raise SliceGPTError(f"must be {needed}, one a boundary, got {len(widths)}", "widths")
+    if keeps_its_columns(fields) and any(width != dense_width for width in widths):
+        raise SliceGPTError(
+            f"{fields['source_model_type']} normalises what its blocks write, by a length that takes all {dense_width}"
+            " columns: none of them can be deleted. Delete MLP neurons: slice=0 with neurons=0.25, or keep=0.9"
+            " (--slice 0 --neurons 0.25, or --keep 0.9)",
+            "widths",
+        )
     for boundary, width in enumerate(widths):
         if isinstance(width, bool) or not isinstance(width, int) or width > dense_width:
             raise SliceGPTError(
@@ -181,6 +188,11 @@ def check_widths(fields: dict, widths: Sequence[int]) -> None:
                 f"({head}); slice less, or round to a smaller multiple",
                 "widths",
             )
+
+
+def keeps_its_columns(fields: dict) -> bool:
+    """Whether the stream of a model must keep its columns and its basis: norms behind the blocks need them."""
+    return bool(fields.get("post_norm"))
 
 
 def choose_shortcuts(
@@ -195,6 +207,14 @@ def choose_shortcuts(
         deleted: of each block, whether all of its parts are; None: of none.
     """
     dense_width = fields["dense_hidden_size"]
+    if keeps_its_columns(fields) and (shape.orientation != "aligned" or shape.form != SLICED):
+        name, value = ("form", shape.form) if shape.form != SLICED else ("orientation", shape.orientation)
+        wanted = SLICED if name == "form" else "aligned"
+        raise SliceGPTError(
+            f"{fields['source_model_type']} normalises what its blocks write, in the model's own basis: it must be "
+            f"{wanted!r}, got {value!r}",
+            name,
+        )
     if shape.form != SLICED:
         check_stock_widths(fields, widths)
         return ["identity"] * (len(widths) - 1)
@@ -232,6 +252,11 @@ def plan(
     shape = shape or Shape()
     check_widths(fields, widths)
     heads = key_value_heads(fields, shape.kv_groups if kv_groups is None else kv_groups)
+    if keeps_its_columns(fields) and heads is not None:
+        raise SliceGPTError(
+            f"{fields['source_model_type']} normalises what its blocks write: neurons alone are deleted, got {heads}",
+            "kv_groups",
+        )
     counts = neuron_counts(fields, neurons_for(fields, widths, shape) if neurons is None else neurons)
     kinds = choose_shortcuts(fields, widths, shape, deleted_blocks(fields, heads, counts["layer_neurons"]))
     # A LayerNorm family's table is centred on its way in, which one shared with the head cannot be.
@@ -432,6 +457,8 @@ def plan_for_parameters(
     dense_width, step = fields["dense_hidden_size"], width_step(fields, shape)
     first = -(-head_dim(fields) // step)
     widths = [step * k for k in range(first, -(-dense_width // step))] + [dense_width]
+    if keeps_its_columns(fields):
+        return _plan_of_neurons(fields, target, shape, count)
     if shape.form != SLICED and keeps_width(fields) is not None:
         widths = [dense_width]
 
@@ -460,3 +487,23 @@ def plan_for_parameters(
     neurons = neurons_for(fields, constant_widths(fields, width), shape)
     choices = [*range(neurons, fields["intermediate_size"], step), fields["intermediate_size"]]
     return at(width, choices[last_that(lambda index: fits(at(width, choices[index])), len(choices))])
+
+
+def _plan_of_neurons(
+    fields: dict, target: int, shape: Shape, count: Callable[[SlicedConfig], int]
+) -> SlicedConfig:
+    """As many neurons at full width as fit, in multiples of `round_to`; or as many as `shape` says, if they fit."""
+    widths, whole = constant_widths(fields, fields["dense_hidden_size"]), fields["intermediate_size"]
+    step = multiple_of(shape.round_to, fields["dense_hidden_size"])
+    choices = [*range(min(step, whole), whole, step), whole]
+    if shape.neurons is not None:
+        choices = [neurons_for(fields, widths, shape)]
+    if count(smallest := plan(fields, widths, shape, choices[0])) > target:
+        more = "; give no neurons, and as many go as it takes" if shape.neurons is not None else ""
+        raise SliceGPTError(
+            f"{target} elements cannot be reached; with {choices[0]} neurons in an MLP, and all columns of the stream, "
+            f"the model stores {count(smallest)}{more}",
+            "target",
+        )
+    fits = last_that(lambda index: count(plan(fields, widths, shape, choices[index])) <= target, len(choices))
+    return plan(fields, widths, shape, choices[fits])

@@ -53,6 +53,11 @@ def check_form(config: SlicedConfig) -> None:
     Raises:
         SliceGPTError: shortcuts, several widths, or layers of different numbers of neurons.
     """
+    if config.post_norm:
+        raise SliceGPTError(
+            f"{config.source_model_type} normalises what its blocks write, which has no stock form here",
+            "form",
+        )
     shortcuts = sorted(set(config.shortcuts) - {"identity"})
     if shortcuts:
         raise SliceGPTError(

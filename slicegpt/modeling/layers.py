@@ -123,6 +123,24 @@ class SlicedRotaryEmbedding(nn.Module):
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
+class LayerRotaryEmbeddings(nn.Module):
+    """A `SlicedRotaryEmbedding` for each of `SlicedConfig.rope_settings`."""
+
+    def __init__(self, config: SlicedConfig):
+        super().__init__()
+        # No `ModuleList`: what runs or places a model layer by layer takes such a list for its layers.
+        for index, one in enumerate(config.rope_settings):
+            self.add_module(f"setting_{index}", SlicedRotaryEmbedding(config.with_rope(one)))
+        self.setting_of_layer = [config.rope_setting(layer) for layer in range(config.num_hidden_layers)]
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Cosines and sines, once for every layer."""
+        pairs = [one(hidden_states, position_ids) for one in self.children()]
+        return [pairs[setting] for setting in self.setting_of_layer]
+
+
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first `cos.shape[-1]` entries of each head of `states` [batch, heads, tokens, head_dim]."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -148,12 +166,15 @@ def eager_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **_,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out, for `attn_implementation="eager"`: returns the output and the probabilities."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.mT * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         scores = scores + attention_mask
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
@@ -199,6 +220,9 @@ class SlicedAttention(nn.Module):
         self.uses_rope = config.uses_rope(layer_idx)
         self.query_scaling = config.query_scaling
         self.norm_after_rope = config.qk_norm_after_rope
+        self.norm_whole = config.qk_norm and config.qk_norm_whole
+        softcap = config.attn_logit_softcapping
+        self.score_arguments = {} if softcap is None else {"softcap": softcap}
 
         query_size = key_heads * self.num_key_value_groups * config.head_dim
         key_size = key_heads * config.head_dim
@@ -206,11 +230,9 @@ class SlicedAttention(nn.Module):
         self.k_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, out_width, bias=config.attention_output_bias)
-        self.q_norm = (
-            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        )
-        self.k_norm = (
-            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        sizes = (query_size, key_size) if self.norm_whole else (config.head_dim, config.head_dim)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(size, eps=config.inner_norm_eps) if config.qk_norm else nn.Identity() for size in sizes
         )
 
     def forward(
@@ -223,9 +245,11 @@ class SlicedAttention(nn.Module):
         cache: Cache | None = kwargs.pop(CACHE, None)
         shape = hidden_states.shape[:-1]
         heads = (*shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads)
-        key = self.k_proj(hidden_states).view(heads)
-        if not self.norm_after_rope:
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.norm_whole:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.view(heads), key.view(heads)
+        if not (self.norm_after_rope or self.norm_whole):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
@@ -251,9 +275,21 @@ class SlicedAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            **self.score_arguments,
             **kwargs,
         )
         return self.o_proj(output.reshape(*shape, -1)), probabilities
+
+
+def build_rotary(config: SlicedConfig) -> SlicedRotaryEmbedding | LayerRotaryEmbeddings:
+    """The rotary positions of all layers, or of each."""
+    return (SlicedRotaryEmbedding if config.layer_rope_parameters is None else LayerRotaryEmbeddings)(config)
+
+
+def build_output_norm(config: SlicedConfig) -> nn.Module:
+    """The norm that what a block writes passes, at the model's full width."""
+    width = config.dense_hidden_size
+    return nn.RMSNorm(width, eps=config.inner_norm_eps) if config.post_norm else nn.Identity()
 
 
 def build_activation(config: SlicedConfig) -> nn.Module:

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
-from slicegpt.modeling.layers import Constant, FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.modeling.layers import (
+    Constant,
+    FinalNorm,
+    LayerRotaryEmbeddings,
+    SlicedAttention,
+    SlicedMLP,
+)
 from slicegpt.ops import quantized
 from slicegpt.ops.contracts import GATED
 from slicegpt.ops.panels import PanelWeight
@@ -46,8 +52,11 @@ class PackedAttention:
         layer: index into the cache.
         norm: scales [key heads + query heads, head_dim] of the norm of keys and queries, or None.
         window: number of tokens that a token attends to, itself included, or None.
-        rotary: rotary positions turn queries and keys.
+        rotary: which of the network's tables turns queries and keys; None: no rotary positions.
         rotate_first: the norm comes behind the rotation.
+        whole_norms: scales [key heads * head_dim] and [heads * head_dim] of norms over all heads of keys and of
+            queries, which come first of all; or None.
+        softcap: the cap of the scores, or None.
     """
 
     layer: int
@@ -57,8 +66,10 @@ class PackedAttention:
     norm: Tensor | None
     norm_eps: float
     window: int | None
-    rotary: bool
+    rotary: int | None
     rotate_first: bool
+    whole_norms: tuple[Tensor, Tensor] | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,18 +90,29 @@ class PackedBlock:
     A block of deleted parts has a compact shortcut's input alone, or none: see `carried`.
 
     Attributes:
+        eps: of the norm before it; None: it reads the stream itself.
         output: [d', K]; K is 0 where there are no inputs.
+        output_norm: [D], the scale of the norm that what it writes passes, or None; inner_eps: its epsilon.
         factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
             the same numbers in its last columns. None for another shortcut, for rank 0, and beside a `PanelWeight`.
     """
 
     inputs: tuple[Projection, ...]
     width: int
-    eps: float
+    eps: float | None
     output: Tensor | PanelWeight
     output_bias: Tensor | None
     shortcut: Tensor | None
     factor: Tensor | None = None
+    output_norm: Tensor | None = None
+    inner_eps: float = 0.0
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether `norm_linear`, one attention operator and `rotate_add` are all there is to it."""
+        plain = self.eps is not None and self.output_norm is None
+        found = [one.attention for one in self.inputs if one.attention is not None]
+        return plain and all(one.whole_norms is None and one.softcap is None for one in found)
 
     @property
     def is_constant(self) -> bool:
@@ -113,7 +135,8 @@ class PackedNetwork:
         embed_projection, positions: None where the model has none; positions [rows, d] begin at row
             `config.position_offset`.
         embed_bias: [d], what deleted parts before all others add to the stream, or None.
-        rotary: `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, or None.
+        rotary: tables `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, one for
+            each of `config.rope_settings`; none without rotary positions.
         final_scale: [d], the scale that the last norm of a tied model keeps, or None.
         head_projection: from a sliced last boundary to the width of a tied head, or None.
         head: reads the last norm, or the output of `head_projection` without a norm (`n_scaled` is then 0).
@@ -127,7 +150,7 @@ class PackedNetwork:
     embed_projection: Tensor | None
     positions: Tensor | None
     embed_bias: Tensor | None
-    rotary: Tensor | None
+    rotary: tuple[Tensor, ...]
     blocks: tuple[PackedBlock, ...]
     final_scale: Tensor | None
     final_eps: float
@@ -179,10 +202,11 @@ class PackedNetwork:
         if self.head_projection is not None:
             tensors += [self.head_projection.weight, self.head_projection.bias]
         for block in self.blocks:
-            tensors += [block.output, block.output_bias, block.shortcut]
+            tensors += [block.output, block.output_bias, block.shortcut, block.output_norm]
             for projection in block.inputs:
                 tensors += [projection.weight, projection.bias]
-                tensors.append(projection.attention and projection.attention.norm)
+                if (attention := projection.attention) is not None:
+                    tensors += [attention.norm, *(attention.whole_norms or ())]
         return tensors
 
 
@@ -257,15 +281,12 @@ def pack(
     like = next(trunk.embed_tokens.parameters())
     reader = reader or weight_reader(model)
     embedding = reader.table(trunk.embed_tokens)
-    dtype = embedding.dtype
-    rotary = None
-    if trunk.rotary_emb is not None:
-        if trunk.rotary_emb.rope_type in UNSUPPORTED_ROPE:
-            raise SliceGPTError(
-                f"rope type {trunk.rotary_emb.rope_type!r} is not supported; use the plain model", "model"
-            )
-        empty = torch.empty(0, dtype=dtype, device=like.device)
-        rotary = rotary_table(trunk.rotary_emb, empty, max_positions or position_limit(config)[0])
+    dtype, tables = embedding.dtype, []
+    empty = torch.empty(0, dtype=dtype, device=like.device)
+    for one in rotary_embeddings(trunk.rotary_emb):
+        if one.rope_type in UNSUPPORTED_ROPE:
+            raise SliceGPTError(f"rope type {one.rope_type!r} is not supported; use the plain model", "model")
+        tables.append(rotary_table(one, empty, max_positions or position_limit(config)[0]))
     made_dense = not reader.panels and any(hasattr(one, "weight_packed") for one in model.modules())
     blocks: list[PackedBlock] = []
     for index, layer in enumerate(trunk.layers):
@@ -283,7 +304,7 @@ def pack(
         embed_projection=projection.weight.detach() if isinstance(projection, nn.Linear) else None,
         positions=None if positions is None else positions.weight.detach(),
         embed_bias=embed_bias,
-        rotary=rotary,
+        rotary=tuple(tables),
         blocks=blocks,
         final_scale=scale,
         final_eps=trunk.norm.eps,
@@ -309,10 +330,11 @@ def pack_layer(
             f"{gated}activation {config.hidden_act!r} is not supported; use the plain model", "model"
         )
     if config.parallel_blocks:
-        return (_pack_block(config, reader, index, (layer.self_attn, layer.mlp), layer.shortcut),)
+        return (_pack_block(config, reader, index, (layer.self_attn, layer.mlp), layer.shortcut, None),)
+    attention = (layer.self_attn,), layer.attention_shortcut, layer.attention_output_norm
     return (
-        _pack_block(config, reader, 2 * index, (layer.self_attn,), layer.attention_shortcut),
-        _pack_block(config, reader, 2 * index + 1, (layer.mlp,), layer.mlp_shortcut),
+        _pack_block(config, reader, 2 * index, *attention),
+        _pack_block(config, reader, 2 * index + 1, (layer.mlp,), layer.mlp_shortcut, layer.mlp_output_norm),
     )
 
 
@@ -340,6 +362,13 @@ def _sum_of(*biases: Tensor | None) -> Tensor:
     return sum(bias.double() for bias in there).to(there[0].dtype)
 
 
+def rotary_embeddings(module: nn.Module | None) -> list[nn.Module]:
+    """A network's rotary embeddings, one for each of its `rope_settings`."""
+    if module is None:
+        return []
+    return list(module.children()) if isinstance(module, LayerRotaryEmbeddings) else [module]
+
+
 def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
     """Cosines and sines of every position, [positions, 2, rotary_dim] in the dtype of `like`.
 
@@ -357,6 +386,7 @@ def _pack_block(
     boundary: int,
     modules: tuple[nn.Module, ...],
     shortcut: nn.Module,
+    output_norm: nn.Module | None,
 ) -> PackedBlock:
     width, next_width = config.boundary_widths[boundary : boundary + 2]
     inputs, writers, constants, factor = [], [], [], None
@@ -386,11 +416,13 @@ def _pack_block(
     return PackedBlock(
         inputs=tuple(inputs),
         width=width,
-        eps=config.boundary_eps(boundary),
+        eps=config.boundary_eps(boundary) if config.pre_norm else None,
         output=output,
         output_bias=sum(biases) if biases else None,
         shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
         factor=factor,
+        output_norm=output_norm.weight.detach() if isinstance(output_norm, nn.RMSNorm) else None,
+        inner_eps=config.inner_norm_eps,
     )
 
 
@@ -399,10 +431,12 @@ def _pack_attention(config: SlicedConfig, reader: WeightReader, module: SlicedAt
     weight = reader.below(modules)
     key_heads = module.k_proj.out_features // config.head_dim
     heads = module.q_proj.out_features // config.head_dim
-    bias = norm = None
+    bias = norm = whole_norms = None
     if module.q_proj.bias is not None:
         bias = torch.cat([one.bias for one in modules])
-    if config.qk_norm:
+    if module.norm_whole:
+        whole_norms = module.k_norm.weight.detach(), module.q_norm.weight.detach()
+    elif config.qk_norm:
         key_scale = module.k_norm.weight.expand(key_heads, -1)
         query_scale = module.q_norm.weight.expand(heads, -1)
         norm = torch.cat((key_scale, query_scale))
@@ -412,10 +446,12 @@ def _pack_attention(config: SlicedConfig, reader: WeightReader, module: SlicedAt
         key_heads=key_heads,
         head_dim=config.head_dim,
         norm=norm,
-        norm_eps=config.rms_norm_eps,
+        norm_eps=config.inner_norm_eps,
         window=module.sliding_window,
-        rotary=module.uses_rope,
+        rotary=config.rope_setting(module.layer_idx) if module.uses_rope else None,
         rotate_first=config.qk_norm_after_rope,
+        whole_norms=whole_norms,
+        softcap=config.attn_logit_softcapping,
     )
     return Projection(weight, bias, len(weight), "none", attention)
 

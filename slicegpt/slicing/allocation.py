@@ -21,7 +21,14 @@ from slicegpt.calibration.batches import CalibrationBatch
 from slicegpt.families import Checkpoint, Linear
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
-from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, neuron_rows
+from slicegpt.slicing.blocks import (
+    blocks_of,
+    dense_block,
+    dense_writers,
+    fitted_scale,
+    neuron_rows,
+    scaled_writers,
+)
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.divergence import DenseLogits
 from slicegpt.slicing.eigensolver import leading_eigenvectors
@@ -177,12 +184,16 @@ def deletion_costs(
             writers = dense_writers(config, block, layer, options.device)
             lifted = dense_block(config, block, layer, writers, dtype, options.device)
             moments, fits = None, []
-            has_groups = priced is not None and "attention" in block.dense_parts and gives_groups(config)
+            has_groups = "attention" in block.dense_parts and priced is not None and gives_groups(config)
+            # What attention without any group leaves is a constant, which a norm behind it would not let through.
+            has_groups = has_groups and lifted.output_norm is None
             if "mlp" in block.dense_parts or has_groups:
                 moments = propagation.new_moments(lifted, propagation.streams)
             ends = block is blocks[-1]
             covariance = None if ends else _covariance(config, options, widths)
             propagation.collect_dense(block, lifted, objective, moments, covariance)
+            scale = fitted_scale(block, layer, options.device)
+            writers = scaled_writers(writers, scale)
             del layer  # the output weights are all that the costs need of it
             if priced is None:
                 del lifted
@@ -198,7 +209,7 @@ def deletion_costs(
                     curve, kept = _group_costs(config, objective, moments, ridge, writers)
                     found_costs.groups.append(curve)
                     fits += [(Cut("groups", block.layer, count), fitted) for count, fitted in kept.items()]
-                fits = [(cut, Writer(fitted.weight.to(options.dtype), fitted.bias)) for cut, fitted in fits]
+                fits = [(cut, _unscaled(fitted, scale, options.dtype)) for cut, fitted in fits]
                 del kept
             if priced is not None:
                 priced.pass_block(block, lifted, options.ranks.decide(lambda fits=fits: fits))
@@ -219,6 +230,13 @@ def deletion_costs(
     if priced is not None and options.ranks.first:
         found_costs.prices, found_costs.dense = priced.prices(), priced.reference(checkpoint)
     return found_costs
+
+
+def _unscaled(fitted: Writer, scale: torch.Tensor | None, dtype: torch.dtype) -> Writer:
+    """A fit as the block writes with it, its weight in `dtype`; `scale`: see `scaled_writers`."""
+    if scale is None:
+        return Writer(fitted.weight.to(dtype), fitted.bias)
+    return Writer((fitted.weight / scale).to(dtype), None if fitted.bias is None else fitted.bias / scale)
 
 
 def _neuron_costs(

@@ -186,10 +186,12 @@ class Prices:
             for place, out in zip(group, self._passed(block, dense, stream).split(windows), strict=True):
                 self.streams[place] = out.clone()
         carried, activations = dense.activations(self.dense, **self._inputs(block, dense, self.dense))
+        own = dense.weight, dense.bias
         for cut, writer in fits:
-            weight = writer.weight.mT.to(activations.dtype)
-            bias = None if writer.bias is None else writer.bias.to(activations.dtype)
-            self._begin(cut, (carried + functional.linear(activations, weight, bias)).to(self.dtype))
+            dense.weight = writer.weight.mT.to(activations.dtype)
+            dense.bias = None if writer.bias is None else writer.bias.to(activations.dtype)
+            self._begin(cut, dense.write(carried, activations).to(self.dtype))
+        dense.weight, dense.bias = own
         self.dense = dense.write(carried, activations)
 
     def finish(self, checkpoint: Checkpoint) -> None:

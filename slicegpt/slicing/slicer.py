@@ -8,6 +8,7 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 
 from slicegpt.calibration.batches import CalibrationBatch
 from slicegpt.conversion.folding import (
+    OUTPUT_NORMS,
     TABLE_ROWS,
     centre,
     folded_head_rows,
+    output_norm_weight,
     reader_state,
     rotated_rows,
 )
@@ -34,8 +37,10 @@ from slicegpt.slicing.blocks import (
     dense_block,
     dense_writers,
     file_readers,
+    fitted_scale,
     group_rows,
     remaining_writers,
+    scaled_writers,
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
@@ -266,7 +271,14 @@ class Slicer:
             writers = own | shortcut if self.refits else own
             lifted = None
             if self.needs_pass(block):
-                lifted = LiftedBlock(config, block, basis, readers, writers, dtype)
+                output_norm = output_norm_weight(block.dense_parts[0], layer, device)
+                lifted = LiftedBlock(config, block, basis, readers, writers, dtype, output_norm)
+            scale = fitted_scale(block, layer, device)
+            output_norms = {
+                f"{block.prefix}.{OUTPUT_NORMS[part]}.weight": weight.to(dtype)
+                for part in block.dense_parts
+                if (weight := output_norm_weight(part, layer, device)) is not None
+            }
 
         fits, kept = BlockFits(dict.fromkeys(self.ridges, own | shortcut)), None
         if self.refits:
@@ -279,7 +291,7 @@ class Slicer:
             if self.ranks.first:
                 # On a GPU they would have to come back for the block to write.
                 aside = partial(file_readers, readers, lifted, self.options.scratch)
-                fits = self.fit(block, writers, moments, aside if device.type == "cpu" else None)
+                fits = self.fit(block, writers, scale, moments, aside if device.type == "cpu" else None)
             lifted.set_writers(self.agreed(lambda: fits.writers[self.ridges[0]]))
             del moments  # [K, K + D] in float64
         covariance = self.new_covariance(block.index + 1)
@@ -291,16 +303,21 @@ class Slicer:
             return next_basis
         with self.stage("rotation"):
             self.store_block(block, readers, factor, fits, next_basis)
+            self.sink.store(output_norms)
         return next_basis
 
     def fit(
         self,
         block: Block,
         writers: Mapping[str, Linear],
+        scale: torch.Tensor | None,
         moments: Moments,
         set_aside: Callable[[], None] | None = None,
     ) -> BlockFits:
-        """The output weights at every λ, and which neurons and key/value groups stay where some are deleted."""
+        """The output weights at every λ, and which neurons and key/value groups stay where some are deleted.
+
+        `scale`: see `fitted_scale`.
+        """
         config = self.config
         neurons = config.neurons[block.layer] if "mlp" in block.parts else None
         if neurons == config.dense_intermediate_size:
@@ -313,7 +330,7 @@ class Slicer:
             fits = fit_block(
                 self.objective,
                 moments,
-                writers,
+                scaled_writers(writers, scale),
                 list(self.ridges),
                 neurons,
                 self.options.scratch,
@@ -321,6 +338,9 @@ class Slicer:
                 group_rows(config),
                 groups,
             )
+            if scale is not None:
+                unscaled = {ridge: scaled_writers(own, 1 / scale) for ridge, own in fits.writers.items()}
+                fits = replace(fits, writers=unscaled)
         self.remaining.append((block.index, fits.remaining))
         return fits
 

@@ -179,6 +179,13 @@ SMALL = {
     "mistral-window": {"changes": SHAPES | {"head_dim": 32}},
     "smollm3": {"changes": SHAPES},
 }
+# Families that normalise what their blocks write: capped scores and logits, rotary settings by kind of layer, norms of
+# queries and keys over all heads.
+NORMS_BEHIND = {
+    "gemma2": {"changes": SHAPES | {"head_dim": 32}},
+    "gemma3": {"changes": SHAPES | {"head_dim": 32}},
+    "olmo2": {"changes": SHAPES},
+}
 # Families whose factors are folded, and LongRoPE.
 FOLDED = {
     "gemma": {"changes": SHAPES | {"head_dim": 32}},
@@ -206,7 +213,9 @@ def sliced_folders(root: Path, cases: dict[str, dict]) -> dict[str, Path]:
         model = tiny_model(settings.get("case", name), torch.float32, **settings["changes"])
         fields, head = canonical_fields(model), settings.get("slice_head", False)
         ids = torch.randint(3, 96, (16, 32), generator=torch.Generator().manual_seed(0))
-        config = plan(fields, constant_widths(fields, 96, head), Shape(slice_head=head))
+        width, neurons = (128, 0.3) if fields.get("post_norm") else (96, 0.0)
+        shape = Shape(slice_head=head, neurons=neurons, round_to=8)
+        config = plan(fields, constant_widths(fields, width, head), shape)
         sliced, _ = slice_model(
             model, config, [CalibrationBatch(ids, torch.ones_like(ids))], SlicingOptions()
         )
@@ -233,3 +242,7 @@ def test_every_family_on_two_ranks(small, ranks, tmp_path):
 
 def test_families_whose_factors_are_folded(tmp_path):
     check_tokens(sliced_folders(tmp_path, FOLDED), "one rank", tmp_path)
+
+
+def test_families_with_norms_behind_their_blocks(tmp_path):
+    check_tokens(sliced_folders(tmp_path, NORMS_BEHIND), "one rank", tmp_path)

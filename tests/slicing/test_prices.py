@@ -142,7 +142,7 @@ def test_columns_cost_what_projections_do():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["llama-tied", "phi"])
+@pytest.mark.parametrize("case", ["llama-tied", "phi", "gemma2"])
 def test_a_trial_is_a_slice(case):
     """The divergence of the model that slicing by the same tokens gives."""
     model, calibration = tiny_model(case), padded()
