@@ -21,18 +21,27 @@ class DenseLogits:
 
         KL(p, softmax z) = Σ p log p - h (Σ p W)ᵀ - Σ p c + log Σ exp z
 
-    so that of another network only the last term takes a pass over the vocabulary. Products are in float32 (float64 for
-    streams of float64), sums over the vocabulary in pieces of `TABLE_ROWS`, what is subtracted in float64.
+    so that of another network only the last term takes a pass over the vocabulary; where logits are capped, `Σ p z`
+    does so, too. Products are in float32 (float64 for streams of float64), sums over the vocabulary in pieces of
+    `TABLE_ROWS`, what is subtracted in float64.
 
     Args:
         checkpoint: the dense model's; its final norm and head.
         stream: the dense model's after its last block, [windows, tokens, D], on the device to compute on.
         mask: bool [windows, tokens], the tokens that are not padding; None: all are.
         eps: of the final norm.
+        cap: logits become `cap tanh(z / cap)`; None: they stay.
     """
 
-    def __init__(self, checkpoint: Checkpoint, stream: torch.Tensor, mask: torch.Tensor | None, eps: float):
-        self.device, self.eps = stream.device, eps
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        stream: torch.Tensor,
+        mask: torch.Tensor | None,
+        eps: float,
+        cap: float | None = None,
+    ):
+        self.device, self.eps, self.cap = stream.device, eps, cap
         self.dtype = torch.float64 if stream.dtype == torch.float64 else torch.float32
         length = stream.shape[1]
         places = torch.arange(length, device=self.device) % EVERY == (length - 1) % EVERY
@@ -43,21 +52,21 @@ class DenseLogits:
             None if part is None else part.to(self.device, self.dtype, copy=True)
             for part in (norm.weight, norm.bias)
         )
-        states = self.read(stream)
-        normaliser = torch.full((len(states),), -torch.inf, dtype=torch.float64, device=self.device)
+        self.states = self.read(stream)
+        self.normaliser = torch.full((len(self.states),), -torch.inf, dtype=torch.float64, device=self.device)
         for weight, bias in self._pieces():
-            normaliser = torch.logaddexp(normaliser, _normaliser(states, weight, bias))
+            self.normaliser = torch.logaddexp(
+                self.normaliser, self._logits(self.states, weight, bias).logsumexp(dim=1).double()
+            )
         del weight, bias  # the head is read anew
-        self.mean = torch.zeros(states.shape, dtype=torch.float64, device=self.device)  # Σ p W
-        self.constant = torch.zeros_like(normaliser)  # Σ p log p - Σ p c
+        self.mean = torch.zeros(self.states.shape, dtype=torch.float64, device=self.device)  # Σ p W
+        self.constant = torch.zeros_like(self.normaliser)  # Σ p log p - Σ p c
         for weight, bias in self._pieces():
-            logits = functional.linear(states, weight, bias)
-            logs = logits.double() - normaliser[:, None]
-            shares = logs.exp()
+            shares, logs = self._shares(weight, bias)
             self.constant += (shares * logs).sum(dim=1)
-            self.mean += (shares.to(self.dtype) @ weight).double()
-            if bias is not None:
-                self.constant -= shares @ bias.double()
+            if cap is None:
+                self.mean += (shares.to(self.dtype) @ weight).double()
+                self.constant -= 0 if bias is None else shares @ bias.double()
 
     def read(self, stream: torch.Tensor) -> torch.Tensor:
         """What the head reads at the tokens that are looked at, [n, D]."""
@@ -73,14 +82,18 @@ class DenseLogits:
                 vocabulary.
         """
         sums = torch.full((count, len(self.mean)), -torch.inf, dtype=torch.float64, device=self.device)
-        linear = torch.zeros_like(sums)
+        expected = torch.zeros_like(sums)  # Σ p z - Σ p c
         for number, (weight, bias) in enumerate(self._pieces()):
+            shares = None if self.cap is None else self._shares(weight, bias)[0]
             for index in range(count):
                 states = self.read(stream_of(index))
-                sums[index] = torch.logaddexp(sums[index], _normaliser(states, weight, bias))
-                if number == 0:
-                    linear[index] = (states.double() * self.mean).sum(dim=1)
-        return (self.constant - linear + sums).mean(dim=1).tolist()
+                logits = self._logits(states, weight, bias)
+                sums[index] = torch.logaddexp(sums[index], logits.logsumexp(dim=1).double())
+                if shares is not None:
+                    expected[index] += (shares * logits).sum(dim=1)
+                elif number == 0:
+                    expected[index] = (states.double() * self.mean).sum(dim=1)
+        return (self.constant - expected + sums).mean(dim=1).tolist()
 
     def _pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Rows of the head and of its bias, on the device; the head is read for it, and not kept."""
@@ -90,6 +103,11 @@ class DenseLogits:
             bias = None if head.bias is None else head.bias[rows].to(self.device, self.dtype)
             yield head.weight[rows].to(self.device, self.dtype), bias
 
+    def _logits(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        logits = functional.linear(states, weight, bias)
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-def _normaliser(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return functional.linear(states, weight, bias).logsumexp(dim=1).double()
+    def _shares(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`p` and `log p` of some rows of the vocabulary, float64."""
+        logs = self._logits(self.states, weight, bias).double() - self.normaliser[:, None]
+        return logs.exp(), logs

@@ -208,7 +208,8 @@ class Prices:
     def reference(self, checkpoint: Checkpoint) -> DenseLogits:
         """What other networks are compared with on these windows."""
         mask = None if self.batch.attention_mask is None else self.batch.attention_mask.bool()
-        return DenseLogits(checkpoint, self.dense, mask, self.config.rms_norm_eps)
+        config = self.config
+        return DenseLogits(checkpoint, self.dense, mask, config.rms_norm_eps, config.final_logit_softcapping)
 
     def prices(self) -> PriceList:
         """What the cuts cost; a divergence is never below 0, but for its rounding."""
