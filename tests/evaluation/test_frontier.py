@@ -112,8 +112,9 @@ def test_the_widest_that_fits(folder, basis, method):
     if width == own["dense_hidden_size"]:  # at full width, as many neurons as fit
         step = 1 if method == "ours" else step  # they are multiples once they are shared out
         larger = plan(own, constant_widths(own, width), shape, config.intermediate_size + step)
-    else:
-        larger = plan(own, constant_widths(own, width + step), shape)
+    else:  # of a stock form half of the neurons go before a column does
+        fewest = own["intermediate_size"] // 2 if method.startswith("stock") else None
+        larger = plan(own, constant_widths(own, width + step), shape, fewest)
     assert count(config) <= limit + 0.5 < count(larger)
     # Narrower choices of the same size keep more neurons.
     assert (len(narrower) > 0) == (method == "ours")
