@@ -239,8 +239,10 @@ class Recipe:
     def _check_stock(self) -> None:
         if self.shortcut is not None:
             raise SliceGPTError(f"the {self.form} form has none, got {self.shortcut!r}", "shortcut")
-        if self.kv_groups is not None:
-            raise SliceGPTError(f"the {self.form} form has all heads, got {self.kv_groups}", "kv_groups")
+        if self.form == STOCK and isinstance(self.kv_groups, tuple) and len(set(self.kv_groups)) > 1:
+            raise SliceGPTError(
+                f"the stock form has one number for all layers, got {self.kv_groups}", "kv_groups"
+            )
         if self.widths is not None:
             raise SliceGPTError(
                 f"the {self.form} form has one width, got a list; ask for keep, target_bytes or slice",

@@ -10,6 +10,7 @@ import torch
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.ranks import Ranks
 from slicegpt.recipe import ALLOCATIONS, AUTO, OBJECTIVE, ORIENTATIONS, SIGNALS, Recipe
+from slicegpt.recipe_rules import allocation
 from slicegpt.slicing.streams import STORAGES
 
 
@@ -55,6 +56,7 @@ class SlicingOptions:
     ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self):
+        object.__setattr__(self, "allocate", allocation(self.allocate))  # former callers say True or False
         for name, value, allowed in (
             ("orientation", self.orientation, ORIENTATIONS),
             ("signal", self.signal, SIGNALS),
