@@ -398,8 +398,8 @@ def choices_for_parameters(
         allocate: as `Recipe.allocate`.
         count: what is counted.
     """
-    whole_width = shape.form == SLICED and shape.orientation == "aligned" and not shape.slice_head
-    if shape.neurons is not None or allocate == OBJECTIVE or not whole_width:
+    open_width = shape.form == SLICED and shape.orientation == "aligned" and not shape.slice_head
+    if keeps_its_columns(fields) or shape.neurons is not None or allocate == OBJECTIVE or not open_width:
         return [plan_for_parameters(fields, target, shape, count)]
     dense_width, dense = fields["dense_hidden_size"], fields["intermediate_size"]
     step = multiple_of(shape.round_to, dense_width)

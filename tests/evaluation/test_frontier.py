@@ -113,8 +113,9 @@ def test_the_widest_that_fits(folder, basis, method):
         step = 1 if method == "ours" else step  # they are multiples once they are shared out
         larger = plan(own, constant_widths(own, width), shape, config.intermediate_size + step)
     else:  # of a stock form half of the neurons go before a column does
-        fewest = own["intermediate_size"] // 2 if method.startswith("stock") else None
-        larger = plan(own, constant_widths(own, width + step), shape, fewest)
+        stock = shape.form != "sliced"
+        fewest = own["intermediate_size"] // 2 if stock else None
+        larger = plan(own, constant_widths(own, width + step, stock), shape, fewest)
     assert count(config) <= limit + 0.5 < count(larger)
     # Narrower choices of the same size keep more neurons.
     assert (len(narrower) > 0) == (method == "ours")
