@@ -265,7 +265,8 @@ def architecture_of(config: SlicedConfig, name: str) -> str:
         refuse("heads of which a part is rotated")
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         refuse(f"rotary positions of type {rope['rope_type']} that this export writes")
-    uneven = len(set(config.neurons)) > 1 or len(set(config.key_value_heads)) > 1
+    counts = config.neurons, config.key_value_heads, config.attention_heads
+    uneven = any(len(set(count)) > 1 for count in counts)
     if config.qk_norm:
         if uneven:
             refuse("norms of queries and keys beside layers that differ", "; slice with --form stock")

@@ -54,6 +54,7 @@ class Shape:
             in the stock form neurons first, see `slicegpt.conversion.stock_plan`.
         form: "sliced", "stock" or "per-layer", see `slicegpt.recipe.Recipe`; the latter two have no shortcuts.
         kv_groups: key/value groups that every layer keeps, or each of them; None: all.
+        group_heads: query heads that every one of these groups keeps, or those of each layer; None: all.
     """
 
     shortcut: str = "compact"
@@ -63,6 +64,7 @@ class Shape:
     neurons: float | None = 0.0
     form: str = SLICED
     kv_groups: int | tuple[int, ...] | None = None
+    group_heads: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
         if self.neurons is not None and not 0 <= self.neurons < 1:
@@ -95,6 +97,7 @@ class Shape:
             neurons,
             recipe.form,
             recipe.kv_groups,
+            recipe.group_heads,
         )
 
 
@@ -154,6 +157,43 @@ def key_value_heads(fields: dict, kept: int | Sequence[int] | None) -> list[int]
     if not any(counts):
         raise SliceGPTError(f"one layer at least must keep attention, got {_shown(kept)}", "kv_groups")
     return None if min(counts) == groups else counts
+
+
+def heads_of_groups(fields: dict, kept: int | Sequence[int] | None) -> list[int] | None:
+    """Query heads that the key/value groups of each layer keep; None where all keep all.
+
+    Args:
+        kept: in every layer, or a list with one number a layer.
+
+    Raises:
+        SliceGPTError: a number that is not that of some of a group's heads.
+    """
+    if kept is None:
+        return None
+    layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
+    shared = heads // (fields.get("num_key_value_heads") or heads)
+    counts = [kept] * layers if isinstance(kept, int) else list(kept)
+    if len(counts) != layers:
+        raise SliceGPTError(f"must be one number, or {layers}, one a layer, got {len(counts)}", "group_heads")
+    if not all(1 <= count <= shared for count in counts):
+        raise SliceGPTError(
+            f"must lie in [1, {shared}], the query heads of a key/value group, got {_shown(kept)}",
+            "group_heads",
+        )
+    return None if min(counts) == shared else counts
+
+
+def check_whole_norms(fields: dict, heads: list[int] | None, fewer: list[int] | None) -> None:
+    """Refuse to delete some of the heads that one norm is over: its divisor would be another one."""
+    if not fields.get("qk_norm_whole"):
+        return
+    groups = fields.get("num_key_value_heads") or fields["num_attention_heads"]
+    if fewer is not None or (heads is not None and set(heads) - {0, groups}):
+        raise SliceGPTError(
+            f"{fields['source_model_type']} norms queries and keys over all heads together: a layer keeps all of its "
+            f"{groups} groups or none, got {_shown(heads) if fewer is None else 'some heads of a group'}",
+            "kv_groups" if fewer is None else "group_heads",
+        )
 
 
 def _shown(kept: int | Sequence[int]) -> str:
@@ -239,6 +279,7 @@ def plan(
     shape: Shape | None = None,
     neurons: int | Sequence[int] | None = None,
     kv_groups: int | Sequence[int] | None = None,
+    group_heads: int | Sequence[int] | None = None,
 ) -> SlicedConfig:
     """The configuration of the sliced model: all of it but the numbers is known before slicing.
 
@@ -248,15 +289,14 @@ def plan(
         shape: shortcuts, orientation, the fraction of neurons and the key/value groups.
         neurons: of an MLP, or of each layer's; None: as `shape` says. A layer may keep none.
         kv_groups: that every layer keeps, or each; None: as `shape` says. A layer may keep none, but not all of them.
+        group_heads: query heads of a group, in every layer or in each; None: as `shape` says.
     """
     shape = shape or Shape()
     check_widths(fields, widths)
-    heads = key_value_heads(fields, shape.kv_groups if kv_groups is None else kv_groups)
-    if keeps_its_columns(fields) and heads is not None:
-        raise SliceGPTError(
-            f"{fields['source_model_type']} normalises what its blocks write: neurons alone are deleted, got {heads}",
-            "kv_groups",
-        )
+    kv_groups = shape.kv_groups if kv_groups is None else kv_groups
+    group_heads = shape.group_heads if group_heads is None else group_heads
+    heads, fewer = key_value_heads(fields, kv_groups), heads_of_groups(fields, group_heads)
+    check_whole_norms(fields, heads, fewer)
     counts = neuron_counts(fields, neurons_for(fields, widths, shape) if neurons is None else neurons)
     kinds = choose_shortcuts(fields, widths, shape, deleted_blocks(fields, heads, counts["layer_neurons"]))
     # A LayerNorm family's table is centred on its way in, which one shared with the head cannot be.
@@ -267,6 +307,7 @@ def plan(
         | {
             "dense_intermediate_size": fields["intermediate_size"],
             "layer_key_value_heads": heads,
+            "layer_group_heads": fewer,
         }
         | counts,
         boundary_widths=list(widths),

@@ -70,6 +70,12 @@ def check_form(config: SlicedConfig) -> None:
             f" {min(config.neurons)} to {max(config.neurons)}; slice with --form stock",
             "form",
         )
+    if len(set(config.attention_heads)) > 1:
+        raise SliceGPTError(
+            "the stock form has one number of query heads in all layers, got"
+            f" {min(config.attention_heads)} to {max(config.attention_heads)}; slice with --form stock",
+            "form",
+        )
     if len(set(config.key_value_heads)) > 1:
         raise SliceGPTError(
             "the stock form has one number of key/value heads in all layers, got"
@@ -96,7 +102,7 @@ def stock_config(config: SlicedConfig, source: PreTrainedConfig, dtype: torch.dt
     changes |= stock.fields(source)
     if width != config.dense_hidden_size:
         changes |= {"hidden_size": width, "head_dim": config.head_dim}
-    if config.layer_key_value_heads is not None:
+    if not config.keeps_all_heads:
         changes |= {
             "num_attention_heads": config.attention_heads[0],
             "num_key_value_heads": config.key_value_heads[0],

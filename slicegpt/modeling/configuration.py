@@ -69,6 +69,8 @@ class SlicedConfig(PreTrainedConfig):
         layer_key_value_heads: key/value heads that each layer keeps, with their query heads, where some are deleted;
             see `key_value_heads`. 0: the layer has no attention, neither a norm before it nor a place in the cache. One
             layer at least has some.
+        layer_group_heads: query heads that each key/value head of a layer keeps, one number a layer, where some are
+            deleted; see `group_heads`. Groups of a layer are of one size, as attention kernels take them.
         layer_types: kind of attention of each layer, "full_attention" or "sliding_attention". transformers' caches read
             it layer by layer: where layers have no attention, the kinds of those that have come first, in order, and
             "full_attention" stands for the others. See `attention_types`.
@@ -138,6 +140,7 @@ class SlicedConfig(PreTrainedConfig):
     post_norm: bool = False
     sliding_window: int | None = None
     layer_key_value_heads: list[int] | None = None
+    layer_group_heads: list[int] | None = None
     layer_types: list[str] | None = None
     dense_layer_types: list[str] | None = None
     intermediate_size: int = 11008
@@ -227,8 +230,18 @@ class SlicedConfig(PreTrainedConfig):
     @property
     def attention_heads(self) -> list[int]:
         """Query heads of each layer."""
-        sharing = self.num_attention_heads // self.num_key_value_heads
-        return [sharing * heads for heads in self.key_value_heads]
+        return [heads * shared for heads, shared in zip(self.key_value_heads, self.group_heads, strict=True)]
+
+    @property
+    def group_heads(self) -> list[int]:
+        """Query heads that share a key/value head, in each layer."""
+        shared = self.num_attention_heads // self.num_key_value_heads
+        return self.layer_group_heads or [shared] * self.num_hidden_layers
+
+    @property
+    def keeps_all_heads(self) -> bool:
+        """Whether every layer has the heads that it had before slicing."""
+        return self.layer_key_value_heads is None and self.layer_group_heads is None
 
     @property
     def attention_types(self) -> list[str]:
@@ -366,6 +379,20 @@ class SlicedConfig(PreTrainedConfig):
         if not any(kept):
             raise ValueError(
                 "layer_key_value_heads must leave attention to one layer at least, got 0 for all"
+            )
+        shared = self.num_attention_heads // all_heads
+        if len(self.group_heads) != self.num_hidden_layers or not all(
+            1 <= heads <= shared for heads in self.group_heads
+        ):
+            raise ValueError(
+                f"layer_group_heads must hold {self.num_hidden_layers} numbers in [1, {shared}], got "
+                f"{self.layer_group_heads}"
+            )
+        whole = {0, self.num_attention_heads}
+        if self.qk_norm and self.qk_norm_whole and set(self.attention_heads) - whole:
+            raise ValueError(
+                "qk_norm_whole: the norm is over all heads, so a layer has all of them or none, got "
+                f"{self.attention_heads}"
             )
         kinds = self.dense_layer_types
         if kinds is not None and len(kinds) != self.num_hidden_layers:

@@ -202,16 +202,25 @@ class SlicedAttention(nn.Module):
     """Causal self-attention from a boundary of `in_width` columns to one of `out_width`.
 
     Args:
-        key_heads: key/value heads, each with its group of query heads.
+        key_heads: key/value heads.
+        group_heads: query heads that share each of them.
     """
 
-    def __init__(self, config: SlicedConfig, layer_idx: int, in_width: int, out_width: int, key_heads: int):
+    def __init__(
+        self,
+        config: SlicedConfig,
+        layer_idx: int,
+        in_width: int,
+        out_width: int,
+        key_heads: int,
+        group_heads: int,
+    ):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.cache_index = config.cache_index(layer_idx)
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.num_key_value_groups = group_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
@@ -286,10 +295,11 @@ def build_rotary(config: SlicedConfig) -> SlicedRotaryEmbedding | LayerRotaryEmb
     return (SlicedRotaryEmbedding if config.layer_rope_parameters is None else LayerRotaryEmbeddings)(config)
 
 
-def build_output_norm(config: SlicedConfig) -> nn.Module:
-    """The norm that what a block writes passes, at the model's full width."""
-    width = config.dense_hidden_size
-    return nn.RMSNorm(width, eps=config.inner_norm_eps) if config.post_norm else nn.Identity()
+def build_output_norm(config: SlicedConfig, part: nn.Module) -> nn.Module:
+    """The norm that what `part` writes passes, at the model's full width; the constant of a deleted one passes none."""
+    if not config.post_norm or isinstance(part, Constant):
+        return nn.Identity()
+    return nn.RMSNorm(config.dense_hidden_size, eps=config.inner_norm_eps)
 
 
 def build_activation(config: SlicedConfig) -> nn.Module:
@@ -325,7 +335,9 @@ def build_attention(
 ) -> SlicedAttention | Constant:
     """The attention of a layer, or what is left of one without key/value heads."""
     heads = config.key_value_heads[layer]
-    return SlicedAttention(config, layer, in_width, out_width, heads) if heads else Constant(out_width)
+    if not heads:
+        return Constant(out_width)
+    return SlicedAttention(config, layer, in_width, out_width, heads, config.group_heads[layer])
 
 
 def build_mlp(config: SlicedConfig, in_width: int, out_width: int, neurons: int) -> SlicedMLP | Constant:

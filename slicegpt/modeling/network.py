@@ -74,11 +74,11 @@ class SlicedDecoderLayer(SlicedLayer):
         entry, middle, leave = config.boundary_widths[block : block + 3]
         self.self_attn = build_attention(config, layer_idx, entry, middle)
         self.input_norm = build_input_norm(config, block, self.self_attn)
-        self.attention_output_norm = build_output_norm(config)
+        self.attention_output_norm = build_output_norm(config, self.self_attn)
         self.attention_shortcut = build_shortcut(config, block)
         self.mlp = build_mlp(config, middle, leave, config.neurons[layer_idx])
         self.mlp_norm = build_input_norm(config, block + 1, self.mlp)
-        self.mlp_output_norm = build_output_norm(config)
+        self.mlp_output_norm = build_output_norm(config, self.mlp)
         self.mlp_shortcut = build_shortcut(config, block + 1)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -303,7 +303,7 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
     def _get_static_cache_init_shape(self):
         """transformers allocates a static cache before the first token where this tells the heads of its layers; where
         they differ, the first token does it."""
-        if self.config.layer_key_value_heads is not None:
+        if not self.config.keeps_all_heads:
             return None
         return super()._get_static_cache_init_shape()
 
@@ -311,12 +311,13 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         """transformers' continuous batching, whose paged cache has the same heads in every layer.
 
         Raises:
-            ValueError: layers keep different numbers of key/value heads.
+            ValueError: heads are deleted.
         """
-        if self.config.layer_key_value_heads is not None:
+        if not self.config.keeps_all_heads:
             raise ValueError(
-                "generate_batch: layers must have the same key/value heads, got layer_key_value_heads="
-                f"{self.config.layer_key_value_heads}; use generate, slicegpt.Runtime or vLLM"
+                "generate_batch: layers must have all of their heads, got layer_key_value_heads="
+                f"{self.config.layer_key_value_heads} and layer_group_heads={self.config.layer_group_heads}; use "
+                "generate, slicegpt.Runtime or vLLM"
             )
         return super().init_continuous_batching(*args, **kwargs)
 

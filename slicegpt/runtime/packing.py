@@ -339,7 +339,8 @@ def pack_layer(
 
 
 def without_constants(blocks: list[PackedBlock]) -> tuple[Tensor | None, tuple[PackedBlock, ...]]:
-    """The same blocks; what only adds a constant to the stream is added to the bias of the block before it.
+    """The same blocks; what only adds a constant to the stream is added to the bias of the block before it, unless a
+    norm stands behind that.
 
     Returns:
         What is to be added to the stream before the first block, [d] or None, and the blocks.
@@ -347,7 +348,7 @@ def without_constants(blocks: list[PackedBlock]) -> tuple[Tensor | None, tuple[P
     first: Tensor | None = None
     kept: list[PackedBlock] = []
     for block in blocks:
-        if not block.is_constant:
+        if not block.is_constant or (kept and kept[-1].output_norm is not None):
             kept.append(block)
         elif kept:
             kept[-1] = replace(kept[-1], output_bias=_sum_of(kept[-1].output_bias, block.output_bias))

@@ -51,7 +51,7 @@ class SlicedForVLLM(TransformersForCausalLM):
     def create_attention_instances(self) -> dict[int, Attention]:
         """vLLM's attention of each of this stage's layers that has any, with the heads of this rank."""
         config, group = self.text_config, self.pp_group
-        if config.layer_key_value_heads is None:
+        if config.keeps_all_heads:
             return super().create_attention_instances()
         instances = {}
         for layer in range(*get_pp_indices(config.num_hidden_layers, group.rank_in_group, group.world_size)):

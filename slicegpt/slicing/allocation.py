@@ -82,7 +82,7 @@ def deletes_neurons(config: SlicedConfig) -> bool:
 
 
 def deletes_heads(config: SlicedConfig) -> bool:
-    return min(config.key_value_heads) < config.num_key_value_heads
+    return min(config.attention_heads) < config.num_attention_heads
 
 
 def fewest_neurons(config: SlicedConfig, multiple: int) -> int:
@@ -92,8 +92,8 @@ def fewest_neurons(config: SlicedConfig, multiple: int) -> int:
 
 
 def gives_groups(config: SlicedConfig) -> bool:
-    """Whether a plan may delete key/value groups: nobody has said how many stay."""
-    return config.layer_key_value_heads is None
+    """Whether a plan may delete key/value groups: nobody has said how many stay, and no norm is over all of them."""
+    return config.keeps_all_heads and not (config.qk_norm and config.qk_norm_whole)
 
 
 def group_parameters(config: SlicedConfig) -> list[int]:

@@ -106,7 +106,14 @@ class LiftedBlock(nn.Module):
             self.parts = nn.ModuleDict()
             if "attention" in states:
                 heads = config.num_key_value_heads
-                self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width, heads)
+                self.parts["attention"] = SlicedAttention(
+                    config,
+                    block.layer,
+                    width,
+                    dense_width,
+                    heads,
+                    config.num_attention_heads // heads,
+                )
             if "mlp" in states:
                 self.parts["mlp"] = build_mlp(config, width, dense_width, config.dense_intermediate_size)
         for part in states:

@@ -49,7 +49,7 @@ from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.propagation import Propagation, check_finite
-from slicegpt.slicing.refit import BlockFits, fit_block
+from slicegpt.slicing.refit import BlockFits, KeptHeads, fit_block
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.rotation import align, random_orthogonal
 from slicegpt.slicing.shared_basis import shares_basis
@@ -110,7 +110,8 @@ class Slicer:
         self.blocks = blocks_of(config)
         self.prunes = deletes_neurons(config) or deletes_heads(config)
         if self.prunes and not options.refit:
-            deleted = "neurons" if deletes_neurons(config) else "kv_groups"
+            heads = "group_heads" if config.layer_key_value_heads is None else "kv_groups"
+            deleted = "neurons" if deletes_neurons(config) else heads
             raise SliceGPTError("which of them to delete is decided by the refit, which is off", deleted)
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
@@ -249,7 +250,7 @@ class Slicer:
         index, layer = self.reading or (None, None)
         if index != block.layer:
             layer = self.checkpoint.layer(block.layer)
-        last = self.config.parallel_blocks or block.parts == ("mlp",)
+        last = self.config.parallel_blocks or block.dense_parts == ("mlp",)
         self.reading = None if last else (block.layer, layer)
         return layer
 
@@ -270,13 +271,15 @@ class Slicer:
             # A dense shortcut is a matrix of its own: where there is a refit, it is fitted like the others.
             writers = own | shortcut if self.refits else own
             lifted = None
+            # The constant that a deleted part leaves passes no norm.
+            behind = bool(block.parts)
             if self.needs_pass(block):
-                output_norm = output_norm_weight(block.dense_parts[0], layer, device)
+                output_norm = output_norm_weight(block.dense_parts[0], layer, device) if behind else None
                 lifted = LiftedBlock(config, block, basis, readers, writers, dtype, output_norm)
-            scale = fitted_scale(block, layer, device)
+            scale = fitted_scale(block, layer, device) if behind else None
             output_norms = {
                 f"{block.prefix}.{OUTPUT_NORMS[part]}.weight": weight.to(dtype)
-                for part in block.dense_parts
+                for part in block.parts
                 if (weight := output_norm_weight(part, layer, device)) is not None
             }
 
@@ -322,9 +325,10 @@ class Slicer:
         neurons = config.neurons[block.layer] if "mlp" in block.parts else None
         if neurons == config.dense_intermediate_size:
             neurons = None
-        groups = config.key_value_heads[block.layer] if "attention" in block.parts else None
-        if groups == config.num_key_value_heads:
-            groups = None
+        heads = None
+        if "attention" in block.parts and config.attention_heads[block.layer] < config.num_attention_heads:
+            kept = config.key_value_heads[block.layer], config.group_heads[block.layer]
+            heads = KeptHeads(group_rows(config), config.head_dim, *kept)
         with self.stage("refit"):
             check_finite(moments, block)
             fits = fit_block(
@@ -335,8 +339,7 @@ class Slicer:
                 neurons,
                 self.options.scratch,
                 set_aside,
-                group_rows(config),
-                groups,
+                heads,
             )
             if scale is not None:
                 unscaled = {ridge: scaled_writers(own, 1 / scale) for ridge, own in fits.writers.items()}

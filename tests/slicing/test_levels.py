@@ -12,7 +12,7 @@ from slicegpt.slicing import Objective
 from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, group_rows, remaining_writers
 from slicegpt.slicing.levels import levels
 from slicegpt.slicing.propagation import Propagation
-from slicegpt.slicing.refit import fit_block
+from slicegpt.slicing.refit import KeptHeads, fit_block
 from slicegpt.slicing.regression import prior_of
 
 CPU, RIDGE = torch.device("cpu"), 0.1
@@ -67,9 +67,8 @@ def test_levels(case, index, part, counts):
         scale = max(base, level.rise)
         assert level.rise == pytest.approx(value(moments, prior, level.writer) - base, abs=1e-8 * scale)
         if level.count and attention:
-            fits = fit_block(
-                Objective(), moments, writers, [RIDGE], groups=group_rows(config), kept_groups=level.count
-            )
+            heads = KeptHeads(group_rows(config), 12, level.count, config.group_heads[0])
+            fits = fit_block(Objective(), moments, writers, [RIDGE], heads=heads)
             expected = torch.cat([writer.weight for writer in fits.writers[RIDGE].values()], dim=1).mT
             assert relative_error(level.writer.weight, expected) < 1e-8
     if counts[-1] == 0 and len(block.parts) == 1:
