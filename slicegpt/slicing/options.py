@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from slicegpt.conversion.quantization import WeightFormat
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.ranks import Ranks
 from slicegpt.recipe import ALLOCATIONS, AUTO, OBJECTIVE, ORIENTATIONS, SIGNALS, Recipe
@@ -36,6 +37,7 @@ class SlicingOptions:
             (`slicegpt.slicing.allocation`); "uniform" keeps that number.
         neuron_multiple: those numbers are multiples of it.
         fitted: the share of the calibration batches that it fits to; the covariances are of all of them.
+        weights: store them in 8 or 4 bits, see `slicegpt.slicing.quantizing`; None: in `dtype`.
         ranks: the processes that share the calibration batches, see `slicegpt.hardware.ranks`. All of them slice the
             same model by the same batches.
     """
@@ -54,6 +56,7 @@ class SlicingOptions:
     neuron_multiple: int = 64
     scratch: Path | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    weights: WeightFormat | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "allocate", allocation(self.allocate))  # former callers say True or False
@@ -100,6 +103,7 @@ class SlicingOptions:
             neuron_multiple=recipe.round_to,
             scratch=scratch,
             ranks=ranks or Ranks(),
+            weights=WeightFormat.of(recipe),
         )
 
 
