@@ -170,9 +170,9 @@ class WarpWalk {
         ptx::prefetch_l2(at.weight + high_ * at.stride + at.k);
     }
 
-    // The same from Hopper on, where one instruction fetches all that the block's warps will read of a row at first: the
-    // chunks of 4 turns, which lie one behind the other. Called with a row that all lanes agree on. Vectors only: what
-    // it takes are multiples of 16 bytes.
+    // The same from Hopper on, where one instruction fetches all that the block's warps will read of a row at first:
+    // the chunks of 4 turns, which lie one behind the other. Called with a row that all lanes agree on. Vectors only:
+    // what it takes are multiples of 16 bytes.
     __device__ void prefetch_row(int split, int split_k, int64_t row) const {
         static_assert(kAligned);
         const int first = int(int64_t(p_.chunks) * split / split_k);

@@ -1,4 +1,5 @@
-// Dynamic shared memory of an emulated block, between pages that nobody may touch: an access beyond it ends the process.
+// Dynamic shared memory of an emulated block, between pages that nobody may touch: an access beyond it ends the
+// process.
 #pragma once
 
 #include <sys/mman.h>
