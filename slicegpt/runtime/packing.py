@@ -21,6 +21,7 @@ from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.rotate_add import reads_factor
 from slicegpt.runtime.linear_weights import WeightReader, with_factor, with_negative_factor
 from slicegpt.runtime.rounding import rounding
+from slicegpt.runtime.weight_memory import WeightMemory
 
 ACTIVATION_NAMES = {
     "relu": "relu",
@@ -222,13 +223,13 @@ def pack(
     release: bool = False,
     reader: WeightReader | None = None,
 ) -> PackedNetwork:
-    """Pack the weights on the model's device; embedding and head are shared with the model.
+    """Pack the weights on the model's device; embedding and head are shared with the model, unless it is released.
 
     Args:
         model: in float16, bfloat16, float32 or float64.
         max_positions: rows of the rotary table; `position_limit` where not given.
-        release: free each layer's weights in `model` once they are packed, so that they are never held twice. The
-            model cannot be used afterwards.
+        release: free the weights of each layer and of the head in `model` once they are packed, so that they are never
+            held twice. The model cannot be used afterwards.
         reader: reads the weights; None: as they are stored.
 
     Errors: `SliceGPTError` for an activation or a rotary variant that the fused operators do not have, and for a model
@@ -239,6 +240,7 @@ def pack(
     like = next(trunk.embed_tokens.parameters())
     reader = reader or weight_reader(model)
     embedding = reader.table(trunk.embed_tokens)
+    memory = WeightMemory() if like.device.type == "cpu" else None
     dtype = embedding.dtype
     rotary = None
     if trunk.rotary_emb is not None:
@@ -251,10 +253,19 @@ def pack(
     made_dense = not reader.panels and any(hasattr(one, "weight_packed") for one in model.modules())
     blocks: list[PackedBlock] = []
     for layer in trunk.layers:
-        blocks += pack_layer(config, layer, reader)
+        packed = pack_layer(config, layer, reader)
+        blocks += packed if memory is None else [_copied(block, memory) for block in packed]
         if release:
             layer.to("meta")
     scale, head_projection, head = _pack_head(model, embedding, reader)
+    # A head is the model's own memory: it is copied where that is given up, and where it was packed anyway.
+    if memory is not None and (release or isinstance(head.weight, PanelWeight)):
+        tied = head.weight is embedding
+        head = replace(head, weight=memory.copy(head.weight))
+        embedding = head.weight if tied else embedding
+        if release:
+            for table in (model.lm_head, *([trunk.embed_tokens] if tied else [])):
+                table.to("meta")
     projection, positions = trunk.embed_projection, trunk.embed_positions
     return PackedNetwork(
         config=config,
@@ -271,6 +282,14 @@ def pack(
         head=head,
         made_dense=made_dense,
     )
+
+
+def _copied(block: PackedBlock, memory: WeightMemory) -> PackedBlock:
+    """The block with its weights in `memory`, in the order in which they are read."""
+    inputs = tuple(replace(one, weight=memory.copy(one.weight)) for one in block.inputs)
+    factor = None if block.factor is None else inputs[-1].weight[-len(block.factor) :]
+    shortcut = None if block.shortcut is None else memory.copy(block.shortcut)
+    return replace(block, inputs=inputs, output=memory.copy(block.output), shortcut=shortcut, factor=factor)
 
 
 @torch.no_grad()
