@@ -11,10 +11,13 @@ Environment variables:
                         0: leave it out
   CXX                   the C++ compiler of the CPU part; else the first of c++, g++, clang++ on PATH
   TORCH_CUDA_ARCH_LIST  architectures as PyTorch writes them: "7.5;8.0;9.0a", "9.0+PTX", names such as "Hopper"
+  SLICEGPT_OBJECTS      a folder of objects of the CUDA kernels from an earlier build: those compiled from the same
+                        sources, with the same flags and nvcc, are linked as they are; the others are added to it
   MAX_JOBS              parallel compilations (default: the number of processors)
   CUDA_HOME, CUDA_PATH  the toolkit; else the nvcc on PATH
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -235,6 +238,20 @@ def jobs() -> list[str]:
     return ["-j", text]
 
 
+def kept_object(source: Path, flags: str, release: str) -> Path | None:
+    """Where SLICEGPT_OBJECTS keeps this kernel's object: named after all that it depends on. None without the variable.
+
+    Kernels know neither Python nor torch, so that an object serves every interpreter.
+    """
+    folder = os.environ.get("SLICEGPT_OBJECTS", "").strip()
+    if not folder:
+        return None
+    digest = hashlib.sha256(f"{release} {flags}".encode())
+    for file in (source, *sorted([*SOURCES.glob("*.cuh"), *SOURCES.glob("*.h")])):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return Path(folder).resolve() / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+
+
 def ninja_file(nvcc: Path, version: str, build: Path, target: Path) -> str:
     """The build description: one object per .cu for all architectures, the bindings, one link with static cudart."""
     import pybind11
@@ -249,11 +266,12 @@ def ninja_file(nvcc: Path, version: str, build: Path, target: Path) -> str:
     }
     defines = " ".join(f"'-D{name}=\"{value}\"'" for name, value in facts.items())
     includes = " ".join(f"-I{path}" for path in (pybind11.get_include(), _python_include()))
+    cuflags = f"-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden {gencodes}"
     lines = [
         f"nvcc = {_escape(nvcc)}",
-        f"cuflags = -std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden {gencodes}",
+        f"cuflags = {cuflags}",
         "rule cuda",
-        "  command = $nvcc $cuflags -MD -MF $out.d -c $in -o $out",
+        "  command = $nvcc $cuflags -MD -MF $out.d -c $in -o $out $keep",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = nvcc $in",
@@ -272,7 +290,15 @@ def ninja_file(nvcc: Path, version: str, build: Path, target: Path) -> str:
     for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]):
         rule = "cuda" if source.suffix == ".cu" else "host"
         obj = build / f"{source.stem}.o"
+        kept = kept_object(source, cuflags, facts["SLICEGPT_NVCC"]) if rule == "cuda" else None
+        if kept is not None and kept.exists():
+            objects.append(_escape(kept))
+            continue
         lines.append(f"build {_escape(obj)}: {rule} {_escape(source)}")
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            made, copy = (shlex.quote(str(path)).replace("$", "$$") for path in (obj, kept))
+            lines.append(f"  keep = && cp {made} {copy}.part && mv {copy}.part {copy}")
         objects.append(_escape(obj))
     lines += [f"build {_escape(target)}: link {' '.join(objects)}", f"default {_escape(target)}", ""]
     return "\n".join(lines)

@@ -40,7 +40,9 @@ from slicegpt.checkpoint.partial import check_partial, is_finished, partial_fold
 from slicegpt.checkpoint.record import calibration_record, size_record, slicing_record
 from slicegpt.checkpoint.report import SliceReport
 from slicegpt.checkpoint.saving import save_sliced, write_beside_weights
+from slicegpt.checkpoint.stock_model import as_stock
 from slicegpt.conversion.plan import plan_recipe, settled
+from slicegpt.conversion.stock import check_stock
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.report import Evaluation
@@ -52,7 +54,7 @@ from slicegpt.hardware.ranks import Ranks
 from slicegpt.inputs import checked_documents, checked_name, opened_model, read_recipe
 from slicegpt.modeling.losses import BatchSize
 from slicegpt.progress import Progress
-from slicegpt.recipe import AUTO, IN_MEMORY, Recipe
+from slicegpt.recipe import AUTO, IN_MEMORY, STOCK, Recipe
 from slicegpt.result import SliceResult
 from slicegpt.runtime.speed import compare_speed
 from slicegpt.slicing import Objective, Reuse, SlicingOptions
@@ -166,9 +168,9 @@ def slice(
         progress: where stages are reported, such as `slicegpt.progress.Progress()`; None is silent.
         ranks: the processes that slice together, each of which calls this with the same arguments, see
             `slicegpt.hardware.ranks.joined`; None: this one alone.
-        **choices: any other field of `slicegpt.recipe.Recipe`: `round_to`, `shortcut`, `orientation`, `slice_head`,
-            `neurons`, `allocate`, `signal`, `refit`, `ridge`, `refit_share`, `vocabulary_prior`, `text_column`,
-            `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`, `dtype`.
+        **choices: any other field of `slicegpt.recipe.Recipe`: `form`, `untie`, `round_to`, `shortcut`, `orientation`,
+            `slice_head`, `neurons`, `allocate`, `kv_groups`, `signal`, `refit`, `ridge`, `refit_share`,
+            `vocabulary_prior`, `text_column`, `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`, `dtype`.
 
     Returns:
         The sliced model (on the CPU), its tokenizer, and the report. The model is a transformers model: `generate`,
@@ -235,15 +237,20 @@ def slice(
         recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch."))
         fields = canonical_fields(dense)
         recipe = settled(recipe, fields, device)
-        config = plan_recipe(recipe, fields, dtype)
-        planned = size_record(config, dtype)
+        config = plan_recipe(recipe, fields, dtype, source=dense.config)
+        stock = dense.config if recipe.form == STOCK else None
+        planned = size_record(config, dtype, stock)
+        if stock is not None:
+            check_stock(config, dense)
         scratch = None if path is None else path.parent
         kept = output is None or isinstance(model, PreTrainedModel)
         work = workload_of(recipe, dtype, device, activation_storage, ranks.size, kept, timing)
         activation_storage = check_affordable(config, work, this_machine(device, scratch)).storage
         if path is not None:
             candidates = len(Objective().ridges) if recipe.refit and recipe.ridge == AUTO else 1
-            needed = bytes_while_sliced(config, dtype, candidates)
+            needed = bytes_while_sliced(config, dtype, candidates) + (
+                0 if stock is None else planned["bytes"]
+            )
             check_space(path, 0 if resume else int(needed * _SPACE_FACTOR) + _SPACE_BESIDES)
         options = SlicingOptions.of(recipe, dtype, device, activation_storage, scratch, ranks)
         if not ranks.first:
@@ -303,7 +310,11 @@ def slice(
             warnings=warnings,
         )
         source = name or type(dense.shell).__name__
-        record = slicing_record(config, seen, options, source, calibrated, asked_record(recipe), speed)
+        asked = asked_record(recipe)
+        record = slicing_record(config, seen, options, source, calibrated, asked, speed, stock)
+        if stock is not None:
+            with progress.step("bringing it into the stock form"):
+                sliced, self_contained = as_stock(sliced, dense, partial, max_shard_size), False
         if path is not None:
             with progress.step(f"saving {os.fspath(output)}"):
                 if partial is None:

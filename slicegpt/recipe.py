@@ -31,9 +31,11 @@ from slicegpt.recipe_rules import (
     whole,
     whole_numbers,
     whole_or_auto,
+    whole_or_list,
 )
 
 SIZES = ("keep", "slice", "target_bytes", "widths")
+FORMS = SLICED, STOCK, PER_LAYER = ("sliced", "stock", "per-layer")
 SHORTCUT_MODES = ("compact", "dense")
 ORIENTATIONS = ("aligned", "random", "pca")
 SIGNALS = ("residual", "normalized")
@@ -67,6 +69,10 @@ class Recipe:
         slice: fraction of columns to delete, in [0, 1): the paper's percentage.
         target_bytes: bytes that the weights may take, a number or a text such as "400MB" (1e6) or "400MiB" (2**20).
         widths: columns at every boundary, one whole number each.
+        form: "sliced", or "stock": a model of the dense model's own class, without shortcuts, one width, and one number
+            of neurons in all layers (`slicegpt.conversion.stock`); or "per-layer": the same with a number of neurons
+            for each layer, which of other engines llama.cpp runs (`slicegpt.checkpoint.gguf_export`).
+        untie: give a model in the stock form, which keeps its width where the head is tied, a head of its own.
         round_to: widths and numbers of neurons are multiples of it; "auto": what the model's width and the device need
             (`slicegpt.conversion.multiples`).
         shortcut: "compact" or "dense"; None is compact where the orientation allows it.
@@ -75,6 +81,8 @@ class Recipe:
         neurons: fraction of MLP neurons to delete, in [0, 1), or "auto", in step with the columns. None is auto where
             a true size is asked for (`keep`, `target_bytes`) and the refit is on, else 0.
         allocate: layers keep more or fewer neurons as deleting them costs; else all the same.
+        kv_groups: key/value groups of attention that every layer keeps, a key/value head with its query heads each, or
+            a list with one number a layer; 0: a layer without attention. None: all.
         signal: "residual" or "normalized": what the covariance is taken of.
         refit: fit every block's output weights to the dense model's stream.
         ridge: λ of the refit, above 0, relative to the mean diagonal; or "auto": by the loss on held-out windows.
@@ -123,6 +131,8 @@ class Recipe:
         "size", None, Rule("a list of whole numbers", whole_numbers, "hold one at least", bool, True)
     )
 
+    form: str = choice("shape", SLICED, one_of(FORMS))
+    untie: bool = choice("shape", False, FLAG)
     round_to: int | str = choice(
         "shape",
         AUTO,
@@ -148,6 +158,17 @@ class Recipe:
         ),
     )
     allocate: bool = choice("shape", True, FLAG)
+    kv_groups: int | tuple[int, ...] | None = choice(
+        "shape",
+        None,
+        Rule(
+            "a whole number or a list of them",
+            whole_or_list,
+            "be at least 0, and above 0 in one layer",
+            lambda value: value > 0 if isinstance(value, int) else min(value, default=-1) >= 0 < max(value),
+            True,
+        ),
+    )
     signal: str = choice("shape", "residual", one_of(SIGNALS))
 
     refit: bool = choice("output refit", True, FLAG)
@@ -196,11 +217,31 @@ class Recipe:
             )
         if not self.refit:
             self._check_without_refit()
+        if self.form != SLICED:
+            self._check_stock()
+        elif self.untie:
+            raise SliceGPTError(f"is for the stock form, got True with form {self.form!r}", "untie")
+
+    def _check_stock(self) -> None:
+        if self.shortcut is not None:
+            raise SliceGPTError(f"the {self.form} form has none, got {self.shortcut!r}", "shortcut")
+        if self.kv_groups is not None:
+            raise SliceGPTError(f"the {self.form} form has all heads, got {self.kv_groups}", "kv_groups")
+        if self.widths is not None:
+            raise SliceGPTError(
+                f"the {self.form} form has one width, got a list; ask for keep, target_bytes or slice",
+                "widths",
+            )
 
     def _check_without_refit(self) -> None:
         if self.neurons not in (None, 0):
             raise SliceGPTError(
                 f"which of them to delete is decided by the refit, got {self.neurons} without it", "neurons"
+            )
+        if self.kv_groups is not None:
+            raise SliceGPTError(
+                f"which of them to delete is decided by the refit, got {self.kv_groups} without it",
+                "kv_groups",
             )
         if self.ridge != AUTO:
             raise SliceGPTError(f"needs the output refit, got {self.ridge:g} without it", "ridge")
@@ -244,13 +285,14 @@ class Recipe:
     def resolved(self) -> Recipe:
         """Return the recipe with the choices filled in that follow from others, so that no default can change them."""
         shortcut, neurons = self.shortcut, self.neurons
-        if shortcut is None:
+        if shortcut is None and self.form == SLICED:
             shortcut = "compact" if self.orientation == "aligned" else "dense"
         if neurons is None:
             # The paper's percentage is of columns alone; a true size is best reached both ways.
             true_size = self.keep is not None or self.target_bytes is not None
             neurons = AUTO if true_size and self.refit else 0.0
-        return replace(self, shortcut=shortcut, neurons=neurons)
+        allocate = self.allocate and self.form != STOCK
+        return replace(self, shortcut=shortcut, neurons=neurons, allocate=allocate)
 
     # --- files ---
 

@@ -99,6 +99,10 @@ def whole_numbers(value: Any) -> tuple[int, ...]:
     return tuple(map(whole, value))
 
 
+def whole_or_list(value: Any) -> int | tuple[int, ...]:
+    return whole(value) if isinstance(value, Integral) else whole_numbers(value)
+
+
 def one_of(names: Sequence[str], optional: bool = False) -> Rule:
     allowed = f"one of {', '.join(names)}"
     return Rule(allowed, text, f"be {allowed}", lambda value: value in names, optional)

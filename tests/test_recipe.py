@@ -53,6 +53,7 @@ def recipes(draw) -> Recipe:
     )
     if choices["refit"]:
         choices["neurons"] = draw(st.none() | below_one | st.just(AUTO))
+        choices["kv_groups"] = draw(st.none() | whole | st.lists(whole, min_size=1))
         choices["ridge"] = draw(st.just(AUTO) | st.floats(1e-300, 1e300))
         choices["refit_share"] = draw(above_zero)
     size = draw(st.sampled_from([None, *SIZES]))
@@ -184,6 +185,10 @@ def test_plain_values():
         ({"orientation": None}, "orientation: must be one of aligned, random, pca, got None"),
         ({"neurons": 1}, "neurons: must lie in [0, 1) or be auto, got 1.0"),
         ({"neurons": "some"}, "neurons: must be a number or auto, got 'some'"),
+        ({"kv_groups": 0}, "kv_groups: must be at least 0, and above 0 in one layer, got 0"),
+        ({"kv_groups": [2, -1]}, "kv_groups: must be at least 0, and above 0 in one layer, got (2, -1)"),
+        ({"kv_groups": 1.5}, "kv_groups: must be a whole number or a list of them, got 1.5"),
+        ({"kv_groups": True}, "kv_groups: must be a whole number or a list of them, got True"),
         ({"allocate": 1}, "allocate: must be true or false, got 1"),
         ({"ridge": 0}, "ridge: must be above 0 or auto, got 0.0"),
         ({"calibration": ""}, "calibration: must name a text, got ''"),
@@ -197,6 +202,10 @@ def test_plain_values():
         (
             {"refit": False, "neurons": 0.1},
             "neurons: which of them to delete is decided by the refit, got 0.1 without it",
+        ),
+        (
+            {"refit": False, "kv_groups": 2},
+            "kv_groups: which of them to delete is decided by the refit, got 2 without it",
         ),
         ({"refit": False, "ridge": 0.1}, "ridge: needs the output refit, got 0.1 without it"),
         ({"refit": False, "refit_share": 0.5}, "refit_share: needs the output refit, got 0.5 without it"),

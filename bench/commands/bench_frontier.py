@@ -18,9 +18,10 @@ from slicegpt.bench.harness.display import print_rows
 from slicegpt.bench.harness.record import write_results
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.conversion.plan import Shape, constant_widths, plan
+from slicegpt.conversion.stock_plan import with_own_head
 from slicegpt.evaluation.frontier import loss_ratio
 from slicegpt.evaluation.frontier_run import FrontierOptions, measure_frontier
-from slicegpt.evaluation.methods import BASES, METHODS, describe_widths, plan_point, untied
+from slicegpt.evaluation.methods import BASES, METHODS, describe_widths, plan_point
 from slicegpt.families import canonical_fields
 from slicegpt.progress import Progress
 from slicegpt.recipe import Recipe
@@ -45,7 +46,7 @@ def published_size(fields: dict, nominal: float, basis: str) -> float:
         else count(plan(fields, constant_widths(fields, fields["dense_hidden_size"])))
     )
     step = method.round_to
-    shape = untied(fields) if fields["tie_word_embeddings"] else fields
+    shape = with_own_head(fields) if fields["tie_word_embeddings"] else fields
     below = plan_point(method, fields, nominal, basis, step).boundary_widths[0]
     sizes = [
         count(plan(shape, constant_widths(shape, width), Shape.of(method.recipe()))) / whole

@@ -52,12 +52,17 @@ class LayerRun:
 
 def one_layer(config: SlicedConfig) -> SlicedConfig:
     """The configuration with one layer, which has the widths and shortcuts of the first, and the smallest head."""
-    blocks = 1 if config.parallel_blocks else 2
+    return first_layers(config, 1)
+
+
+def first_layers(config: SlicedConfig, count: int) -> SlicedConfig:
+    """The configuration with the first `count` layers, their widths and shortcuts, and the smallest head."""
+    blocks = count if config.parallel_blocks else 2 * count
     return SlicedConfig(
         **{
             **config.to_dict(),
-            "num_hidden_layers": 1,
-            "layer_types": config.layer_types[:1],
+            "num_hidden_layers": count,
+            "layer_types": config.layer_types[:count],
             "boundary_widths": config.boundary_widths[: blocks + 1],
             "shortcuts": config.shortcuts[:blocks],
             "vocab_size": 8,

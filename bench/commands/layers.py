@@ -41,12 +41,14 @@ class LayersOptions:
         batch, seqlen: of the input.
         repeats: runs, of which the fastest quarter counts: other load only adds time.
         cold: flush the last-level cache before each.
+        sparse: measure 2:4 weights too, where they run.
     """
 
     batch: int = 1
     seqlen: int = 2048
     repeats: int = 40
     cold: bool = False
+    sparse: bool = True
 
 
 def spin(device: torch.device) -> None:
@@ -128,7 +130,11 @@ def variants_of(
         )
         reasons = {"fused": layer_fused.reason_against(network.config)}
         if network.is_dense:
-            reasons["2:4"] = layer_ops.reason_against_2_4(network.dtype, network.device)
+            reasons["2:4"] = (
+                layer_ops.reason_against_2_4(network.dtype, network.device)
+                if options.sparse
+                else "left out: --no-sparse"
+            )
         makers = {"fused": layer_fused.fused, "2:4": layer_ops.sparse_2_4}
         for engine, reason in reasons.items():
             if reason is None:

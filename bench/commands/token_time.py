@@ -214,7 +214,8 @@ def measure_token_times(
     progress: Progress | None = None,
     trace: str | None = None,
 ) -> None:
-    """Decode with every case in turns; `record` holds a row for each case after every round.
+    """Decode with every case in turns; `record` holds a row for each case as soon as it has
+    decoded its first share of tokens.
 
     Cases whose weights do not fit into memory together are measured group by group. A case that fails keeps its results
     of earlier rounds, is listed in `record.content["skipped"]`, and the other cases continue.
@@ -230,6 +231,14 @@ def measure_token_times(
     flush = CacheFlush(device) if options.cold else None
     finished: list[dict] = []
     skipped = record.content.setdefault("skipped", [])
+
+    def save_rows(runs: Sequence[DecodingRun]) -> None:
+        rows = finished + [run.row(options, peaks) for run in runs]
+        for row, run in zip(rows[len(finished) :], runs, strict=True):
+            row["same_tokens"] = same_tokens(run, runs)
+        baseline = compare(rows, "ms_median", smaller_is_better=True)
+        record.save(rows=rows, baseline=baseline, ratios=token_ratios(rows))
+
     groups = groups_by_memory(cases, RESIDENT_SHARE * free_memory(device))
     for group in groups:
         runs: list[DecodingRun] = []
@@ -253,12 +262,10 @@ def measure_token_times(
                             skipped.append(stopped(run, reason, options))
                             release_unused_memory(device)
                     advance(share)
+                    # After every case: one that hangs takes no other's figures with it. Nothing of this is timed, and
+                    # the first step of the next turn, whose caches it fills, is not either.
+                    save_rows([one for one in runs if one.times])
                 runs = [run for run in runs if run.decoder is not None or run.times]
-                rows = finished + [run.row(options, peaks) for run in runs]
-                for row, run in zip(rows[len(finished) :], runs, strict=True):
-                    row["same_tokens"] = same_tokens(run, runs)
-                baseline = compare(rows, "ms_median", smaller_is_better=True)
-                record.save(rows=rows, baseline=baseline, ratios=token_ratios(rows))
         finished = list(record.rows)
         if traced is not None:
             trace_steps([run for run in runs if run.decoder is not None], traced)

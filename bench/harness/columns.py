@@ -111,6 +111,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("method", "method", str),
         ("ms", "ms", rounded),
         ("of published", "of published", rounded),
+        ("of float64 product", "of float64 product", rounded),
         ("TFLOP/s", "TFLOP/s", rounded),
         ("bound", "bound", str),
         ("extra MiB", "extra MiB", rounded),
@@ -124,6 +125,11 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
             for kind in ("predicted", "measured")
         ),
     ),
+    "ceilings": (
+        *named("ceiling", "value", "unit", written=rounded),
+        ("reason", "not measured", str),
+    ),
+    "overlap": named("shape", "slice", "batch", "layers", "replays", "differ", "differ without overlap"),
     "decode attention": (
         ("model", "model", str),
         ("batch", "batch", int),
@@ -233,7 +239,7 @@ SECONDARY: dict[str, tuple[str, ...]] = {
     "throughput": ("largest batch", "memory there", "weights", "at batch"),
     "layers": ("of which shortcuts", "difference"),
     "predict": ("GPU-ms per token", "width", "largest batch", "GPUs"),
-    "gram": ("extra MiB", "TFLOP/s", "N", "bound"),
+    "gram": ("extra MiB", "of float64 product", "TFLOP/s", "N", "bound"),
     "decode attention": ("dtype",),
     "rotation": (
         *("correct", "error", "warm µs", "GB/s", "TFLOP/s", "of plain", "bound", "shortcut", "dtype"),

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import json
 import os
 import platform
 import re
@@ -91,10 +92,35 @@ def environment(device: torch.device | None = None) -> dict:
     }
 
 
+def ceilings() -> dict[str, float] | None:
+    """What the device reached in the same run: the figures of the file that SLICEGPT_CEILINGS names, None without.
+
+    Raises:
+        SliceGPTError: the file is not one that `slicegpt.bench.kernels.ceilings` wrote.
+    """
+    file = os.environ.get("SLICEGPT_CEILINGS")
+    if not file:
+        return None
+    try:
+        rows = json.loads(Path(file).read_text(encoding="utf-8"))["rows"]
+        return {f"{row['ceiling']}, {row['unit']}": row["value"] for row in rows if row["value"] is not None}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SliceGPTError(
+            f"SLICEGPT_CEILINGS: expected a file of slicegpt.bench.kernels.ceilings, got {file}"
+        ) from error
+
+
+def beside() -> dict:
+    """What stands beside every result: the ceilings of the same run, where they were measured."""
+    found = ceilings()
+    return {} if found is None else {"ceilings": found}
+
+
 def write_results(file: str | None, name: str, figures: dict) -> None:
     """Write `figures` of the benchmark `name` with their environment as JSON; does nothing where `file` is None."""
     if file:
-        write_json(file, {"benchmark": name, "environment": environment(), **figures})
+        about = {"benchmark": name, "environment": environment(), **beside()}
+        write_json(file, {**about, **figures})
 
 
 def write_csv(file: str | Path, rows: Sequence[Mapping], where: Mapping) -> None:
@@ -142,6 +168,7 @@ class Record:
             "complete": False,
             "environment": environment(device),
             "settings": without_folders(settings),
+            **beside(),
             "rows": [],
         }
 

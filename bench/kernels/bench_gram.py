@@ -10,8 +10,9 @@ roofline time of the method's own arithmetic over the measured time.
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
@@ -90,10 +91,17 @@ def _growth_of_peak(run: Callable[[], object]) -> int:
     return peak_bytes(DEVICE) - before
 
 
-def measure(shape: GramShape, peaks: DevicePeaks | None, repeats: int) -> Iterator[dict]:
-    """A row for every method."""
+def measure(
+    shape: GramShape,
+    peaks: DevicePeaks | None,
+    repeats: int,
+    methods: Collection[str] = METHODS,
+    memory: bool = True,
+) -> Iterator[dict]:
+    """A row for every one of `methods` that runs here; with `memory`, what it takes beyond its input."""
+    wanted = [method for method in methods_for(shape) if method in methods]
     X = shape.input()
-    times = median_milliseconds({method: METHODS[method](X) for method in methods_for(shape)}, repeats)
+    times = median_milliseconds({method: METHODS[method](X) for method in wanted}, repeats)
     del X
     for method, time_ms in times.items():
         bound = bound_seconds(peaks, shape, method) if peaks else None
@@ -101,30 +109,43 @@ def measure(shape: GramShape, peaks: DevicePeaks | None, repeats: int) -> Iterat
             "D": shape.columns,
             "N": shape.tokens,
             "X": shape.dtype_name,
+            "values": shape.values,
             "method": method,
             "ms": time_ms,
-            "of published": time_ms / times["published"],
+            "of published": time_ms / times["published"] if "published" in times else None,
+            "of float64 product": time_ms / times["float64 product"] if "float64 product" in times else None,
             "TFLOP/s": 2 * shape.tokens * shape.columns**2 / time_ms / 1e9,
             "bound": f"{100e3 * bound / time_ms:.0f} %" if bound else None,
-            "extra MiB": round(extra_bytes(shape, method) / 2**20, 1),
+            "extra MiB": round(extra_bytes(shape, method) / 2**20, 1) if memory else None,
         }
 
 
-def shapes(quick: bool) -> list[GramShape]:
-    """The shapes to measure: a float64 copy of X takes at most a quarter of a GPU's memory; seconds on a CPU."""
+def shapes(quick: bool, tokens: int | None = None, wanted: Collection[int] | None = None) -> list[GramShape]:
+    """The shapes to measure: a float64 copy of X takes at most a quarter of a GPU's memory; seconds on a CPU.
+
+    tokens, wanted: so many tokens, and columns, instead of those.
+    """
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if ON_GPU else (torch.float32, torch.bfloat16)
+    dtypes = dtypes[:2] if quick else dtypes
+    if wanted is None:
+        small = (2048, 4096) if ON_GPU else (576,)
+        wanted = [columns for columns in COLUMNS if not quick or columns in small]
     chosen = []
-    for columns in COLUMNS:
-        if ON_GPU:
-            tokens = 1 << 18
-            while tokens * columns * 8 > torch.cuda.mem_get_info()[1] // 4:
-                tokens //= 2
-        else:
-            tokens = min(1 << 17, (1 << 36) // columns**2 // 1024 * 1024)
-        if (quick and columns not in ((2048, 4096) if ON_GPU else (576,))) or tokens < 1024:
-            continue
-        chosen += [GramShape(tokens, columns, dtype) for dtype in (dtypes[:2] if quick else dtypes)]
+    for columns in wanted:
+        count = tokens or default_tokens(columns)
+        if tokens or count >= 1024:
+            chosen += [GramShape(count, columns, dtype) for dtype in dtypes]
     return chosen
+
+
+def default_tokens(columns: int) -> int:
+    """Tokens of an X of so many columns."""
+    if not ON_GPU:
+        return min(1 << 17, (1 << 36) // columns**2 // 1024 * 1024)
+    tokens = 1 << 18
+    while tokens * columns * 8 > torch.cuda.mem_get_info()[1] // 4:
+        tokens //= 2
+    return tokens
 
 
 def eigen_sizes(quick: bool) -> list[int]:
@@ -158,7 +179,11 @@ def closing_table(peaks: DevicePeaks | None, rows: list[dict]) -> list[dict]:
     """Predictions at N = 262144, D = 4096, fp16, for each device class, beside this run's measurements."""
     shape = GramShape(1 << 18, 4096, torch.float16)
     wanted = (shape.columns, shape.tokens, shape.dtype_name)
-    measured = {row["method"]: row["ms"] for row in rows if (row["D"], row["N"], row["X"]) == wanted}
+    measured = {
+        row["method"]: row["ms"]
+        for row in rows
+        if (row["D"], row["N"], row["X"]) == wanted and row.get("values") != "heavy"
+    }
     table = []
     for one in (one for one in DEVICES if one.name in CLASSES):
         here = peaks is not None and one.name == peaks.name
@@ -177,6 +202,12 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--quick", action="store_true", help="few sizes: about a minute")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--columns", type=int, nargs="+", help="instead of the default ones")
+    parser.add_argument("--tokens", type=int, help="instead of as many as take a while")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--values", choices=["normal", "heavy"], default="normal", help="heavy: heavy-tailed")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="extra MiB")
+    parser.add_argument("--eigensolver", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
 
     peaks = current_device()
@@ -194,17 +225,20 @@ def main() -> None:
     if not ON_GPU:
         figures["gram_ takes"] = cpu_path()
         print(f"gram_ takes: {figures['gram_ takes']}\n")
-    for shape in shapes(options.quick):
-        rows += measure(shape, peaks, options.repeats)
+    for shape in shapes(options.quick, options.tokens, options.columns):
+        rows += measure(
+            replace(shape, values=options.values), peaks, options.repeats, options.methods, options.memory
+        )
         record.save(**figures)  # an interrupted run keeps what it has, marked incomplete
     print_rows("gram", rows)
     print()
     repeats = min(3, options.repeats)
-    for size in eigen_sizes(options.quick):
+    for size in eigen_sizes(options.quick) if options.eigensolver else ():
         eigen += measure_eigensolver(size, repeats)
         record.save()
-    print_rows("eigensolver", eigen)
-    print()
+    if eigen:
+        print_rows("eigensolver", eigen)
+        print()
     closing = closing_table(peaks, rows)
     print(fit_text("262144 tokens of width 4096 in fp16; predicted: the roofline, which no kernel can beat:"))
     print_rows("gram predictions", closing)

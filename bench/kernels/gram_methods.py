@@ -19,11 +19,12 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 @dataclass(frozen=True)
 class GramShape:
-    """X is [tokens, columns] of normal values."""
+    """X is [tokens, columns]: normal values, or heavy-tailed ones as activations have."""
 
     tokens: int
     columns: int
     dtype: torch.dtype
+    values: str = "normal"
 
     @property
     def dtype_name(self) -> str:
@@ -33,8 +34,20 @@ class GramShape:
         X = torch.empty(self.tokens, self.columns, dtype=self.dtype, device=DEVICE)
         generator = torch.Generator(DEVICE).manual_seed(0)
         for rows in X.split(1 << 14):  # not all in float32 at once
-            rows.copy_(torch.randn(rows.shape, generator=generator, device=DEVICE))
+            normal = torch.randn(rows.shape, generator=generator, device=DEVICE)
+            rows.copy_(normal if self.values == "normal" else self._heavy(normal, generator))
         return X
+
+    def _heavy(self, normal: Tensor, generator: torch.Generator) -> Tensor:
+        """Heavy tails: every value times e to the power of a normal one, a few massive columns in some tokens.
+
+        Column scales spread over three decades. One token in 2048 has four columns a thousand times as large, as the
+        first tokens of a text have in many models.
+        """
+        columns = torch.logspace(0, -3, normal.shape[1], device=DEVICE)
+        heavy = normal * torch.randn(normal.shape, generator=generator, device=DEVICE).exp() * columns
+        heavy[::2048, :: max(1, normal.shape[1] // 4)] *= 1000
+        return heavy
 
 
 def published(X: Tensor) -> Callable[[], object]:

@@ -220,7 +220,7 @@ class RuntimeDecoder(GreedyDecoder):
     @torch.inference_mode()
     def fill(self, context: int) -> None:
         for states in (self.cache.keys, self.cache.values):
-            states[:, :, :, :context].normal_()
+            states[:, :, :context].normal_()
         packed = self.runtime.executor.packed
         self._start(torch.zeros(self.cache.batch, packed.config.vocab_size, device=packed.device), context)
 

@@ -25,7 +25,7 @@ class OutOfMemory(NotApplicable):
 def cache_bytes(network: MeasuredNetwork, batch: int, context: float) -> float:
     """Bytes of the keys and values of `context` tokens for each of `batch` sequences, all layers."""
     config = network.config
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    per_token = 2 * sum(config.key_value_heads) * config.head_dim
     return batch * context * per_token * network.dtype.itemsize
 
 

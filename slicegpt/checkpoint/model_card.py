@@ -3,7 +3,7 @@
 import math
 
 from slicegpt.checkpoint.outcome import asked_and_got, notes, outcome_rows, shape_rows
-from slicegpt.recipe import FILE_NAME
+from slicegpt.recipe import FILE_NAME, STOCK
 
 _CARD = """---
 library_name: transformers
@@ -16,7 +16,7 @@ tags:
 # {name}
 
 {source}, compressed with [SliceGPT](https://arxiv.org/abs/2401.15024): columns and rows of every weight matrix
-deleted along the principal components of the residual stream{with_neurons}. All weights are dense.
+deleted along the principal components of the residual stream{and_others}. All weights are dense.
 
 {table}
 
@@ -39,10 +39,29 @@ The licence of the original model applies. Evaluate the sliced model on your own
 _WITH_PACKAGE = """import slicegpt  # registers the architecture with transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 """
+_STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
+"""
 _WITHOUT_PACKAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # The network is in this repository. After `import slicegpt`, where it is installed, nothing has to be trusted.
 """
+
+
+def _and_others(record: dict) -> str:
+    """What else was deleted: ", and MLP neurons"."""
+    counts = {"neurons": "MLP neurons", "key_value_heads": "key/value heads with their query heads"}
+    deleted = [
+        name
+        for count, name in counts.items()
+        if record.get(count, record.get(f"dense_{count}")) != record.get(f"dense_{count}")
+    ]
+    return f", and {' and '.join(deleted)}" if deleted else ""
+
+
+def _imports(record: dict, self_contained: bool) -> str:
+    if record.get("form") == STOCK:
+        return _STOCK
+    return _WITHOUT_PACKAGE if self_contained else _WITH_PACKAGE
 
 
 def _describe_finetuning(run: dict | None) -> str:
@@ -79,13 +98,13 @@ def model_card(record: dict, name: str, self_contained: bool = True, recipe: boo
     return _CARD.format(
         name=name,
         custom_code="- custom_code\n" if self_contained else "",
-        imports=_WITHOUT_PACKAGE if self_contained else _WITH_PACKAGE,
+        imports=_imports(record, self_contained),
         arguments=f'"{name}", trust_remote_code=True' if self_contained else f'"{name}"',
         source=record["source"],
         table=_table(record),
         notes="\n".join(f"- {note}" for note in notes(record)),
         asked="" if asked is None else f" ({asked})",
-        with_neurons=", and MLP neurons" if record["neurons"] != record["dense_neurons"] else "",
+        and_others=_and_others(record),
         removed=size["removed"],
         slicing=record["slicing"],
         tokens=calibration["tokens"],

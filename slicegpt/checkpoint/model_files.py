@@ -37,6 +37,30 @@ def bytes_while_sliced(config: SlicedConfig, dtype: torch.dtype, candidates: int
     return (sum(tensors.values()) + fits) * dtype.itemsize
 
 
+def open_shards(
+    folder: Path, shapes: Mapping[str, torch.Tensor], parameters: int, max_shard_size: str
+) -> TensorFiles:
+    """The files of a model's weights, split as `save_pretrained` splits them, with their index; nothing is in them yet.
+
+    Args:
+        shapes: the model's state on the meta device, a tied head left out.
+        parameters: what the index says that they are.
+    """
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in shapes.items()}
+    split = split_torch_state_dict_into_shards(
+        dict(shapes), filename_pattern=_PATTERN, max_shard_size=max_shard_size
+    )
+    files = TensorFiles(folder, split.filename_to_tensors, entries, _METADATA)
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_parameters": parameters, **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / _INDEX).write_text(text, encoding="utf-8")
+    return files
+
+
 class ModelFiles:
     """A `slicegpt.slicing.sink.Sink` in a folder.
 
@@ -61,18 +85,8 @@ class ModelFiles:
         if config.tie_word_embeddings:
             del shapes["lm_head.weight"]  # the embedding table under its other name
         entries = {name: (dtype, tuple(tensor.shape)) for name, tensor in shapes.items()}
-        split = split_torch_state_dict_into_shards(
-            shapes, filename_pattern=_PATTERN, max_shard_size=self.max_shard_size
-        )
-        self.tensors = TensorFiles(self.folder, split.filename_to_tensors, entries, _METADATA)
-        if split.is_sharded:
-            parameters = sum(parameter.numel() for parameter in shell.parameters())
-            index = {
-                "metadata": {"total_parameters": parameters, **split.metadata},
-                "weight_map": split.tensor_to_filename,
-            }
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (self.folder / _INDEX).write_text(text, encoding="utf-8")
+        parameters = sum(parameter.numel() for parameter in shell.parameters())
+        self.tensors = open_shards(self.folder, shapes, parameters, self.max_shard_size)
         if len(ridges) > 1:
             fitted = {name: entries[name] for name in fitted_names(config, entries)}
             self.fits = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from slicegpt.modeling.sizes import describe_neurons, format_bytes
+from slicegpt.modeling.sizes import describe_heads, describe_neurons, format_bytes
 from slicegpt.recipe import Recipe
 
 NOT_MEASURED = "not measured"
@@ -74,11 +74,14 @@ def shape_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     widths = summarise([boundary["width"] for boundary in boundaries])
     shortcuts = summarise([boundary["shortcut"] for boundary in boundaries[:-1]])
     neurons = describe_neurons(record["neurons"])
-    return [
+    rows = [
         _row("columns", str(record["dense_width"]), widths, ""),
         _row("neurons of an MLP", describe_neurons(record["dense_neurons"]), neurons, ""),
-        _row("shortcuts", "none", shortcuts, ""),
     ]
+    heads = record.get("key_value_heads")  # folders of older versions do not have it
+    if heads is not None and heads != record["dense_key_value_heads"]:
+        rows.append(_row("key/value heads", str(record["dense_key_value_heads"]), describe_heads(heads), ""))
+    return [*rows, _row("shortcuts", "none", shortcuts, "")]
 
 
 def notes(record: dict[str, Any]) -> list[str]:

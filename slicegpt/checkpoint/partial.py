@@ -2,6 +2,7 @@
 
     OUTPUT.partial/lock       held by the process that writes
     OUTPUT.partial/model      the folder that gets the final name once it is whole
+    OUTPUT.partial/sliced     in its place while another one, made of it, takes that name
     OUTPUT.partial/state-*    what an interrupted run goes on from, see `slicegpt.checkpoint.kept_run`
 
 It stands beside the output folder, and so on the same file system, whatever that is: the final rename is one step.
@@ -136,7 +137,20 @@ class PartialFolder:
             for left in sorted(self.folder.iterdir(), key=lambda file: not file.match(STATE_FILES)):
                 if left.name != "lock":
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
+        elif self._sliced.exists():  # killed while the model was exchanged: the state goes with this one
+            if self.model.exists():
+                shutil.rmtree(self.model)
+            self._sliced.rename(self.model)
         self.model.mkdir(exist_ok=True)
+
+    def exchange(self, folder: Path) -> None:
+        """Another folder, below this one and whole, is what becomes the output; a state still goes with the old one."""
+        self.model.rename(self._sliced)
+        folder.rename(self.model)
+
+    @property
+    def _sliced(self) -> Path:
+        return self.folder / "sliced"
 
     @property
     def _replaced(self) -> Path:

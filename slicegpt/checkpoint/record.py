@@ -7,18 +7,27 @@ from collections.abc import Sequence
 
 import torch
 import transformers
+from transformers import PreTrainedConfig
 
 import slicegpt
 from slicegpt.calibration import CalibrationBatch, calibration_hash
 from slicegpt.checkpoint.outcome import perplexity_record
+from slicegpt.conversion.stock import stock_parameters
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import boundary_report, decoder_parameters, stored_parameters
+from slicegpt.recipe import SLICED, STOCK
 from slicegpt.slicing import SlicingOptions, SlicingReport
 
 
-def size_record(config: SlicedConfig, dtype: torch.dtype) -> dict:
-    """Stored elements and bytes against the dense model's, in the same dtype."""
+def size_record(config: SlicedConfig, dtype: torch.dtype, stock: PreTrainedConfig | None = None) -> dict:
+    """Stored elements and bytes against the dense model's, in the same dtype.
+
+    Args:
+        stock: the dense model's config, where the sliced one is stored in the stock form.
+    """
     parameters, dense = stored_parameters(config), config.source_parameters
+    if stock is not None:
+        parameters = stock_parameters(config, stock)
     return {
         "parameters": parameters,
         "bytes": parameters * dtype.itemsize,
@@ -60,6 +69,7 @@ def slicing_record(
     calibration: dict,
     asked: dict | None = None,
     tokens_per_second: dict | None = None,
+    stock: PreTrainedConfig | None = None,
 ) -> dict:
     """The record of one slicing run.
 
@@ -69,6 +79,7 @@ def slicing_record(
         calibration: its `calibration_record`.
         asked: the size that was asked for (`slicegpt.checkpoint.outcome.asked_record`).
         tokens_per_second: `slicegpt.runtime.speed.compare_speed`; None: not measured.
+        stock: see `size_record`.
 
     Eigenvalues keep six digits: they are for looking at, and full precision would be megabytes.
     """
@@ -78,12 +89,15 @@ def slicing_record(
     ]
     return {
         "source": source,
+        "form": SLICED if stock is None else STOCK,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "dtype": str(options.dtype).removeprefix("torch."),
         "dense_width": config.dense_hidden_size,
         "neurons": config.layer_neurons or config.intermediate_size,
         "dense_neurons": config.dense_intermediate_size,
+        "key_value_heads": config.layer_key_value_heads or config.num_key_value_heads,
+        "dense_key_value_heads": config.num_key_value_heads,
         "slicing": slicing_fraction(config),
         "orientation": options.orientation,
         "signal": options.signal,
@@ -96,7 +110,7 @@ def slicing_record(
             for entry in report.refit
         ],
         "ridge_search": report.ridge_search,
-        "size": size_record(config, options.dtype),
+        "size": size_record(config, options.dtype, stock),
         "asked": asked or {},
         "perplexity": perplexity_record(calibration.get("held_out")),
         "tokens_per_second": tokens_per_second,

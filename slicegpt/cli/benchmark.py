@@ -320,6 +320,12 @@ def add_layers(benchmarks) -> None:
         "--repeats", type=positive, default=40, help="runs, of which the fastest quarter counts"
     )
     parser.add_argument("--cold-l2", action="store_true", help="overwrite the last cache before every run")
+    parser.add_argument(
+        "--sparse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="2:4 sparse weights too, where they run",
+    )
     add_trace(parser, "of one run of every variant")
     add_results(parser)
 
@@ -331,7 +337,7 @@ def run_layers(options: argparse.Namespace) -> None:
 
     networks = networks_of(options)
     record = record_of(options, networks[0].device)
-    how = LayersOptions(options.batch, options.seqlen, options.repeats, options.cold_l2)
+    how = LayersOptions(options.batch, options.seqlen, options.repeats, options.cold_l2, options.sparse)
     with measuring(record, options):
         measure_layers(networks, how, record, Progress(), options.trace)
 

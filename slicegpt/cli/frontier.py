@@ -11,7 +11,17 @@ from slicegpt.recipe import AUTO, NAMES, Recipe
 from .options import add_device, add_shared, check_device
 
 # Those of `slicegpt.evaluation.frontier_run`, which needs torch.
-METHODS = ("ours", "equal", "columns", "compact", "published", "sparsegpt-2:4")
+METHODS = (
+    "ours",
+    "equal",
+    "stock",
+    "per-layer",
+    "stock-untied",
+    "columns",
+    "compact",
+    "published",
+    "sparsegpt-2:4",
+)
 
 
 def add_parser(commands) -> None:
@@ -40,8 +50,9 @@ def add_parser(commands) -> None:
         "--method",
         default="ours,published",
         metavar="NAME,NAME",
-        help="ours, equal (ours, as many neurons in every layer), columns (ours, no neurons deleted), compact (no "
-        "refit either), published (dense shortcuts, untied head), sparsegpt-2:4",
+        help="ours, equal (ours, as many neurons in every layer), stock (the stock form), per-layer, stock-untied, "
+        "columns (ours, no neurons deleted), compact (no refit), published (dense shortcuts, untied head), "
+        "sparsegpt-2:4",
     )
     parser.add_argument(
         "--data",

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from slicegpt.checkpoint.names import check_name
+from slicegpt.recipe import SLICED, STOCK
 from slicegpt.table import check_writable
 
 from .options import add_json
@@ -38,6 +39,9 @@ def describe(name: str) -> dict:
     if Path(name).is_dir():
         check_folder(Path(name))
         config = AutoConfig.from_pretrained(name)
+    stock = read_record(name) if config is not None and not isinstance(config, SlicedConfig) else None
+    if stock is not None and stock.get("form") == STOCK:
+        return describe_stock(name, config, stock)
     if isinstance(config, SlicedConfig):
         stored = stored_size(name)
         parameters, size, dtype = stored.parameters, stored.bytes, str(config.dtype).removeprefix("torch.")
@@ -51,6 +55,7 @@ def describe(name: str) -> dict:
     dense_parameters = config.source_parameters
     return {
         "model": name,
+        "form": SLICED,
         "family": config.source_model_type,
         "dtype": dtype,
         "parameters": parameters,
@@ -63,6 +68,8 @@ def describe(name: str) -> dict:
         "dense_width": config.dense_hidden_size,
         "neurons": config.layer_neurons or config.intermediate_size,
         "dense_neurons": config.dense_intermediate_size,
+        "key_value_heads": config.layer_key_value_heads or config.num_key_value_heads,
+        "dense_key_value_heads": config.num_key_value_heads,
         "tied_head": config.tie_word_embeddings,
         "boundaries": boundary_report(config),
         "calibration": record.get("calibration"),
@@ -73,11 +80,42 @@ def describe(name: str) -> dict:
     }
 
 
+def describe_stock(name: str, config, record: dict) -> dict:
+    """`describe` of a folder in the stock form: the dense model's own class, whose record says what was deleted."""
+    from slicegpt.checkpoint.saving import stored_size
+
+    stored, boundaries = stored_size(name), record["boundaries"]
+    dense = record["size"]["dense_parameters"]
+    return {
+        "model": name,
+        "form": STOCK,
+        "family": config.model_type,
+        "dtype": record["dtype"],
+        "parameters": stored.parameters,
+        "bytes": stored.bytes,
+        "dense_parameters": dense,
+        "dense_bytes": dense * stored.bytes // stored.parameters,
+        "removed": 1 - stored.parameters / dense,
+        "slicing": record["slicing"],
+        "layers": config.num_hidden_layers,
+        "dense_width": record["dense_width"],
+        "neurons": record["neurons"],
+        "dense_neurons": record["dense_neurons"],
+        "tied_head": config.tie_word_embeddings,
+        "boundaries": boundaries,
+        "calibration": record["calibration"],
+        "asked": record["asked"],
+        "perplexity": record["perplexity"],
+        "tokens_per_second": record["tokens_per_second"],
+        "finetuned": False,
+    }
+
+
 def run(options: argparse.Namespace) -> None:
     check_name(options.model, "model")
     check_writable("--json", options.json)
     from slicegpt.checkpoint.outcome import asked_and_got, compared, notes, summarise
-    from slicegpt.modeling.sizes import describe_neurons, format_bytes
+    from slicegpt.modeling.sizes import describe_heads, describe_neurons, format_bytes
     from slicegpt.table import format_table, write_json
 
     facts = describe(options.model)
@@ -86,6 +124,12 @@ def run(options: argparse.Namespace) -> None:
     if asked := asked_and_got(facts):
         removed += f"; {asked}"
     rows = [
+        (
+            "form",
+            "stock: of the dense model's own class"
+            if facts["form"] == STOCK
+            else "sliced: of slicegpt's class",
+        ),
         (
             "family",
             f"{facts['family']}, {facts['layers']} layers, {'tied' if facts['tied_head'] else 'untied'} head",
@@ -99,6 +143,10 @@ def run(options: argparse.Namespace) -> None:
         ("slicing (1 - d/D)", f"{100 * facts['slicing']:.1f} %"),
         ("widths", f"{summarise([b['width'] for b in boundaries])} of {facts['dense_width']}"),
         ("neurons of an MLP", f"{describe_neurons(facts['neurons'])}, of {facts['dense_neurons']}"),
+        (
+            "key/value heads",
+            f"{describe_heads(facts['key_value_heads'])}, of {facts['dense_key_value_heads']}",
+        ),
         ("shortcuts", summarise([b["shortcut"] for b in boundaries[:-1]])),
         ("ranks", summarise([b["rank"] for b in boundaries[:-1] if b["shortcut"] == "compact"]) or "none"),
     ]

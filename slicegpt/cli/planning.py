@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from slicegpt.errors import SliceGPTError
-from slicegpt.recipe import Recipe
+from slicegpt.recipe import STOCK, Recipe
 
 from .benchmark_options import PAPER_DEVICES
 from .options import byte_size, check_device, positive, resolve_device
@@ -59,8 +59,8 @@ def run_plan(options: argparse.Namespace, recipe: Recipe) -> None:
         write_json(options.json, content)
 
 
-def fields_and_dtype(name: str, dtype):
-    """The canonical fields of a dense model, and the dtype that it would be sliced in; no weight is read.
+def config_and_dtype(name: str, dtype):
+    """The config of a dense model, and the dtype that it would be sliced in; no weight is read.
 
     Args:
         name: a shape, a folder, a .gguf file or a hub id.
@@ -69,13 +69,13 @@ def fields_and_dtype(name: str, dtype):
     import torch
     from transformers import AutoConfig
 
-    from slicegpt.bench.models.architectures import MODELS, fields_of, fields_of_config
+    from slicegpt.bench.models.architectures import MODELS
     from slicegpt.checkpoint.gguf import open_gguf
     from slicegpt.checkpoint.loading import load_errors, quiet_transformers, read_config
 
     path = Path(name)
     if name in MODELS and not path.exists():
-        return fields_of(name), dtype or torch.float16
+        return MODELS[name], dtype or torch.float16
     with quiet_transformers():
         if path.suffix == ".gguf":
             config, own = open_gguf(path).config, torch.float32
@@ -85,12 +85,14 @@ def fields_and_dtype(name: str, dtype):
                     read_config(path, sliceable=True) if path.is_dir() else AutoConfig.from_pretrained(name)
                 )
             config, own = found, found.dtype or torch.float32
-        return fields_of_config(config), dtype or own
+        return config, dtype or own
 
 
 def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
     """The plan as plain values: size, memory by stage and part, operations and seconds."""
+    from slicegpt.bench.models.architectures import fields_of_config
     from slicegpt.bench.models.devices import device_named
+    from slicegpt.checkpoint.loading import quiet_transformers
     from slicegpt.checkpoint.record import size_record
     from slicegpt.conversion.plan import plan_recipe, settled
     from slicegpt.hardware.devices import find_dtype
@@ -99,14 +101,17 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
     from slicegpt.slicing.effort import effort_of, measured_rates, paper_rates
     from slicegpt.slicing.workload import Machine
 
-    fields, dtype = fields_and_dtype(recipe.model, find_dtype(recipe.dtype))
+    source, dtype = config_and_dtype(recipe.model, find_dtype(recipe.dtype))
+    with quiet_transformers():
+        fields = fields_of_config(source)
     paper = None if options.gpu is None else device_named(options.gpu)
     local = resolve_device(options.device)
     elsewhere = paper is not None or (options.device_memory is not None and local.type != "cuda")
     device = None if elsewhere else local
     recipe = recipe.override(dtype=str(dtype).removeprefix("torch."))
     recipe = settled(recipe, fields, device or "cuda")
-    config = plan_recipe(recipe, fields, dtype)
+    config = plan_recipe(recipe, fields, dtype, source=source)
+    size = size_record(config, dtype, source if recipe.form == STOCK else None)
     ranks = options.ranks or 1
     work = workload_of(recipe, dtype, device, options.activation_storage, ranks, timing=options.timing)
     with memory_limits(host=None):
@@ -126,9 +131,10 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
     return {
         "model": recipe.model,
         "recipe": {name: value for name, value in vars(recipe).items() if value is not None},
-        "size": size_record(config, dtype),
+        "size": size,
         "widths": config.boundary_widths,
         "neurons": config.neurons,
+        "key_value_heads": config.key_value_heads,
         "machine": {
             "device": machine.device if work.on_gpu else None,
             "host": host,
@@ -146,14 +152,14 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
         "operations": effort.stages,
         "rates": None if rates is None else vars(rates),
         "seconds": seconds,
-        "disk_written": size_record(config, dtype)["bytes"],
+        "disk_written": size["bytes"],
     }
 
 
 def describe(content: dict) -> str:
     """The plan in words and tables."""
     from slicegpt.checkpoint.outcome import summarise
-    from slicegpt.modeling.sizes import describe_neurons, format_bytes
+    from slicegpt.modeling.sizes import describe_heads, describe_neurons, format_bytes
     from slicegpt.table import format_table
 
     size, peak, machine = content["size"], content["peak"], content["machine"]
@@ -164,6 +170,7 @@ def describe(content: dict) -> str:
         ("bytes", f"{format_bytes(size['bytes'])} in {content['recipe']['dtype']}"),
         ("widths", summarise(content["widths"])),
         ("neurons of an MLP", describe_neurons(content["neurons"])),
+        ("key/value heads", describe_heads(content["key_value_heads"])),
         ("streams", f"on the {content['activation_storage']}"),
     ]
     facts = format_table([{"": name, title: value} for name, value in rows], ["", title])

@@ -10,7 +10,7 @@ from slicegpt.checkpoint.names import check_name
 from slicegpt.checkpoint.partial import check_partial, interrupted_recipe, what_is_kept
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.launcher import launched
-from slicegpt.recipe import AUTO, IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
+from slicegpt.recipe import AUTO, FORMS, IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
 from slicegpt.table import check_writable
 
 from . import interrupts
@@ -72,6 +72,18 @@ def add_parser(commands) -> None:
     size.add_argument("--widths", metavar="FILE", help="JSON list of widths, one a boundary")
 
     shape = parser.add_argument_group("shape")
+    shape.add_argument(
+        "--form",
+        choices=FORMS,
+        help="sliced (default), or stock: a model of the dense one's own class, which loads where slicegpt is not "
+        "installed: one width, one number of neurons, no shortcuts; per-layer: so, but for each layer's neurons, which "
+        "llama.cpp runs after `slicegpt export --gguf`",
+    )
+    shape.add_argument(
+        "--untie",
+        action="store_true",
+        help="with --form stock: a tied head gets a table of its own, so that columns can go; else they all stay",
+    )
     add_shared(shape, "--round-to", default=argparse.SUPPRESS)
     shape.add_argument(
         "--shortcut", choices=SHORTCUT_MODES, help="compact (default) needs aligned bases; else dense"
@@ -91,6 +103,13 @@ def add_parser(commands) -> None:
         "--allocate",
         action=argparse.BooleanOptionalAction,
         help="layers keep more or fewer neurons as deleting them costs (default), or all the same",
+    )
+    shape.add_argument(
+        "--kv-groups",
+        type=number_or_list,
+        metavar="N",
+        help="key/value groups of attention that every layer keeps, each a key/value head with its query heads, or "
+        "one number a layer: 3,3,2,0; 0 is a layer without attention (default: all)",
     )
     shape.add_argument("--signal", choices=SIGNALS, help="what the covariance is taken of")
 
@@ -168,6 +187,12 @@ def add_refit(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of the calibration samples that it fits to; its cost grows with it",
     )
+
+
+def number_or_list(text: str) -> int | list[int]:
+    """ "2" or "3,3,2,0"."""
+    numbers = [int(part) for part in text.split(",")]
+    return numbers if "," in text else numbers[0]
 
 
 def read_widths(file: str) -> list[int]:

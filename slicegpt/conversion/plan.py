@@ -1,17 +1,22 @@
 """How wide every boundary is: from a slicing fraction, a true size to reach, or a list of widths."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
+from transformers import PreTrainedConfig
 
 from slicegpt.conversion.multiples import multiple_of
+from slicegpt.conversion.stock import keeps_width, stock_parameters
+from slicegpt.conversion.stock_plan import check_stock_widths, last_that, stock_for_parameters, untied
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig, factor_rank
 from slicegpt.modeling.sizes import stored_parameters
-from slicegpt.recipe import AUTO, ORIENTATIONS, SHORTCUT_MODES, Recipe
+from slicegpt.recipe import AUTO, FORMS, ORIENTATIONS, SHORTCUT_MODES, SLICED, STOCK, Recipe
 
 # MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: about the ratio of
 # the least loss on held-out calibration text, at 90 and at 80 % of SmolLM2-135M's decoder (docs/quality.md).
@@ -28,7 +33,10 @@ class Shape:
         slice_head: the last boundary, which the head reads, is sliced too.
         round_to: widths and numbers of neurons are multiples of it (the published code uses 8), see
             `slicegpt.conversion.multiples`; "auto" is then a CPU's.
-        neurons: the fraction of MLP neurons to delete; None takes `NEURONS_TO_COLUMNS` times that of the columns.
+        neurons: the fraction of MLP neurons to delete; None takes `NEURONS_TO_COLUMNS` times that of the columns, and
+            in the stock form neurons first, see `slicegpt.conversion.stock_plan`.
+        form: "sliced", "stock" or "per-layer", see `slicegpt.recipe.Recipe`; the latter two have no shortcuts.
+        kv_groups: key/value groups that every layer keeps, or each of them; None: all.
     """
 
     shortcut: str = "compact"
@@ -36,6 +44,8 @@ class Shape:
     slice_head: bool = False
     round_to: int | str = AUTO
     neurons: float | None = 0.0
+    form: str = SLICED
+    kv_groups: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
         if self.neurons is not None and not 0 <= self.neurons < 1:
@@ -51,6 +61,8 @@ class Shape:
                 f"compact shortcuts need 'aligned' bases, got {self.orientation!r}; dense ones take it",
                 "orientation",
             )
+        if self.form not in FORMS:
+            raise SliceGPTError(f"must be one of {', '.join(FORMS)}, got {self.form!r}", "form")
         multiple_of(self.round_to, 1)  # an error where it is none
 
     @classmethod
@@ -58,7 +70,15 @@ class Shape:
         """The shape that a recipe asks for; its `round_to` is a number (`settled`)."""
         recipe = recipe.resolved()
         neurons = None if recipe.neurons == AUTO else recipe.neurons
-        return cls(recipe.shortcut, recipe.orientation, recipe.slice_head, recipe.round_to, neurons)
+        return cls(
+            recipe.shortcut or "compact",
+            recipe.orientation,
+            recipe.slice_head or recipe.form != SLICED,
+            recipe.round_to,
+            neurons,
+            recipe.form,
+            recipe.kv_groups,
+        )
 
 
 def width_for_slice(dense_width: int, fraction: float, round_to: int) -> int:
@@ -83,7 +103,8 @@ def constant_widths(fields: dict, width: int, slice_head: bool = False) -> list[
 
 def neurons_for(fields: dict, widths: Sequence[int], shape: Shape) -> int:
     """MLP neurons left, rounded down to a multiple of `round_to` (but at least one of it), or all of them."""
-    dense, step = fields["intermediate_size"], multiple_of(shape.round_to, fields["dense_hidden_size"])
+    dense = fields["intermediate_size"]
+    step = multiple_of(shape.round_to, fields["dense_hidden_size"], form=shape.form)
     fraction = shape.neurons
     if fraction is None:
         columns = 1 - sum(widths[:-1]) / (len(widths) - 1) / fields["dense_hidden_size"]
@@ -91,6 +112,35 @@ def neurons_for(fields: dict, widths: Sequence[int], shape: Shape) -> int:
     if fraction == 0:
         return dense
     return min(dense, max(step, int(round((1 - fraction) * dense, 9)) // step * step))
+
+
+def key_value_heads(fields: dict, kept: int | Sequence[int] | None) -> list[int] | None:
+    """Key/value heads that each layer keeps; None where all keep all.
+
+    Args:
+        kept: of every layer, or a list with one number a layer.
+
+    Raises:
+        SliceGPTError: a number that is not that of some of a layer's groups, or no attention in any layer.
+    """
+    if kept is None:
+        return None
+    layers = fields["num_hidden_layers"]
+    groups = fields.get("num_key_value_heads") or fields["num_attention_heads"]
+    counts = [kept] * layers if isinstance(kept, int) else list(kept)
+    if len(counts) != layers:
+        raise SliceGPTError(f"must be one number, or {layers}, one a layer, got {len(counts)}", "kv_groups")
+    if not all(0 <= count <= groups for count in counts):
+        raise SliceGPTError(
+            f"must lie in [0, {groups}], the key/value groups of a layer, got {_shown(kept)}", "kv_groups"
+        )
+    if not any(counts):
+        raise SliceGPTError(f"one layer at least must keep attention, got {_shown(kept)}", "kv_groups")
+    return None if min(counts) == groups else counts
+
+
+def _shown(kept: int | Sequence[int]) -> str:
+    return str(kept) if isinstance(kept, int) else ",".join(map(str, kept))
 
 
 def head_dim(fields: dict) -> int:
@@ -116,19 +166,30 @@ def check_widths(fields: dict, widths: Sequence[int]) -> None:
             )
 
 
-def choose_shortcuts(fields: dict, widths: Sequence[int], shape: Shape) -> list[str]:
+def choose_shortcuts(
+    fields: dict, widths: Sequence[int], shape: Shape, deleted: Sequence[bool] | None = None
+) -> list[str]:
     """The kind of every shortcut.
 
-    A narrower next boundary has no compact form, and a tied head fixes the last basis, so those stay dense.
+    A narrower next boundary has no compact form, and a tied head fixes the last basis, so those stay dense. A block of
+    which nothing is left leaves the stream in its basis, where it may be as wide.
+
+    Args:
+        deleted: of each block, whether all of its parts are; None: of none.
     """
     dense_width = fields["dense_hidden_size"]
+    if shape.form != SLICED:
+        check_stock_widths(fields, widths)
+        return ["identity"] * (len(widths) - 1)
     if shape.orientation == "aligned" and all(width == dense_width for width in widths):
         return ["identity"] * (len(widths) - 1)
     kinds = []
     for block, (width, following) in enumerate(pairwise(widths)):
         fixed = fields["tie_word_embeddings"] and following == dense_width and block == len(widths) - 2
         rank = factor_rank(dense_width, width, following)
-        if shape.shortcut == "dense" or width > following or fixed or rank >= following:
+        if deleted is not None and deleted[block] and width == following and not fixed:
+            kinds.append("identity")
+        elif shape.shortcut == "dense" or width > following or fixed or rank >= following:
             kinds.append("dense")
         else:
             kinds.append("identity" if rank == 0 and width == following else "compact")
@@ -136,33 +197,63 @@ def choose_shortcuts(fields: dict, widths: Sequence[int], shape: Shape) -> list[
 
 
 def plan(
-    fields: dict, widths: Sequence[int], shape: Shape | None = None, neurons: int | None = None
+    fields: dict,
+    widths: Sequence[int],
+    shape: Shape | None = None,
+    neurons: int | Sequence[int] | None = None,
+    kv_groups: int | Sequence[int] | None = None,
 ) -> SlicedConfig:
     """The configuration of the sliced model: all of it but the numbers is known before slicing.
 
     Args:
         fields: `slicegpt.families.canonical_fields` of the dense model.
         widths: one a boundary.
-        shape: shortcuts, orientation and the fraction of neurons.
-        neurons: of an MLP; None: as `shape` says.
+        shape: shortcuts, orientation, the fraction of neurons and the key/value groups.
+        neurons: of an MLP, or of each layer's; None: as `shape` says. A layer may keep none.
+        kv_groups: that every layer keeps, or each; None: as `shape` says. A layer may keep none, but not all of them.
     """
     shape = shape or Shape()
     check_widths(fields, widths)
-    kinds = choose_shortcuts(fields, widths, shape)
+    heads = key_value_heads(fields, shape.kv_groups if kv_groups is None else kv_groups)
+    counts = neuron_counts(fields, neurons_for(fields, widths, shape) if neurons is None else neurons)
+    kinds = choose_shortcuts(fields, widths, shape, deleted_blocks(fields, heads, counts["layer_neurons"]))
     # A LayerNorm family's table is centred on its way in, which one shared with the head cannot be.
     untouched = set(kinds) == {"identity"} and not FAMILIES[fields["source_model_type"]].mean_subtraction
     tied = fields["tie_word_embeddings"]
     return SlicedConfig(
         **fields
         | {
-            "intermediate_size": neurons_for(fields, widths, shape) if neurons is None else neurons,
             "dense_intermediate_size": fields["intermediate_size"],
-        },
+            "layer_key_value_heads": heads,
+        }
+        | counts,
         boundary_widths=list(widths),
         shortcuts=kinds,
         embed_projection=tied and not untouched,
         final_norm_weight=tied and widths[-1] == fields["dense_hidden_size"],
     )
+
+
+def neuron_counts(fields: dict, neurons: int | Sequence[int]) -> dict:
+    """The fields of `SlicedConfig` that say how many neurons there are, the same in every layer or one number each."""
+    if isinstance(neurons, int):
+        return {"intermediate_size": neurons, "layer_neurons": None}
+    layers, dense = fields["num_hidden_layers"], fields["intermediate_size"]
+    if len(neurons) != layers or not all(0 <= count <= dense for count in neurons):
+        raise SliceGPTError(
+            f"must be {layers} numbers in [0, {dense}], one a layer, got {neurons}", "neurons"
+        )
+    return {"intermediate_size": max(neurons), "layer_neurons": list(neurons)}
+
+
+def deleted_blocks(fields: dict, heads: list[int] | None, neurons: list[int] | None) -> list[bool]:
+    """Of each block, whether nothing of it is left; arguments as in `SlicedConfig`, None for all."""
+    layers = range(fields["num_hidden_layers"])
+    attention = [heads is not None and not heads[layer] for layer in layers]
+    mlp = [neurons is not None and not neurons[layer] for layer in layers]
+    if fields.get("parallel_blocks"):
+        return [both[0] and both[1] for both in zip(attention, mlp, strict=True)]
+    return [part for both in zip(attention, mlp, strict=True) for part in both]
 
 
 def settled(recipe: Recipe, fields: dict, device: torch.device | str = "cpu") -> Recipe:
@@ -172,12 +263,16 @@ def settled(recipe: Recipe, fields: dict, device: torch.device | str = "cpu") ->
         fields: `slicegpt.families.canonical_fields` of the dense model.
         device: that the model is sliced on.
     """
-    multiple = multiple_of(recipe.round_to, fields["dense_hidden_size"], device)
+    multiple = multiple_of(recipe.round_to, fields["dense_hidden_size"], device, recipe.form)
     return recipe.override(round_to=multiple).resolved()
 
 
 def plan_recipe(
-    recipe: Recipe, fields: dict, dtype: torch.dtype, device: torch.device | str = "cpu"
+    recipe: Recipe,
+    fields: dict,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    source: PreTrainedConfig | None = None,
 ) -> SlicedConfig:
     """The configuration of the sliced model that a recipe asks for.
 
@@ -186,21 +281,49 @@ def plan_recipe(
         fields: `slicegpt.families.canonical_fields` of the dense model.
         dtype: of the weights, which `target_bytes` are counted in.
         device: that the model is sliced on, where `round_to` is "auto".
+        source: the dense model's config, which a stock form is counted by.
 
     Raises:
         SliceGPTError: the recipe has no size, or the model cannot have it; the argument is the size's name.
     """
     recipe = settled(recipe, fields, device)
     shape, size = Shape.of(recipe), recipe.size
+    if recipe.untie:
+        fields = untied(fields)
+    count = stored_parameters if recipe.form != STOCK else partial(stock_parameters, source=source)
     with renamed(slice=size, widths=size, target=size):
-        if size == "widths":
-            return plan(fields, recipe.widths, shape)
-        if size == "slice":
-            width = width_for_slice(fields["dense_hidden_size"], recipe.slice, recipe.round_to)
-            return plan(fields, constant_widths(fields, width, recipe.slice_head), shape)
-        if size == "keep":
-            return plan_for_parameters(fields, int(recipe.keep * fields["source_parameters"]), shape)
-        return plan_for_parameters(fields, int(recipe.target_bytes / dtype.itemsize), shape)
+        config = _plan_size(recipe, fields, dtype, shape, count)
+    if recipe.untie and (stored := count(config)) >= config.source_parameters:
+        raise SliceGPTError(
+            f"with a head of its own the model would store {stored} elements at this size, the dense one stores"
+            f" {config.source_parameters}",
+            "untie",
+        )
+    return config
+
+
+def _plan_size(
+    recipe: Recipe,
+    fields: dict,
+    dtype: torch.dtype,
+    shape: Shape,
+    count: Callable[[SlicedConfig], int],
+) -> SlicedConfig:
+    """`plan_recipe` for the one size that a recipe asks for."""
+    if recipe.size == "widths":
+        return plan(fields, recipe.widths, shape)
+    if recipe.size == "slice":
+        width = width_for_slice(fields["dense_hidden_size"], recipe.slice, width_step(fields, shape))
+        return plan(fields, constant_widths(fields, width, shape.slice_head), shape)
+    if recipe.size == "keep":
+        return plan_for_parameters(fields, int(recipe.keep * fields["source_parameters"]), shape, count)
+    return plan_for_parameters(fields, int(recipe.target_bytes / dtype.itemsize), shape, count)
+
+
+def width_step(fields: dict, shape: Shape) -> int:
+    """What widths are multiples of; transformers' classes ask for whole columns a head, whatever a head's size."""
+    step = multiple_of(shape.round_to, fields["dense_hidden_size"], form=shape.form)
+    return math.lcm(step, fields["num_attention_heads"]) if shape.form != SLICED else step
 
 
 def plan_for_parameters(
@@ -213,10 +336,11 @@ def plan_for_parameters(
     Args:
         count: what is counted: `stored_parameters`, or `decoder_parameters` for the layers alone.
     """
-    dense_width = fields["dense_hidden_size"]
-    step = multiple_of(shape.round_to, dense_width)
+    dense_width, step = fields["dense_hidden_size"], width_step(fields, shape)
     first = -(-head_dim(fields) // step)
     widths = [step * k for k in range(first, -(-dense_width // step))] + [dense_width]
+    if shape.form != SLICED and keeps_width(fields) is not None:
+        widths = [dense_width]
 
     def at(width: int, neurons: int | None = None) -> SlicedConfig:
         return plan(fields, constant_widths(fields, width, shape.slice_head), shape, neurons)
@@ -224,6 +348,9 @@ def plan_for_parameters(
     def fits(config: SlicedConfig) -> bool:
         return count(config) <= target
 
+    if shape.form != SLICED and shape.neurons is None:
+        neurons = multiple_of(shape.round_to, dense_width, form=shape.form)
+        return stock_for_parameters(fields, target, widths, at, count, neurons)
     if not fits(smallest := at(widths[0])):
         raise SliceGPTError(
             f"{target} elements cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
@@ -240,12 +367,3 @@ def plan_for_parameters(
     neurons = neurons_for(fields, constant_widths(fields, width), shape)
     choices = [*range(neurons, fields["intermediate_size"], step), fields["intermediate_size"]]
     return at(width, choices[last_that(lambda index: fits(at(width, choices[index])), len(choices))])
-
-
-def last_that(holds: Callable[[int], bool], end: int) -> int:
-    """The largest index below `end` for which a condition holds that holds up to some index, 0 included."""
-    low, high = 0, end
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low

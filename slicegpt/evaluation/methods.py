@@ -7,10 +7,11 @@ from itertools import groupby
 from typing import Any
 
 from slicegpt.conversion.plan import Shape, constant_widths, plan, plan_for_parameters
+from slicegpt.conversion.stock_plan import with_own_head
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import decoder_parameters, stored_parameters
-from slicegpt.recipe import AUTO, Recipe
+from slicegpt.recipe import AUTO, PER_LAYER, STOCK, Recipe
 
 BASES = {"total": stored_parameters, "decoder": decoder_parameters}
 
@@ -46,6 +47,11 @@ class Method:
 METHODS = {
     "ours": Method("ours", {"neurons": AUTO}),
     "equal": Method("ours, equal layers", {"neurons": AUTO, "allocate": False}),
+    "stock": Method("stock form", {"neurons": AUTO, "form": STOCK}),
+    "per-layer": Method("stock form, layers differ", {"neurons": AUTO, "form": PER_LAYER}),
+    "stock-untied": Method(
+        "stock form, untied", {"neurons": AUTO, "form": STOCK, "untie": True}, untied=True
+    ),
     "columns": Method("ours, columns alone", {"neurons": 0.0}),
     "compact": Method("compact shortcuts only", {"neurons": 0.0, "refit": False}),
     "published": Method(
@@ -62,15 +68,6 @@ METHODS = {
 }
 
 
-def untied(fields: dict) -> dict:
-    """The same model with its head stored apart: it then absorbs the final norm."""
-    return fields | {
-        "tie_word_embeddings": False,
-        "lm_head_bias": fields["lm_head_bias"] or fields["final_norm_bias"],
-        "final_norm_bias": False,
-    }
-
-
 def plan_point(method: Method, fields: dict, size: float, basis: str, round_to: int) -> SlicedConfig:
     """The widest model of a method that stores at most `size` of the dense model's elements.
 
@@ -84,7 +81,7 @@ def plan_point(method: Method, fields: dict, size: float, basis: str, round_to: 
     count = BASES[basis]
     whole = fields["source_parameters"] if basis == "total" else count(dense)
     shape = Shape.of(method.recipe(Recipe(round_to=round_to)))
-    fields = untied(fields) if method.untied and fields["tie_word_embeddings"] else fields
+    fields = with_own_head(fields) if method.untied and fields["tie_word_embeddings"] else fields
     with renamed(target="size"):
         return plan_for_parameters(fields, round(size * whole), shape, count)
 

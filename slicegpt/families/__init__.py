@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slicegpt.errors import SliceGPTError
 
 from .apertus import APERTUS
-from .base import Checkpoint, DenseLayer, Family, LayerNames, Linear, Norm
+from .base import Checkpoint, DenseLayer, Family, LayerNames, Linear, Norm, StockForm
 from .checks import check_config, check_facts
 from .cohere import COHERE, COHERE2
 from .falcon import FALCON
@@ -42,6 +42,7 @@ __all__ = [
     "LayerNames",
     "Linear",
     "Norm",
+    "StockForm",
     "Weights",
     "canonical_fields",
     "checkpoint_of",

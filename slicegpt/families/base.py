@@ -67,6 +67,28 @@ class LayerNames:
 
 
 @dataclass(frozen=True)
+class StockForm:
+    """How the canonical network is written in the family's own class: what undoes `Family.facts` and `rewrite_layer`.
+
+    Attributes:
+        neurons: the name that the family's config has for the neurons of an MLP.
+        eps: the name that it has for the epsilon of its norms, where they are RMS norms.
+        eps_factor: of a width, what this epsilon is of the canonical network's.
+        fields: of a config, what else changes in it: a factor that the canonical weights hold is 1 from then on.
+        restore_layer: a canonical layer in the checkpoint's own way of writing, by the config of the stock model; parts
+            that one module holds together are then the same layer.
+        norm_offset: what is added to the scale that a norm's weight holds: 1 where it holds the scale less 1.
+    """
+
+    neurons: str = "intermediate_size"
+    eps: str = "rms_norm_eps"
+    eps_factor: Callable[[int], float] = lambda width: 1.0
+    fields: Callable[[PreTrainedConfig], dict] = lambda config: {}
+    restore_layer: Callable[[DenseLayer, PreTrainedConfig], DenseLayer] | None = None
+    norm_offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class Family:
     """A model architecture, as the canonical network sees it.
 
@@ -81,6 +103,7 @@ class Family:
         rewrite_layer: brings a layer, as its names read it, into the canonical form: fused projections taken apart,
             factors that stand outside of the weights folded in, rotary pairs reordered (`slicegpt.families.rewriting`).
         rewrite_final_norm: the same for the last norm.
+        stock: the way back, see `slicegpt.conversion.stock`.
     """
 
     model_type: str
@@ -95,6 +118,7 @@ class Family:
     positions: str | None = None
     rewrite_layer: Callable[[DenseLayer, PreTrainedConfig], DenseLayer] | None = None
     rewrite_final_norm: Callable[[Norm, PreTrainedConfig], Norm] | None = None
+    stock: StockForm = StockForm()
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:

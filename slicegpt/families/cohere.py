@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import Norm
+from .base import Norm, StockForm
 from .llama import LLAMA, LLAMA_LAYER, llama_facts, windowed_facts
-from .rewriting import pairs_of_neighbours, scale_norm
+from .rewriting import back_to_neighbours, pairs_of_neighbours, scale_norm
 
 
 def cohere_facts(config: PreTrainedConfig) -> dict:
@@ -55,5 +55,6 @@ COHERE = replace(
     mean_subtraction=True,
     rewrite_layer=pairs_of_neighbours,
     rewrite_final_norm=fold_logits,
+    stock=StockForm(fields=lambda config: {"logit_scale": 1.0}, restore_layer=back_to_neighbours),
 )
 COHERE2 = replace(COHERE, model_type="cohere2", architectures=("Cohere2ForCausalLM",), facts=cohere2_facts)

@@ -7,9 +7,9 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import DenseLayer, Family, LayerNames
+from .base import DenseLayer, Family, LayerNames, Linear, StockForm
 from .checks import rotary_parameters
-from .rewriting import take_rows
+from .rewriting import fuse_queries, take_rows
 
 
 def key_heads_of(config: PreTrainedConfig) -> int:
@@ -79,10 +79,22 @@ def falcon_layer(config: PreTrainedConfig) -> LayerNames:
 
 def split_groups(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
     """One matrix holds, key head by key head, the queries that share it, the key and the value."""
-    outputs = torch.arange(layer.q.weight.shape[0], device=layer.q.weight.device)
-    groups = outputs.view(key_heads_of(config), -1, config.head_dim)
-    q, k, v = groups[:, :-2].flatten(), groups[:, -2].flatten(), groups[:, -1].flatten()
+    q, k, v = _places(layer.q, config)
     return replace(layer, q=take_rows(layer.q, q), k=take_rows(layer.k, k), v=take_rows(layer.v, v))
+
+
+def join_groups(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """Undoes `split_groups`."""
+    rows = config.num_attention_heads + 2 * key_heads_of(config)
+    fused = Linear(layer.q.weight.new_empty(rows * config.head_dim, 0))
+    return fuse_queries(layer, torch.cat(_places(fused, config)))
+
+
+def _places(fused: Linear, config: PreTrainedConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the outputs of queries, keys and values stand in the matrix that holds them."""
+    outputs = torch.arange(fused.weight.shape[0], device=fused.weight.device)
+    groups = outputs.view(key_heads_of(config), -1, config.head_dim)
+    return groups[:, :-2].flatten(), groups[:, -2].flatten(), groups[:, -1].flatten()
 
 
 FALCON = Family(
@@ -95,4 +107,5 @@ FALCON = Family(
     layers="transformer.h.{}",
     final_norm="transformer.ln_f",
     rewrite_layer=split_groups,
+    stock=StockForm(neurons="ffn_hidden_size", restore_layer=join_groups),
 )

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import DenseLayer
+from .base import DenseLayer, StockForm
 from .llama import LLAMA, llama_facts
 from .rewriting import one_plus, one_plus_norms, scale_writers
 
@@ -26,10 +26,17 @@ def gemma_facts(config: PreTrainedConfig) -> dict:
 
 def fold_scales(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
     """See `scale_writers`."""
-    layer = one_plus_norms(layer)
-    # transformers multiplies by the root as the model's dtype rounds it.
-    root = torch.tensor(config.hidden_size**0.5, dtype=torch.float64).to(layer.o.weight.dtype)
-    return scale_writers(layer, 1 / root.item())
+    return scale_writers(one_plus_norms(layer), 1 / _root(layer, config))
+
+
+def unfold_scales(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """Undoes the scaling of the writers, by the root of the width that the config has now."""
+    return scale_writers(layer, _root(layer, config))
+
+
+def _root(layer: DenseLayer, config: PreTrainedConfig) -> float:
+    """The root of the width; transformers multiplies by it as the model's dtype rounds it."""
+    return torch.tensor(config.hidden_size**0.5, dtype=torch.float64).to(layer.o.weight.dtype).item()
 
 
 GEMMA = replace(
@@ -39,4 +46,5 @@ GEMMA = replace(
     facts=gemma_facts,
     rewrite_layer=fold_scales,
     rewrite_final_norm=one_plus,
+    stock=StockForm(eps_factor=float, restore_layer=unfold_scales, norm_offset=-1.0),
 )

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from .base import DenseLayer, head_dim_of
+from .base import DenseLayer, StockForm, head_dim_of
 from .checks import check_head_dim
 from .llama import LLAMA, LLAMA_LAYER, llama_facts
-from .rewriting import pairs_of_neighbours, split_rows
+from .rewriting import back_to_neighbours, fuse_gate, pairs_of_neighbours, split_rows
 
 
 def glm_facts(config: PreTrainedConfig) -> dict:
@@ -18,8 +18,17 @@ def glm_facts(config: PreTrainedConfig) -> dict:
 def glm_layer(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
     """Gate and up lie one below the other in one matrix."""
     gate, up = split_rows(layer.up, config.intermediate_size, config.intermediate_size)
-    rotated = int(head_dim_of(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
-    return pairs_of_neighbours(replace(layer, gate=gate, up=up), config, rotated)
+    return pairs_of_neighbours(replace(layer, gate=gate, up=up), config, _rotated(config))
+
+
+def restored_glm_layer(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """Undoes `glm_layer`."""
+    return back_to_neighbours(fuse_gate(layer), config, _rotated(config))
+
+
+def _rotated(config: PreTrainedConfig) -> int:
+    """Entries of a head that are rotated."""
+    return int(head_dim_of(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 def helium_facts(config: PreTrainedConfig) -> dict:
@@ -35,12 +44,14 @@ GLM = replace(
     facts=glm_facts,
     layer=replace(LLAMA_LAYER, gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
     rewrite_layer=glm_layer,
+    stock=StockForm(restore_layer=restored_glm_layer),
 )
 ERNIE = replace(
     LLAMA,
     model_type="ernie4_5",
     architectures=("Ernie4_5ForCausalLM",),
     rewrite_layer=pairs_of_neighbours,
+    stock=StockForm(restore_layer=back_to_neighbours),
 )
 HELIUM = replace(
     LLAMA,
@@ -48,4 +59,5 @@ HELIUM = replace(
     architectures=("HeliumForCausalLM",),
     facts=helium_facts,
     rewrite_layer=pairs_of_neighbours,
+    stock=StockForm(restore_layer=back_to_neighbours),
 )

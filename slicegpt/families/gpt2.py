@@ -6,9 +6,9 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import DenseLayer, Family, LayerNames
+from .base import DenseLayer, Family, LayerNames, StockForm
 from .checks import check_even_heads
-from .rewriting import scale_linear, split_rows, transposed
+from .rewriting import fuse_queries, scale_linear, split_rows, transposed
 
 
 def gpt2_facts(config: PreTrainedConfig) -> dict:
@@ -44,6 +44,13 @@ def split_and_transpose(layer: DenseLayer, config: PreTrainedConfig) -> DenseLay
     return replace(layer, q=q, k=k, v=v, o=o, up=up, down=down)
 
 
+def join_and_transpose(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """Undoes `split_and_transpose`; the queries keep the scale that they took from the scores."""
+    layer = fuse_queries(layer)
+    fused, o, up, down = (transposed(linear) for linear in (layer.q, layer.o, layer.up, layer.down))
+    return replace(layer, q=fused, k=fused, v=fused, o=o, up=up, down=down)
+
+
 GPT2 = Family(
     model_type="gpt2",
     architectures=("GPT2LMHeadModel",),
@@ -64,4 +71,9 @@ GPT2 = Family(
     layers="transformer.h.{}",
     final_norm="transformer.ln_f",
     rewrite_layer=split_and_transpose,
+    stock=StockForm(
+        neurons="n_inner",
+        fields=lambda config: {"scale_attn_weights": True},
+        restore_layer=join_and_transpose,
+    ),
 )

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig
 
-from .base import DenseLayer, Family, LayerNames
+from .base import DenseLayer, Family, LayerNames, StockForm
 from .checks import check_head_dim
 from .llama import llama_facts
-from .rewriting import take_rows
+from .rewriting import fuse_queries, take_rows
 
 
 def gpt_neox_facts(config: PreTrainedConfig) -> dict:
@@ -27,9 +27,19 @@ def split_heads(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
     Parallel blocks share one weightless norm, whatever the scales and shifts of their two LayerNorms: those are folded
     into the layers that read it.
     """
-    outputs = torch.arange(layer.q.weight.shape[0], device=layer.q.weight.device)
-    q, k, v = outputs.view(config.num_attention_heads, 3, -1).transpose(0, 1).flatten(1)
+    q, k, v = _places(len(layer.q.weight), layer, config)
     return replace(layer, q=take_rows(layer.q, q), k=take_rows(layer.k, k), v=take_rows(layer.v, v))
+
+
+def join_heads(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """Undoes `split_heads`."""
+    return fuse_queries(layer, _places(3 * len(layer.q.weight), layer, config).flatten())
+
+
+def _places(count: int, layer: DenseLayer, config: PreTrainedConfig) -> torch.Tensor:
+    """Where queries, keys and values [3, n] stand in the matrix of `count` outputs that holds them."""
+    outputs = torch.arange(count, device=layer.q.weight.device)
+    return outputs.view(config.num_attention_heads, 3, -1).transpose(0, 1).flatten(1)
 
 
 GPT_NEOX = Family(
@@ -51,4 +61,5 @@ GPT_NEOX = Family(
     layers="gpt_neox.layers.{}",
     final_norm="gpt_neox.final_layer_norm",
     rewrite_layer=split_heads,
+    stock=StockForm(restore_layer=join_heads),
 )

@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import DenseLayer, Norm, head_dim_of
+from .base import DenseLayer, Norm, StockForm, head_dim_of
 from .llama import LLAMA, LLAMA_LAYER, llama_facts
-from .rewriting import scale_linear, scale_norm, scale_writers, split_rows
+from .rewriting import fuse_gate, scale_linear, scale_norm, scale_writers, split_rows
 
 
 def granite_facts(config: PreTrainedConfig) -> dict:
@@ -40,12 +40,23 @@ def fold_logits(norm: Norm, config: PreTrainedConfig) -> Norm:
     return scale_norm(norm, 1 / config.logits_scaling)
 
 
+def without_factors(config: PreTrainedConfig) -> dict:
+    """The config's fields where the weights hold the factors."""
+    return {
+        "embedding_multiplier": 1.0,
+        "attention_multiplier": head_dim_of(config) ** -0.5,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
+
+
 GRANITE = replace(
     LLAMA,
     model_type="granite",
     architectures=("GraniteForCausalLM",),
     facts=granite_facts,
     rewrite_layer=fold_factors,
+    stock=StockForm(fields=without_factors),
     rewrite_final_norm=fold_logits,
 )
 
@@ -74,6 +85,11 @@ def split_shared_mlp(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
     return fold_factors(replace(layer, gate=gate, up=up), config)
 
 
+def join_shared_mlp(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """Gate and up in one matrix again; the factors stay in the weights."""
+    return fuse_gate(layer)
+
+
 GRANITE4 = replace(
     GRANITE,
     model_type="granitemoehybrid",
@@ -86,4 +102,7 @@ GRANITE4 = replace(
         down="shared_mlp.output_linear",
     ),
     rewrite_layer=split_shared_mlp,
+    stock=StockForm(
+        neurons="shared_intermediate_size", fields=without_factors, restore_layer=join_shared_mlp
+    ),
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
+from .base import StockForm
 from .llama import LLAMA, LLAMA_LAYER, llama_facts
 from .rewriting import one_plus, one_plus_norms
 
@@ -28,6 +29,7 @@ NEMOTRON = replace(
     mean_subtraction=True,
     rewrite_layer=one_plus_norms,
     rewrite_final_norm=one_plus,
+    stock=StockForm(norm_offset=-1.0),
 )
 ARCEE = replace(UNGATED, model_type="arcee", architectures=("ArceeForCausalLM",))
 JAIS2 = replace(

@@ -4,7 +4,7 @@ from transformers import PreTrainedConfig
 
 from slicegpt.errors import SliceGPTError
 
-from .base import Family, LayerNames
+from .base import Family, LayerNames, StockForm
 from .checks import check_even_heads
 
 
@@ -59,4 +59,5 @@ OPT = Family(
     positions="model.decoder.embed_positions",
     layers="model.decoder.layers.{}",
     final_norm="model.decoder.final_layer_norm",
+    stock=StockForm(neurons="ffn_dim"),
 )

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from .base import DenseLayer, head_dim_of
+from .base import DenseLayer, StockForm, head_dim_of
 from .llama import LLAMA, LLAMA_LAYER, llama_facts
-from .rewriting import split_rows
+from .rewriting import fuse_gate, fuse_queries, split_rows
 
 
 def phi3_facts(config: PreTrainedConfig) -> dict:
@@ -23,6 +23,11 @@ def split_projections(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer
     return replace(layer, q=q, k=k, v=v, gate=gate, up=up)
 
 
+def join_projections(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
+    """Undoes `split_projections`."""
+    return fuse_gate(fuse_queries(layer))
+
+
 PHI3 = replace(
     LLAMA,
     model_type="phi3",
@@ -37,4 +42,5 @@ PHI3 = replace(
         up="mlp.gate_up_proj",
     ),
     rewrite_layer=split_projections,
+    stock=StockForm(restore_layer=join_projections),
 )

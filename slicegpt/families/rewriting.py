@@ -1,4 +1,7 @@
-"""What `rewrite_layer` is made of: a checkpoint's own way of writing a layer, brought into the canonical form."""
+"""What `rewrite_layer` is made of: a checkpoint's own way of writing a layer, brought into the canonical form.
+
+And what `StockForm.restore_layer` is made of, which undoes it.
+"""
 
 from dataclasses import replace
 
@@ -12,6 +15,31 @@ def split_rows(linear: Linear, *sizes: int) -> list[Linear]:
     """The layers of `sizes` outputs that a fused one holds one below the other; views."""
     biases = [None] * len(sizes) if linear.bias is None else linear.bias.split(sizes)
     return [Linear(weight, bias) for weight, bias in zip(linear.weight.split(sizes), biases, strict=True)]
+
+
+def join_rows(*linears: Linear) -> Linear:
+    """One layer with the outputs of all, one below the other: undoes `split_rows`."""
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    weight = torch.cat([linear.weight for linear in linears])
+    return Linear(weight, torch.cat(biases) if len(biases) == len(linears) else None)
+
+
+def fuse_queries(layer: DenseLayer, rows: torch.Tensor | None = None) -> DenseLayer:
+    """A layer with queries, keys and values in one matrix.
+
+    Args:
+        rows: where the outputs of queries, keys and values, in this order, stand in it; None: as they come.
+    """
+    fused = join_rows(layer.q, layer.k, layer.v)
+    if rows is not None:
+        fused = take_rows(fused, rows.argsort())
+    return replace(layer, q=fused, k=fused, v=fused)
+
+
+def fuse_gate(layer: DenseLayer) -> DenseLayer:
+    """A layer with gate and up in one matrix."""
+    fused = join_rows(layer.gate, layer.up)
+    return replace(layer, gate=fused, up=fused)
 
 
 def take_rows(linear: Linear, rows: torch.Tensor) -> Linear:
@@ -60,10 +88,20 @@ def neighbours_to_halves(linear: Linear, head_dim: int, rotated: int | None = No
     Args:
         rotated: entries of a head that are rotated, its first ones; None: all.
     """
+    return take_rows(linear, _halves(linear, head_dim, rotated))
+
+
+def halves_to_neighbours(linear: Linear, head_dim: int, rotated: int | None = None) -> Linear:
+    """Undoes `neighbours_to_halves`."""
+    return take_rows(linear, _halves(linear, head_dim, rotated).argsort())
+
+
+def _halves(linear: Linear, head_dim: int, rotated: int | None) -> torch.Tensor:
+    """Where the entries of every head stand among neighbours, in the order of halves."""
     rotated = head_dim if rotated is None else rotated
     heads = torch.arange(linear.weight.shape[0], device=linear.weight.device).view(-1, head_dim)
     turned = heads[:, :rotated].unflatten(1, (-1, 2)).mT.flatten(1)
-    return take_rows(linear, torch.cat((turned, heads[:, rotated:]), dim=1).flatten())
+    return torch.cat((turned, heads[:, rotated:]), dim=1).flatten()
 
 
 def pairs_of_neighbours(
@@ -72,6 +110,13 @@ def pairs_of_neighbours(
     """A layer whose rotary positions turn neighbours; see `neighbours_to_halves`."""
     head_dim = head_dim_of(config)
     q, k = (neighbours_to_halves(linear, head_dim, rotated) for linear in (layer.q, layer.k))
+    return replace(layer, q=q, k=k)
+
+
+def back_to_neighbours(layer: DenseLayer, config: PreTrainedConfig, rotated: int | None = None) -> DenseLayer:
+    """Undoes `pairs_of_neighbours`."""
+    head_dim = head_dim_of(config)
+    q, k = (halves_to_neighbours(linear, head_dim, rotated) for linear in (layer.q, layer.k))
     return replace(layer, q=q, k=k)
 
 

@@ -50,7 +50,16 @@ class SlicedConfig(PreTrainedConfig):
             see `query_scaling`.
         intermediate_size, dense_intermediate_size: MLP neurons of a layer, the most of any, and how many they were
             before slicing (the same where not given).
-        layer_neurons: those of each layer, where they differ; see `neurons`.
+        layer_neurons: those of each layer, where they differ; see `neurons`. 0: the layer has no MLP.
+        num_attention_heads, num_key_value_heads: query heads of a layer before slicing, and its key/value heads; each
+            of these serves a group of query heads.
+        layer_key_value_heads: key/value heads that each layer keeps, with their query heads, where some are deleted;
+            see `key_value_heads`. 0: the layer has no attention, neither a norm before it nor a place in the cache. One
+            layer at least has some.
+        layer_types: kind of attention of each layer, "full_attention" or "sliding_attention". transformers' caches read
+            it layer by layer: where layers have no attention, the kinds of those that have come first, in order, and
+            "full_attention" stands for the others. See `attention_types`.
+        dense_layer_types: kind of attention of each layer before slicing, where some have none now.
         gated_mlp: `down(act(gate(x)) * up(x))` rather than `down(act(up(x)))`.
         attention_bias, attention_output_bias, mlp_bias, mlp_output_bias, lm_head_bias: which linear layers
             carry a bias (folding a LayerNorm's shift creates some).
@@ -102,7 +111,9 @@ class SlicedConfig(PreTrainedConfig):
     qk_norm: bool = False
     qk_norm_after_rope: bool = False
     sliding_window: int | None = None
+    layer_key_value_heads: list[int] | None = None
     layer_types: list[str] | None = None
+    dense_layer_types: list[str] | None = None
     intermediate_size: int = 11008
     dense_intermediate_size: int | None = None
     layer_neurons: list[int] | None = None
@@ -143,6 +154,14 @@ class SlicedConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
+        if 0 in self.key_value_heads:
+            self.dense_layer_types = self.dense_layer_types or list(self.layer_types)
+            attending = [
+                kind
+                for kind, heads in zip(self.dense_layer_types, self.key_value_heads, strict=False)
+                if heads
+            ]
+            self.layer_types = attending + ["full_attention"] * (self.num_hidden_layers - len(attending))
         if self.head_projection is None:
             self.head_projection = (
                 self.tie_word_embeddings and self.boundary_widths[-1] != self.dense_hidden_size
@@ -163,6 +182,29 @@ class SlicedConfig(PreTrainedConfig):
     def neurons(self) -> list[int]:
         """MLP neurons of each layer."""
         return self.layer_neurons or [self.intermediate_size] * self.num_hidden_layers
+
+    @property
+    def key_value_heads(self) -> list[int]:
+        """Key/value heads of each layer; 0 where it has no attention."""
+        return self.layer_key_value_heads or [self.num_key_value_heads] * self.num_hidden_layers
+
+    @property
+    def attention_heads(self) -> list[int]:
+        """Query heads of each layer."""
+        sharing = self.num_attention_heads // self.num_key_value_heads
+        return [sharing * heads for heads in self.key_value_heads]
+
+    @property
+    def attention_types(self) -> list[str]:
+        """Kind of attention of each layer; of one without attention, what it was before slicing."""
+        return self.dense_layer_types or self.layer_types
+
+    def cache_index(self, layer: int) -> int:
+        """Where a layer's keys and values are in transformers' caches: layers without attention have no place there.
+
+        A cache tells its length by its first layer, so that has to be one with attention.
+        """
+        return sum(heads > 0 for heads in self.key_value_heads[:layer])
 
     @property
     def longrope_length(self) -> int | None:
@@ -209,13 +251,15 @@ class SlicedConfig(PreTrainedConfig):
             raise ValueError(f"boundary_widths must hold {blocks + 1} widths, got {len(widths)}")
         if not all(1 <= width <= dense for width in widths):
             raise ValueError(f"boundary_widths must lie in [1, {dense}], got {widths}")
-        if not 1 <= self.intermediate_size <= self.dense_intermediate_size:
+        fewest = 1 if self.layer_neurons is None else 0
+        if not fewest <= self.intermediate_size <= self.dense_intermediate_size:
             raise ValueError(
-                f"intermediate_size must lie in [1, {self.dense_intermediate_size}], got {self.intermediate_size}"
+                f"intermediate_size must lie in [{fewest}, {self.dense_intermediate_size}], got "
+                f"{self.intermediate_size}"
             )
-        if len(self.neurons) != self.num_hidden_layers or min(self.neurons) < 1:
+        if len(self.neurons) != self.num_hidden_layers or min(self.neurons) < 0:
             raise ValueError(
-                f"layer_neurons must hold {self.num_hidden_layers} numbers of at least 1, got {self.layer_neurons}"
+                f"layer_neurons must hold {self.num_hidden_layers} numbers of at least 0, got {self.layer_neurons}"
             )
         if len(self.shortcuts) != blocks or not set(self.shortcuts) <= set(SHORTCUT_KINDS):
             raise ValueError(f"shortcuts must hold {blocks} of {SHORTCUT_KINDS}, got {self.shortcuts}")
@@ -242,3 +286,16 @@ class SlicedConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+        kept, all_heads = self.key_value_heads, self.num_key_value_heads
+        if len(kept) != self.num_hidden_layers or not all(0 <= heads <= all_heads for heads in kept):
+            raise ValueError(
+                f"layer_key_value_heads must hold {self.num_hidden_layers} numbers in [0, {all_heads}], got "
+                f"{self.layer_key_value_heads}"
+            )
+        if not any(kept):
+            raise ValueError(
+                "layer_key_value_heads must leave attention to one layer at least, got 0 for all"
+            )
+        kinds = self.dense_layer_types
+        if kinds is not None and len(kinds) != self.num_hidden_layers:
+            raise ValueError(f"dense_layer_types must hold {self.num_hidden_layers} kinds, got {kinds}")

@@ -162,26 +162,46 @@ def eager_attention(
     return output.transpose(1, 2).contiguous(), probabilities
 
 
-class SlicedAttention(nn.Module):
-    """Causal self-attention from a boundary of `in_width` columns to one of `out_width`."""
+class Constant(nn.Module):
+    """What a deleted attention or MLP leaves: a vector that its block adds to the stream."""
 
-    def __init__(self, config: SlicedConfig, layer_idx: int, in_width: int, out_width: int):
+    def __init__(self, width: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`hidden_states` with the vector added."""
+        return hidden_states + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{len(self.bias)}"
+
+
+class SlicedAttention(nn.Module):
+    """Causal self-attention from a boundary of `in_width` columns to one of `out_width`.
+
+    Args:
+        key_heads: key/value heads, each with its group of query heads.
+    """
+
+    def __init__(self, config: SlicedConfig, layer_idx: int, in_width: int, out_width: int, key_heads: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.cache_index = config.cache_index(layer_idx)
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        sliding = config.attention_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
         self.uses_rope = config.uses_rope(layer_idx)
         self.query_scaling = config.query_scaling
         self.norm_after_rope = config.qk_norm_after_rope
 
-        query_size = config.num_attention_heads * config.head_dim
-        key_size = config.num_key_value_heads * config.head_dim
+        query_size = key_heads * self.num_key_value_groups * config.head_dim
+        key_size = key_heads * config.head_dim
         self.q_proj = nn.Linear(in_width, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
@@ -217,7 +237,7 @@ class SlicedAttention(nn.Module):
             query = query * query_scale(kwargs["position_ids"], *self.query_scaling).to(query.dtype)
         if cache is not None:
             # A paged cache leaves in kwargs what attention has to know (transformers 5.24).
-            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+            key, value = cache.update(key, value, self.cache_index, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
@@ -264,6 +284,16 @@ class SlicedGatedMLP(SlicedMLP):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-def build_mlp(config: SlicedConfig, in_width: int, out_width: int, neurons: int) -> SlicedMLP:
-    """The feed-forward part, gated or not as the config says."""
+def build_attention(
+    config: SlicedConfig, layer: int, in_width: int, out_width: int
+) -> SlicedAttention | Constant:
+    """The attention of a layer, or what is left of one without key/value heads."""
+    heads = config.key_value_heads[layer]
+    return SlicedAttention(config, layer, in_width, out_width, heads) if heads else Constant(out_width)
+
+
+def build_mlp(config: SlicedConfig, in_width: int, out_width: int, neurons: int) -> SlicedMLP | Constant:
+    """The feed-forward part, gated or not as the config says, or what is left of one without neurons."""
+    if not neurons:
+        return Constant(out_width)
     return (SlicedGatedMLP if config.gated_mlp else SlicedMLP)(config, in_width, out_width, neurons)

@@ -24,10 +24,12 @@ from .configuration import SlicedConfig
 from .layers import (
     CACHE,
     CompactShortcut,
+    Constant,
     FinalNorm,
     SlicedAttention,
     SlicedRotaryEmbedding,
     WeightlessRMSNorm,
+    build_attention,
     build_mlp,
     build_shortcut,
     stream_matrix,
@@ -53,17 +55,20 @@ class SlicedLayer(GradientCheckpointingLayer):
 
 
 class SlicedDecoderLayer(SlicedLayer):
-    """Attention and MLP one after the other, each a block with a boundary before it."""
+    """Attention and MLP one after the other, each a block with a boundary before it.
+
+    One that was deleted has no norm: its block is a shortcut and a constant.
+    """
 
     def __init__(self, config: SlicedConfig, layer_idx: int):
         super().__init__()
         block = 2 * layer_idx
         entry, middle, leave = config.boundary_widths[block : block + 3]
-        self.input_norm = build_norm(config, block)
-        self.self_attn = SlicedAttention(config, layer_idx, entry, middle)
+        self.self_attn = build_attention(config, layer_idx, entry, middle)
+        self.input_norm = None if isinstance(self.self_attn, Constant) else build_norm(config, block)
         self.attention_shortcut = build_shortcut(config, block)
-        self.mlp_norm = build_norm(config, block + 1)
         self.mlp = build_mlp(config, middle, leave, config.neurons[layer_idx])
+        self.mlp_norm = None if isinstance(self.mlp, Constant) else build_norm(config, block + 1)
         self.mlp_shortcut = build_shortcut(config, block + 1)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -71,29 +76,39 @@ class SlicedDecoderLayer(SlicedLayer):
 
     def attention_block(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """Boundary `2 l` to boundary `2 l + 1`."""
+        if self.input_norm is None:
+            return self.self_attn(self.attention_shortcut(hidden_states))
         attended, _ = self.self_attn(self.input_norm(hidden_states), **kwargs)
         return self.attention_shortcut(hidden_states) + attended
 
     def mlp_block(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Boundary `2 l + 1` to boundary `2 l + 2`."""
+        if self.mlp_norm is None:
+            return self.mlp(self.mlp_shortcut(hidden_states))
         return self.mlp_shortcut(hidden_states) + self.mlp(self.mlp_norm(hidden_states))
 
 
 class SlicedParallelDecoderLayer(SlicedLayer):
-    """Attention and MLP side by side on one norm (Phi-2): one block, one boundary, one shortcut."""
+    """Attention and MLP side by side on one norm (Phi-2): one block, one boundary, one shortcut.
+
+    One that was deleted leaves a constant; without both there is no norm.
+    """
 
     def __init__(self, config: SlicedConfig, layer_idx: int):
         super().__init__()
         entry, leave = config.boundary_widths[layer_idx : layer_idx + 2]
-        self.input_norm = build_norm(config, layer_idx)
-        self.self_attn = SlicedAttention(config, layer_idx, entry, leave)
+        self.self_attn = build_attention(config, layer_idx, entry, leave)
         self.mlp = build_mlp(config, entry, leave, config.neurons[layer_idx])
+        self.attends = not isinstance(self.self_attn, Constant)
+        self.feeds = not isinstance(self.mlp, Constant)
+        self.input_norm = build_norm(config, layer_idx) if self.attends or self.feeds else None
         self.shortcut = build_shortcut(config, layer_idx)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        normed = self.input_norm(hidden_states)
-        attended, _ = self.self_attn(normed, **kwargs)
-        return self.shortcut(hidden_states) + attended + self.mlp(normed)
+        normed = None if self.input_norm is None else self.input_norm(hidden_states)
+        carried = self.shortcut(hidden_states)
+        carried = carried + self.self_attn(normed, **kwargs)[0] if self.attends else self.self_attn(carried)
+        return carried + self.mlp(normed) if self.feeds else self.mlp(carried)
 
 
 class SlicedPreTrainedModel(PreTrainedModel):
@@ -119,6 +134,8 @@ class SlicedPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CompactShortcut):
             init.zeros_(module.factor)
+        elif isinstance(module, Constant):
+            init.zeros_(module.bias)
         elif getattr(module, "starts_as_identity", False):
             # Not `eye_`: it takes the default device, which need not be the weight's (vLLM builds on meta tensors).
             identity = torch.eye(*module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
@@ -148,6 +165,11 @@ class SlicedModel(SlicedPreTrainedModel):
             self.rotary_emb = SlicedRotaryEmbedding(config)
         layer = SlicedParallelDecoderLayer if config.parallel_blocks else SlicedDecoderLayer
         self.layers = nn.ModuleList([layer(config, index) for index in range(config.num_hidden_layers)])
+        # Of each layer the kind of its attention, None where it has none.
+        self.attention_kinds = [
+            kind if heads else None
+            for kind, heads in zip(config.attention_types, config.key_value_heads, strict=True)
+        ]
         if config.final_norm_weight:
             self.norm = FinalNorm(last, config.boundary_eps(config.num_blocks), config.final_norm_bias)
         else:
@@ -186,7 +208,7 @@ class SlicedModel(SlicedPreTrainedModel):
                 "full_attention": create_causal_mask,
                 "sliding_attention": create_sliding_window_causal_mask,
             }
-            masks = {kind: makers[kind](**common) for kind in set(self.config.layer_types)}
+            masks = {kind: makers[kind](**common) for kind in set(self.config.attention_types)}
         rotary = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
         return masks, rotary
 
@@ -236,10 +258,10 @@ class SlicedModel(SlicedPreTrainedModel):
 
         hidden_states = self.embed(inputs_embeds, position_ids)
         masks, rotary = self.block_inputs(hidden_states, position_ids, attention_mask, cache)
-        for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
+        for kind, layer in zip(self.attention_kinds, self.layers, strict=True):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks[kind],
+                attention_mask=None if kind is None else masks[kind],
                 position_embeddings=rotary,
                 position_ids=position_ids,
                 use_cache=use_cache,
@@ -262,6 +284,26 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         self.model = SlicedModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
+
+    def _get_static_cache_init_shape(self):
+        """transformers allocates a static cache before the first token where this tells the heads of its layers; where
+        they differ, the first token does it."""
+        if self.config.layer_key_value_heads is not None:
+            return None
+        return super()._get_static_cache_init_shape()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """transformers' continuous batching, whose paged cache has the same heads in every layer.
+
+        Raises:
+            ValueError: layers keep different numbers of key/value heads.
+        """
+        if self.config.layer_key_value_heads is not None:
+            raise ValueError(
+                "generate_batch: layers must have the same key/value heads, got layer_key_value_heads="
+                f"{self.config.layer_key_value_heads}; use generate, slicegpt.Runtime or vLLM"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     # `generate` reads in this method's signature what it may pass: a cache, by the name of the release, and embeddings.
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())

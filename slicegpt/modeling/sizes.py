@@ -52,6 +52,14 @@ def describe_neurons(neurons: int | list[int]) -> str:
     return f"{min(neurons)} to {max(neurons)}, {mean} on average"
 
 
+def describe_heads(kept: int | list[int]) -> str:
+    """The key/value heads of a layer, or of all where layers differ: "3", "78 in all, 0 to 3 a layer"."""
+    kept = [kept] if isinstance(kept, int) else kept
+    if min(kept) == max(kept):
+        return str(kept[0])
+    return f"{sum(kept)} in all, {min(kept)} to {max(kept)} a layer"
+
+
 def format_bytes(count: float) -> str:
     """Bytes in powers of 1000, as disks and memory bandwidths are quoted."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -15,25 +15,44 @@ from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import decode_attention_
 from slicegpt.ops.torch_attention import attention_states, one_query_attention
 from slicegpt.runtime.attention import causal_mask, prompt_attention
-from slicegpt.runtime.packing import PackedAttention
+from slicegpt.runtime.packed import PackedAttention
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values [layers, batch, key heads, capacity, head_dim]; `valid` [batch, capacity] is False on padding."""
+    """Keys and values of all layers.
+
+    Attributes:
+        keys, values: [batch, key heads of all layers, capacity, head_dim].
+        valid: [batch, capacity], False on padding.
+        heads: key heads of each layer; 0 for one without attention.
+    """
 
     keys: Tensor
     values: Tensor
     valid: Tensor
+    heads: tuple[int, ...]
 
     @classmethod
     def allocate(
         cls, config: SlicedConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> "KVCache":
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        heads = tuple(config.key_value_heads)
+        shape = (batch, sum(heads), capacity, config.head_dim)
         # Zeros, because masked values are still multiplied by 0, and uninitialised memory may hold NaNs.
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        return cls(keys, values, torch.ones((batch, capacity), dtype=torch.bool, device=device))
+        return cls(keys, values, torch.ones((batch, capacity), dtype=torch.bool, device=device), heads)
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, each [batch, key heads, capacity, head_dim]: views."""
+        first = sum(self.heads[:layer])
+        own = slice(first, first + self.heads[layer])
+        return self.keys[:, own], self.values[:, own]
+
+    def of_layers(self, slots: int | slice) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys and values in these slots, of each layer: views, made by as few calls as there are tensors."""
+        keys, values = (states[:, :, slots].split(self.heads, dim=1) for states in (self.keys, self.values))
+        return keys, values
 
     @torch.inference_mode()
     def mark(self, mask: Tensor | None) -> None:
@@ -49,11 +68,11 @@ class KVCache:
 
     @property
     def batch(self) -> int:
-        return self.keys.shape[1]
+        return self.keys.shape[0]
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[3]
+        return self.keys.shape[2]
 
 
 class CacheStep(ABC):
@@ -103,7 +122,7 @@ class GrowingStep(CacheStep):
         if (
             tokens == 1
         ):  # views of all layers at once, since the number of calls is what a token costs on a CPU
-            self._new = (cache.keys[:, :, :, start].unbind(), cache.values[:, :, :, start].unbind())
+            self._new = cache.of_layers(start)
 
     def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
         heads, key_heads, size = attention.heads, attention.key_heads, attention.head_dim
@@ -126,11 +145,7 @@ class GrowingStep(CacheStep):
             first = 0 if window is None else max(0, self.stop - window)
             seen, cache = slice(first, self.stop), self.cache
             mask = cache.valid[:, None, None, seen] if self.padded else None
-            self._views[window] = (
-                cache.keys[:, :, :, seen].unbind(),
-                cache.values[:, :, :, seen].unbind(),
-                mask,
-            )
+            self._views[window] = (*cache.of_layers(seen), mask)
         return self._views[window]
 
     def _attend(self, attention: PackedAttention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -141,7 +156,7 @@ class GrowingStep(CacheStep):
             self._new[1][layer].copy_(values)
             seen_keys, seen_values, mask = self._seen(attention.window)
             return one_query_attention(queries, seen_keys[layer], seen_values[layer], mask)
-        cached_keys, cached_values = self.cache.keys[layer], self.cache.values[layer]
+        cached_keys, cached_values = self.cache.of_layer(layer)
         queries, keys, values = (
             states.unflatten(0, (-1, self.tokens)).transpose(1, 2) for states in (queries, keys, values)
         )
@@ -190,10 +205,9 @@ class StaticStep(CacheStep):
         self.slot = slot
 
     def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
-        cache, layer = self.cache, attention.layer
         cos, sin = self.angles_for(attention)
         decode_attention_(
-            rows, cache.keys[layer], cache.values[layer], cache.valid, self.slot, cos, sin, attention.norm,
+            rows, *self.cache.of_layer(attention.layer), self.cache.valid, self.slot, cos, sin, attention.norm,
             attention.heads, attention.window, attention.norm_eps, attention.rotate_first,
         )  # fmt: skip
         return rows[:, 2 * attention.key_heads * attention.head_dim :]

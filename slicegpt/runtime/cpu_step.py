@@ -11,7 +11,7 @@ from slicegpt.ops.contracts import NormLinearInputs, norm_linear_columns
 from slicegpt.ops.cpu import gemm
 from slicegpt.ops.panels import PanelWeight
 from slicegpt.runtime.cache import KVCache
-from slicegpt.runtime.packing import PackedBlock, PackedNetwork
+from slicegpt.runtime.packed import PackedBlock, PackedNetwork
 
 
 class CpuStep:
@@ -24,10 +24,12 @@ class CpuStep:
 
     @staticmethod
     def is_supported(packed: PackedNetwork, batch: int) -> bool:
-        """Whether the kernels are built and support this dtype, number of rows and order of a block's inputs."""
+        """Whether the kernels are built and support this dtype, number of rows and the blocks' inputs: none that reads
+        nothing, and attention first."""
         return (
             packed.device.type == "cpu"
             and gemm.is_supported(None, packed.dtype, batch)
+            and all(block.inputs for block in packed.blocks)
             and all(one.attention is None for block in packed.blocks for one in block.inputs[1:])
         )
 
@@ -80,7 +82,7 @@ class CpuStep:
         if facts is not None:
             rotary = self.packed.rotary if facts.rotary else None
             read, window = 2 * facts.key_heads * facts.head_dim, facts.window or 0
-            keys, values = self.cache.keys[facts.layer], self.cache.values[facts.layer]
+            keys, values = self.cache.of_layer(facts.layer)
             attention = gemm.attention_arguments(
                 self._room,
                 keys,

@@ -42,9 +42,9 @@ class Runtime:
     padded on the left.
 
     Any number of generations may run at once, interleaved or in threads. Each holds a cache of its own from its first
-    token to its end: 2 * layers * batch * key heads * capacity * head_dim numbers (`KVCache.bytes`). A stream that is
-    not read to its end returns its cache when it is closed or garbage-collected. Up to four unused caches are kept for
-    later calls. On a GPU a generation stays on the CUDA stream that was current when it was called.
+    token to its end: 2 * batch * key heads of all layers * capacity * head_dim numbers (`KVCache.bytes`). A stream that
+    is not read to its end returns its cache when it is closed or garbage-collected. Up to four unused caches are kept
+    for later calls. On a GPU a generation stays on the CUDA stream that was current when it was called.
 
     Args:
         model: `SlicedForCausalLM`, or a dense Hugging Face model (its norms are folded first, which takes a copy).

@@ -12,7 +12,7 @@ from slicegpt.ops.norm_linear import DISPATCHER as NORM_LINEAR
 from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
 from slicegpt.runtime.cache import CacheStep
-from slicegpt.runtime.packing import PackedBlock, PackedNetwork, Projection
+from slicegpt.runtime.packed import PackedBlock, PackedNetwork, Projection
 
 
 def _norm_linear_on_cpu(*arguments) -> Tensor:
@@ -87,7 +87,7 @@ class Executor:
         if packed.positions is not None:
             offset = packed.config.position_offset
             stream = stream + F.embedding(positions.flatten().clamp(min=-offset) + offset, packed.positions)
-        return stream
+        return stream if packed.embed_bias is None else stream + packed.embed_bias
 
     def blocks(self, stream: Tensor, step: CacheStep) -> tuple[Tensor, Tensor | None]:
         """The residual stream after all blocks, and its rows' sums of squares (None: not computed)."""
@@ -99,6 +99,8 @@ class Executor:
     def _block(
         self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: CacheStep
     ) -> tuple[Tensor, Tensor | None]:
+        if not block.inputs:
+            return block.carried(stream), None
         pieces = []
         for projection in block.inputs:
             rows = self._project(projection, stream, sums, block.width, block.eps)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from slicegpt import ops
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedForCausalLM
-from slicegpt.modeling.layers import SlicedAttention
-from slicegpt.runtime.packing import PackedBlock, check_one_device, pack_layer, weight_reader
+from slicegpt.modeling.layers import Constant, SlicedAttention
+from slicegpt.runtime.packed import PackedBlock
+from slicegpt.runtime.packing import check_one_device, pack_layer, weight_reader
 
 
 @torch.no_grad()
@@ -39,8 +40,8 @@ def fuse_layers(model: SlicedForCausalLM, release: bool = False) -> SlicedForCau
         )
     check_one_device("fuse_layers", model)
     reader = weight_reader(model)
-    for layer in model.model.layers:
-        blocks = pack_layer(model.config, layer, reader)
+    for index, layer in enumerate(model.model.layers):
+        blocks = pack_layer(model.config, index, layer, reader)
         layer.forward = _FusedForward(layer.self_attn, blocks)
         if release:
             layer.to("meta")
@@ -81,10 +82,12 @@ def _attention_of_rows(module: SlicedAttention) -> SlicedAttention:
 class _FusedForward:
     """The forward pass of a layer: `forward(hidden_states, **kwargs)`, [batch, tokens, d] to [batch, tokens, d']."""
 
-    def __init__(self, attention: SlicedAttention, blocks: tuple[PackedBlock, ...]):
+    def __init__(self, attention: SlicedAttention | Constant, blocks: tuple[PackedBlock, ...]):
+        self.blocks = blocks
+        if isinstance(attention, Constant):
+            return
         self.attention = _attention_of_rows(attention)
         self.end = 2 * attention.k_proj.out_features + attention.q_proj.out_features
-        self.blocks = blocks
 
     def __call__(self, hidden_states: Tensor, **kwargs) -> Tensor:
         if torch.is_grad_enabled() and hidden_states.requires_grad:
@@ -98,7 +101,9 @@ class _FusedForward:
 
     def _block(
         self, block: PackedBlock, stream: Tensor, sums: Tensor | None, shape: torch.Size, kwargs: dict
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
+        if not block.inputs:
+            return block.carried(stream), None
         pieces = []
         for one in block.inputs:
             rows = ops.norm_linear(

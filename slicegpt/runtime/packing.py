@@ -7,19 +7,19 @@ differ. Weights of 8 and 4 bits stay what they are where there are kernels for t
 elsewhere; a shortcut's factor is the part of them that is not quantized.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
-from slicegpt.modeling.layers import FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.modeling.layers import Constant, FinalNorm, SlicedAttention, SlicedMLP
 from slicegpt.ops import quantized
 from slicegpt.ops.contracts import GATED
 from slicegpt.ops.panels import PanelWeight
-from slicegpt.ops.rotate_add import reads_factor
 from slicegpt.runtime.linear_weights import WeightReader, with_factor, with_negative_factor
+from slicegpt.runtime.packed import PackedAttention, PackedBlock, PackedNetwork, Projection
 from slicegpt.runtime.rounding import rounding
 from slicegpt.runtime.weight_memory import WeightMemory
 
@@ -36,141 +36,6 @@ ACTIVATION_NAMES = {
 
 # Their frequencies change with the length of the sequence, so the angles cannot be tabulated.
 UNSUPPORTED_ROPE = ("dynamic",)
-
-
-@dataclass(frozen=True)
-class PackedAttention:
-    """Attention of one layer, apart from its projections: heads, q/k norm and window.
-
-    Attributes:
-        layer: index into the cache.
-        norm: scales [key heads + query heads, head_dim] of the norm of keys and queries, or None.
-        window: number of tokens that a token attends to, itself included, or None.
-        rotary: rotary positions turn queries and keys.
-        rotate_first: the norm comes behind the rotation.
-    """
-
-    layer: int
-    heads: int
-    key_heads: int
-    head_dim: int
-    norm: Tensor | None
-    norm_eps: float
-    window: int | None
-    rotary: bool
-    rotate_first: bool
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One `norm_linear`: weight [N, d], bias [n_scaled] or None; `attention` follows it, or None."""
-
-    weight: Tensor | PanelWeight
-    bias: Tensor | None
-    n_scaled: int
-    activation: str
-    attention: PackedAttention | None = None
-
-
-@dataclass(frozen=True)
-class PackedBlock:
-    """One block, from its boundary to the next: input GEMMs, and one `rotate_add` of their concatenated results.
-
-    Attributes:
-        factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
-            the same numbers in its last columns. None for another shortcut, for rank 0, and beside a `PanelWeight`.
-    """
-
-    inputs: tuple[Projection, ...]
-    width: int
-    eps: float
-    output: Tensor | PanelWeight
-    output_bias: Tensor | None
-    shortcut: Tensor | None
-    factor: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class PackedNetwork:
-    """All weights of a model.
-
-    Attributes:
-        embed_projection, positions: None where the model has none; positions [rows, d] begin at row
-            `config.position_offset`.
-        rotary: `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, or None.
-        final_scale: [d], the scale that the last norm of a tied model keeps, or None.
-        head_projection: from a sliced last boundary to the width of a tied head, or None.
-        head: reads the last norm, or the output of `head_projection` without a norm (`n_scaled` is then 0).
-        made_dense: the model has weights of fewer bits, for which there are no kernels here.
-    """
-
-    config: SlicedConfig
-    dtype: torch.dtype
-    device: torch.device
-    embedding: Tensor | PanelWeight
-    embed_projection: Tensor | None
-    positions: Tensor | None
-    rotary: Tensor | None
-    blocks: tuple[PackedBlock, ...]
-    final_scale: Tensor | None
-    final_eps: float
-    head_projection: Projection | None
-    head: Projection
-    made_dense: bool = False
-
-    def stored_bytes(self) -> int:
-        """Bytes of all weights, with both copies of compact factors; a tied head is counted once."""
-        tied = self.head.weight.data_ptr() == self.embedding.data_ptr()
-        return _bytes([*self._weights(), None if tied else self.embedding, self.positions])
-
-    def bytes_per_token(self, rows: int = 1) -> int:
-        """Bytes of weights that generating a token for each of `rows` sequences moves from memory.
-
-        One row of the embedding is counted, and both copies of a compact factor, or one where `rotate_add` reads the
-        other from L2.
-        """
-        found = [
-            block.output[:, -len(block.factor) :]
-            for block in self.blocks
-            if block.factor is not None and reads_factor(block.output, block.factor, rows)
-        ]
-        looked_up = _bytes([self.embedding]) // len(self.embedding)
-        return _bytes([*self._weights(), self.positions_of_a_token()]) + looked_up - _bytes(found)
-
-    def positions_of_a_token(self) -> Tensor | None:
-        """One row of the learned positions."""
-        return None if self.positions is None else self.positions[:1]
-
-    def weights_text(self) -> str:
-        """The dtype, and what the weights of the blocks are where they are not of it: bfloat16, 4-bit weights."""
-        name = str(self.dtype).removeprefix("torch.")
-        if self.made_dense:
-            return f"{name}, quantized weights made dense (no kernels for them here)"
-        bits = self.bits()
-        return f"{name}, {' and '.join(map(str, bits))}-bit weights" if bits else name
-
-    def bits(self) -> list[int]:
-        """Of the quantized weights of the blocks, most first; none where there are none."""
-        weights = [one.weight for block in self.blocks for one in block.inputs] + [
-            b.output for b in self.blocks
-        ]
-        return sorted({one.bits for one in weights if isinstance(one, PanelWeight)}, reverse=True)
-
-    def _weights(self) -> list[Tensor | PanelWeight | None]:
-        """All weights but the embedding tables."""
-        tensors = [self.embed_projection, self.final_scale, self.head.weight, self.head.bias]
-        if self.head_projection is not None:
-            tensors += [self.head_projection.weight, self.head_projection.bias]
-        for block in self.blocks:
-            tensors += [block.output, block.output_bias, block.shortcut]
-            for projection in block.inputs:
-                tensors += [projection.weight, projection.bias]
-                tensors.append(projection.attention and projection.attention.norm)
-        return tensors
-
-
-def _bytes(tensors: list[Tensor | PanelWeight | None]) -> int:
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def position_limit(config: SlicedConfig) -> tuple[int, str | None]:
@@ -252,11 +117,12 @@ def pack(
         rotary = rotary_table(trunk.rotary_emb, empty, max_positions or position_limit(config)[0])
     made_dense = not reader.panels and any(hasattr(one, "weight_packed") for one in model.modules())
     blocks: list[PackedBlock] = []
-    for layer in trunk.layers:
-        packed = pack_layer(config, layer, reader)
+    for index, layer in enumerate(trunk.layers):
+        packed = pack_layer(config, index, layer, reader)
         blocks += packed if memory is None else [_copied(block, memory) for block in packed]
         if release:
             layer.to("meta")
+    embed_bias, blocks = without_constants(blocks)
     scale, head_projection, head = _pack_head(model, embedding, reader)
     # A head is the model's own memory: it is copied where that is given up, and where it was packed anyway.
     if memory is not None and (release or isinstance(head.weight, PanelWeight)):
@@ -274,8 +140,9 @@ def pack(
         embedding=embedding,
         embed_projection=projection.weight.detach() if isinstance(projection, nn.Linear) else None,
         positions=None if positions is None else positions.weight.detach(),
+        embed_bias=embed_bias,
         rotary=rotary,
-        blocks=tuple(blocks),
+        blocks=blocks,
         final_scale=scale,
         final_eps=trunk.norm.eps,
         head_projection=head_projection,
@@ -293,8 +160,10 @@ def _copied(block: PackedBlock, memory: WeightMemory) -> PackedBlock:
 
 
 @torch.no_grad()
-def pack_layer(config: SlicedConfig, layer: nn.Module, reader: WeightReader) -> tuple[PackedBlock, ...]:
-    """The one or two blocks of a decoder layer.
+def pack_layer(
+    config: SlicedConfig, index: int, layer: nn.Module, reader: WeightReader
+) -> tuple[PackedBlock, ...]:
+    """The one or two blocks of decoder layer `index`.
 
     Errors: `SliceGPTError` for an activation that the fused operators do not have.
     """
@@ -306,13 +175,35 @@ def pack_layer(config: SlicedConfig, layer: nn.Module, reader: WeightReader) -> 
             f"{gated}activation {config.hidden_act!r} is not supported; use the plain model", "model"
         )
     if config.parallel_blocks:
-        parts = [(layer.input_norm, (layer.self_attn, layer.mlp), layer.shortcut)]
-    else:
-        parts = [
-            (layer.input_norm, (layer.self_attn,), layer.attention_shortcut),
-            (layer.mlp_norm, (layer.mlp,), layer.mlp_shortcut),
-        ]
-    return tuple(_pack_block(config, reader, *part) for part in parts)
+        return (_pack_block(config, reader, index, (layer.self_attn, layer.mlp), layer.shortcut),)
+    return (
+        _pack_block(config, reader, 2 * index, (layer.self_attn,), layer.attention_shortcut),
+        _pack_block(config, reader, 2 * index + 1, (layer.mlp,), layer.mlp_shortcut),
+    )
+
+
+def without_constants(blocks: list[PackedBlock]) -> tuple[Tensor | None, tuple[PackedBlock, ...]]:
+    """The same blocks; what only adds a constant to the stream is added to the bias of the block before it.
+
+    Returns:
+        What is to be added to the stream before the first block, [d] or None, and the blocks.
+    """
+    first: Tensor | None = None
+    kept: list[PackedBlock] = []
+    for block in blocks:
+        if not block.is_constant:
+            kept.append(block)
+        elif kept:
+            kept[-1] = replace(kept[-1], output_bias=_sum_of(kept[-1].output_bias, block.output_bias))
+        else:
+            first = _sum_of(first, block.output_bias)
+    return first, tuple(kept)
+
+
+def _sum_of(*biases: Tensor | None) -> Tensor:
+    """Rounded once."""
+    there = [bias for bias in biases if bias is not None]
+    return sum(bias.double() for bias in there).to(there[0].dtype)
 
 
 def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
@@ -329,31 +220,39 @@ def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
 def _pack_block(
     config: SlicedConfig,
     reader: WeightReader,
-    norm: nn.Module,
+    boundary: int,
     modules: tuple[nn.Module, ...],
     shortcut: nn.Module,
 ) -> PackedBlock:
-    inputs, writers, factor = [], [], None
+    width, next_width = config.boundary_widths[boundary : boundary + 2]
+    inputs, writers, constants, factor = [], [], [], None
     for module in modules:
+        if isinstance(module, Constant):
+            constants.append(module.bias)
+            continue
         if isinstance(module, SlicedAttention):
             inputs.append(_pack_attention(config, reader, module))
             writers.append(module.o_proj)
         else:
             inputs.append(_pack_mlp(config, reader, module))
             writers.append(module.down_proj)
-    output = reader.beside(writers)
-    biases = [writer.bias for writer in writers if writer.bias is not None]
+    output = reader.beside(writers) if writers else constants[0].new_empty(next_width, 0)
+    biases = [*constants, *(writer.bias for writer in writers if writer.bias is not None)]
     if isinstance(shortcut, CompactShortcut) and len(shortcut.factor):
         # z = h F are the last columns of the last input GEMM; -Fᵀ brings them back to h's columns.
-        last = inputs[-1]
-        inputs[-1] = replace(last, weight=with_factor(last.weight, shortcut.factor))
-        if not isinstance(last.weight, PanelWeight) and not isinstance(output, PanelWeight):
-            factor = inputs[-1].weight[len(last.weight) :]
+        if inputs:
+            last = inputs[-1]
+            inputs[-1] = replace(last, weight=with_factor(last.weight, shortcut.factor))
+            if not isinstance(last.weight, PanelWeight) and not isinstance(output, PanelWeight):
+                factor = inputs[-1].weight[len(last.weight) :]
+        else:
+            factor = shortcut.factor.detach()
+            inputs.append(Projection(factor, None, 0, "none"))
         output = with_negative_factor(output, shortcut.factor, shortcut.padding)
     return PackedBlock(
         inputs=tuple(inputs),
-        width=norm.width,
-        eps=norm.eps,
+        width=width,
+        eps=config.boundary_eps(boundary),
         output=output,
         output_bias=sum(biases) if biases else None,
         shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
@@ -364,17 +263,19 @@ def _pack_block(
 def _pack_attention(config: SlicedConfig, reader: WeightReader, module: SlicedAttention) -> Projection:
     modules = (module.v_proj, module.k_proj, module.q_proj)
     weight = reader.below(modules)
+    key_heads = module.k_proj.out_features // config.head_dim
+    heads = module.q_proj.out_features // config.head_dim
     bias = norm = None
     if module.q_proj.bias is not None:
         bias = torch.cat([one.bias for one in modules])
     if config.qk_norm:
-        key_scale = module.k_norm.weight.expand(config.num_key_value_heads, -1)
-        query_scale = module.q_norm.weight.expand(config.num_attention_heads, -1)
+        key_scale = module.k_norm.weight.expand(key_heads, -1)
+        query_scale = module.q_norm.weight.expand(heads, -1)
         norm = torch.cat((key_scale, query_scale))
     attention = PackedAttention(
         layer=module.layer_idx,
-        heads=config.num_attention_heads,
-        key_heads=config.num_key_value_heads,
+        heads=heads,
+        key_heads=key_heads,
         head_dim=config.head_dim,
         norm=norm,
         norm_eps=config.rms_norm_eps,

@@ -1,9 +1,9 @@
 """Memory for packed weights on a CPU: one after another as a token reads them, on huge pages where Linux has them.
 
 A token reads every weight once. What a processor fetches ahead by itself ends with a page, and small pages cost more
-look-ups of addresses. One thread of an AMD EPYC 7003, best of four passes over 96 MiB in a shared machine: reading alone
-reached 14.5 GB/s on pages of 4 KiB and 18.7 on huge ones; bfloat16 weights 9 to 13 and 12 to 14, 8-bit ones 12 to 13 and
-15 to 17.
+look-ups of addresses. One thread of an AMD EPYC 7003, best of four passes over 96 MiB on a shared machine: reading
+alone reached 14.5 GB/s on pages of 4 KiB and 18.7 on huge ones; bfloat16 weights 9 to 13 and 12 to 14, 8-bit ones 12 to
+13 and 15 to 17.
 """
 
 import contextlib

@@ -1,5 +1,12 @@
 """The entry point in the group `vllm.general_plugins`: vLLM calls `register` in every process it starts."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slicegpt.modeling import SlicedConfig
+
 ARCHITECTURE = "SlicedForCausalLM"
 VLLM_CLASS = "slicegpt.serving.vllm_model:SlicedForVLLM"
 
@@ -12,3 +19,20 @@ def register() -> None:
 
     # By name: a class would import vLLM's model code, which must not touch CUDA before vLLM forks its workers.
     ModelRegistry.register_model(ARCHITECTURE, VLLM_CLASS)
+
+
+def heads_of_rank(config: SlicedConfig, layer: int, ranks: int) -> tuple[int, int]:
+    """Query heads and key/value heads of a layer on each of so many tensor-parallel ranks.
+
+    As vLLM shards them: query heads are dealt out evenly, and so are key/value heads, or each is on several ranks.
+
+    Raises:
+        ValueError: they cannot be.
+    """
+    heads, key_heads = config.attention_heads[layer], config.key_value_heads[layer]
+    if heads % ranks or (key_heads % ranks and ranks % key_heads):
+        raise ValueError(
+            f"tensor_parallel_size must divide the {heads} query heads of layer {layer}, and divide its {key_heads} "
+            f"key/value heads or be a multiple of them, got {ranks}"
+        )
+    return heads // ranks, max(1, key_heads // ranks)

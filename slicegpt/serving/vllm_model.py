@@ -2,7 +2,8 @@
 
 vLLM builds `slicegpt.modeling`'s own network and replaces its parts: QKV and gate/up become one product each, the
 norms its RMSNorm, the linear layers its sharded ones, attention its paged one. What it cannot know is that the
-residual stream changes its width on the way; this file tells it.
+residual stream changes its width on the way, and that layers may have different numbers of heads, or no attention;
+this file tells it.
 """
 
 import torch
@@ -10,9 +11,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.models.transformers.base import Attention
 from vllm.model_executor.models.utils import PPMissingLayer, make_empty_intermediate_tensors_factory
 
 from slicegpt.modeling import SlicedConfig
+from slicegpt.serving.plugin import heads_of_rank
 
 
 def entry_boundary(config: SlicedConfig, layer: int) -> int:
@@ -37,6 +40,29 @@ class SlicedForVLLM(TransformersForCausalLM):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], width
         )
+
+    def create_attention_instances(self) -> dict[int, Attention]:
+        """vLLM's attention of each of this stage's layers that has any, with the heads of this rank."""
+        config, group = self.text_config, self.pp_group
+        if config.layer_key_value_heads is None:
+            return super().create_attention_instances()
+        instances = {}
+        for layer in range(*get_pp_indices(config.num_hidden_layers, group.rank_in_group, group.world_size)):
+            if not config.key_value_heads[layer]:
+                continue
+            heads, key_heads = heads_of_rank(config, layer, self.tp_group.world_size)
+            sliding = config.attention_types[layer] == "sliding_attention"
+            instances[layer] = Attention(
+                num_heads=heads,
+                head_size=config.head_dim,
+                scale=config.head_dim**-0.5,
+                num_kv_heads=key_heads,
+                cache_config=self.cache_config,
+                quant_config=self.quant_config,
+                per_layer_sliding_window=config.sliding_window if sliding else None,
+                prefix=f"{layer}.attn",
+            )
+        return instances
 
     def _fix_longrope(self, length: int) -> None:
         """LongRoPE's frequencies by the longest sequence that is served: a batch mixes sequences of all lengths."""

@@ -82,6 +82,10 @@ def deletes_neurons(config: SlicedConfig) -> bool:
     return min(config.neurons) < config.dense_intermediate_size
 
 
+def deletes_heads(config: SlicedConfig) -> bool:
+    return min(config.key_value_heads) < config.num_key_value_heads
+
+
 def fewest_neurons(config: SlicedConfig, multiple: int) -> int:
     """What no layer falls below."""
     fewest = min(FEWEST * config.dense_intermediate_size, config.intermediate_size / 2)

@@ -23,11 +23,17 @@ WRITER_NAMES = {"attention": "o_proj", "mlp": "down_proj"}
 
 @dataclass(frozen=True)
 class Block:
-    """What lies between two boundaries: attention, MLP, or both in parallel."""
+    """What lies between two boundaries: attention, MLP, or both in parallel.
+
+    Attributes:
+        parts: those that remain; none of a block whose parts are all deleted.
+        dense_parts: those of the dense model.
+    """
 
     index: int
     layer: int
     parts: tuple[str, ...]
+    dense_parts: tuple[str, ...]
     shortcut: str
 
     @property
@@ -37,10 +43,16 @@ class Block:
 
 def blocks_of(config: SlicedConfig) -> list[Block]:
     """The blocks of the network in order."""
+    counts = {"attention": config.key_value_heads, "mlp": config.neurons}
+
+    def remaining(layer: int, *parts: str) -> tuple[str, ...]:
+        return tuple(part for part in parts if counts[part][layer])
+
     if config.parallel_blocks:
-        return [Block(i, i, ("attention", "mlp"), "shortcut") for i in range(config.num_hidden_layers)]
+        both = ("attention", "mlp")
+        return [Block(i, i, remaining(i, *both), both, "shortcut") for i in range(config.num_hidden_layers)]
     return [
-        Block(2 * i + k, i, (part,), f"{part}_shortcut")
+        Block(2 * i + k, i, remaining(i, part), (part,), f"{part}_shortcut")
         for i in range(config.num_hidden_layers)
         for k, part in enumerate(("attention", "mlp"))
     ]
@@ -50,10 +62,16 @@ def fitted_names(config: SlicedConfig, names: Iterable[str]) -> list[str]:
     """Which of a sliced model's tensors depend on the refit's λ: the output weights, dense shortcuts among them."""
     layers = set()
     for block in blocks_of(config):
-        layers |= {f"{block.prefix}.{MODULE_NAMES[part]}.{WRITER_NAMES[part]}" for part in block.parts}
+        layers |= {writer_name(block, part) for part in block.dense_parts}
         if config.shortcuts[block.index] == "dense":
             layers.add(f"{block.prefix}.{block.shortcut}")
     return [name for name in names if name.rpartition(".")[0] in layers]
+
+
+def writer_name(block: Block, part: str) -> str:
+    """The module that writes what a part does: its output projection; of a deleted part, its constant."""
+    name = f"{block.prefix}.{MODULE_NAMES[part]}"
+    return f"{name}.{WRITER_NAMES[part]}" if part in block.parts else name
 
 
 class LiftedBlock(nn.Module):
@@ -64,9 +82,9 @@ class LiftedBlock(nn.Module):
 
     Args:
         basis: V [D, d] float64; None for the identity, which makes it the dense model's block.
-        states: of each part, all but its output projection.
-        writers: of each part, in order, the output projection at full width. A last one, "shortcut", with V itself as
-            its weight, writes what a dense shortcut carries.
+        states: of each part that there is, all but its output projection.
+        writers: of each part, in order, the output projection at full width; of one that is deleted, without columns. A
+            last one, "shortcut", with V itself as its weight, writes what a dense shortcut carries.
         dtype: of the weights and of what passes between them. A stream of a wider one stays in it.
     """
 
@@ -84,16 +102,17 @@ class LiftedBlock(nn.Module):
         width = dense_width if basis is None else basis.shape[1]
         with torch.device("meta"):
             self.parts = nn.ModuleDict()
-            if "attention" in block.parts:
-                self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width)
-            if "mlp" in block.parts:
+            if "attention" in states:
+                heads = config.num_key_value_heads
+                self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width, heads)
+            if "mlp" in states:
                 self.parts["mlp"] = build_mlp(config, width, dense_width, config.dense_intermediate_size)
         for part in states:
             setattr(self.parts[part], WRITER_NAMES[part], nn.Identity())
         self.set_readers(states)
         self.norm = WeightlessRMSNorm(width, config.rms_norm_eps * dense_width / width)
         self.basis = None if basis is None else basis.to(dtype)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, next(iter(writers.values())).weight.device
         self.set_writers(writers)
         self.eval()
 
@@ -104,8 +123,7 @@ class LiftedBlock(nn.Module):
 
     def set_writers(self, writers: dict[str, Linear]) -> None:
         """Take the output weights [D, K], side by side, and the sum of their biases."""
-        device = next(self.parts.parameters()).device
-        weights = [writer.weight.to(device, self.dtype) for writer in writers.values()]
+        weights = [writer.weight.to(self.device, self.dtype) for writer in writers.values()]
         self.weight = weights[0] if len(weights) == 1 and _is_plain(weights[0]) else torch.cat(weights, dim=1)
         biases = [writer.bias for writer in writers.values() if writer.bias is not None]
         self.bias = sum(biases).to(self.dtype) if biases else None
@@ -115,8 +133,11 @@ class LiftedBlock(nn.Module):
     def activations(self, stream: torch.Tensor, **kwargs) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What the shortcut carries, lifted [..., D], and the inputs of the writers [..., K]."""
         hidden_states = stream if self.basis is None else stream @ self.basis
-        normed = self.norm(hidden_states).to(self.dtype)
         inputs = []
+        if self.parts:
+            normed = self.norm(hidden_states).to(self.dtype)
+        elif not self.writes_shortcut:
+            inputs.append(hidden_states[..., :0].to(self.dtype))
         if "attention" in self.parts:
             inputs.append(self.parts["attention"](normed, **kwargs)[0])
         if "mlp" in self.parts:
@@ -158,9 +179,32 @@ def _is_plain(weight: torch.Tensor) -> bool:
 def dense_writers(
     config: SlicedConfig, block: Block, layer: DenseLayer, device: torch.device
 ) -> dict[str, Linear]:
-    """Of each part of a block, its output projection [D, K] with the mean subtraction folded in, see `fold_writer`."""
+    """Of each part of the dense model's block, its output projection [D, K] with the mean subtraction folded in, see
+    `fold_writer`."""
     centred = FAMILIES[config.source_model_type].mean_subtraction
-    return {part: fold_writer(getattr(layer, WRITERS[part][1]), centred, device) for part in block.parts}
+    return {
+        part: fold_writer(getattr(layer, WRITERS[part][1]), centred, device) for part in block.dense_parts
+    }
+
+
+def remaining_writers(block: Block, writers: dict[str, Linear]) -> dict[str, Linear]:
+    """The same; a deleted part's has no columns, and a bias whatever the family: the constant that is fitted."""
+    remaining = {}
+    for part, writer in writers.items():
+        if part not in block.parts:
+            bias = writer.bias
+            if bias is None:
+                bias = writer.weight.new_zeros(len(writer.weight), dtype=torch.float64)
+            writer = Linear(writer.weight[:, :0], bias)
+        remaining[part] = writer
+    return remaining
+
+
+def group_rows(config: SlicedConfig) -> list[slice]:
+    """The columns of attention's output projection that each of the dense model's key/value groups has; in a block,
+    attention's come first."""
+    size = config.num_attention_heads // config.num_key_value_heads * config.head_dim
+    return [slice(size * group, size * (group + 1)) for group in range(config.num_key_value_heads)]
 
 
 def neuron_rows(writers: dict[str, Linear]) -> slice:
@@ -182,5 +226,5 @@ def dense_block(
     device: torch.device,
 ) -> LiftedBlock:
     """The dense model's block, at full width, with the `writers` of its parts."""
-    states = {part: reader_state(part, layer, None, dtype, device) for part in block.parts}
+    states = {part: reader_state(part, layer, None, dtype, device) for part in block.dense_parts}
     return LiftedBlock(config, block, None, states, writers, dtype)

@@ -15,7 +15,7 @@ from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import stored_parameters
 from slicegpt.runtime.speed import CPU_PARAMETERS
 from slicegpt.slicing.allocation import POINTS, SHARE, deletes_neurons, fewest_neurons
-from slicegpt.slicing.blocks import Block, blocks_of
+from slicegpt.slicing.blocks import Block, blocks_of, group_rows
 from slicegpt.slicing.filed_moments import batch_bytes, needs_files
 from slicegpt.slicing.matrices import PANEL_BYTES
 from slicegpt.slicing.neurons import ROUNDS
@@ -121,7 +121,8 @@ class _Model:
 
     def budget(self) -> Budget:
         stages = [self.embedding()]
-        blocks = blocks_of(self.config)
+        # Past a block of which nothing is left the stream goes as it is.
+        blocks = [block for block in blocks_of(self.config) if block.parts]
         for block in {(block.parts, self.inputs(block)): block for block in blocks}.values():
             stages += self.block(block)
         stages += [self.head(), self.losses()]
@@ -259,7 +260,7 @@ class _Model:
     def add_teacher(self, stage: PlannedStage, block: Block, inputs: int, plain: bool) -> None:
         """The dense model's block."""
         dtype = self.work.teacher_dtype
-        elements = sum(self.rows(part) for part in block.parts)
+        elements = sum(self.rows(part) for part in block.dense_parts)
         if not plain or dtype != self.work.dtype:
             elements += inputs
         stage.add("block of the dense model", elements * self.width * dtype.itemsize, self.device)
@@ -339,13 +340,19 @@ class _Model:
     def solving(
         self, block: Block, choosing: PlannedStage, fitting: PlannedStage, away: int
     ) -> list[PlannedStage]:
-        """The choice of neurons and the last of the fits; `away` bytes of the others are not on the device."""
+        """The choice of what is deleted and the last fit; `away` bytes of the others are not on the device."""
         work, remaining = self.work, self.inputs(block)
         right, stages = F64 * remaining * self.width, []
-        neurons = self.config.neurons[block.layer] if "mlp" in block.parts else None
-        if neurons is not None and (gone := self.config.dense_intermediate_size - neurons):
-            self.add_inverse(choosing, remaining, math.ceil(gone / ROUNDS))
-            remaining -= gone
+        config = self.config
+        neurons = groups = 0
+        if "mlp" in block.parts:
+            neurons = config.dense_intermediate_size - config.neurons[block.layer]
+        if "attention" in block.parts:
+            groups = config.num_key_value_heads - config.key_value_heads[block.layer]
+        if neurons or groups:
+            group = group_rows(config)[0].stop
+            self.add_inverse(choosing, remaining, max(math.ceil(neurons / ROUNDS), group if groups else 0))
+            remaining -= neurons + groups * group
             stages.append(choosing)
         fitting.add("fits", away, self.elsewhere)
         fitting.add("fits", (work.ridges - 1) * right - away, self.device)

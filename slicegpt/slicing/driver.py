@@ -16,6 +16,7 @@ from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.ridge import choose_ridge
+from slicegpt.slicing.shared_basis import shared_covariance, shares_basis
 from slicegpt.slicing.sink import MemorySink, Sink
 from slicegpt.slicing.slicer import Slicer
 
@@ -104,7 +105,16 @@ def slice_checkpoint(
             keeper.note(neurons=neurons, allocation=time.perf_counter() - began)
         config = SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
 
-    slicer = Slicer(checkpoint, config, batches, options, objective, ridges, progress, sink, keeper, reuse)
+    shared, seconds = None, 0.0
+    if shares_basis(config) and options.ranks.decide(lambda: keeper.found("slicing") is None):
+        began = time.perf_counter()
+        shared = shared_covariance(checkpoint, config, batches, options, objective, progress)
+        seconds = time.perf_counter() - began
+    slicer = Slicer(
+        checkpoint, config, batches, options, objective, ridges, progress, sink, keeper, reuse, shared
+    )
+    if seconds:
+        slicer.report.seconds["shared basis"] = seconds
     slicer.run()
     report, ridge = slicer.report, slicer.ridges[0]
     if not options.ranks.first:

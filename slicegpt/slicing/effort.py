@@ -19,7 +19,7 @@ import torch
 from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import gram_
 from slicegpt.slicing.allocation import FEWEST, SHARE
-from slicegpt.slicing.blocks import Block, blocks_of
+from slicegpt.slicing.blocks import blocks_of, group_rows
 from slicegpt.slicing.workload import Workload
 
 KINDS = ("half", "fp64", "gram", "solver")
@@ -123,26 +123,31 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
     deletes = min(config.neurons) < config.dense_intermediate_size
     for block in blocks_of(config):
         before, after = config.boundary_widths[block.index : block.index + 2]
-        rows, columns = block_shape(config, block)
+        rows, columns = block_shape(config, block.parts)
+        dense_rows, dense_columns = block_shape(config, block.dense_parts)
         own, inputs = (
             columns,
             columns + (before if config.shortcuts[block.index] == "dense" and work.share else 0),
         )
-        attention = 0
-        if "attention" in block.parts:  # scores and sums, causal
-            attention = 2 * work.seqlen * config.num_attention_heads * config.head_dim
+        # scores and sums, causal
+        scores = 2 * work.seqlen * config.num_attention_heads * config.head_dim
+        attention, dense_attention = (
+            scores if "attention" in parts else 0 for parts in (block.parts, block.dense_parts)
+        )
         if work.share:
-            effort.add("teacher", "half", fitted * (2 * width * (rows + columns) + attention))
+            teacher = 2 * width * (dense_rows + dense_columns) + dense_attention
+            effort.add("teacher", "half", fitted * teacher)
             moments = inputs * inputs + 2 * inputs * width
             effort.add("refit", "half", fitted * moments)
             gone = config.dense_intermediate_size - config.neurons[block.layer] if "mlp" in block.parts else 0
+            if "attention" in block.parts:
+                groups = config.num_key_value_heads - config.key_value_heads[block.layer]
+                gone += groups * group_rows(config)[0].stop
             effort.add("refit", "fp64", work.ridges * solving(inputs - gone, width))
             if gone:
                 effort.add("refit", "fp64", selection(inputs, width, gone))
             if deletes and work.allocate:
-                effort.add(
-                    "allocation", "half", SHARE * work.tokens * (2 * width * (rows + columns) + attention)
-                )
+                effort.add("allocation", "half", SHARE * work.tokens * teacher)
                 if "mlp" in block.parts:
                     removed = round((1 - FEWEST) * config.dense_intermediate_size)
                     effort.add("allocation", "half", SHARE * work.tokens * moments)
@@ -156,19 +161,19 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
         effort.add("rotation", "fp64", 2 * width * (before * rows + max(1, work.ridges) * after * inputs))
     effort.add("rotation", "fp64", 4 * config.vocab_size * width * width)
     if work.share and work.ridges > 1:
-        layers = sum(width * sum(block_shape(config, block)) for block in blocks_of(config))
+        layers = sum(width * sum(block_shape(config, block.parts)) for block in blocks_of(config))
         head = config.vocab_size * width
         effort.add("ridge", "half", work.ridges * work.windows * work.seqlen * 2 * (layers + head))
     return effort
 
 
-def block_shape(config: SlicedConfig, block: Block) -> tuple[int, int]:
-    """Rows of the layers of a block that read the stream, and columns of those that write it, before slicing."""
+def block_shape(config: SlicedConfig, parts: tuple[str, ...]) -> tuple[int, int]:
+    """Rows of the layers of these parts that read the stream, and columns of those that write it, before slicing."""
     rows = columns = 0
-    if "attention" in block.parts:
+    if "attention" in parts:
         columns += config.num_attention_heads * config.head_dim
         rows += columns + 2 * config.num_key_value_heads * config.head_dim
-    if "mlp" in block.parts:
+    if "mlp" in parts:
         columns += config.dense_intermediate_size
         rows += (2 if config.gated_mlp else 1) * config.dense_intermediate_size
     return rows, columns

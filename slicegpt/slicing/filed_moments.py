@@ -111,7 +111,7 @@ def moments_for(
 
 def needs_files(inputs: int, outputs: int, beside: int, free: float) -> bool:
     """Whether moments [inputs, inputs + outputs] do not fit into `free` bytes with `beside`."""
-    return free < 8 * inputs * (inputs + outputs) + beside
+    return inputs > 0 and free < 8 * inputs * (inputs + outputs) + beside
 
 
 def batch_bytes(

@@ -55,7 +55,9 @@ class Moments:
         precision, dtype = ("fp64", torch.float64) if exact else ("fast", torch.float32)
         if weight is None:
             weight = torch.ones(len(target), dtype=dtype, device=target.device)
-        if activations.dtype == torch.float32 and has_fast_bfloat16(activations.device):
+        if not self.size:
+            pass  # a block of deleted parts: a constant is all that it writes
+        elif activations.dtype == torch.float32 and has_fast_bfloat16(activations.device):
             # As the dense blocks in `Objective.teacher_dtype`: roundings of single numbers, by 2^-9 of them at most,
             # average out over all tokens.
             root = weight.to(dtype).sqrt()[:, None]
@@ -78,8 +80,11 @@ class Moments:
 
     def reduce_(self, ranks: Ranks) -> None:
         """Add up what the ranks have added, on rank 0; on the others the sums are of no use any more."""
-        ranks.reduce_symmetric_(self.gram)
-        for sums in (self.cross, self.inputs, self.outputs, self.energy, self.tokens):
+        if self.size:
+            ranks.reduce_symmetric_(self.gram)
+            ranks.reduce_(self.cross)
+            ranks.reduce_(self.inputs)
+        for sums in (self.outputs, self.energy, self.tokens):
             ranks.reduce_(sums)
 
     def is_finite(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.ranks import Ranks
-from slicegpt.recipe import AUTO, ORIENTATIONS, SIGNALS, Recipe
+from slicegpt.recipe import AUTO, ORIENTATIONS, SIGNALS, STOCK, Recipe
 from slicegpt.slicing.streams import STORAGES
 
 
@@ -92,7 +92,7 @@ class SlicingOptions:
             refit=recipe.refit,
             ridge=None if recipe.ridge == AUTO else recipe.ridge,
             fitted=recipe.refit_share,
-            allocate=recipe.allocate,
+            allocate=recipe.allocate and recipe.form != STOCK,
             neuron_multiple=recipe.round_to,
             scratch=scratch,
             ranks=ranks or Ranks(),

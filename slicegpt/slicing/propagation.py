@@ -185,7 +185,7 @@ class Propagation:
         shape = stream.shape[:2]
         positions = torch.arange(shape[1], device=stream.device).expand(shape)
         masks, rotary = self.shell.block_inputs(stream, positions, batch.attention_mask)
-        mask = masks[self.config.layer_types[block.layer]]
+        mask = masks[self.config.attention_types[block.layer]]
         return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
 
     def collect(
@@ -287,9 +287,15 @@ class Propagation:
         self.add_up(covariance)
 
     def collect_dense(
-        self, block: Block, dense: LiftedBlock, objective: Objective, moments: Moments | None
+        self,
+        block: Block,
+        dense: LiftedBlock,
+        objective: Objective,
+        moments: Moments | None,
+        covariance: Covariance | None = None,
     ) -> None:
-        """Bring every batch past the dense model's block, and add it to the moments of what it writes."""
+        """Bring every batch past the dense model's block, and add it to the moments of what it writes, or to the
+        covariance of the stream that comes out."""
         joined = None if moments is None else JoinedBatches(moments)
         for index, batch, stream in self.streams:
             inputs = self.inputs(block, stream.to(dense.dtype), batch)
@@ -298,8 +304,11 @@ class Propagation:
             if joined is not None:
                 target = objective.target(out, carried)
                 self.add_moments(joined, objective, batch, activations.to(out.dtype), target, stream, out)
+            if covariance is not None:
+                covariance.add(out, batch.attention_mask)
         if joined is not None:
             self.add_up(joined.finish())
+        self.add_up(covariance)
 
     def add_up(self, sums: Covariance | Moments | None) -> None:
         """Sums over this rank's batches become those over all, on rank 0; the time includes waiting for the slowest."""

@@ -7,7 +7,8 @@ weights are fitted to them, and the block writes with these. What is minimised i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -17,9 +18,11 @@ from slicegpt.families import Linear
 from slicegpt.hardware.memory import free_memory
 from slicegpt.hardware.scratch import spilled
 from slicegpt.slicing.blocks import neuron_rows
+from slicegpt.slicing.deletion import Deletion
+from slicegpt.slicing.heads import group_deletions, groups_that_stay
 from slicegpt.slicing.matrices import PANEL_BYTES
 from slicegpt.slicing.moments import Moments
-from slicegpt.slicing.neurons import choose_neurons
+from slicegpt.slicing.neurons import neuron_deletions, rounds_to
 from slicegpt.slicing.objective import Objective, Writer
 from slicegpt.slicing.regression import fit, prior_of
 
@@ -30,17 +33,19 @@ SMALLEST_ERROR = 1e-9
 
 @dataclass(frozen=True)
 class BlockFits:
-    """A block's output weights for every λ, and the MLP neurons that stay.
+    """A block's output weights for every λ, and what stays of its parts.
 
     Attributes:
         writers: of each λ, of each part of the block, its output weights [D, K] and bias, float64, at full width.
         neurons: int64, the MLP neurons that stay, ascending: the columns of the others are 0. None: all.
+        groups: int64, the same of attention's key/value groups.
         remaining: of each λ, the fraction of the squared error before the fit that remains; None where there was none.
             Empty where nothing was fitted.
     """
 
     writers: dict[float, Mapping[str, Linear]]
     neurons: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
     remaining: dict[float, float | None] = field(default_factory=dict)
 
 
@@ -52,27 +57,37 @@ def fit_block(
     neurons: int | None = None,
     scratch: str | os.PathLike | None = None,
     set_aside: Callable[[], None] | None = None,
+    groups: Sequence[slice] = (),
+    kept_groups: int | None = None,
 ) -> BlockFits:
     """Fit a block's output weights to the moments of its tokens, once for every λ.
 
     Args:
         writers: of each part, in the order of the activations' columns, the output weights [D, K] before the fit.
-        ridges: λ; the neurons are chosen at the first.
+        ridges: λ; what is deleted is chosen at the first.
         neurons: how many MLP neurons stay; None: all.
         scratch: the folder of what has no room beside the system that is solved; None: that of temporary files.
         set_aside: takes what is not needed for the fit out of the device's memory; called where that is still short
             without the moments.
+        groups: the columns of each key/value group, see `slicegpt.slicing.blocks.group_rows`.
+        kept_groups: how many of them stay; None: all.
     """
-    prior, kept, staying = prior_of(writers.values()), None, None
+    prior, kept, staying, staying_groups = prior_of(writers.values()), None, None, None
     before = objective.loss(moments, prior)
     make_room(moments, scratch)
     if set_aside is not None and is_short(moments):
         set_aside()
-    if neurons is not None:
-        group = neuron_rows(writers)
-        equations = partial(objective.normal_equations, moments, ridges[0], prior)
-        kept = choose_neurons(equations, moments.size, group, neurons).to(moments.device)
-        staying = kept[(kept >= group.start) & (kept < group.stop)] - group.start
+    if neurons is not None or kept_groups is not None:
+        deletion = Deletion(partial(objective.normal_equations, moments, ridges[0], prior))
+        if kept_groups is not None:
+            exhaust(group_deletions(deletion, groups, kept_groups))
+            staying_groups = groups_that_stay(deletion, groups).to(moments.device)
+        if neurons is not None:
+            group = neuron_rows(writers)
+            exhaust(neuron_deletions(deletion, group, rounds_to(group, neurons)))
+            staying = deletion.stays[group].nonzero().squeeze(1)
+        kept = deletion.kept()
+        del deletion  # H⁻¹
     fitted, remaining = {}, {}
     measurable = before > SMALLEST_ERROR * moments.energy.item()
     for ridge in ridges:
@@ -81,7 +96,12 @@ def fit_block(
             writer = replace(writer, weight=spilled(writer.weight, scratch))
         fitted[ridge] = split_parts(writer, writers, moments.groups)
         remaining[ridge] = writer.loss / before if measurable else None
-    return BlockFits(fitted, staying, remaining)
+    return BlockFits(fitted, staying, staying_groups, remaining)
+
+
+def exhaust(steps: Iterable) -> None:
+    """Take all steps of an iterator for what they do."""
+    deque(steps, maxlen=0)
 
 
 def is_short(moments: Moments) -> bool:
@@ -92,7 +112,7 @@ def is_short(moments: Moments) -> bool:
 
 def make_room(moments: Moments, scratch: str | os.PathLike | None) -> None:
     """Before a system is solved: beside it, the moments stay on the device only where both have room there."""
-    if is_short(moments):
+    if moments.size and is_short(moments):
         moments.spill(scratch)
 
 

@@ -18,25 +18,24 @@ from slicegpt.conversion.folding import (
     TABLE_ROWS,
     centre,
     folded_head_rows,
-    named,
     reader_state,
-    rotate_writer,
     rotated_rows,
 )
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint, DenseLayer, Linear
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
-from slicegpt.slicing.allocation import deletes_neurons
+from slicegpt.slicing.allocation import deletes_heads, deletes_neurons
+from slicegpt.slicing.block_state import reader_entries, writer_entries
 from slicegpt.slicing.blocks import (
-    MODULE_NAMES,
-    WRITER_NAMES,
     Block,
     LiftedBlock,
     blocks_of,
     dense_block,
     dense_writers,
     file_readers,
+    group_rows,
+    remaining_writers,
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
@@ -48,6 +47,7 @@ from slicegpt.slicing.propagation import Propagation, check_finite
 from slicegpt.slicing.refit import BlockFits, fit_block
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.rotation import align, random_orthogonal
+from slicegpt.slicing.shared_basis import shares_basis
 from slicegpt.slicing.sink import Pieces, Sink
 
 
@@ -66,6 +66,8 @@ class Slicer:
         sink: where the model's tensors go, each one as soon as it is final.
         keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
         reuse: what other sizes of the same model share with this one.
+        shared: covariance [D, D] float64 that the basis of all boundaries is chosen from, where they share one; None on
+            all ranks but the first, and where a snapshot has that basis.
 
     Attributes:
         ridges: those that something is fitted at; the first one alone where there is no refit.
@@ -84,7 +86,9 @@ class Slicer:
         sink: Sink,
         keeper: Keeper | None = None,
         reuse: Reuse | None = None,
+        shared: torch.Tensor | None = None,
     ):
+        self.shares, self.shared = shares_basis(config), shared
         self.checkpoint = checkpoint
         self.config = config
         self.options = options
@@ -98,9 +102,11 @@ class Slicer:
         self.generator = torch.Generator().manual_seed(options.seed)
         self.reading: tuple[int, DenseLayer] | None = None
         self.remaining: list[tuple[int, dict[float, float | None]]] = []
-        self.prunes = deletes_neurons(config)
+        self.blocks = blocks_of(config)
+        self.prunes = deletes_neurons(config) or deletes_heads(config)
         if self.prunes and not options.refit:
-            raise SliceGPTError("which of them to delete is decided by the refit, which is off", "neurons")
+            deleted = "neurons" if deletes_neurons(config) else "kv_groups"
+            raise SliceGPTError("which of them to delete is decided by the refit, which is off", deleted)
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
         self.ridges = tuple(ridges) if self.refits else (ridges[0],)
@@ -136,8 +142,15 @@ class Slicer:
         tied_end = config.tie_word_embeddings and boundary == config.num_blocks
         return full and (tied_end or all(kind == "identity" for kind in config.shortcuts))
 
+    def keeps_basis(self, boundary: int) -> bool:
+        """Nothing is left of the block before it but an identity shortcut: the stream keeps its basis."""
+        block = self.blocks[boundary - 1] if boundary else None
+        return block is not None and not block.parts and self.config.shortcuts[block.index] == "identity"
+
     def needs_covariance(self, boundary: int) -> bool:
         """Only a sliced boundary has a subspace to choose; in "pca" orientation every free one has a basis to."""
+        if self.shares or self.keeps_basis(boundary):
+            return False
         sliced = self.config.boundary_widths[boundary] < self.config.dense_hidden_size
         return sliced or (self.options.orientation == "pca" and not self.is_fixed(boundary))
 
@@ -154,13 +167,18 @@ class Slicer:
         previous: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The basis [D, d] of the boundary after `block`, and the factor of a compact shortcut that leads there."""
+        if self.keeps_basis(boundary) or (self.shares and previous is not None):
+            self.report.eigenvalues.append(None)
+            return previous, None
         dense_width, width = self.config.dense_hidden_size, self.config.boundary_widths[boundary]
         device, orientation = self.options.device, self.options.orientation
         eigenvalues, vectors = None, torch.eye(dense_width, dtype=torch.float64, device=device)
+        matrix = self.shared if covariance is None else covariance.matrix
         if covariance is not None:
             check_finite(covariance, block)
+        if matrix is not None:
             with self.stage("eigensolver"):
-                eigenvalues, vectors = leading_eigenvectors(covariance.matrix, dense_width)
+                eigenvalues, vectors = leading_eigenvectors(matrix, dense_width)
         self.report.eigenvalues.append(None if eigenvalues is None else eigenvalues.tolist())
 
         basis, complement = vectors[:, :width], vectors[:, width:]
@@ -242,14 +260,15 @@ class Slicer:
         with self.stage("rotation"):
             readers = {part: reader_state(part, layer, basis, dtype, device) for part in block.parts}
             dense = dense_writers(config, block, layer, device)
+            own = remaining_writers(block, dense)
             shortcut = {"shortcut": Linear(basis)} if config.shortcuts[block.index] == "dense" else {}
             # A dense shortcut is a matrix of its own: where there is a refit, it is fitted like the others.
-            writers = dense | shortcut if self.refits else dense
+            writers = own | shortcut if self.refits else own
             lifted = None
             if self.needs_pass(block):
                 lifted = LiftedBlock(config, block, basis, readers, writers, dtype)
 
-        fits, kept = BlockFits(dict.fromkeys(self.ridges, dense | shortcut)), None
+        fits, kept = BlockFits(dict.fromkeys(self.ridges, own | shortcut)), None
         if self.refits:
             with self.stage("rotation"):
                 teacher_dtype = self.objective.teacher_dtype(dtype, device)
@@ -281,14 +300,26 @@ class Slicer:
         moments: Moments,
         set_aside: Callable[[], None] | None = None,
     ) -> BlockFits:
-        """The output weights at every λ, and which of the MLP's neurons stay where some are deleted."""
-        neurons = self.config.neurons[block.layer] if "mlp" in block.parts else None
-        if neurons == self.config.dense_intermediate_size:
+        """The output weights at every λ, and which neurons and key/value groups stay where some are deleted."""
+        config = self.config
+        neurons = config.neurons[block.layer] if "mlp" in block.parts else None
+        if neurons == config.dense_intermediate_size:
             neurons = None
+        groups = config.key_value_heads[block.layer] if "attention" in block.parts else None
+        if groups == config.num_key_value_heads:
+            groups = None
         with self.stage("refit"):
             check_finite(moments, block)
             fits = fit_block(
-                self.objective, moments, writers, list(self.ridges), neurons, self.options.scratch, set_aside
+                self.objective,
+                moments,
+                writers,
+                list(self.ridges),
+                neurons,
+                self.options.scratch,
+                set_aside,
+                group_rows(config),
+                groups,
             )
         self.remaining.append((block.index, fits.remaining))
         return fits
@@ -302,36 +333,13 @@ class Slicer:
         basis: torch.Tensor,
     ) -> None:
         """A block's state: its input weights, the factor of a compact shortcut, and the output weights on `basis`."""
-        for part, state in readers.items():
-            if part == "mlp" and fits.neurons is not None:
-                state = {
-                    name: rows[fits.neurons] if "_proj." in name else rows for name, rows in state.items()
-                }
-            root = f"{block.prefix}.{MODULE_NAMES[part]}"
-            self.sink.store({f"{root}.{name}": tensor for name, tensor in state.items()})
+        self.sink.store(reader_entries(self.config, block, readers, fits))
         if self.config.shortcuts[block.index] == "compact":
             shortcut = factor.mT.to(self.options.dtype).contiguous()
             self.store(f"{block.prefix}.{block.shortcut}.factor", shortcut)
         for ridge, writers in fits.writers.items():
-            self.sink.store_fit(ridge, self.writer_state(block, writers, fits.neurons, basis))
-
-    def writer_state(
-        self,
-        block: Block,
-        writers: Mapping[str, Linear],
-        neurons: torch.Tensor | None,
-        basis: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """State of the layers that write the stream, brought onto the basis after a block."""
-        state: dict[str, torch.Tensor] = {}
-        for part, full in writers.items():
-            writer, name = rotate_writer(full, basis), f"{block.prefix}.{block.shortcut}"
-            if part != "shortcut":
-                name = f"{block.prefix}.{MODULE_NAMES[part]}.{WRITER_NAMES[part]}"
-            if part == "mlp" and neurons is not None:
-                writer = Linear(writer.weight[:, neurons], writer.bias)
-            state |= named(name, writer, self.options.dtype)
-        return state
+            entries = writer_entries(self.config, block, writers, fits, basis, self.options.dtype)
+            self.sink.store_fit(ridge, entries)
 
     def slice_head(self, basis: torch.Tensor) -> None:
         """Final norm and head, in the basis of the last boundary."""
@@ -359,7 +367,7 @@ class Slicer:
     @torch.no_grad()
     def run(self) -> None:
         """Slice everything: all of the model's tensors are in the sink; of several ranks, in that of the first."""
-        blocks = blocks_of(self.config)
+        blocks = self.blocks
         passes = self.propagation.count + self.propagation.fitted
         steps = sum(map(self.needs_pass, blocks)) * passes
         if self.ranks.first:

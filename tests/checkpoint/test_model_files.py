@@ -24,6 +24,7 @@ RUNS = {
     "search, dense shortcuts, biases": ("phi", torch.float32, 36, Shape("dense", neurons=0.3, round_to=4), {}),
     "untied, learned positions": ("opt-untied", torch.float16, 40, Shape(), {"refit": False}),
     "an activation with weights": ("apertus", torch.bfloat16, 36, Shape(neurons=0.3, round_to=4), {}),
+    "heads and a layer without": ("qwen3-tied", torch.float32, 36, Shape(round_to=4, kv_groups=(0, 1, 2)), {}),
     "nothing is sliced": ("gpt-neox", torch.float32, 48, Shape(), {}),
 }  # fmt: skip
 

@@ -52,6 +52,8 @@ def test_a_folder_of_which_only_the_config_is_there(tmp_path, capsys, tiny_token
             "0.25",
             "--round-to",
             "4",
+            "--kv-groups",
+            "2,0,1",
             "--dry-run",
             "--device",
             "cpu",
@@ -62,10 +64,13 @@ def test_a_folder_of_which_only_the_config_is_there(tmp_path, capsys, tiny_token
     plan = json.loads(file.read_text(encoding="utf-8"))
     assert plan["fits"]
     assert set(plan["widths"][:-1]) == {36}
+    assert plan["key_value_heads"] == plan["recipe"]["kv_groups"] == [2, 0, 1]
     assert plan["recipe"]["dtype"] == "float32"
     assert plan["rates"]["source"] == "measured on cpu in less than a second"
     assert sum(plan["seconds"].values()) > 0
-    assert "measured on cpu" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "measured on cpu" in printed
+    assert "3 in all, 0 to 2 a layer" in printed
 
 
 @pytest.mark.parametrize(

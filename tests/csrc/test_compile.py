@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.sass import overlap_faults
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
@@ -182,3 +183,14 @@ def test_instructions(compiled, source, arch):
         assert bodies, f"no {kernel} among {list(functions)}"
         occurs = any(re.search(pattern, body) for body in bodies)
         assert occurs == wanted, f"{kernel} on sm_{arch}: {pattern} {'missing' if wanted else 'found'}"
+
+
+@pytest.mark.parametrize("source", ["decode_norm_linear", "decode_rotate_add"])
+def test_overlapping_kernels_wait_before_they_read(compiled, source):
+    """On every path: nothing of the kernel ahead is touched before it has ended, and no thread ends before that."""
+    if disassembler() is None:
+        pytest.skip("needs cuobjdump")
+    functions = disassemble(compiled[source, "90a"][0])
+    assert functions
+    for name, body in functions.items():
+        assert overlap_faults(body) == [], name

@@ -21,9 +21,10 @@ from slicegpt.calibration import CalibrationBatch, encode_text, load_documents, 
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.cli import main
 from slicegpt.conversion.plan import Shape, constant_widths, plan
+from slicegpt.conversion.stock_plan import with_own_head
 from slicegpt.errors import SliceGPTError
 from slicegpt.evaluation.frontier import cut_text, loss_ratio, table_rows
-from slicegpt.evaluation.methods import BASES, METHODS, describe_widths, plan_point, untied
+from slicegpt.evaluation.methods import BASES, METHODS, describe_widths, plan_point
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.evaluation.sparsegpt import check_2_4, decoder_linears, sparse_sizes, sparsegpt_2_4
 from slicegpt.families import canonical_fields
@@ -88,7 +89,7 @@ def test_untied_is_the_same_network(family):
     ids = torch.arange(96).view(4, 24) % model.config.vocab_size
     batches = [CalibrationBatch(ids, torch.ones_like(ids))]
     logits = []
-    for each in (fields, untied(fields)):
+    for each in (fields, with_own_head(fields)):
         config = plan(each, constant_widths(each, width), Shape("dense"))
         sliced, _ = slice_model(model, config, batches, SlicingOptions(torch.float64, refit=False))
         logits.append(sliced(ids).logits)
@@ -105,7 +106,7 @@ def test_the_widest_that_fits(folder, basis, method):
     dense = plan(fields, constant_widths(fields, fields["dense_hidden_size"]))
     limit = 0.8 * (fields["source_parameters"] if basis == "total" else count(dense))
     step = METHODS[method].round_to or 4
-    own = untied(fields) if METHODS[method].untied else fields
+    own = with_own_head(fields) if METHODS[method].untied else fields
     wider = plan(
         own, constant_widths(own, config.boundary_widths[0] + step), Shape.of(METHODS[method].recipe())
     )

@@ -1,8 +1,10 @@
 """setup.py: what it builds where, from which environment variables, and how it fails."""
 
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.builds import (
@@ -193,3 +195,29 @@ def test_a_compiler_that_fails(tree, tmp_path, wish):
     assert done.returncode == 1
     message = "slicegpt: compiling csrc/cpu/ failed (see above); SLICEGPT_CPU=0 installs without the CPU part"
     assert done.stderr.strip().splitlines()[-1] == message
+
+
+@needs_backend
+def test_kept_objects_serve_what_they_were_compiled_from(tmp_path, machine):
+    """Named after source, headers, flags and nvcc; one that is there is linked, the others are compiled and added."""
+    env = machine(None, "75 90", SLICEGPT_OBJECTS=str(tmp_path / "kept"), TORCH_CUDA_ARCH_LIST="9.0a")
+    name = "str(kept_object(SOURCES / 'gram_fp64.cu', {!r}, {!r}))"
+    first, again, flags, release = evaluate(
+        *(
+            name.format(*pair)
+            for pair in [("-O3", "13.0"), ("-O3", "13.0"), ("-O2", "13.0"), ("-O3", "13.1")]
+        ),
+        env=env,
+    )
+    assert first == again
+    assert len({first, flags, release}) == 3
+    description = "ninja_file(find_nvcc(), '1', Path('build'), Path('target'))"
+    (text,) = evaluate(description, env=env)
+    kept = re.search(r"build/selection\.o (\S+/kept/selection-\w+\.o)\.part", text)[1]
+    Path(kept).write_bytes(b"")
+    (text,) = evaluate(description, env=env)
+    assert "build build/selection.o" not in text
+    assert re.search(rf"build target: link .*{kept}", text)
+    assert "build build/gram_fp64.o" in text
+    plain = {name: value for name, value in env.items() if name != "SLICEGPT_OBJECTS"}
+    assert "keep =" not in evaluate(description, env=plain)[0]

@@ -50,7 +50,15 @@ def environment(**changes):
     kept = {
         k: v
         for k, v in os.environ.items()
-        if k not in ("SLICEGPT_CUDA", "SLICEGPT_CPU", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX")
+        if k
+        not in (
+            "SLICEGPT_CUDA",
+            "SLICEGPT_CPU",
+            "SLICEGPT_OBJECTS",
+            "TORCH_CUDA_ARCH_LIST",
+            "MAX_JOBS",
+            "CXX",
+        )
     }
     return kept | changes
 

@@ -26,10 +26,10 @@ def calibration() -> list[CalibrationBatch]:
 
 
 def slice_together(ranks: Ranks):
-    """The tiny Llama of float64, with fewer columns and neurons; the sliced model, the report."""
+    """The tiny Llama of float64, with fewer columns, neurons and heads; the sliced model, the report."""
     model = tiny_model("llama", torch.float64)
     fields = canonical_fields(model)
-    config = plan(fields, constant_widths(fields, 36, False), Shape("compact", "aligned", False))
+    config = plan(fields, constant_widths(fields, 36, False), Shape(kv_groups=(1, 2, 0)))
     config = type(config).from_dict(config.to_dict() | {"intermediate_size": 48})
     options = SlicingOptions(
         dtype=torch.float64, ranks=ranks, neuron_multiple=8, vocabulary_prior=0.5, fitted=0.7

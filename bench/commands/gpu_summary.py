@@ -1,0 +1,163 @@
+"""What `bench/gpu.sh` has measured, in one table: every figure beside the ceiling of the same run that bounds it.
+
+    python -m slicegpt.bench.commands.gpu_summary DIR
+
+DIR holds the JSON files of the steps, among them `ceilings.json`. A fraction is of the measured ceiling, not of a data
+sheet's figure.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from slicegpt.bench.harness.columns import rounded
+from slicegpt.table import fit_text, format_table
+
+COPY, READ = "copy, GB/s", "read, GB/s"
+FLOAT64, SYRK = "float64 product, TFLOP/s", "DSYRK, TFLOP/s"
+BFLOAT16, INT8 = "bfloat16 product, TFLOP/s", "int8 product, TOP/s"
+
+
+def over(value: float | None, ceilings: Mapping[str, float], name: str) -> str | None:
+    """`value` as a share of a ceiling, in words; None where either is missing."""
+    if value is None or not ceilings.get(name):
+        return None
+    return f"{value / ceilings[name]:.2f} of {name.split(',')[0]}"
+
+
+def _token(row: Mapping, ceilings: Mapping[str, float]) -> dict:
+    rate = row["gigabytes_per_second"]
+    return {
+        "what": f"{row['network']}, {row['engine']}",
+        "figure": f"{row['ms_median']:.4g} ms a token",
+        "ceiling": over(rate, ceilings, COPY),
+        "second": over(rate, ceilings, READ),
+    }
+
+
+def _throughput(row: Mapping, ceilings: Mapping[str, float]) -> dict | None:
+    if row["tokens_per_second"] is None:
+        return None
+    return {
+        "what": f"{row['network']}, {row['engine']}, batch {row['batch']}",
+        "figure": f"{row['tokens_per_second']:.4g} tokens/s",
+    }
+
+
+def _gram(row: Mapping, ceilings: Mapping[str, float]) -> dict:
+    rate = row["TFLOP/s"]
+    return {
+        "what": f"{row['N']} x {row['D']} {row['X']}, {row['method']}",
+        "figure": f"{row['ms']:.4g} ms",
+        "ceiling": over(rate, ceilings, SYRK),
+        "second": over(rate, ceilings, FLOAT64),
+    }
+
+
+def _rotation(row: Mapping, ceilings: Mapping[str, float]) -> dict:
+    few = row["T"] <= 16
+    return {
+        "what": f"{row['model']} {row['slice']} {row['shortcut']}, {row['part']}, T = {row['T']}, {row['method']}",
+        "figure": f"{row['cold us']:.4g} µs",
+        "ceiling": over(row["GB/s"], ceilings, COPY) if few else over(row["TFLOP/s"], ceilings, BFLOAT16),
+        "second": f"{row['of plain']:.3f} of the library's product" if row.get("of plain") else None,
+    }
+
+
+def _layers(row: Mapping, ceilings: Mapping[str, float]) -> dict:
+    return {"what": row["variant"], "figure": f"{row['layer_ms']:.4g} ms a layer"}
+
+
+def _ceilings(row: Mapping, ceilings: Mapping[str, float]) -> dict:
+    value = "not measured" if row["value"] is None else f"{row['value']:.4g} {row['unit']}"
+    return {"what": row["ceiling"], "figure": value, "ceiling": row["reason"]}
+
+
+def _overlap(row: Mapping, ceilings: Mapping[str, float]) -> dict:
+    return {
+        "what": f"{row['shape']}, {100 * row['slice']:.0f} %, batch {row['batch']}",
+        "figure": f"{row['differ']} of {row['replays']} replays differ",
+    }
+
+
+def _attention(row: Mapping, ceilings: Mapping[str, float]) -> dict:
+    return {
+        "what": f"{row['model']}, batch {row['batch']}, {row['tokens']} tokens, {row['by']}",
+        "figure": f"{row['µs a layer']:.4g} µs a layer",
+        "ceiling": over(row["GB/s"], ceilings, COPY),
+    }
+
+
+def _slicing(row: Mapping, ceilings: Mapping[str, float]) -> dict | None:
+    if "stage" not in row:
+        return None
+    return {"what": row["stage"], "figure": f"{row['seconds']:.4g} s"}
+
+
+LINES: dict[str, Callable[[Mapping, Mapping[str, float]], dict | None]] = {
+    "ceilings": _ceilings,
+    "gram": _gram,
+    "token": _token,
+    "throughput": _throughput,
+    "layers": _layers,
+    "rotation": _rotation,
+    "overlap": _overlap,
+    "decode attention": _attention,
+    "slicing": _slicing,
+}
+
+
+def lines(folder: Path) -> Iterator[dict]:
+    """A row for every figure in a folder's JSON files; a file that is not a result of this package is left out."""
+    for file in sorted(folder.glob("*.json"), key=lambda one: (one.stem != "ceilings", one.name)):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            yield {"step": file.stem, "what": "not readable"}
+            continue
+        if not isinstance(content, dict):
+            continue
+        write = LINES.get(content.get("benchmark"))
+        if write is None:
+            continue
+        rows = content["gram"] if content["benchmark"] == "gram" else content["rows"]
+        found = [write(row, content.get("ceilings") or {}) for row in rows]
+        for row in found:
+            if row is not None:
+                incomplete = None if content.get("complete", True) else "incomplete"
+                yield {"step": file.stem, **row, "state": incomplete}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="DIR")
+    options = parser.parse_args()
+    rows = list(lines(Path(options.folder)))
+    if not rows:
+        print(fit_text(f"no result in {options.folder}"))
+        sys.exit(1)
+    titles = [
+        title
+        for title in ("step", "what", "figure", "ceiling", "second", "state")
+        if any(row.get(title) for row in rows)
+    ]
+    print(
+        format_table(
+            [
+                {
+                    title: rounded(row.get(title)) if isinstance(row.get(title), float) else row.get(title)
+                    for title in titles
+                }
+                for row in rows
+            ],
+            titles,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+"""A model without shortcuts as a GGUF file, which llama.cpp runs.
+
+The canonical network with one basis and no shortcuts is the graph that llama.cpp calls `llama`, whatever the family of
+the model: RMS norms, rotary positions over whole heads, a SiLU-gated MLP, biases where there are any. Its variants that
+are taken here: `qwen2` for biases on queries, keys and values alone; `qwen3` for norms on queries and keys; `deci`
+where layers have different numbers of neurons. What else the network may have, llama.cpp's graph has no place for: the
+export refuses it by name.
+
+Keys and tensor names are those of the `gguf` package; their meaning: the GGUF specification (ggml-org/ggml,
+docs/gguf.md). Values that change no result of llama.cpp are left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slicegpt.checkpoint.dense_source import open_dense
+from slicegpt.checkpoint.gguf_quantize import QUANTIZED, check_quantizer, quantize
+from slicegpt.checkpoint.gguf_tokenizer import convert_tokenizer, copy_tokenizer
+from slicegpt.checkpoint.names import SHIPPED_MODEL
+from slicegpt.checkpoint.saving import read_record
+from slicegpt.conversion.plan import constant_widths, plan
+from slicegpt.errors import SliceGPTError
+from slicegpt.families import FAMILIES, Checkpoint, DenseSource, Linear, canonical_fields, family_of
+from slicegpt.families.rewriting import halves_to_neighbours
+from slicegpt.modeling import SlicedConfig
+from slicegpt.modeling.layers import SlicedRotaryEmbedding
+
+PLAIN = ("f32", "f16", "bf16")
+TYPES = (*PLAIN, *QUANTIZED)
+
+
+def export_gguf(
+    model: str | os.PathLike,
+    file: str | os.PathLike,
+    kind: str = "f16",
+    tokenizer: str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model as a GGUF file.
+
+    Args:
+        model: a folder in the stock form, or a sliced one without shortcuts, or a dense model of a family whose
+            canonical network llama.cpp has.
+        file: to write; it appears only when it is whole.
+        kind: of the weights, one of `TYPES`. Those that are quantised are so by llama.cpp's own quantiser, from float32
+            or from the 16 bits that the folder has. Norms and biases are float32.
+        tokenizer: a GGUF file whose tokenizer is copied. None: the one that the model was sliced from, where that was a
+            GGUF file and is there, else the folder's own, converted.
+        overwrite: an existing file is replaced once the new one is whole.
+
+    Returns:
+        The file's absolute path.
+
+    Raises:
+        SliceGPTError: one line naming the argument, or the part of the model that llama.cpp has no place for.
+    """
+    path = _checked_file(file, overwrite)
+    if kind not in TYPES:
+        raise SliceGPTError(f"must be one of {', '.join(TYPES)}, got {kind!r}", "type")
+    if importlib.util.find_spec("gguf") is None:
+        raise SliceGPTError("needs the package gguf: pip install 'slicegpt[gguf]'", "gguf")
+    if kind in QUANTIZED:
+        check_quantizer(kind)
+    source = open_dense(os.fspath(model), sliceable=False)
+    network = network_of(source)
+    vocabulary = _tokenizer_file(os.fspath(model), tokenizer)
+    written = kind
+    if kind in QUANTIZED:
+        written = "f32" if source.dtype in (torch.float32, torch.float64) else "bf16"
+        written = "f16" if source.dtype == torch.float16 else written
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        whole = Path(folder) / "model.gguf"
+        write_network(network, whole, written, source.tokenizer, vocabulary)
+        if kind in QUANTIZED:
+            plain, whole = whole, Path(folder) / "quantized.gguf"
+            quantize(plain, whole, kind)
+        os.replace(whole, path)
+    return path
+
+
+def _checked_file(file: str | os.PathLike, overwrite: bool) -> Path:
+    path = Path(file).absolute()
+    if path.is_dir():
+        raise SliceGPTError(f"{file} is a folder, expected a file", "gguf")
+    if path.exists() and not overwrite:
+        raise SliceGPTError(f"{file} exists already; choose another file, or overwrite it", "gguf")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise SliceGPTError(f"cannot write in {path.parent}", "gguf")
+    return path
+
+
+def _tokenizer_file(model: str, given: str | os.PathLike | None) -> Path | None:
+    """The GGUF file that the tokenizer is copied from; None for the folder's own."""
+    if given is not None:
+        path = Path(given)
+        if not path.is_file() or path.open("rb").read(4) != b"GGUF":
+            raise SliceGPTError(f"must be a GGUF file, got {os.fspath(given)!r}", "tokenizer")
+        return path
+    record = read_record(model) if Path(model).is_dir() else None
+    source = model if record is None else record.get("source", "")
+    if source.lower() == SHIPPED_MODEL:
+        from slicegpt.checkpoint.gguf import shipped_checkpoint
+
+        return shipped_checkpoint()
+    path = Path(source)
+    return path if path.suffix.lower() == ".gguf" and path.is_file() else None
+
+
+# --- the network --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the canonical network; norms are scales [d], None for 1."""
+
+    attention_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor | None
+    linears: dict[str, Linear]
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Network:
+    """The canonical network without shortcuts, a layer at a time.
+
+    Attributes:
+        config: its facts; one width.
+        eps: of its norms, over that width.
+        architecture: llama.cpp's name of the graph.
+    """
+
+    config: SlicedConfig
+    eps: float
+    architecture: str
+    source: DenseSource
+
+    @property
+    def width(self) -> int:
+        return self.config.boundary_widths[0]
+
+    @property
+    def is_sliced(self) -> bool:
+        """Its tensors are those of `SlicedForCausalLM`, and no other family's."""
+        return isinstance(self.source.config, SlicedConfig)
+
+    @property
+    def dense(self) -> Checkpoint:
+        """Its tensors where they are another family's."""
+        source = self.source
+        return Checkpoint(
+            family_of(source.config), source.tensors, source.config, self.config.tie_word_embeddings
+        )
+
+    def embedding(self) -> torch.Tensor:
+        if self.is_sliced:
+            return self.source.tensors["model.embed_tokens.weight"]
+        return self.dense.embedding
+
+    def head(self) -> torch.Tensor | None:
+        """Its weight; None where it is the embedding table."""
+        if self.config.tie_word_embeddings:
+            return None
+        if self.is_sliced:
+            return self.source.tensors["lm_head.weight"]
+        return self.dense.head.weight
+
+    def final_norm(self) -> torch.Tensor | None:
+        if not self.is_sliced:
+            return self.dense.final_norm.weight
+        name = "model.norm.weight"
+        return self.source.tensors.get(name)
+
+    def layers(self) -> Iterator[Layer]:
+        for index in range(self.config.num_hidden_layers):
+            yield self._sliced_layer(index) if self.is_sliced else self._dense_layer(index)
+
+    def _dense_layer(self, index: int) -> Layer:
+        layer = self.dense.layer(index)
+        linears = {part: getattr(layer, part) for part in ("q", "k", "v", "o", "gate", "up", "down")}
+        norms = layer.attention_norm.weight, layer.mlp_norm.weight
+        return Layer(*norms, linears, layer.q_norm, layer.k_norm)
+
+    def _sliced_layer(self, index: int) -> Layer:
+        tensors, root = self.source.tensors, f"model.layers.{index}"
+
+        def linear(name: str) -> Linear:
+            bias = f"{root}.{name}.bias"
+            return Linear(tensors[f"{root}.{name}.weight"], tensors.get(bias))
+
+        attention, mlp = ("q", "k", "v", "o"), ("gate", "up", "down")
+        linears = {part: linear(f"self_attn.{part}_proj") for part in attention}
+        linears |= {part: linear(f"mlp.{part}_proj") for part in mlp}
+        own = [f"{root}.self_attn.{part}_norm.weight" for part in ("q", "k")]
+        norms = [tensors.get(name) for name in own]
+        return Layer(None, None, linears, *norms)
+
+
+def network_of(source: DenseSource) -> Network:
+    """A model as llama.cpp's graph.
+
+    Raises:
+        SliceGPTError: it has a part that this graph has no place for.
+    """
+    if isinstance(source.config, SlicedConfig):
+        config = source.config
+        eps = config.boundary_eps(0)
+    else:
+        fields = canonical_fields(source)
+        config = plan(fields, constant_widths(fields, fields["dense_hidden_size"]))
+        eps = config.rms_norm_eps
+    return Network(config, eps, architecture_of(config, source.config.model_type), source)
+
+
+def architecture_of(config: SlicedConfig, name: str) -> str:
+    """llama.cpp's name of the graph of a canonical network.
+
+    Args:
+        name: of the model's family, for messages.
+    """
+
+    def refuse(what: str, advice: str = "") -> None:
+        raise SliceGPTError(f"{name}: llama.cpp's graph has no {what}{advice}", "gguf")
+
+    shortcuts = sorted(set(config.shortcuts) - {"identity"})
+    if shortcuts or len(set(config.boundary_widths)) > 1:
+        refuse(f"shortcuts, and this model has {' and '.join(shortcuts)} ones", "; slice with --form stock")
+    if config.layer_key_value_heads is not None or min(config.neurons) < 1:
+        refuse(
+            "layers of which heads are deleted, or all neurons, that this export writes",
+            "; slice without --kv-groups",
+        )
+    if config.parallel_blocks:
+        refuse("place for attention and MLP in parallel")
+    if config.embed_projection or config.final_norm_bias or config.lm_head_bias:
+        refuse("place for what LayerNorms and biases of the head become")
+    if FAMILIES[config.source_model_type].mean_subtraction:
+        refuse("LayerNorms that this export writes")
+    if config.position_embedding != "rotary" or config.no_rope_layers not in (
+        None,
+        [1] * config.num_hidden_layers,
+    ):
+        refuse("layers without rotary positions")
+    if config.query_scaling is not None:
+        refuse("queries that grow with their position")
+    if config.qk_norm_after_rope:
+        refuse("norms of queries and keys behind their rotation")
+    if not config.gated_mlp or config.hidden_act not in ("silu", "swish"):
+        refuse(f"MLP other than a SiLU-gated one, this one's is {config.hidden_act}")
+    windowed = config.sliding_window is not None and "sliding_attention" in config.layer_types
+    if windowed and config.sliding_window < config.max_position_embeddings:
+        refuse(f"sliding window, this model's is {config.sliding_window} tokens")
+    rope = config.rope_parameters
+    if rope.get("partial_rotary_factor", 1.0) != 1:
+        refuse("heads of which a part is rotated")
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        refuse(f"rotary positions of type {rope['rope_type']} that this export writes")
+    uneven = len(set(config.neurons)) > 1
+    if config.qk_norm:
+        if uneven:
+            refuse(
+                "norms of queries and keys beside layers of different neurons", "; slice with --form stock"
+            )
+        if config.attention_output_bias or config.mlp_bias or config.mlp_output_bias:
+            refuse("biases beside norms of queries and keys")
+        if config.boundary_widths[0] != config.dense_hidden_size:
+            refuse("epsilon of its own for the norms of queries and keys", "; slice with --form stock")
+        return "qwen3"
+    if uneven:
+        return "deci"
+    biased = config.attention_bias and not (
+        config.attention_output_bias or config.mlp_bias or config.mlp_output_bias
+    )
+    square = config.num_attention_heads * config.head_dim == config.boundary_widths[0]
+    return "qwen2" if biased and square else "llama"
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+def write_network(network: Network, file: Path, kind: str, tokenizer, vocabulary: Path | None) -> None:
+    """Write settings, tokenizer and tensors, these one at a time.
+
+    Args:
+        kind: of the matrices, one of `PLAIN`.
+        tokenizer: the Hugging Face one; converted where `vocabulary`, a GGUF file to copy it from, is None.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(file, network.architecture)
+    try:
+        write_settings(writer, network, kind)
+        if vocabulary is not None:
+            copy_tokenizer(writer, vocabulary)
+        elif tokenizer is None:
+            raise SliceGPTError("the model has none; name a GGUF file to copy it from", "tokenizer")
+        else:
+            convert_tokenizer(writer, tokenizer, network.config.vocab_size)
+        # Names and shapes are written before the first tensor: the shapes of all layers, none of which is kept.
+        for name, tensor in tensors_of(network, shapes_only=True):
+            _add_entry(writer, name, tensor, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, tensor in tensors_of(network):
+            writer.write_tensor_data(_stored(tensor, kind))
+    finally:
+        writer.close()
+
+
+def write_settings(writer, network: Network, kind: str) -> None:
+    """The architecture's key-value pairs."""
+    import gguf
+
+    config, neurons = network.config, network.config.neurons
+    layers = config.num_hidden_layers
+    writer.add_file_type(
+        {
+            "f32": gguf.LlamaFileType.ALL_F32,
+            "f16": gguf.LlamaFileType.MOSTLY_F16,
+            "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+        }[kind]
+    )
+    writer.add_name(Path(network.source.name).name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(network.width)
+    writer.add_block_count(layers)
+    uneven = network.architecture == "deci"
+    writer.add_feed_forward_length(list(neurons) if uneven else neurons[0])
+    heads, keys = config.num_attention_heads, config.num_key_value_heads
+    writer.add_head_count([heads] * layers if uneven else heads)
+    writer.add_head_count_kv([keys] * layers if uneven else keys)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(network.eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def tensors_of(network: Network, shapes_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the file in order; with `shapes_only` on the meta device, where nothing is read."""
+    if shapes_only:
+        network = Network(network.config, network.eps, network.architecture, _on_meta(network.source))
+    config, device = network.config, "meta" if shapes_only else "cpu"
+    ones = torch.ones(network.width, device=device)
+    # llama.cpp turns neighbours in these graphs, and halves in the others.
+    neighbours = network.architecture in ("llama", "deci")
+    yield "token_embd.weight", network.embedding()
+    factors = rotary_factors(config)
+    if factors is not None:
+        yield "rope_freqs.weight", factors.to(device)
+    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"} | {
+        "gate": "ffn_gate",
+        "up": "ffn_up",
+        "down": "ffn_down",
+    }
+    for index, layer in enumerate(network.layers()):
+        root = f"blk.{index}"
+        yield f"{root}.attn_norm.weight", ones if layer.attention_norm is None else layer.attention_norm
+        yield f"{root}.ffn_norm.weight", ones if layer.mlp_norm is None else layer.mlp_norm
+        for part, name in names.items():
+            linear = layer.linears[part]
+            if neighbours and part in ("q", "k"):
+                linear = halves_to_neighbours(linear, config.head_dim)
+            yield f"{root}.{name}.weight", linear.weight
+            if linear.bias is not None:
+                yield f"{root}.{name}.bias", linear.bias
+            elif part == "o" and neighbours and layer.linears["q"].bias is not None:
+                # Readers of the format take biases of attention to be on all four, or on none.
+                yield f"{root}.{name}.bias", torch.zeros(network.width, device=device)
+        if layer.q_norm is not None:
+            yield f"{root}.attn_q_norm.weight", layer.q_norm
+            yield f"{root}.attn_k_norm.weight", layer.k_norm
+    norm = network.final_norm()
+    yield "output_norm.weight", ones if norm is None else norm
+    if (head := network.head()) is not None:
+        yield "output.weight", head
+
+
+def _on_meta(source: DenseSource) -> DenseSource:
+    """The source with tensors that have a shape and nothing else."""
+    return replace(
+        source, tensors={name: each.to("meta") for name, each in source.shell.state_dict().items()}
+    )
+
+
+def rotary_factors(config: SlicedConfig) -> torch.Tensor | None:
+    """What llama.cpp divides every rotary frequency by [head_dim / 2] float32; None where all are 1."""
+    if config.rope_parameters["rope_type"] == "default":
+        return None
+    plain, _ = SlicedRotaryEmbedding.compute_default_rope_parameters(config)
+    return plain / SlicedRotaryEmbedding(config).inv_freq
+
+
+def _add_entry(writer, name: str, tensor: torch.Tensor, kind: str) -> None:
+    """Name, shape and type of a tensor."""
+    import gguf
+
+    matrix = tensor.dim() == 2
+    bfloat = matrix and kind == "bf16"
+    dtype = np.dtype(np.float16 if matrix and kind == "f16" else np.float32)
+    size = tensor.numel() * (2 if bfloat else dtype.itemsize)
+    raw = gguf.GGMLQuantizationType.BF16 if bfloat else None
+    shape = (*tensor.shape[:-1], 2 * tensor.shape[-1]) if bfloat else tuple(tensor.shape)
+    writer.add_tensor_info(name, shape, np.dtype(np.uint8) if bfloat else dtype, size, raw)
+
+
+def _stored(tensor: torch.Tensor, kind: str) -> np.ndarray:
+    """A tensor as its bytes stand in the file.
+
+    Raises:
+        SliceGPTError: a number that float16 cannot hold.
+    """
+    if tensor.dim() != 2 or kind == "f32":
+        return tensor.float().contiguous().numpy()
+    if kind == "bf16":
+        return tensor.bfloat16().contiguous().view(torch.uint8).numpy()
+    half = tensor.half()
+    if not bool(half.isfinite().all()):
+        raise SliceGPTError("f16 cannot hold the largest weight; take bf16 or f32", "type")
+    return half.contiguous().numpy()

@@ -1,0 +1,45 @@
+"""Which key/value groups of attention to delete: a key/value head with the query heads that it serves.
+
+What a group writes goes through the columns of the output projection that its query heads have, side by side. Deleting
+the group deletes these together, at the rise of the refit's objective that `slicegpt.slicing.deletion` gives for a
+structure; the cheapest goes first, one at a time, with exact updates in between (ZipLM, Kurtic et al. 2023; SlimGPT,
+Ling et al. 2024, does it head by head). The group's rows of the query, key and value projections go with it, and its
+place in the cache.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from slicegpt.slicing.deletion import Deletion, Equations
+
+
+def group_deletions(deletion: Deletion, groups: Sequence[slice], count: int) -> Iterator[torch.Tensor]:
+    """Delete one group after the other, each time the cheapest, until `count` stay.
+
+    Args:
+        groups: rows of `W` that each group writes through; all of them stay so far.
+
+    Yields:
+        After every group by how much it raised the objective, float64 [].
+    """
+    staying = list(groups)
+    rows = torch.arange(len(deletion.stays), device=deletion.stays.device)
+    while len(staying) > count:
+        costs = torch.stack([deletion.rise(group) for group in staying])
+        yield deletion.delete(rows[staying.pop(int(costs.argmin()))])
+
+
+def groups_that_stay(deletion: Deletion, groups: Sequence[slice]) -> torch.Tensor:
+    """int64, ascending: indices into `groups`, whose rows are deleted together or not at all."""
+    return torch.tensor([index for index, group in enumerate(groups) if deletion.stays[group.start]])
+
+
+def group_cost_curve(equations: Equations, groups: Sequence[slice]) -> list[tuple[int, float]]:
+    """`[(remaining groups, rise of the objective so far)]`, from all of them to none."""
+    deletion, rise = Deletion(equations), 0.0
+    curve = [(len(groups), 0.0)]
+    for more in group_deletions(deletion, groups, 0):
+        rise += more.item()
+        curve.append((curve[-1][0] - 1, rise))
+    return curve
