@@ -169,7 +169,7 @@ def slice(
         ranks: the processes that slice together, each of which calls this with the same arguments, see
             `slicegpt.hardware.ranks.joined`; None: this one alone.
         **choices: any other field of `slicegpt.recipe.Recipe`: `form`, `untie`, `round_to`, `shortcut`, `orientation`,
-            `slice_head`, `neurons`, `allocate`, `kv_groups`, `signal`, `refit`, `ridge`, `refit_share`,
+            `slice_head`, `neurons`, `allocate`, `kv_groups`, `group_heads`, `signal`, `refit`, `ridge`, `refit_share`,
             `vocabulary_prior`, `text_column`, `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`, `dtype`.
 
     Returns:

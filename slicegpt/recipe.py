@@ -83,6 +83,7 @@ class Recipe:
         allocate: layers keep more or fewer neurons as deleting them costs; else all the same.
         kv_groups: key/value groups of attention that every layer keeps, a key/value head with its query heads each, or
             a list with one number a layer; 0: a layer without attention. None: all.
+        group_heads: query heads that each of these groups keeps, in every layer or as a list; None: all.
         signal: "residual" or "normalized": what the covariance is taken of.
         refit: fit every block's output weights to the dense model's stream.
         ridge: λ of the refit, above 0, relative to the mean diagonal; or "auto": by the loss on held-out windows.
@@ -169,6 +170,17 @@ class Recipe:
             True,
         ),
     )
+    group_heads: int | tuple[int, ...] | None = choice(
+        "shape",
+        None,
+        Rule(
+            "a whole number or a list of them",
+            whole_or_list,
+            "be at least 1",
+            lambda value: (value if isinstance(value, int) else min(value, default=0)) >= 1,
+            True,
+        ),
+    )
     signal: str = choice("shape", "residual", one_of(SIGNALS))
 
     refit: bool = choice("output refit", True, FLAG)
@@ -225,8 +237,10 @@ class Recipe:
     def _check_stock(self) -> None:
         if self.shortcut is not None:
             raise SliceGPTError(f"the {self.form} form has none, got {self.shortcut!r}", "shortcut")
-        if self.kv_groups is not None:
-            raise SliceGPTError(f"the {self.form} form has all heads, got {self.kv_groups}", "kv_groups")
+        for name in ("kv_groups", "group_heads"):
+            kept = getattr(self, name)
+            if self.form == STOCK and isinstance(kept, tuple) and len(set(kept)) > 1:
+                raise SliceGPTError(f"the stock form has one number for all layers, got {kept}", name)
         if self.widths is not None:
             raise SliceGPTError(
                 f"the {self.form} form has one width, got a list; ask for keep, target_bytes or slice",
@@ -238,11 +252,11 @@ class Recipe:
             raise SliceGPTError(
                 f"which of them to delete is decided by the refit, got {self.neurons} without it", "neurons"
             )
-        if self.kv_groups is not None:
-            raise SliceGPTError(
-                f"which of them to delete is decided by the refit, got {self.kv_groups} without it",
-                "kv_groups",
-            )
+        for name in ("kv_groups", "group_heads"):
+            if (kept := getattr(self, name)) is not None:
+                raise SliceGPTError(
+                    f"which of them to delete is decided by the refit, got {kept} without it", name
+                )
         if self.ridge != AUTO:
             raise SliceGPTError(f"needs the output refit, got {self.ridge:g} without it", "ridge")
         if self.refit_share != 1:

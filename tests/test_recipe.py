@@ -54,6 +54,7 @@ def recipes(draw) -> Recipe:
     if choices["refit"]:
         choices["neurons"] = draw(st.none() | below_one | st.just(AUTO))
         choices["kv_groups"] = draw(st.none() | whole | st.lists(whole, min_size=1))
+        choices["group_heads"] = draw(st.none() | whole | st.lists(whole, min_size=1))
         choices["ridge"] = draw(st.just(AUTO) | st.floats(1e-300, 1e300))
         choices["refit_share"] = draw(above_zero)
     size = draw(st.sampled_from([None, *SIZES]))
@@ -185,6 +186,7 @@ def test_plain_values():
         ({"orientation": None}, "orientation: must be one of aligned, random, pca, got None"),
         ({"neurons": 1}, "neurons: must lie in [0, 1) or be auto, got 1.0"),
         ({"neurons": "some"}, "neurons: must be a number or auto, got 'some'"),
+        ({"group_heads": [1, 0]}, "group_heads: must be at least 1, got (1, 0)"),
         ({"kv_groups": 0}, "kv_groups: must be at least 0, and above 0 in one layer, got 0"),
         ({"kv_groups": [2, -1]}, "kv_groups: must be at least 0, and above 0 in one layer, got (2, -1)"),
         ({"kv_groups": 1.5}, "kv_groups: must be a whole number or a list of them, got 1.5"),

@@ -96,7 +96,7 @@ def layer_inputs(model: nn.Module, batch: int, seqlen: int) -> LayerInputs:
     stream = torch.randn(shape, dtype=weight.dtype, device=weight.device, generator=generator)
     positions = torch.arange(seqlen, device=weight.device).expand(batch, seqlen)
     masks, rotary = model.model.block_inputs(stream, positions, None)
-    return LayerInputs(stream, masks[config.layer_types[0]], rotary)
+    return LayerInputs(stream, masks[config.layer_types[0]], rotary[0])
 
 
 def attend(module: nn.Module, inputs: LayerInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -74,13 +74,13 @@ def cost_of(config: SlicedConfig, runtime: str = "fused", itemsize: int = HALF) 
     if runtime == "eager":
         groups = heads // kv_heads
         passes = 2 + (1 + 2 * groups if groups > 1 else 1)
-    layers, width = config.num_hidden_layers, config.head_dim
+    width = config.head_dim
     return DecodingCost(
         stored_bytes=stored_parameters(config) * itemsize,
         read_weights=decoder_parameters(config) + config.vocab_size * config.hidden_size,
-        cache_bytes=2 * layers * kv_heads * width * itemsize,
+        cache_bytes=2 * sum(config.key_value_heads) * width * itemsize,
         cache_passes=passes,
-        attention_operations=4 * layers * heads * width,
+        attention_operations=4 * sum(config.attention_heads) * width,
         activation_bytes=4 * config.vocab_size + 2 * itemsize * config.intermediate_size,
         itemsize=itemsize,
     )

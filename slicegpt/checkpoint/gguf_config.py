@@ -53,6 +53,7 @@ ARCHITECTURES = {
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3", biases={"attention_bias": "attn_output.bias"}),
     "phi3": Architecture("phi3", partial_rotary=True, window=True),
+    "gemma3": Architecture("gemma3_text", window=True, one_plus=True),
     "stablelm": Architecture(
         "stablelm",
         ("layer_norm_eps", _LAYER_NORM),
@@ -202,6 +203,8 @@ def config_from_gguf(
         fields["original_max_position_embeddings"] = fields["rope_parameters"].get(
             "original_max_position_embeddings", fields["max_position_embeddings"]
         )
+    if name == "gemma3":
+        fields |= _gemma3_fields(settings, fields["rope_parameters"], fields["num_hidden_layers"], head_dim)
     if name == "stablelm":
         fields["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in shapes
     for field, tensor in (architecture.biases or {}).items():
@@ -209,6 +212,22 @@ def config_from_gguf(
     settings.check_all_asked()
     model_class = getattr(transformers, FAMILIES[architecture.model_type].architectures[0])
     return model_class.config_class(architectures=[model_class.__name__], **fields), architecture
+
+
+# Of Gemma 3 27B, the one size whose scores are divided by the root of `hidden_size / num_attention_heads`: llama.cpp
+# knows it by its layers, for no key says so.
+_GEMMA3_27B_LAYERS = 62
+
+
+def _gemma3_fields(settings: Settings, rope: dict, layers: int, head_dim: int) -> dict:
+    """What llama.cpp's code holds and its files do not: five layers with a window and one without in turn, and of the
+    former the base of the rotary frequencies."""
+    local = {"rope_type": "default", "rope_theta": settings.get("rope.freq_base_swa", 10000.0)}
+    heads, width = settings.need("attention.head_count"), settings.need("embedding_length")
+    return {
+        "rope_parameters": {"full_attention": rope, "sliding_attention": local},
+        "query_pre_attn_scalar": width // heads if layers == _GEMMA3_27B_LAYERS else head_dim,
+    }
 
 
 def rotary_settings(

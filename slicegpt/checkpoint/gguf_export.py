@@ -234,11 +234,8 @@ def architecture_of(config: SlicedConfig, name: str) -> str:
     shortcuts = sorted(set(config.shortcuts) - {"identity"})
     if shortcuts or len(set(config.boundary_widths)) > 1:
         refuse(f"shortcuts, and this model has {' and '.join(shortcuts)} ones", "; slice with --form stock")
-    if config.layer_key_value_heads is not None or min(config.neurons) < 1:
-        refuse(
-            "layers of which heads are deleted, or all neurons, that this export writes",
-            "; slice without --kv-groups",
-        )
+    if min(*config.key_value_heads, *config.neurons) < 1:
+        refuse("place for the constants that layers without attention or MLP leave")
     if config.parallel_blocks:
         refuse("place for attention and MLP in parallel")
     if config.embed_projection or config.final_norm_bias or config.lm_head_bias:
@@ -252,6 +249,10 @@ def architecture_of(config: SlicedConfig, name: str) -> str:
         refuse("layers without rotary positions")
     if config.query_scaling is not None:
         refuse("queries that grow with their position")
+    if config.post_norm or config.qk_norm_whole or config.layer_rope_parameters is not None:
+        refuse(
+            "norms behind blocks, norms over all heads or rotary settings of a layer's own that this export writes"
+        )
     if config.qk_norm_after_rope:
         refuse("norms of queries and keys behind their rotation")
     if not config.gated_mlp or config.hidden_act not in ("silu", "swish"):
@@ -264,12 +265,11 @@ def architecture_of(config: SlicedConfig, name: str) -> str:
         refuse("heads of which a part is rotated")
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         refuse(f"rotary positions of type {rope['rope_type']} that this export writes")
-    uneven = len(set(config.neurons)) > 1
+    counts = config.neurons, config.key_value_heads, config.attention_heads
+    uneven = any(len(set(count)) > 1 for count in counts)
     if config.qk_norm:
         if uneven:
-            refuse(
-                "norms of queries and keys beside layers of different neurons", "; slice with --form stock"
-            )
+            refuse("norms of queries and keys beside layers that differ", "; slice with --form stock")
         if config.attention_output_bias or config.mlp_bias or config.mlp_output_bias:
             refuse("biases beside norms of queries and keys")
         if config.boundary_widths[0] != config.dense_hidden_size:
@@ -280,7 +280,7 @@ def architecture_of(config: SlicedConfig, name: str) -> str:
     biased = config.attention_bias and not (
         config.attention_output_bias or config.mlp_bias or config.mlp_output_bias
     )
-    square = config.num_attention_heads * config.head_dim == config.boundary_widths[0]
+    square = config.attention_heads[0] * config.head_dim == config.boundary_widths[0]
     return "qwen2" if biased and square else "llama"
 
 
@@ -336,9 +336,9 @@ def write_settings(writer, network: Network, kind: str) -> None:
     writer.add_block_count(layers)
     uneven = network.architecture == "deci"
     writer.add_feed_forward_length(list(neurons) if uneven else neurons[0])
-    heads, keys = config.num_attention_heads, config.num_key_value_heads
-    writer.add_head_count([heads] * layers if uneven else heads)
-    writer.add_head_count_kv([keys] * layers if uneven else keys)
+    heads, keys = config.attention_heads, config.key_value_heads
+    writer.add_head_count(heads if uneven else heads[0])
+    writer.add_head_count_kv(keys if uneven else keys[0])
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)

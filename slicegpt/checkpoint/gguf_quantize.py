@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 from slicegpt.errors import SliceGPTError
@@ -41,15 +43,30 @@ def quantize(source: Path, target: Path, kind: str) -> None:
 
     import llama_cpp
 
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+    with _silenced():
+        code = llama_cpp.llama_model_quantize(
+            str(source).encode(), str(target).encode(), ctypes.byref(parameters)
+        )
+    if code or not target.is_file():
+        raise SliceGPTError(f"llama.cpp cannot quantise to {kind} (code {code})", "type")
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """llama.cpp prints a line for every tensor; afterwards it logs as its Python package lets it."""
+    import ctypes
+
+    import llama_cpp
+    from llama_cpp import _logger
+
     @llama_cpp.llama_log_callback
     def silent(level, text, data):
         pass
 
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
-    code = llama_cpp.llama_model_quantize(
-        str(source).encode(), str(target).encode(), ctypes.byref(parameters)
-    )
-    if code or not target.is_file():
-        raise SliceGPTError(f"llama.cpp cannot quantise to {kind} (code {code})", "type")
+    try:
+        yield
+    finally:  # before `silent` is gone: llama.cpp calls whatever it was given
+        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))

@@ -49,12 +49,8 @@ _WITHOUT_PACKAGE = """from transformers import AutoModelForCausalLM, AutoTokeniz
 
 def _and_others(record: dict) -> str:
     """What else was deleted: ", and MLP neurons"."""
-    counts = {"neurons": "MLP neurons", "key_value_heads": "key/value heads with their query heads"}
-    deleted = [
-        name
-        for count, name in counts.items()
-        if record.get(count, record.get(f"dense_{count}")) != record.get(f"dense_{count}")
-    ]
+    counts = {"neurons": "MLP neurons", "query_heads": "attention heads"}
+    deleted = [name for count, name in counts.items() if record.get(count) != record.get(f"dense_{count}")]
     return f", and {' and '.join(deleted)}" if deleted else ""
 
 

@@ -78,9 +78,11 @@ def shape_rows(record: dict[str, Any]) -> list[dict[str, str]]:
         _row("columns", str(record["dense_width"]), widths, ""),
         _row("neurons of an MLP", describe_neurons(record["dense_neurons"]), neurons, ""),
     ]
-    heads = record.get("key_value_heads")  # folders of older versions do not have it
-    if heads is not None and heads != record["dense_key_value_heads"]:
-        rows.append(_row("key/value heads", str(record["dense_key_value_heads"]), describe_heads(heads), ""))
+    for name in ("key/value heads", "query heads"):
+        field = name.replace("/", "_").replace(" ", "_")
+        heads, dense = (record.get(f"{which}{field}") for which in ("", "dense_"))
+        if heads != dense:  # folders of older versions have neither
+            rows.append(_row(name, str(dense), describe_heads(heads), ""))
     return [*rows, _row("shortcuts", "none", shortcuts, "")]
 
 

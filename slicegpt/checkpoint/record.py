@@ -98,6 +98,8 @@ def slicing_record(
         "dense_neurons": config.dense_intermediate_size,
         "key_value_heads": config.layer_key_value_heads or config.num_key_value_heads,
         "dense_key_value_heads": config.num_key_value_heads,
+        "query_heads": config.num_attention_heads if config.keeps_all_heads else config.attention_heads,
+        "dense_query_heads": config.num_attention_heads,
         "slicing": slicing_fraction(config),
         "orientation": options.orientation,
         "signal": options.signal,

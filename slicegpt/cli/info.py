@@ -70,6 +70,8 @@ def describe(name: str) -> dict:
         "dense_neurons": config.dense_intermediate_size,
         "key_value_heads": config.layer_key_value_heads or config.num_key_value_heads,
         "dense_key_value_heads": config.num_key_value_heads,
+        "query_heads": config.num_attention_heads if config.keeps_all_heads else config.attention_heads,
+        "dense_query_heads": config.num_attention_heads,
         "tied_head": config.tie_word_embeddings,
         "boundaries": boundary_report(config),
         "calibration": record.get("calibration"),
@@ -101,6 +103,10 @@ def describe_stock(name: str, config, record: dict) -> dict:
         "dense_width": record["dense_width"],
         "neurons": record["neurons"],
         "dense_neurons": record["dense_neurons"],
+        "key_value_heads": record.get("key_value_heads"),
+        "dense_key_value_heads": record.get("dense_key_value_heads"),
+        "query_heads": record.get("query_heads"),
+        "dense_query_heads": record.get("dense_query_heads"),
         "tied_head": config.tie_word_embeddings,
         "boundaries": boundaries,
         "calibration": record["calibration"],
@@ -143,9 +149,13 @@ def run(options: argparse.Namespace) -> None:
         ("slicing (1 - d/D)", f"{100 * facts['slicing']:.1f} %"),
         ("widths", f"{summarise([b['width'] for b in boundaries])} of {facts['dense_width']}"),
         ("neurons of an MLP", f"{describe_neurons(facts['neurons'])}, of {facts['dense_neurons']}"),
-        (
-            "key/value heads",
-            f"{describe_heads(facts['key_value_heads'])}, of {facts['dense_key_value_heads']}",
+        *(
+            (
+                f"{kind} heads",
+                f"{describe_heads(facts[f'{name}_heads'])}, of {facts[f'dense_{name}_heads']}",
+            )
+            for kind, name in (("key/value", "key_value"), ("query", "query"))
+            if facts[f"{name}_heads"] is not None
         ),
         ("shortcuts", summarise([b["shortcut"] for b in boundaries[:-1]])),
         ("ranks", summarise([b["rank"] for b in boundaries[:-1] if b["shortcut"] == "compact"]) or "none"),

@@ -135,6 +135,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
         "widths": config.boundary_widths,
         "neurons": config.neurons,
         "key_value_heads": config.key_value_heads,
+        "query_heads": config.attention_heads,
         "machine": {
             "device": machine.device if work.on_gpu else None,
             "host": host,
@@ -171,6 +172,7 @@ def describe(content: dict) -> str:
         ("widths", summarise(content["widths"])),
         ("neurons of an MLP", describe_neurons(content["neurons"])),
         ("key/value heads", describe_heads(content["key_value_heads"])),
+        ("query heads", describe_heads(content["query_heads"])),
         ("streams", f"on the {content['activation_storage']}"),
     ]
     facts = format_table([{"": name, title: value} for name, value in rows], ["", title])

@@ -111,6 +111,12 @@ def add_parser(commands) -> None:
         help="key/value groups of attention that every layer keeps, each a key/value head with its query heads, or "
         "one number a layer: 3,3,2,0; 0 is a layer without attention (default: all)",
     )
+    shape.add_argument(
+        "--group-heads",
+        type=number_or_list,
+        metavar="N",
+        help="query heads that each key/value group keeps, in every layer, or one number a layer (default: all)",
+    )
     shape.add_argument("--signal", choices=SIGNALS, help="what the covariance is taken of")
 
     add_refit(parser)

@@ -3,11 +3,20 @@
 import torch
 from transformers import PreTrainedModel
 
-from slicegpt.conversion.folding import READERS, TABLE_ROWS, WRITERS, activation_state, centre, named
+from slicegpt.conversion.folding import (
+    OUTPUT_NORMS,
+    READERS,
+    TABLE_ROWS,
+    WRITERS,
+    activation_state,
+    centre,
+    named,
+    output_norm_weight,
+)
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.families import DenseLayer, Linear, Norm, canonical_fields, checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
-from slicegpt.modeling.layers import SlicedRotaryEmbedding
+from slicegpt.modeling.layers import build_rotary
 
 
 def build_model(config: SlicedConfig, state: dict[str, torch.Tensor]) -> SlicedForCausalLM:
@@ -18,7 +27,7 @@ def build_model(config: SlicedConfig, state: dict[str, torch.Tensor]) -> SlicedF
         state = state | {"lm_head.weight": state["model.embed_tokens.weight"]}
     model.load_state_dict(state, assign=True)
     if model.model.rotary_emb is not None:
-        model.model.rotary_emb = SlicedRotaryEmbedding(config)
+        model.model.rotary_emb = build_rotary(config)
     model.tie_weights()
     return model.eval()
 
@@ -84,12 +93,15 @@ def _folded_layer(root: str, layer: DenseLayer, centred: bool, dtype: torch.dtyp
             bias = None if writer.bias is None else centre(writer.bias, True)
             writer = Linear(centre(writer.weight.mT, True).mT, bias)
         state |= named(f"{root}.{module}.{name}", writer, dtype)
+        scale = output_norm_weight(part, layer, writer.weight.device)
+        if scale is not None:
+            state[f"{root}.{OUTPUT_NORMS[part]}.weight"] = scale.to(dtype)
     activation = activation_state(layer, dtype, layer.up.weight.device)
     state |= {f"{root}.mlp.{name}": tensor for name, tensor in activation.items()}
     if layer.q_norm is not None:
         state |= {
-            f"{root}.self_attn.q_norm.weight": layer.q_norm,
-            f"{root}.self_attn.k_norm.weight": layer.k_norm,
+            f"{root}.self_attn.q_norm.weight": layer.q_norm.to(dtype),
+            f"{root}.self_attn.k_norm.weight": layer.k_norm.to(dtype),
         }
     return state
 

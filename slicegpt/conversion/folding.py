@@ -143,6 +143,15 @@ def activation_state(layer: DenseLayer, dtype: torch.dtype, device: torch.device
     return {f"act_fn.{name}": tensor.to(device, dtype) for name, tensor in layer.activation.items()}
 
 
+OUTPUT_NORMS = {"attention": "attention_output_norm", "mlp": "mlp_output_norm"}
+
+
+def output_norm_weight(part: str, layer: DenseLayer, device: torch.device) -> torch.Tensor | None:
+    """The scale [D] of the norm that what `part` writes passes, float64; None where there is none."""
+    norm = getattr(layer, OUTPUT_NORMS[part])
+    return None if norm is None else norm.weight.to(device, torch.float64)
+
+
 def reader_state(
     part: str, layer: DenseLayer, basis: torch.Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ class Shape:
             in the stock form neurons first, see `slicegpt.conversion.stock_plan`.
         form: "sliced", "stock" or "per-layer", see `slicegpt.recipe.Recipe`; the latter two have no shortcuts.
         kv_groups: key/value groups that every layer keeps, or each of them; None: all.
+        group_heads: query heads that every one of these groups keeps, or those of each layer; None: all.
     """
 
     shortcut: str = "compact"
@@ -46,6 +47,7 @@ class Shape:
     neurons: float | None = 0.0
     form: str = SLICED
     kv_groups: int | tuple[int, ...] | None = None
+    group_heads: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
         if self.neurons is not None and not 0 <= self.neurons < 1:
@@ -78,6 +80,7 @@ class Shape:
             neurons,
             recipe.form,
             recipe.kv_groups,
+            recipe.group_heads,
         )
 
 
@@ -139,6 +142,43 @@ def key_value_heads(fields: dict, kept: int | Sequence[int] | None) -> list[int]
     return None if min(counts) == groups else counts
 
 
+def heads_of_groups(fields: dict, kept: int | Sequence[int] | None) -> list[int] | None:
+    """Query heads that the key/value groups of each layer keep; None where all keep all.
+
+    Args:
+        kept: in every layer, or a list with one number a layer.
+
+    Raises:
+        SliceGPTError: a number that is not that of some of a group's heads.
+    """
+    if kept is None:
+        return None
+    layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
+    shared = heads // (fields.get("num_key_value_heads") or heads)
+    counts = [kept] * layers if isinstance(kept, int) else list(kept)
+    if len(counts) != layers:
+        raise SliceGPTError(f"must be one number, or {layers}, one a layer, got {len(counts)}", "group_heads")
+    if not all(1 <= count <= shared for count in counts):
+        raise SliceGPTError(
+            f"must lie in [1, {shared}], the query heads of a key/value group, got {_shown(kept)}",
+            "group_heads",
+        )
+    return None if min(counts) == shared else counts
+
+
+def check_whole_norms(fields: dict, heads: list[int] | None, fewer: list[int] | None) -> None:
+    """Refuse to delete some of the heads that one norm is over: its divisor would be another one."""
+    if not fields.get("qk_norm_whole"):
+        return
+    groups = fields.get("num_key_value_heads") or fields["num_attention_heads"]
+    if fewer is not None or (heads is not None and set(heads) - {0, groups}):
+        raise SliceGPTError(
+            f"{fields['source_model_type']} norms queries and keys over all heads together: a layer keeps all of its "
+            f"{groups} groups or none, got {_shown(heads) if fewer is None else 'some heads of a group'}",
+            "kv_groups" if fewer is None else "group_heads",
+        )
+
+
 def _shown(kept: int | Sequence[int]) -> str:
     return str(kept) if isinstance(kept, int) else ",".join(map(str, kept))
 
@@ -153,6 +193,13 @@ def check_widths(fields: dict, widths: Sequence[int]) -> None:
     needed, dense_width, head = len(constant_widths(fields, 0)), fields["dense_hidden_size"], head_dim(fields)
     if len(widths) != needed:
         raise SliceGPTError(f"must be {needed}, one a boundary, got {len(widths)}", "widths")
+    if keeps_its_columns(fields) and any(width != dense_width for width in widths):
+        raise SliceGPTError(
+            f"{fields['source_model_type']} normalises what its blocks write, by a length that takes all {dense_width}"
+            " columns: none of them can be deleted. Delete MLP neurons: slice=0 with neurons=0.25, or keep=0.9"
+            " (--slice 0 --neurons 0.25, or --keep 0.9)",
+            "widths",
+        )
     for boundary, width in enumerate(widths):
         if isinstance(width, bool) or not isinstance(width, int) or width > dense_width:
             raise SliceGPTError(
@@ -164,6 +211,11 @@ def check_widths(fields: dict, widths: Sequence[int]) -> None:
                 f"({head}); slice less, or round to a smaller multiple",
                 "widths",
             )
+
+
+def keeps_its_columns(fields: dict) -> bool:
+    """Whether the stream of a model must keep its columns and its basis: norms behind the blocks need them."""
+    return bool(fields.get("post_norm"))
 
 
 def choose_shortcuts(
@@ -178,6 +230,14 @@ def choose_shortcuts(
         deleted: of each block, whether all of its parts are; None: of none.
     """
     dense_width = fields["dense_hidden_size"]
+    if keeps_its_columns(fields) and (shape.orientation != "aligned" or shape.form != SLICED):
+        name, value = ("form", shape.form) if shape.form != SLICED else ("orientation", shape.orientation)
+        wanted = SLICED if name == "form" else "aligned"
+        raise SliceGPTError(
+            f"{fields['source_model_type']} normalises what its blocks write, in the model's own basis: it must be "
+            f"{wanted!r}, got {value!r}",
+            name,
+        )
     if shape.form != SLICED:
         check_stock_widths(fields, widths)
         return ["identity"] * (len(widths) - 1)
@@ -202,6 +262,7 @@ def plan(
     shape: Shape | None = None,
     neurons: int | Sequence[int] | None = None,
     kv_groups: int | Sequence[int] | None = None,
+    group_heads: int | Sequence[int] | None = None,
 ) -> SlicedConfig:
     """The configuration of the sliced model: all of it but the numbers is known before slicing.
 
@@ -211,10 +272,14 @@ def plan(
         shape: shortcuts, orientation, the fraction of neurons and the key/value groups.
         neurons: of an MLP, or of each layer's; None: as `shape` says. A layer may keep none.
         kv_groups: that every layer keeps, or each; None: as `shape` says. A layer may keep none, but not all of them.
+        group_heads: query heads of a group, in every layer or in each; None: as `shape` says.
     """
     shape = shape or Shape()
     check_widths(fields, widths)
-    heads = key_value_heads(fields, shape.kv_groups if kv_groups is None else kv_groups)
+    kv_groups = shape.kv_groups if kv_groups is None else kv_groups
+    group_heads = shape.group_heads if group_heads is None else group_heads
+    heads, fewer = key_value_heads(fields, kv_groups), heads_of_groups(fields, group_heads)
+    check_whole_norms(fields, heads, fewer)
     counts = neuron_counts(fields, neurons_for(fields, widths, shape) if neurons is None else neurons)
     kinds = choose_shortcuts(fields, widths, shape, deleted_blocks(fields, heads, counts["layer_neurons"]))
     # A LayerNorm family's table is centred on its way in, which one shared with the head cannot be.
@@ -225,6 +290,7 @@ def plan(
         | {
             "dense_intermediate_size": fields["intermediate_size"],
             "layer_key_value_heads": heads,
+            "layer_group_heads": fewer,
         }
         | counts,
         boundary_widths=list(widths),
@@ -339,6 +405,8 @@ def plan_for_parameters(
     dense_width, step = fields["dense_hidden_size"], width_step(fields, shape)
     first = -(-head_dim(fields) // step)
     widths = [step * k for k in range(first, -(-dense_width // step))] + [dense_width]
+    if keeps_its_columns(fields):
+        return _plan_of_neurons(fields, target, shape, count)
     if shape.form != SLICED and keeps_width(fields) is not None:
         widths = [dense_width]
 
@@ -367,3 +435,23 @@ def plan_for_parameters(
     neurons = neurons_for(fields, constant_widths(fields, width), shape)
     choices = [*range(neurons, fields["intermediate_size"], step), fields["intermediate_size"]]
     return at(width, choices[last_that(lambda index: fits(at(width, choices[index])), len(choices))])
+
+
+def _plan_of_neurons(
+    fields: dict, target: int, shape: Shape, count: Callable[[SlicedConfig], int]
+) -> SlicedConfig:
+    """As many neurons at full width as fit, in multiples of `round_to`; or as many as `shape` says, if they fit."""
+    widths, whole = constant_widths(fields, fields["dense_hidden_size"]), fields["intermediate_size"]
+    step = multiple_of(shape.round_to, fields["dense_hidden_size"])
+    choices = [*range(min(step, whole), whole, step), whole]
+    if shape.neurons is not None:
+        choices = [neurons_for(fields, widths, shape)]
+    if count(smallest := plan(fields, widths, shape, choices[0])) > target:
+        more = "; give no neurons, and as many go as it takes" if shape.neurons is not None else ""
+        raise SliceGPTError(
+            f"{target} elements cannot be reached; with {choices[0]} neurons in an MLP, and all columns of the stream, "
+            f"the model stores {count(smallest)}{more}",
+            "target",
+        )
+    fits = last_that(lambda index: count(plan(fields, widths, shape, choices[index])) <= target, len(choices))
+    return plan(fields, widths, shape, choices[fits])

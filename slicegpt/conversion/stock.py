@@ -51,23 +51,35 @@ def check_form(config: SlicedConfig) -> None:
     """Refuse what the class of no dense model can hold.
 
     Raises:
-        SliceGPTError: shortcuts, several widths, or layers of different numbers of neurons.
+        SliceGPTError: shortcuts, or layers of different numbers of neurons or of heads.
     """
+    if config.post_norm:
+        raise SliceGPTError(
+            f"{config.source_model_type} normalises what its blocks write, which has no stock form here",
+            "form",
+        )
     shortcuts = sorted(set(config.shortcuts) - {"identity"})
     if shortcuts:
         raise SliceGPTError(
             f"the stock form has no shortcuts, got {' and '.join(shortcuts)} ones; slice with --form stock",
             "form",
         )
-    if config.layer_key_value_heads is not None:
-        raise SliceGPTError(
-            f"the stock form has all key/value heads, got {config.layer_key_value_heads}; slice without kv_groups",
-            "form",
-        )
     if len(set(config.neurons)) > 1:
         raise SliceGPTError(
             "the stock form has one number of neurons in all layers, got"
             f" {min(config.neurons)} to {max(config.neurons)}; slice with --form stock",
+            "form",
+        )
+    if len(set(config.attention_heads)) > 1:
+        raise SliceGPTError(
+            "the stock form has one number of query heads in all layers, got"
+            f" {min(config.attention_heads)} to {max(config.attention_heads)}; slice with --form stock",
+            "form",
+        )
+    if len(set(config.key_value_heads)) > 1:
+        raise SliceGPTError(
+            "the stock form has one number of key/value heads in all layers, got"
+            f" {min(config.key_value_heads)} to {max(config.key_value_heads)}; slice with --form stock",
             "form",
         )
 
@@ -90,6 +102,12 @@ def stock_config(config: SlicedConfig, source: PreTrainedConfig, dtype: torch.dt
     changes |= stock.fields(source)
     if width != config.dense_hidden_size:
         changes |= {"hidden_size": width, "head_dim": config.head_dim}
+    if not config.keeps_all_heads:
+        changes |= {
+            "num_attention_heads": config.attention_heads[0],
+            "num_key_value_heads": config.key_value_heads[0],
+            "head_dim": config.head_dim,
+        }
     if not family.mean_subtraction:
         eps, known = config.boundary_eps(0) * stock.eps_factor(width), getattr(source, stock.eps)
         changes[stock.eps] = known if math.isclose(eps, known, rel_tol=1e-12) else eps

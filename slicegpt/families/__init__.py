@@ -11,9 +11,10 @@ from .apertus import APERTUS
 from .base import Checkpoint, DenseLayer, Family, LayerNames, Linear, Norm, StockForm
 from .checks import check_config, check_facts
 from .cohere import COHERE, COHERE2
+from .exaone4 import EXAONE4
 from .falcon import FALCON
-from .gemma import GEMMA
-from .glm import ERNIE, GLM, HELIUM
+from .gemma import GEMMA, GEMMA2, GEMMA3
+from .glm import ERNIE, GLM, GLM4, HELIUM
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
 from .granite import GRANITE, GRANITE4
@@ -22,7 +23,7 @@ from .llama import LLAMA
 from .llama_layouts import EXAONE, INTERNLM3, IQUEST_CODER, SEED_OSS
 from .mistral import CWM, MINISTRAL, MINISTRAL3, MISTRAL
 from .nemotron import ARCEE, JAIS2, NEMOTRON
-from .olmo import OLMO
+from .olmo import OLMO, OLMO2, OLMO3
 from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
@@ -88,6 +89,12 @@ FAMILIES = {
         MINISTRAL3,
         HUNYUAN,
         APERTUS,
+        GEMMA2,
+        GEMMA3,
+        OLMO2,
+        OLMO3,
+        EXAONE4,
+        GLM4,
     )
 }
 

@@ -31,6 +31,7 @@ class Norm:
 class DenseLayer:
     """One transformer layer of the checkpoint. In parallel layers both norms are the same one.
 
+    `attention_output_norm`, `mlp_output_norm`: of what the parts write, behind their output projections.
     `activation`: the state of an activation that has weights of its own (xIELU), by the names of its module.
     """
 
@@ -45,6 +46,8 @@ class DenseLayer:
     down: Linear
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    attention_output_norm: Norm | None = None
+    mlp_output_norm: Norm | None = None
     activation: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -52,17 +55,19 @@ class DenseLayer:
 class LayerNames:
     """Names of a layer's modules below the layer's own; None where the family has no such part."""
 
-    attention_norm: str
+    attention_norm: str | None
     q: str
     k: str
     v: str
     o: str
-    mlp_norm: str
+    mlp_norm: str | None
     up: str
     down: str
     gate: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
     activation: str | None = None
 
 
@@ -218,22 +223,28 @@ class Checkpoint:
         names, root = self.names, self.family.layers.format(index)
         # A fused projection bears several names, and is to be read once.
         linear = functools.cache(lambda name: self._linear(f"{root}.{name}"))
+
+        def norm(name: str | None) -> Norm | None:
+            return None if name is None else self._norm(f"{root}.{name}")
+
         norms = [
             None if name is None else self._get(f"{root}.{name}.weight")
             for name in (names.q_norm, names.k_norm)
         ]
         layer = DenseLayer(
-            attention_norm=self._norm(f"{root}.{names.attention_norm}"),
+            attention_norm=norm(names.attention_norm) or Norm(),
             q=linear(names.q),
             k=linear(names.k),
             v=linear(names.v),
             o=linear(names.o),
-            mlp_norm=self._norm(f"{root}.{names.mlp_norm}"),
+            mlp_norm=norm(names.mlp_norm) or Norm(),
             gate=None if names.gate is None else linear(names.gate),
             up=linear(names.up),
             down=linear(names.down),
             q_norm=norms[0],
             k_norm=norms[1],
+            attention_output_norm=norm(names.attention_output_norm),
+            mlp_output_norm=norm(names.mlp_output_norm),
             activation=self._activation(f"{root}.{names.activation}"),
         )
         rewrite = self.family.rewrite_layer

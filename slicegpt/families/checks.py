@@ -14,7 +14,7 @@ from slicegpt.errors import SliceGPTError, first_line
 _THEIR_NAMES = {
     "dense_hidden_size": ("hidden_size",),
     "intermediate_size": ("ffn_dim", "ffn_hidden_size", "n_inner"),
-    "hidden_act": ("activation_function", "activation"),
+    "hidden_act": ("hidden_activation", "activation_function", "activation"),
     "num_key_value_heads": ("num_kv_heads",),
     "rms_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
 }
@@ -99,6 +99,9 @@ def check_facts(config: PreTrainedConfig, facts: dict, learned_activation: bool 
     window = facts.get("sliding_window")
     if window is not None and window < 1:
         refuse("sliding_window", "at least 1, or null")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if facts.get(name) is not None and not 0 < facts[name] < math.inf:
+            refuse(name, "finite and above 0, or null")
     problem = _problem_of_activation(facts["hidden_act"])
     if learned_activation and facts["hidden_act"] == "xielu":
         problem = None
@@ -119,18 +122,22 @@ def _problem_of_activation(name: str) -> str | None:
     return None
 
 
-def rotary_parameters(config: PreTrainedConfig, head_dim: int, partial: bool) -> dict:
+def rotary_parameters(
+    config: PreTrainedConfig, head_dim: int, partial: bool, settings: dict | None = None
+) -> dict:
     """`SlicedConfig.rope_parameters` of a config with rotary positions.
 
     Args:
         head_dim: entries of an attention head.
         partial: the family rotates only `partial_rotary_factor` of a head. In the other families transformers ignores a
             stray factor where frequencies are not scaled, and fails where they are.
+        settings: in place of `config.rope_parameters`.
 
     Raises:
         SliceGPTError: a kind of scaling that transformers does not know, numbers out of range, an odd rotary part.
     """
-    family, rope = config.model_type, dict(config.rope_parameters or {})
+    given = config.rope_parameters if settings is None else settings
+    family, rope = config.model_type, dict(given or {})
     kind, known = rope.get("rope_type"), ("default", *ROPE_INIT_FUNCTIONS)
     if kind not in known:
         raise SliceGPTError(
@@ -170,6 +177,23 @@ def rotary_parameters(config: PreTrainedConfig, head_dim: int, partial: bool) ->
                 f"{family}: rope_parameters: {name} must be a list of {rotated // 2} numbers, one a rotary pair"
             )
     return rope
+
+
+def layer_rotary_facts(config: PreTrainedConfig, head_dim: int, settings: list[dict]) -> dict:
+    """The facts of a config with rotary settings for each layer, in the form of `rope_parameters`.
+
+    Raises:
+        SliceGPTError: as `rotary_parameters`; or LongRoPE, whose frequencies change with the length of the sequence.
+    """
+    layers = [rotary_parameters(config, head_dim, False, own) for own in settings]
+    if any(own["rope_type"] == "longrope" for own in layers):
+        raise SliceGPTError(
+            f"{config.model_type}: rope_parameters: rope_type 'longrope' is not supported: it must be the same in"
+            " all layers"
+        )
+    if all(own == layers[0] for own in layers):
+        return {"rope_parameters": layers[0]}
+    return {"rope_parameters": layers[0], "layer_rope_parameters": layers}
 
 
 def _numbers(values: dict) -> Iterable[tuple[str, float]]:

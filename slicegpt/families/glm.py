@@ -1,4 +1,7 @@
-"""Rotary pairs of neighbours in Llama's layout: GLM-4-9B (a part of a head; gate and up fused), ERNIE 4.5, Helium."""
+"""Rotary pairs of neighbours in Llama's layout: GLM-4-9B (a part of a head; gate and up fused), ERNIE 4.5, Helium.
+
+GLM-4-0414 has norms behind its blocks as well.
+"""
 
 from dataclasses import replace
 
@@ -13,6 +16,11 @@ from .rewriting import back_to_neighbours, fuse_gate, pairs_of_neighbours, split
 def glm_facts(config: PreTrainedConfig) -> dict:
     """Fields of `SlicedConfig` that a GLM config determines."""
     return llama_facts(config, partial_rotary=True)
+
+
+def glm4_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a GLM-4-0414 config determines."""
+    return glm_facts(config) | {"post_norm": True}
 
 
 def glm_layer(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
@@ -45,6 +53,17 @@ GLM = replace(
     layer=replace(LLAMA_LAYER, gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
     rewrite_layer=glm_layer,
     stock=StockForm(restore_layer=restored_glm_layer),
+)
+GLM4 = replace(
+    GLM,
+    model_type="glm4",
+    architectures=("Glm4ForCausalLM",),
+    facts=glm4_facts,
+    layer=replace(
+        GLM.layer,
+        attention_output_norm="post_self_attn_layernorm",
+        mlp_output_norm="post_mlp_layernorm",
+    ),
 )
 ERNIE = replace(
     LLAMA,

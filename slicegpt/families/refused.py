@@ -31,8 +31,7 @@ _KINDS = {
         qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya""",
     _LATENT: """axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots3_note_text glm4_moe_lite glm_moe_dsa
         hy_v4 longcat_flash minicpm3 sarvam_mla youtu""",
-    _NORMS_BEHIND: """afmoe beam dory exaone4 flex_olmo gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text
-        glm4 hyperclovax kolibri1 olmo2 olmo3""",
+    _NORMS_BEHIND: """afmoe beam dory flex_olmo gemma3n_text gemma4_text gemma4_unified_text hyperclovax kolibri1""",
     _EXPERTS: """aria_text cohere2_moe dbrx dots1 ernie4_5_moe exaone_moe flint glm4_moe gpt_oss granitemoe
         granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 jetmoe laguna llama4 llama4_text mellum mimo_v2_flash
         minimax_m2 minimax_m3_vl_text mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open""",

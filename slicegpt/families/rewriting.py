@@ -70,9 +70,29 @@ def scale_norm(norm: Norm, factor: float) -> Norm:
     return Norm(norm.weight.double() * factor, bias)
 
 
+def scale_output_norms(layer: DenseLayer, factor: float) -> DenseLayer:
+    """`scale_writers` of a layer with norms behind its blocks: their scales take the factor."""
+    return replace(
+        layer,
+        attention_output_norm=scale_norm(layer.attention_output_norm, factor),
+        mlp_output_norm=scale_norm(layer.mlp_output_norm, factor),
+    )
+
+
 def one_plus(norm: Norm, config: PreTrainedConfig | None = None) -> Norm:
     """A norm whose checkpoint holds its scale less 1, in float64."""
     return Norm(1 + norm.weight.double(), norm.bias)
+
+
+def one_plus_all(layer: DenseLayer, config: PreTrainedConfig | None = None) -> DenseLayer:
+    """`one_plus` of every norm that a layer has, those behind its blocks and those of queries and keys among them."""
+    norms = ("attention_norm", "mlp_norm", "attention_output_norm", "mlp_output_norm")
+    scales = {
+        name: 1 + scale.double()
+        for name in ("q_norm", "k_norm")
+        if (scale := getattr(layer, name)) is not None
+    }
+    return replace(layer, **{name: one_plus(getattr(layer, name)) for name in norms}, **scales)
 
 
 def one_plus_norms(layer: DenseLayer, config: PreTrainedConfig | None = None) -> DenseLayer:

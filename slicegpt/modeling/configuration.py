@@ -1,9 +1,20 @@
 """`SlicedConfig`: the canonical network of `slicegpt.modeling.network`, described by its widths and few facts."""
 
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 SHORTCUT_KINDS = ("identity", "compact", "dense")
+# How tensor parallelism shares out attention with norms over all heads: columns, put together again.
+_WHOLE_HEADS_PLAN = {
+    "q_proj": "colwise_gather_output",
+    "k_proj": "colwise_gather_output",
+    "v_proj": "colwise_gather_output",
+    "q_norm": "replicated",
+    "k_norm": "replicated",
+    "o_proj": "rowwise_split_input",
+}
 
 
 def factor_rank(dense_width: int, width: int, next_width: int) -> int:
@@ -48,6 +59,8 @@ class SlicedConfig(PreTrainedConfig):
             transformers' SmolLM3; where not given, all are turned.
         rope_parameters: as in transformers. With `llama_4_scaling_beta` queries grow with their position (Ministral 3);
             see `query_scaling`.
+        layer_rope_parameters: those of each layer, where they differ (Gemma 3); of a layer without rotary positions
+            they mean nothing. `rope_parameters` are then derived: those of the first layer.
         intermediate_size, dense_intermediate_size: MLP neurons of a layer, the most of any, and how many they were
             before slicing (the same where not given).
         layer_neurons: those of each layer, where they differ; see `neurons`. 0: the layer has no MLP.
@@ -56,6 +69,8 @@ class SlicedConfig(PreTrainedConfig):
         layer_key_value_heads: key/value heads that each layer keeps, with their query heads, where some are deleted;
             see `key_value_heads`. 0: the layer has no attention, neither a norm before it nor a place in the cache. One
             layer at least has some.
+        layer_group_heads: query heads that each key/value head of a layer keeps, one number a layer, where some are
+            deleted; see `group_heads`. Groups of a layer are of one size, as attention kernels take them.
         layer_types: kind of attention of each layer, "full_attention" or "sliding_attention". transformers' caches read
             it layer by layer: where layers have no attention, the kinds of those that have come first, in order, and
             "full_attention" stands for the others. See `attention_types`.
@@ -65,8 +80,16 @@ class SlicedConfig(PreTrainedConfig):
             carry a bias (folding a LayerNorm's shift creates some).
         qk_norm: queries and keys pass an RMSNorm over the head dimension (Qwen3).
         qk_norm_after_rope: they do so behind their rotation, and not before it (Hunyuan).
+        qk_norm_whole: that norm is over all heads together (OLMo 2), with a scale for each of their columns.
+        attn_logit_softcapping: scores become `c tanh(score / c)` before the softmax (Gemma 2).
+        final_logit_softcapping: the same of the logits.
+        pre_norm: blocks read the stream through its norm; False: they read the stream itself (OLMo 2).
+        post_norm: what a block writes passes an RMSNorm over the D columns, with a scale that is kept (Gemma 2). Its
+            divisor needs all of them: all boundaries are D wide, and no basis but the model's own will do.
         rms_norm_eps: epsilon of the norms of the original model. The norm divides by D, not by the sliced
             width; see `boundary_eps`.
+        inner_norm_eps: epsilon of the norms that are not on the stream, of queries, keys and what blocks write;
+            `rms_norm_eps` where not given.
         source_model_type, source_parameters: the family the weights came from, and how many elements the
             model stored before slicing.
     """
@@ -110,8 +133,14 @@ class SlicedConfig(PreTrainedConfig):
     attention_output_bias: bool = False
     qk_norm: bool = False
     qk_norm_after_rope: bool = False
+    qk_norm_whole: bool = False
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    pre_norm: bool = True
+    post_norm: bool = False
     sliding_window: int | None = None
     layer_key_value_heads: list[int] | None = None
+    layer_group_heads: list[int] | None = None
     layer_types: list[str] | None = None
     dense_layer_types: list[str] | None = None
     intermediate_size: int = 11008
@@ -127,7 +156,9 @@ class SlicedConfig(PreTrainedConfig):
     no_rope_layers: list[int] | None = None
     max_position_embeddings: int = 2048
     rope_parameters: dict | None = None
+    layer_rope_parameters: list[dict] | None = None
     rms_norm_eps: float = 1e-6
+    inner_norm_eps: float | None = None
     attention_dropout: float | int | None = 0.0
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -167,9 +198,17 @@ class SlicedConfig(PreTrainedConfig):
                 self.tie_word_embeddings and self.boundary_widths[-1] != self.dense_hidden_size
             )
         self.hidden_size = self.dense_hidden_size if self.head_projection else self.boundary_widths[-1]
+        if self.layer_rope_parameters:
+            self.rope_parameters = dict(self.layer_rope_parameters[0])
+        if self.inner_norm_eps is None:
+            self.inner_norm_eps = self.rms_norm_eps
         absent = (() if self.gated_mlp else ("gate_proj",)) + (() if self.qk_norm else ("q_norm", "k_norm"))
+        # Norms over all heads need all of them on every device.
+        whole = _WHOLE_HEADS_PLAN if self.qk_norm and self.qk_norm_whole else {}
         self.base_model_tp_plan = {
-            name: style for name, style in self.base_model_tp_plan.items() if not name.endswith(absent)
+            name: whole.get(name.rpartition(".")[2], style)
+            for name, style in self.base_model_tp_plan.items()
+            if not name.endswith(absent)
         }
         super().__post_init__(**kwargs)
 
@@ -191,8 +230,18 @@ class SlicedConfig(PreTrainedConfig):
     @property
     def attention_heads(self) -> list[int]:
         """Query heads of each layer."""
-        sharing = self.num_attention_heads // self.num_key_value_heads
-        return [sharing * heads for heads in self.key_value_heads]
+        return [heads * shared for heads, shared in zip(self.key_value_heads, self.group_heads, strict=True)]
+
+    @property
+    def group_heads(self) -> list[int]:
+        """Query heads that share a key/value head, in each layer."""
+        shared = self.num_attention_heads // self.num_key_value_heads
+        return self.layer_group_heads or [shared] * self.num_hidden_layers
+
+    @property
+    def keeps_all_heads(self) -> bool:
+        """Whether every layer has the heads that it had before slicing."""
+        return self.layer_key_value_heads is None and self.layer_group_heads is None
 
     @property
     def attention_types(self) -> list[str]:
@@ -217,6 +266,26 @@ class SlicedConfig(PreTrainedConfig):
         return self.position_embedding == "rotary" and (
             self.no_rope_layers is None or bool(self.no_rope_layers[layer])
         )
+
+    @property
+    def rope_settings(self) -> list[dict]:
+        """The different rotary settings among the layers, in the order of their first use."""
+        settings: list[dict] = []
+        for own in self.layer_rope_parameters or [self.rope_parameters]:
+            if own not in settings:
+                settings.append(own)
+        return settings
+
+    def rope_setting(self, layer: int) -> int:
+        """Which of `rope_settings` are a layer's."""
+        own = self.layer_rope_parameters
+        return 0 if own is None else self.rope_settings.index(own[layer])
+
+    def with_rope(self, rope_parameters: dict) -> "SlicedConfig":
+        """A copy for one of `rope_settings`, as transformers' functions of rotary frequencies take it."""
+        config = copy.copy(self)
+        config.rope_parameters, config.layer_rope_parameters = rope_parameters, None
+        return config
 
     @property
     def query_scaling(self) -> tuple[float, int] | None:
@@ -281,6 +350,21 @@ class SlicedConfig(PreTrainedConfig):
             raise ValueError(
                 f"no_rope_layers must hold {self.num_hidden_layers} of 0 and 1, one a layer, got {turned}"
             )
+        ropes = self.layer_rope_parameters
+        if ropes is not None and len(ropes) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_rope_parameters must hold {self.num_hidden_layers} dictionaries, one a layer, got {len(ropes)}"
+            )
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            cap = getattr(self, name)
+            if cap is not None and not 0 < cap < float("inf"):
+                raise ValueError(f"{name} must be finite and above 0, got {cap}")
+        if not (self.pre_norm and not self.post_norm) and (
+            self.parallel_blocks or set(self.shortcuts) != {"identity"}
+        ):
+            raise ValueError(
+                "pre_norm=False and post_norm=True need blocks one after the other and a stream that keeps its columns"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -295,6 +379,20 @@ class SlicedConfig(PreTrainedConfig):
         if not any(kept):
             raise ValueError(
                 "layer_key_value_heads must leave attention to one layer at least, got 0 for all"
+            )
+        shared = self.num_attention_heads // all_heads
+        if len(self.group_heads) != self.num_hidden_layers or not all(
+            1 <= heads <= shared for heads in self.group_heads
+        ):
+            raise ValueError(
+                f"layer_group_heads must hold {self.num_hidden_layers} numbers in [1, {shared}], got "
+                f"{self.layer_group_heads}"
+            )
+        whole = {0, self.num_attention_heads}
+        if self.qk_norm and self.qk_norm_whole and set(self.attention_heads) - whole:
+            raise ValueError(
+                "qk_norm_whole: the norm is over all heads, so a layer has all of them or none, got "
+                f"{self.attention_heads}"
             )
         kinds = self.dense_layer_types
         if kinds is not None and len(kinds) != self.num_hidden_layers:

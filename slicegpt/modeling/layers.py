@@ -123,6 +123,24 @@ class SlicedRotaryEmbedding(nn.Module):
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
+class LayerRotaryEmbeddings(nn.Module):
+    """A `SlicedRotaryEmbedding` for each of `SlicedConfig.rope_settings`."""
+
+    def __init__(self, config: SlicedConfig):
+        super().__init__()
+        # No `ModuleList`: what runs or places a model layer by layer takes such a list for its layers.
+        for index, one in enumerate(config.rope_settings):
+            self.add_module(f"setting_{index}", SlicedRotaryEmbedding(config.with_rope(one)))
+        self.setting_of_layer = [config.rope_setting(layer) for layer in range(config.num_hidden_layers)]
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Cosines and sines, once for every layer."""
+        pairs = [one(hidden_states, position_ids) for one in self.children()]
+        return [pairs[setting] for setting in self.setting_of_layer]
+
+
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first `cos.shape[-1]` entries of each head of `states` [batch, heads, tokens, head_dim]."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -148,12 +166,15 @@ def eager_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **_,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out, for `attn_implementation="eager"`: returns the output and the probabilities."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.mT * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         scores = scores + attention_mask
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
@@ -181,16 +202,25 @@ class SlicedAttention(nn.Module):
     """Causal self-attention from a boundary of `in_width` columns to one of `out_width`.
 
     Args:
-        key_heads: key/value heads, each with its group of query heads.
+        key_heads: key/value heads.
+        group_heads: query heads that share each of them.
     """
 
-    def __init__(self, config: SlicedConfig, layer_idx: int, in_width: int, out_width: int, key_heads: int):
+    def __init__(
+        self,
+        config: SlicedConfig,
+        layer_idx: int,
+        in_width: int,
+        out_width: int,
+        key_heads: int,
+        group_heads: int,
+    ):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.cache_index = config.cache_index(layer_idx)
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.num_key_value_groups = group_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
@@ -199,6 +229,9 @@ class SlicedAttention(nn.Module):
         self.uses_rope = config.uses_rope(layer_idx)
         self.query_scaling = config.query_scaling
         self.norm_after_rope = config.qk_norm_after_rope
+        self.norm_whole = config.qk_norm and config.qk_norm_whole
+        softcap = config.attn_logit_softcapping
+        self.score_arguments = {} if softcap is None else {"softcap": softcap}
 
         query_size = key_heads * self.num_key_value_groups * config.head_dim
         key_size = key_heads * config.head_dim
@@ -206,11 +239,9 @@ class SlicedAttention(nn.Module):
         self.k_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, out_width, bias=config.attention_output_bias)
-        self.q_norm = (
-            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        )
-        self.k_norm = (
-            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        sizes = (query_size, key_size) if self.norm_whole else (config.head_dim, config.head_dim)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(size, eps=config.inner_norm_eps) if config.qk_norm else nn.Identity() for size in sizes
         )
 
     def forward(
@@ -223,9 +254,11 @@ class SlicedAttention(nn.Module):
         cache: Cache | None = kwargs.pop(CACHE, None)
         shape = hidden_states.shape[:-1]
         heads = (*shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads)
-        key = self.k_proj(hidden_states).view(heads)
-        if not self.norm_after_rope:
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.norm_whole:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.view(heads), key.view(heads)
+        if not (self.norm_after_rope or self.norm_whole):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
@@ -251,9 +284,22 @@ class SlicedAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            **self.score_arguments,
             **kwargs,
         )
         return self.o_proj(output.reshape(*shape, -1)), probabilities
+
+
+def build_rotary(config: SlicedConfig) -> SlicedRotaryEmbedding | LayerRotaryEmbeddings:
+    """The rotary positions of all layers, or of each."""
+    return (SlicedRotaryEmbedding if config.layer_rope_parameters is None else LayerRotaryEmbeddings)(config)
+
+
+def build_output_norm(config: SlicedConfig, part: nn.Module) -> nn.Module:
+    """The norm that what `part` writes passes, at the model's full width; the constant of a deleted one passes none."""
+    if not config.post_norm or isinstance(part, Constant):
+        return nn.Identity()
+    return nn.RMSNorm(config.dense_hidden_size, eps=config.inner_norm_eps)
 
 
 def build_activation(config: SlicedConfig) -> nn.Module:
@@ -289,7 +335,9 @@ def build_attention(
 ) -> SlicedAttention | Constant:
     """The attention of a layer, or what is left of one without key/value heads."""
     heads = config.key_value_heads[layer]
-    return SlicedAttention(config, layer, in_width, out_width, heads) if heads else Constant(out_width)
+    if not heads:
+        return Constant(out_width)
+    return SlicedAttention(config, layer, in_width, out_width, heads, config.group_heads[layer])
 
 
 def build_mlp(config: SlicedConfig, in_width: int, out_width: int, neurons: int) -> SlicedMLP | Constant:

@@ -27,10 +27,11 @@ from .layers import (
     Constant,
     FinalNorm,
     SlicedAttention,
-    SlicedRotaryEmbedding,
     WeightlessRMSNorm,
     build_attention,
     build_mlp,
+    build_output_norm,
+    build_rotary,
     build_shortcut,
     stream_matrix,
 )
@@ -50,6 +51,13 @@ def build_norm(config: SlicedConfig, boundary: int) -> WeightlessRMSNorm:
     return WeightlessRMSNorm(config.boundary_widths[boundary], config.boundary_eps(boundary))
 
 
+def build_input_norm(config: SlicedConfig, block: int, part: nn.Module) -> nn.Module | None:
+    """What `part` reads the stream through; None for a deleted one, which reads nothing."""
+    if isinstance(part, Constant):
+        return None
+    return build_norm(config, block) if config.pre_norm else nn.Identity()
+
+
 class SlicedLayer(GradientCheckpointingLayer):
     """A layer of either kind: what `output_hidden_states` records, and counts, is found by this one class."""
 
@@ -65,10 +73,12 @@ class SlicedDecoderLayer(SlicedLayer):
         block = 2 * layer_idx
         entry, middle, leave = config.boundary_widths[block : block + 3]
         self.self_attn = build_attention(config, layer_idx, entry, middle)
-        self.input_norm = None if isinstance(self.self_attn, Constant) else build_norm(config, block)
+        self.input_norm = build_input_norm(config, block, self.self_attn)
+        self.attention_output_norm = build_output_norm(config, self.self_attn)
         self.attention_shortcut = build_shortcut(config, block)
         self.mlp = build_mlp(config, middle, leave, config.neurons[layer_idx])
-        self.mlp_norm = None if isinstance(self.mlp, Constant) else build_norm(config, block + 1)
+        self.mlp_norm = build_input_norm(config, block + 1, self.mlp)
+        self.mlp_output_norm = build_output_norm(config, self.mlp)
         self.mlp_shortcut = build_shortcut(config, block + 1)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -79,13 +89,14 @@ class SlicedDecoderLayer(SlicedLayer):
         if self.input_norm is None:
             return self.self_attn(self.attention_shortcut(hidden_states))
         attended, _ = self.self_attn(self.input_norm(hidden_states), **kwargs)
-        return self.attention_shortcut(hidden_states) + attended
+        return self.attention_shortcut(hidden_states) + self.attention_output_norm(attended)
 
     def mlp_block(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Boundary `2 l + 1` to boundary `2 l + 2`."""
         if self.mlp_norm is None:
             return self.mlp(self.mlp_shortcut(hidden_states))
-        return self.mlp_shortcut(hidden_states) + self.mlp(self.mlp_norm(hidden_states))
+        written = self.mlp_output_norm(self.mlp(self.mlp_norm(hidden_states)))
+        return self.mlp_shortcut(hidden_states) + written
 
 
 class SlicedParallelDecoderLayer(SlicedLayer):
@@ -120,7 +131,6 @@ class SlicedPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SlicedDecoderLayer", "SlicedParallelDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
-    _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -128,6 +138,11 @@ class SlicedPreTrainedModel(PreTrainedModel):
         "hidden_states": SlicedLayer,
         "attentions": SlicedAttention,
     }
+
+    @property
+    def _supports_sdpa(self) -> bool:
+        """PyTorch's attention has no capped scores, and transformers' use of it passes over the cap in silence."""
+        return self.config.attn_logit_softcapping is None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -162,7 +177,7 @@ class SlicedModel(SlicedPreTrainedModel):
                 config.max_position_embeddings + config.position_offset, first
             )
         elif config.position_embedding == "rotary":
-            self.rotary_emb = SlicedRotaryEmbedding(config)
+            self.rotary_emb = build_rotary(config)
         layer = SlicedParallelDecoderLayer if config.parallel_blocks else SlicedDecoderLayer
         self.layers = nn.ModuleList([layer(config, index) for index in range(config.num_hidden_layers)])
         # Of each layer the kind of its attention, None where it has none.
@@ -193,8 +208,8 @@ class SlicedModel(SlicedPreTrainedModel):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | dict | None,
         cache: Cache | None = None,
-    ) -> tuple[dict[str, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor] | None]:
-        """What the layers share: an attention mask per layer type, and the rotary cosines and sines."""
+    ) -> tuple[dict[str, torch.Tensor | None], list[tuple[torch.Tensor, torch.Tensor] | None]]:
+        """An attention mask per layer type, and of each layer the rotary cosines and sines."""
         masks = attention_mask
         if not isinstance(attention_mask, dict):
             common = {
@@ -210,7 +225,7 @@ class SlicedModel(SlicedPreTrainedModel):
             }
             masks = {kind: makers[kind](**common) for kind in set(self.config.attention_types)}
         rotary = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
-        return masks, rotary
+        return masks, rotary if isinstance(rotary, list) else [rotary] * len(self.layers)
 
     def default_position_ids(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int
@@ -258,11 +273,11 @@ class SlicedModel(SlicedPreTrainedModel):
 
         hidden_states = self.embed(inputs_embeds, position_ids)
         masks, rotary = self.block_inputs(hidden_states, position_ids, attention_mask, cache)
-        for kind, layer in zip(self.attention_kinds, self.layers, strict=True):
+        for kind, angles, layer in zip(self.attention_kinds, rotary, self.layers, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=None if kind is None else masks[kind],
-                position_embeddings=rotary,
+                position_embeddings=angles,
                 position_ids=position_ids,
                 use_cache=use_cache,
                 **{CACHE: cache},
@@ -288,7 +303,7 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
     def _get_static_cache_init_shape(self):
         """transformers allocates a static cache before the first token where this tells the heads of its layers; where
         they differ, the first token does it."""
-        if self.config.layer_key_value_heads is not None:
+        if not self.config.keeps_all_heads:
             return None
         return super()._get_static_cache_init_shape()
 
@@ -296,12 +311,13 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         """transformers' continuous batching, whose paged cache has the same heads in every layer.
 
         Raises:
-            ValueError: layers keep different numbers of key/value heads.
+            ValueError: heads are deleted.
         """
-        if self.config.layer_key_value_heads is not None:
+        if not self.config.keeps_all_heads:
             raise ValueError(
-                "generate_batch: layers must have the same key/value heads, got layer_key_value_heads="
-                f"{self.config.layer_key_value_heads}; use generate, slicegpt.Runtime or vLLM"
+                "generate_batch: layers must have all of their heads, got layer_key_value_heads="
+                f"{self.config.layer_key_value_heads} and layer_group_heads={self.config.layer_group_heads}; use "
+                "generate, slicegpt.Runtime or vLLM"
             )
         return super().init_continuous_batching(*args, **kwargs)
 
@@ -365,6 +381,8 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = torch.tanh(logits / cap) * cap
         loss = None
         if labels is not None:
             loss = self.loss_function(

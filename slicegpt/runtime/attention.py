@@ -29,6 +29,23 @@ def prompt_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
     )
 
 
+def capped_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softcap: float
+) -> Tensor:
+    """`prompt_attention` with scores capped by a tanh (Gemma 2), written out: PyTorch's operator has no such scores.
+
+    mask: bool, as there; None: every token attends to all keys.
+    """
+    batch, heads, tokens, size = queries.shape
+    grouped = queries.reshape(batch, keys.shape[1], -1, size)
+    scores = softcap * torch.tanh(grouped @ keys.mT * (size**-0.5 / softcap))
+    scores = scores.view(batch, heads, tokens, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    shares = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+    return (shares.view(batch, keys.shape[1], -1, shares.shape[-1]) @ values).view(batch, heads, tokens, size)
+
+
 def causal_mask(tokens: int, seen: int, like: Tensor) -> Tensor | None:
     """The causal mask of the last `tokens` of `seen` tokens, in a form that `prompt_attention` takes.
 

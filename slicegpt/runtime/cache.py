@@ -14,7 +14,7 @@ from torch import Tensor
 from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import decode_attention_
 from slicegpt.ops.torch_attention import attention_states, one_query_attention
-from slicegpt.runtime.attention import causal_mask, prompt_attention
+from slicegpt.runtime.attention import capped_attention, causal_mask, prompt_attention
 from slicegpt.runtime.packed import PackedAttention
 
 
@@ -81,17 +81,17 @@ class CacheStep(ABC):
     Args:
         cache: the new tokens' keys and values are written to it.
         tokens: new tokens of each row of the batch.
-        angles: cosines and sines [batch * tokens, 1, rotary_dim], or None without rotary positions.
+        angles: cosines and sines [batch * tokens, 1, rotary_dim] of every rotary table.
     """
 
-    def __init__(self, cache: KVCache, tokens: int, angles: tuple[Tensor, Tensor] | None):
+    def __init__(self, cache: KVCache, tokens: int, angles: list[tuple[Tensor, Tensor]]):
         self.cache = cache
         self.tokens = tokens
         self.angles = angles
 
     def angles_for(self, attention: PackedAttention) -> tuple[Tensor | None, Tensor | None]:
         """The angles, or None twice for a layer without rotary positions."""
-        return self.angles if attention.rotary else (None, None)
+        return (None, None) if attention.rotary is None else self.angles[attention.rotary]
 
     @abstractmethod
     def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class GrowingStep(CacheStep):
         self,
         cache: KVCache,
         tokens: int,
-        angles: tuple[Tensor, Tensor] | None,
+        angles: list[tuple[Tensor, Tensor]],
         start: int,
         padded: bool,
     ):
@@ -155,6 +155,11 @@ class GrowingStep(CacheStep):
             self._new[0][layer].copy_(keys)
             self._new[1][layer].copy_(values)
             seen_keys, seen_values, mask = self._seen(attention.window)
+            if attention.softcap is not None:
+                queries = queries[:, :, None]
+                return capped_attention(
+                    queries, seen_keys[layer], seen_values[layer], mask, attention.softcap
+                )[:, :, 0].flatten(1)
             return one_query_attention(queries, seen_keys[layer], seen_values[layer], mask)
         cached_keys, cached_values = self.cache.of_layer(layer)
         queries, keys, values = (
@@ -164,19 +169,26 @@ class GrowingStep(CacheStep):
         cached_values[:, :, self.start : self.stop] = values
         first = self._first_seen(attention.window)
         if attention.window not in self._masks:
-            self._masks[attention.window] = self._mask(attention.window, first)
+            self._masks[attention.window] = self._mask(attention.window, first, attention.softcap is not None)
         mask = self._masks[attention.window]
         seen = slice(first, self.stop)
-        attended = prompt_attention(queries, cached_keys[:, :, seen], cached_values[:, :, seen], mask)
+        cached = cached_keys[:, :, seen], cached_values[:, :, seen]
+        if attention.softcap is None:
+            attended = prompt_attention(queries, *cached, mask)
+        else:
+            attended = capped_attention(queries, *cached, mask, attention.softcap)
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _first_seen(self, window: int | None) -> int:
         """The first slot that any new token attends to: a sliding window bounds the work for a chunk of a prompt."""
         return 0 if window is None else max(0, self.start - window + 1)
 
-    def _mask(self, window: int | None, first: int) -> Tensor | None:
-        """The mask of the new tokens over the slots from `first` on; see `prompt_attention`."""
-        if not self.padded and (window is None or window >= self.stop):
+    def _mask(self, window: int | None, first: int, explicit: bool) -> Tensor | None:
+        """The mask of the new tokens over the slots from `first` on; see `prompt_attention`.
+
+        explicit: as booleans in any case.
+        """
+        if not explicit and not self.padded and (window is None or window >= self.stop):
             return causal_mask(self.tokens, self.stop, self.cache.keys)
         device = self.cache.keys.device
         query = torch.arange(self.start, self.stop, device=device)[:, None]
@@ -198,16 +210,38 @@ class StaticStep(CacheStep):
         slot: int64 [1], the slot that the token is written to.
     """
 
-    def __init__(self, cache: KVCache, angles: tuple[Tensor, Tensor] | None, slot: Tensor):
+    def __init__(self, cache: KVCache, angles: list[tuple[Tensor, Tensor]], slot: Tensor):
         # Made contiguous once, not in every layer.
-        angles = None if angles is None else tuple(angle.contiguous() for angle in angles)
-        super().__init__(cache, 1, angles)
+        super().__init__(cache, 1, [tuple(angle.contiguous() for angle in pair) for pair in angles])
         self.slot = slot
 
     def attend(self, attention: PackedAttention, rows: Tensor) -> Tensor:
         cos, sin = self.angles_for(attention)
+        if attention.softcap is not None:
+            return self._attend_capped(attention, rows, cos, sin)
         decode_attention_(
             rows, *self.cache.of_layer(attention.layer), self.cache.valid, self.slot, cos, sin, attention.norm,
             attention.heads, attention.window, attention.norm_eps, attention.rotate_first,
         )  # fmt: skip
         return rows[:, 2 * attention.key_heads * attention.head_dim :]
+
+    def _attend_capped(
+        self, attention: PackedAttention, rows: Tensor, cos: Tensor | None, sin: Tensor | None
+    ) -> Tensor:
+        """The same with capped scores, in PyTorch's operators over the whole cache."""
+        heads, key_heads, size = attention.heads, attention.key_heads, attention.head_dim
+        values, states = attention_states(
+            rows, key_heads, heads, size, attention.norm, attention.norm_eps, cos, sin, attention.rotate_first
+        )
+        keys, queries = states[:, :key_heads, None], states[:, key_heads:, None]
+        cached = self.cache.of_layer(attention.layer)
+        for tensor, new in zip(cached, (keys, values[:, :, None]), strict=True):
+            tensor.index_copy_(2, self.slot, new)
+        places = torch.arange(self.cache.capacity, device=rows.device)
+        seen = self.cache.valid & (places <= self.slot) | (places == self.slot)
+        if attention.window is not None:
+            seen = seen & (places > self.slot - attention.window)
+        attended = rows[:, 2 * key_heads * size :]
+        capped = capped_attention(queries, *cached, seen[:, None, None], attention.softcap)
+        attended[:, : heads * size] = capped[:, :, 0].flatten(1)
+        return attended

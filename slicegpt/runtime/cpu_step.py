@@ -29,7 +29,7 @@ class CpuStep:
         return (
             packed.device.type == "cpu"
             and gemm.is_supported(None, packed.dtype, batch)
-            and all(block.inputs for block in packed.blocks)
+            and all(block.inputs and block.is_fused for block in packed.blocks)
             and all(one.attention is None for block in packed.blocks for one in block.inputs[1:])
         )
 
@@ -80,7 +80,7 @@ class CpuStep:
             )  # fmt: skip
         facts, read, window = block.inputs[0].attention, 0, 0
         if facts is not None:
-            rotary = self.packed.rotary if facts.rotary else None
+            rotary = None if facts.rotary is None else self.packed.rotary[facts.rotary]
             read, window = 2 * facts.key_heads * facts.head_dim, facts.window or 0
             keys, values = self.cache.of_layer(facts.layer)
             attention = gemm.attention_arguments(

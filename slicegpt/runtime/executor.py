@@ -1,5 +1,7 @@
 """The forward pass of a packed network: rows of tokens through `norm_linear`, attention and `rotate_add`."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,7 @@ from slicegpt.ops.norm_linear import DISPATCHER as NORM_LINEAR
 from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
 from slicegpt.runtime.cache import CacheStep
-from slicegpt.runtime.packed import PackedBlock, PackedNetwork, Projection
+from slicegpt.runtime.packed import PackedAttention, PackedBlock, PackedNetwork, Projection
 
 
 def _norm_linear_on_cpu(*arguments) -> Tensor:
@@ -45,6 +47,36 @@ def _rotate_add_on_cpu(
     return ROTATE_ADD.launcher(name)(a, weight, h, shortcut, bias)
 
 
+def row_scale(block: PackedBlock, stream: Tensor, sums: Tensor | None) -> tuple[Tensor | None, float]:
+    """The sums of squares and the epsilon that `norm_linear` scales rows by: by exactly 1 where there is no norm."""
+    if block.eps is not None:
+        return sums, block.eps
+    return stream.new_full((len(stream), 1), block.width, dtype=sumsq_dtype(stream.dtype)), 0.0
+
+
+def with_whole_norms(attention: PackedAttention, rows: Tensor) -> Tensor:
+    """Rows [tokens, v | k | q | ...] with keys and queries normalised over all of their heads, in place."""
+    if attention.whole_norms is None:
+        return rows
+    begin = attention.key_heads * attention.head_dim
+    for scale in attention.whole_norms:
+        columns = rows[:, begin : begin + len(scale)]
+        columns.copy_(F.rms_norm(columns, (len(scale),), scale, attention.norm_eps))
+        begin += len(scale)
+    return rows
+
+
+def add_normed(
+    block: PackedBlock, a: Tensor, stream: Tensor, rotate_add: Callable[..., tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor, None]:
+    """The stream behind a block that normalises what it writes; the next norm computes its own sums of squares."""
+    if isinstance(block.output, PanelWeight):
+        written, _ = rotate_add(a, block.output, torch.zeros_like(stream), None, block.output_bias, None)
+    else:
+        written = F.linear(a, block.output, block.output_bias)
+    return stream + F.rms_norm(written, (written.shape[1],), block.output_norm, block.inner_eps), None
+
+
 def look_up(table: Tensor | PanelWeight, ids: Tensor) -> Tensor:
     """Rows [n, columns] of an embedding table."""
     return table.take(ids) if isinstance(table, PanelWeight) else F.embedding(ids, table)
@@ -68,15 +100,13 @@ class Executor:
         self.norm_linear = ops.norm_linear if through_operators else _norm_linear_on_cpu
         self.rotate_add = ops.rotate_add if through_operators else _rotate_add_on_cpu
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and signed sines of these positions, each [positions, 1, rotary_dim]; None without rotary positions.
+    def angles(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and signed sines of these positions, each [positions, 1, rotary_dim], of every rotary table.
 
         Positions of padding may be negative.
         """
-        if self.packed.rotary is None:
-            return None
-        cos, sin = self.packed.rotary[positions.flatten().clamp(min=0)][:, :, None].unbind(1)
-        return cos, sin
+        rows = positions.flatten().clamp(min=0)
+        return [table[rows][:, :, None].unbind(1) for table in self.packed.rotary]
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids and positions [batch, tokens] to the stream [batch * tokens, d] at boundary 0."""
@@ -102,9 +132,12 @@ class Executor:
         if not block.inputs:
             return block.carried(stream), None
         pieces = []
+        sums, eps = row_scale(block, stream, sums)
         for projection in block.inputs:
-            rows = self._project(projection, stream, sums, block.width, block.eps)
-            pieces.append(rows if projection.attention is None else step.attend(projection.attention, rows))
+            rows, attention = self._project(projection, stream, sums, block.width, eps), projection.attention
+            if attention is not None:
+                rows = step.attend(attention, with_whole_norms(attention, rows))
+            pieces.append(rows)
         a = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         return self._rotate(block, a, stream)
 
@@ -115,6 +148,8 @@ class Executor:
         return self.norm_linear(stream, weight, bias, sums, n_scaled, projection.activation, width, eps)
 
     def _rotate(self, block: PackedBlock, a: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+        if block.output_norm is not None:
+            return add_normed(block, a, stream, self.rotate_add)
         return self.rotate_add(a, block.output, stream, block.shortcut, block.output_bias, block.factor)
 
     def logits(self, stream: Tensor, sums: Tensor | None) -> Tensor:
@@ -125,7 +160,9 @@ class Executor:
                 sums = stream.to(torch.promote_types(stream.dtype, torch.float32)).square()
             stream = stream * packed.final_scale
         if packed.head_projection is None:
-            return self._project(packed.head, stream, sums, width, packed.final_eps)
+            logits = self._project(packed.head, stream, sums, width, packed.final_eps)
+            cap = packed.config.final_logit_softcapping
+            return logits if cap is None else torch.tanh(logits / cap) * cap
         inner = self._project(packed.head_projection, stream, sums, width, packed.final_eps)
         weight = packed.head.weight
         if isinstance(weight, PanelWeight):  # all of its rows are scaled: here by 1

@@ -13,6 +13,7 @@ from slicegpt import ops
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.modeling.layers import Constant, SlicedAttention
+from slicegpt.runtime.executor import add_normed, row_scale
 from slicegpt.runtime.packed import PackedBlock
 from slicegpt.runtime.packing import check_one_device, pack_layer, weight_reader
 
@@ -105,9 +106,10 @@ class _FusedForward:
         if not block.inputs:
             return block.carried(stream), None
         pieces = []
+        sums, eps = row_scale(block, stream, sums)
         for one in block.inputs:
             rows = ops.norm_linear(
-                stream, one.weight, one.bias, sums, one.n_scaled, one.activation, block.width, block.eps
+                stream, one.weight, one.bias, sums, one.n_scaled, one.activation, block.width, eps
             )
             if one.attention is None:
                 pieces.append(rows)
@@ -117,4 +119,6 @@ class _FusedForward:
             if rows.shape[1] > self.end:
                 pieces.append(rows[:, self.end :])
         a = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+        if block.output_norm is not None:
+            return add_normed(block, a, stream, ops.rotate_add)
         return ops.rotate_add(a, block.output, stream, block.shortcut, block.output_bias, block.factor)

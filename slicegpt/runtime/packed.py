@@ -19,8 +19,11 @@ class PackedAttention:
         layer: index into the cache.
         norm: scales [key heads + query heads, head_dim] of the norm of keys and queries, or None.
         window: number of tokens that a token attends to, itself included, or None.
-        rotary: rotary positions turn queries and keys.
+        rotary: which of the network's tables turns queries and keys; None: no rotary positions.
         rotate_first: the norm comes behind the rotation.
+        whole_norms: scales [key heads * head_dim] and [heads * head_dim] of norms over all heads of keys and of
+            queries, which come first of all; or None.
+        softcap: the cap of the scores, or None.
     """
 
     layer: int
@@ -30,8 +33,10 @@ class PackedAttention:
     norm: Tensor | None
     norm_eps: float
     window: int | None
-    rotary: bool
+    rotary: int | None
     rotate_first: bool
+    whole_norms: tuple[Tensor, Tensor] | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,18 +57,29 @@ class PackedBlock:
     A block of deleted parts has a compact shortcut's input alone, or none: see `carried`.
 
     Attributes:
+        eps: of the norm before it; None: it reads the stream itself.
         output: [d', K]; K is 0 where there are no inputs.
+        output_norm: [D], the scale of the norm that what it writes passes, or None; inner_eps: its epsilon.
         factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
             the same numbers in its last columns. None for another shortcut, for rank 0, and beside a `PanelWeight`.
     """
 
     inputs: tuple[Projection, ...]
     width: int
-    eps: float
+    eps: float | None
     output: Tensor | PanelWeight
     output_bias: Tensor | None
     shortcut: Tensor | None
     factor: Tensor | None = None
+    output_norm: Tensor | None = None
+    inner_eps: float = 0.0
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether `norm_linear`, one attention operator and `rotate_add` are all there is to it."""
+        plain = self.eps is not None and self.output_norm is None
+        found = [one.attention for one in self.inputs if one.attention is not None]
+        return plain and all(one.whole_norms is None and one.softcap is None for one in found)
 
     @property
     def is_constant(self) -> bool:
@@ -86,7 +102,8 @@ class PackedNetwork:
         embed_projection, positions: None where the model has none; positions [rows, d] begin at row
             `config.position_offset`.
         embed_bias: [d], what deleted parts before all others add to the stream, or None.
-        rotary: `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, or None.
+        rotary: tables `[cos | signed sin]` of every position, [positions, 2, rotary_dim] in the model's dtype, one for
+            each of `config.rope_settings`; none without rotary positions.
         final_scale: [d], the scale that the last norm of a tied model keeps, or None.
         head_projection: from a sliced last boundary to the width of a tied head, or None.
         head: reads the last norm, or the output of `head_projection` without a norm (`n_scaled` is then 0).
@@ -100,7 +117,7 @@ class PackedNetwork:
     embed_projection: Tensor | None
     positions: Tensor | None
     embed_bias: Tensor | None
-    rotary: Tensor | None
+    rotary: tuple[Tensor, ...]
     blocks: tuple[PackedBlock, ...]
     final_scale: Tensor | None
     final_eps: float
@@ -152,10 +169,11 @@ class PackedNetwork:
         if self.head_projection is not None:
             tensors += [self.head_projection.weight, self.head_projection.bias]
         for block in self.blocks:
-            tensors += [block.output, block.output_bias, block.shortcut]
+            tensors += [block.output, block.output_bias, block.shortcut, block.output_norm]
             for projection in block.inputs:
                 tensors += [projection.weight, projection.bias]
-                tensors.append(projection.attention and projection.attention.norm)
+                if (attention := projection.attention) is not None:
+                    tensors += [attention.norm, *(attention.whole_norms or ())]
         return tensors
 
 

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
-from slicegpt.modeling.layers import Constant, FinalNorm, SlicedAttention, SlicedMLP
+from slicegpt.modeling.layers import (
+    Constant,
+    FinalNorm,
+    LayerRotaryEmbeddings,
+    SlicedAttention,
+    SlicedMLP,
+)
 from slicegpt.ops import quantized
 from slicegpt.ops.contracts import GATED
 from slicegpt.ops.panels import PanelWeight
@@ -106,15 +112,12 @@ def pack(
     reader = reader or weight_reader(model)
     embedding = reader.table(trunk.embed_tokens)
     memory = WeightMemory() if like.device.type == "cpu" else None
-    dtype = embedding.dtype
-    rotary = None
-    if trunk.rotary_emb is not None:
-        if trunk.rotary_emb.rope_type in UNSUPPORTED_ROPE:
-            raise SliceGPTError(
-                f"rope type {trunk.rotary_emb.rope_type!r} is not supported; use the plain model", "model"
-            )
-        empty = torch.empty(0, dtype=dtype, device=like.device)
-        rotary = rotary_table(trunk.rotary_emb, empty, max_positions or position_limit(config)[0])
+    dtype, tables = embedding.dtype, []
+    empty = torch.empty(0, dtype=dtype, device=like.device)
+    for one in rotary_embeddings(trunk.rotary_emb):
+        if one.rope_type in UNSUPPORTED_ROPE:
+            raise SliceGPTError(f"rope type {one.rope_type!r} is not supported; use the plain model", "model")
+        tables.append(rotary_table(one, empty, max_positions or position_limit(config)[0]))
     made_dense = not reader.panels and any(hasattr(one, "weight_packed") for one in model.modules())
     blocks: list[PackedBlock] = []
     for index, layer in enumerate(trunk.layers):
@@ -141,7 +144,7 @@ def pack(
         embed_projection=projection.weight.detach() if isinstance(projection, nn.Linear) else None,
         positions=None if positions is None else positions.weight.detach(),
         embed_bias=embed_bias,
-        rotary=rotary,
+        rotary=tuple(tables),
         blocks=blocks,
         final_scale=scale,
         final_eps=trunk.norm.eps,
@@ -175,15 +178,17 @@ def pack_layer(
             f"{gated}activation {config.hidden_act!r} is not supported; use the plain model", "model"
         )
     if config.parallel_blocks:
-        return (_pack_block(config, reader, index, (layer.self_attn, layer.mlp), layer.shortcut),)
+        return (_pack_block(config, reader, index, (layer.self_attn, layer.mlp), layer.shortcut, None),)
+    attention = (layer.self_attn,), layer.attention_shortcut, layer.attention_output_norm
     return (
-        _pack_block(config, reader, 2 * index, (layer.self_attn,), layer.attention_shortcut),
-        _pack_block(config, reader, 2 * index + 1, (layer.mlp,), layer.mlp_shortcut),
+        _pack_block(config, reader, 2 * index, *attention),
+        _pack_block(config, reader, 2 * index + 1, (layer.mlp,), layer.mlp_shortcut, layer.mlp_output_norm),
     )
 
 
 def without_constants(blocks: list[PackedBlock]) -> tuple[Tensor | None, tuple[PackedBlock, ...]]:
-    """The same blocks; what only adds a constant to the stream is added to the bias of the block before it.
+    """The same blocks; what only adds a constant to the stream is added to the bias of the block before it, unless a
+    norm stands behind that.
 
     Returns:
         What is to be added to the stream before the first block, [d] or None, and the blocks.
@@ -191,7 +196,7 @@ def without_constants(blocks: list[PackedBlock]) -> tuple[Tensor | None, tuple[P
     first: Tensor | None = None
     kept: list[PackedBlock] = []
     for block in blocks:
-        if not block.is_constant:
+        if not block.is_constant or (kept and kept[-1].output_norm is not None):
             kept.append(block)
         elif kept:
             kept[-1] = replace(kept[-1], output_bias=_sum_of(kept[-1].output_bias, block.output_bias))
@@ -204,6 +209,13 @@ def _sum_of(*biases: Tensor | None) -> Tensor:
     """Rounded once."""
     there = [bias for bias in biases if bias is not None]
     return sum(bias.double() for bias in there).to(there[0].dtype)
+
+
+def rotary_embeddings(module: nn.Module | None) -> list[nn.Module]:
+    """A network's rotary embeddings, one for each of its `rope_settings`."""
+    if module is None:
+        return []
+    return list(module.children()) if isinstance(module, LayerRotaryEmbeddings) else [module]
 
 
 def rotary_table(rotary_emb: nn.Module, like: Tensor, positions: int) -> Tensor:
@@ -223,6 +235,7 @@ def _pack_block(
     boundary: int,
     modules: tuple[nn.Module, ...],
     shortcut: nn.Module,
+    output_norm: nn.Module | None,
 ) -> PackedBlock:
     width, next_width = config.boundary_widths[boundary : boundary + 2]
     inputs, writers, constants, factor = [], [], [], None
@@ -252,11 +265,13 @@ def _pack_block(
     return PackedBlock(
         inputs=tuple(inputs),
         width=width,
-        eps=config.boundary_eps(boundary),
+        eps=config.boundary_eps(boundary) if config.pre_norm else None,
         output=output,
         output_bias=sum(biases) if biases else None,
         shortcut=shortcut.weight.detach() if isinstance(shortcut, nn.Linear) else None,
         factor=factor,
+        output_norm=output_norm.weight.detach() if isinstance(output_norm, nn.RMSNorm) else None,
+        inner_eps=config.inner_norm_eps,
     )
 
 
@@ -265,10 +280,12 @@ def _pack_attention(config: SlicedConfig, reader: WeightReader, module: SlicedAt
     weight = reader.below(modules)
     key_heads = module.k_proj.out_features // config.head_dim
     heads = module.q_proj.out_features // config.head_dim
-    bias = norm = None
+    bias = norm = whole_norms = None
     if module.q_proj.bias is not None:
         bias = torch.cat([one.bias for one in modules])
-    if config.qk_norm:
+    if module.norm_whole:
+        whole_norms = module.k_norm.weight.detach(), module.q_norm.weight.detach()
+    elif config.qk_norm:
         key_scale = module.k_norm.weight.expand(key_heads, -1)
         query_scale = module.q_norm.weight.expand(heads, -1)
         norm = torch.cat((key_scale, query_scale))
@@ -278,10 +295,12 @@ def _pack_attention(config: SlicedConfig, reader: WeightReader, module: SlicedAt
         key_heads=key_heads,
         head_dim=config.head_dim,
         norm=norm,
-        norm_eps=config.rms_norm_eps,
+        norm_eps=config.inner_norm_eps,
         window=module.sliding_window,
-        rotary=module.uses_rope,
+        rotary=config.rope_setting(module.layer_idx) if module.uses_rope else None,
         rotate_first=config.qk_norm_after_rope,
+        whole_norms=whole_norms,
+        softcap=config.attn_logit_softcapping,
     )
     return Projection(weight, bias, len(weight), "none", attention)
 

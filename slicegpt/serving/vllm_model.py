@@ -34,6 +34,13 @@ class SlicedForVLLM(TransformersForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config, group = self.text_config, self.pp_group
+        if config.qk_norm_whole and self.tp_group.world_size > 1:
+            raise ValueError(
+                f"tensor parallel size must be 1, got {self.tp_group.world_size}: {config.source_model_type}"
+                " normalises queries and keys over all heads, and each rank has some of them"
+            )
+        if group.is_last_rank:
+            self.logits_processor.soft_cap = config.final_logit_softcapping
         self._fix_longrope(vllm_config.model_config.max_model_len)
         first_layer, _ = get_pp_indices(config.num_hidden_layers, group.rank_in_group, group.world_size)
         width = config.boundary_widths[entry_boundary(config, first_layer)]
@@ -44,7 +51,7 @@ class SlicedForVLLM(TransformersForCausalLM):
     def create_attention_instances(self) -> dict[int, Attention]:
         """vLLM's attention of each of this stage's layers that has any, with the heads of this rank."""
         config, group = self.text_config, self.pp_group
-        if config.layer_key_value_heads is None:
+        if config.keeps_all_heads:
             return super().create_attention_instances()
         instances = {}
         for layer in range(*get_pp_indices(config.num_hidden_layers, group.rank_in_group, group.world_size)):

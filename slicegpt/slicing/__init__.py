@@ -16,8 +16,12 @@ The files, in the order in which a run goes through them:
       objective      what the output weights minimise over them           2. fit
       regression         the solution at one λ
       matrices           factor, solution and inverse in place
+      deletion           rows of a solution go, and the others make up for it
       neurons            which MLP neurons to delete
+      heads              which key/value groups to delete
+      levels             a block at several counts of what it keeps
       refit              a block's fits at every λ
+      block_state        a block's entries of the sliced model's state
       covariance     of the stream that the block has written             3. write
       eigensolver    its leading eigenvectors, the next basis
       rotation       the orientation of that basis, and compact shortcuts

@@ -19,7 +19,14 @@ from slicegpt.calibration.batches import CalibrationBatch
 from slicegpt.families import Checkpoint
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
-from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, neuron_rows
+from slicegpt.slicing.blocks import (
+    blocks_of,
+    dense_block,
+    dense_writers,
+    fitted_scale,
+    neuron_rows,
+    scaled_writers,
+)
 from slicegpt.slicing.keeping import Keeper, Snapshot
 from slicegpt.slicing.neurons import Equations, deletions
 from slicegpt.slicing.objective import Objective
@@ -83,7 +90,7 @@ def deletes_neurons(config: SlicedConfig) -> bool:
 
 
 def deletes_heads(config: SlicedConfig) -> bool:
-    return min(config.key_value_heads) < config.num_key_value_heads
+    return min(config.attention_heads) < config.num_attention_heads
 
 
 def fewest_neurons(config: SlicedConfig, multiple: int) -> int:
@@ -146,6 +153,7 @@ def deletion_costs(
             if "mlp" in block.parts:
                 moments = propagation.new_moments(lifted, propagation.streams)
             propagation.collect_dense(block, lifted, objective, moments)
+            writers = scaled_writers(writers, fitted_scale(block, layer, options.device))
             del layer, lifted  # the output weights are all that the costs need of it
             if moments is not None and options.ranks.first:
                 check_finite(moments, block)

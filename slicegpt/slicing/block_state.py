@@ -64,8 +64,5 @@ def kept_rows(config: SlicedConfig, part: str, name: str, fits: BlockFits) -> to
     """
     if part == "mlp":
         return fits.neurons
-    if fits.groups is None:
-        return None
-    sharing = config.num_attention_heads // config.num_key_value_heads if name.startswith("q_proj.") else 1
-    size = sharing * config.head_dim
-    return (fits.groups[:, None] * size + torch.arange(size, device=fits.groups.device)).flatten()
+    kept, size = fits.heads if name.startswith("q_proj.") else fits.groups, config.head_dim
+    return None if kept is None else (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()

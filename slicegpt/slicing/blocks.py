@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slicegpt.conversion.folding import WRITERS, fold_writer, reader_state
+from slicegpt.conversion.folding import WRITERS, fold_writer, output_norm_weight, reader_state
 from slicegpt.families import FAMILIES, DenseLayer, Linear
 from slicegpt.hardware.scratch import spilled
 from slicegpt.modeling import SlicedConfig, WeightlessRMSNorm
@@ -86,6 +86,7 @@ class LiftedBlock(nn.Module):
         writers: of each part, in order, the output projection at full width; of one that is deleted, without columns. A
             last one, "shortcut", with V itself as its weight, writes what a dense shortcut carries.
         dtype: of the weights and of what passes between them. A stream of a wider one stays in it.
+        output_norm: [D], the scale of the norm that what the block writes passes, or None.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class LiftedBlock(nn.Module):
         states: dict[str, dict],
         writers: dict[str, Linear],
         dtype: torch.dtype,
+        output_norm: torch.Tensor | None = None,
     ):
         super().__init__()
         dense_width = config.dense_hidden_size
@@ -104,13 +106,23 @@ class LiftedBlock(nn.Module):
             self.parts = nn.ModuleDict()
             if "attention" in states:
                 heads = config.num_key_value_heads
-                self.parts["attention"] = SlicedAttention(config, block.layer, width, dense_width, heads)
+                self.parts["attention"] = SlicedAttention(
+                    config,
+                    block.layer,
+                    width,
+                    dense_width,
+                    heads,
+                    config.num_attention_heads // heads,
+                )
             if "mlp" in states:
                 self.parts["mlp"] = build_mlp(config, width, dense_width, config.dense_intermediate_size)
         for part in states:
             setattr(self.parts[part], WRITER_NAMES[part], nn.Identity())
         self.set_readers(states)
-        self.norm = WeightlessRMSNorm(width, config.rms_norm_eps * dense_width / width)
+        eps = config.rms_norm_eps * dense_width / width
+        self.norm = WeightlessRMSNorm(width, eps) if config.pre_norm else nn.Identity()
+        self.output_norm = None if output_norm is None else output_norm.to(dtype)
+        self.inner_eps = config.inner_norm_eps
         self.basis = None if basis is None else basis.to(dtype)
         self.dtype, self.device = dtype, next(iter(writers.values())).weight.device
         self.set_writers(writers)
@@ -150,7 +162,19 @@ class LiftedBlock(nn.Module):
     def write(self, carried: torch.Tensor | None, activations: torch.Tensor) -> torch.Tensor:
         """The block's output at full width."""
         written = functional.linear(activations, self.weight, self.bias)
+        if self.output_norm is not None:
+            written = functional.rms_norm(written, written.shape[-1:], self.output_norm, self.inner_eps)
         return written if carried is None else carried + written
+
+    def output_size(self, activations: torch.Tensor) -> torch.Tensor | None:
+        """What the norm behind the block divides its output by, [...], float32 or wider; None where there is none."""
+        if self.output_norm is None:
+            return None
+        written = functional.linear(activations, self.weight, self.bias)
+        length = torch.linalg.vector_norm(
+            written, dim=-1, dtype=torch.promote_types(written.dtype, torch.float32)
+        )
+        return (length.square() / written.shape[-1] + self.inner_eps).sqrt()
 
     def forward(self, stream: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.write(*self.activations(stream, **kwargs))
@@ -207,6 +231,36 @@ def group_rows(config: SlicedConfig) -> list[slice]:
     return [slice(size * group, size * (group + 1)) for group in range(config.num_key_value_heads)]
 
 
+# Of the largest scale of a norm behind a block, what its smaller ones count as in the fit, at the least.
+SMALLEST_SCALE = 1e-3
+
+
+def fitted_scale(block: Block, layer: DenseLayer, device: torch.device) -> torch.Tensor | None:
+    """The scale `g` [D] of the norm behind a block, float64, none of it near 0; None where there is no such norm.
+
+    A block with one writes `g y / rms(y)`, `y = a W`. What is fitted is `W diag(g)`: an error of a column then counts
+    as it does in the stream, see `slicegpt.slicing.objective`.
+    """
+    scale = output_norm_weight(block.dense_parts[0], layer, device)
+    if scale is None:
+        return None
+    least = max(SMALLEST_SCALE * scale.abs().max().item(), torch.finfo(torch.float32).tiny)
+    return torch.where(scale < 0, -1.0, 1.0) * scale.abs().clamp(min=least)
+
+
+def scaled_writers(writers: dict[str, Linear], scale: torch.Tensor | None) -> dict[str, Linear]:
+    """Output weights [D, K] with their rows multiplied by `scale` [D], float64; as they are where it is None."""
+    if scale is None:
+        return dict(writers)
+    return {
+        part: Linear(
+            writer.weight.double() * scale[:, None],
+            None if writer.bias is None else writer.bias.double() * scale,
+        )
+        for part, writer in writers.items()
+    }
+
+
 def neuron_rows(writers: dict[str, Linear]) -> slice:
     """The columns of the writers side by side, those of the refit's activations, that the MLP's neurons are."""
     start = 0
@@ -227,4 +281,5 @@ def dense_block(
 ) -> LiftedBlock:
     """The dense model's block, at full width, with the `writers` of its parts."""
     states = {part: reader_state(part, layer, None, dtype, device) for part in block.dense_parts}
-    return LiftedBlock(config, block, None, states, writers, dtype)
+    output_norm = output_norm_weight(block.dense_parts[0], layer, device)
+    return LiftedBlock(config, block, None, states, writers, dtype, output_norm)

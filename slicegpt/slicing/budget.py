@@ -344,15 +344,15 @@ class _Model:
         work, remaining = self.work, self.inputs(block)
         right, stages = F64 * remaining * self.width, []
         config = self.config
-        neurons = groups = 0
+        neurons = heads = 0
         if "mlp" in block.parts:
             neurons = config.dense_intermediate_size - config.neurons[block.layer]
         if "attention" in block.parts:
-            groups = config.num_key_value_heads - config.key_value_heads[block.layer]
-        if neurons or groups:
-            group = group_rows(config)[0].stop
-            self.add_inverse(choosing, remaining, max(math.ceil(neurons / ROUNDS), group if groups else 0))
-            remaining -= neurons + groups * group
+            heads = (config.num_attention_heads - config.attention_heads[block.layer]) * config.head_dim
+        if neurons or heads:
+            together = max(math.ceil(neurons / ROUNDS), min(heads, group_rows(config)[0].stop))
+            self.add_inverse(choosing, remaining, together)
+            remaining -= neurons + heads
             stages.append(choosing)
         fitting.add("fits", away, self.elsewhere)
         fitting.add("fits", (work.ridges - 1) * right - away, self.device)

@@ -19,7 +19,7 @@ import torch
 from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import gram_
 from slicegpt.slicing.allocation import FEWEST, SHARE
-from slicegpt.slicing.blocks import blocks_of, group_rows
+from slicegpt.slicing.blocks import blocks_of
 from slicegpt.slicing.workload import Workload
 
 KINDS = ("half", "fp64", "gram", "solver")
@@ -141,8 +141,8 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
             effort.add("refit", "half", fitted * moments)
             gone = config.dense_intermediate_size - config.neurons[block.layer] if "mlp" in block.parts else 0
             if "attention" in block.parts:
-                groups = config.num_key_value_heads - config.key_value_heads[block.layer]
-                gone += groups * group_rows(config)[0].stop
+                heads = config.num_attention_heads - config.attention_heads[block.layer]
+                gone += heads * config.head_dim
             effort.add("refit", "fp64", work.ridges * solving(inputs - gone, width))
             if gone:
                 effort.add("refit", "fp64", selection(inputs, width, gone))

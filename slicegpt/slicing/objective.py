@@ -98,6 +98,20 @@ class Objective:
         squares = [torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square() for x in (before, after)]
         return (torch.maximum(*squares) + after.shape[-1] * eps).rsqrt()
 
+    def before_norm(
+        self, target: torch.Tensor, weights: torch.Tensor, size: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """t and w of a block that writes through a norm, `g ⊙ a W / r` with `r = rms(a W)`.
+
+        With r taken as known, from the weights before the fit, `a W diag(g)` has to be `r t`, and an error of it counts
+        `w / r²`: as much as what becomes of it in the stream.
+
+        Args:
+            target, weights: t [..., D] and w [...] of what the block writes behind the norm.
+            size: r [...].
+        """
+        return target * size[..., None].to(target.dtype), weights / size.square().to(weights.dtype)
+
     # --- the regression ----------------------------------------------------------------------------------------
 
     def penalty(self, moments: Moments, ridge: float, intercept: bool) -> torch.Tensor:

@@ -16,7 +16,7 @@ from slicegpt.hardware.memory import free_memory
 from slicegpt.hardware.ranks import Ranks
 from slicegpt.hardware.scratch import free_space, spilled
 from slicegpt.modeling import SlicedConfig, SlicedModel
-from slicegpt.modeling.layers import SlicedRotaryEmbedding
+from slicegpt.modeling.layers import build_rotary
 from slicegpt.slicing.blocks import Block, LiftedBlock
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.filed_moments import batch_bytes, moments_for
@@ -99,7 +99,7 @@ class Propagation:
         with torch.device("meta"):
             self.shell = SlicedModel(config)  # for its masks and rotary positions; its weights are never used
         if self.shell.rotary_emb is not None:
-            self.shell.rotary_emb = SlicedRotaryEmbedding(config).to(device)
+            self.shell.rotary_emb = build_rotary(config).to(device)
 
     def start(self, checkpoint: Checkpoint, covariance: Covariance | None) -> None:
         """Fill the streams before the first block."""
@@ -186,7 +186,11 @@ class Propagation:
         positions = torch.arange(shape[1], device=stream.device).expand(shape)
         masks, rotary = self.shell.block_inputs(stream, positions, batch.attention_mask)
         mask = masks[self.config.attention_types[block.layer]]
-        return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
+        return {
+            "attention_mask": mask,
+            "position_embeddings": rotary[block.layer],
+            "position_ids": positions,
+        }
 
     def collect(
         self, block: Block, lifted: LiftedBlock, teacher: LiftedBlock, objective: Objective
@@ -218,7 +222,8 @@ class Propagation:
                 carried, activations = lifted.activations(stream, **inputs)
                 target = objective.target(after, carried)
             with self.stage("refit"):
-                self.add_moments(joined, objective, batch, activations, target, dense, after)
+                size = lifted.output_size(activations)
+                self.add_moments(joined, objective, batch, activations, target, dense, after, size)
             if keep:
                 kept.append(spilled(activations, self.scratch) if filed else activations)
                 if carried is not None:
@@ -303,7 +308,9 @@ class Propagation:
             self.streams[index] = out = dense.write(carried, activations)
             if joined is not None:
                 target = objective.target(out, carried)
-                self.add_moments(joined, objective, batch, activations.to(out.dtype), target, stream, out)
+                size = dense.output_size(activations)
+                activations = activations.to(out.dtype)
+                self.add_moments(joined, objective, batch, activations, target, stream, out, size)
             if covariance is not None:
                 covariance.add(out, batch.attention_mask)
         if joined is not None:
@@ -325,8 +332,14 @@ class Propagation:
         target: torch.Tensor,
         before: torch.Tensor,
         after: torch.Tensor,
+        size: torch.Tensor | None = None,
     ) -> None:
-        """Add a batch's tokens: what a block writes from, what it has to write, and the dense stream around it."""
+        """Add a batch's tokens: what a block writes from, what it has to write, and the dense stream around it.
+
+        `size`: what a norm behind the block divides by, see `Objective.before_norm`.
+        """
         weights = objective.token_weights(before, after, self.config.rms_norm_eps)
+        if size is not None:
+            target, weights = objective.before_norm(target, weights, size)
         present = None if batch.attention_mask is None else batch.attention_mask.bool()
         joined.add(*(select(states, present) for states in (activations, target, weights)))

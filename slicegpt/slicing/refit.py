@@ -19,7 +19,7 @@ from slicegpt.hardware.memory import free_memory
 from slicegpt.hardware.scratch import spilled
 from slicegpt.slicing.blocks import neuron_rows
 from slicegpt.slicing.deletion import Deletion
-from slicegpt.slicing.heads import group_deletions, groups_that_stay
+from slicegpt.slicing.heads import group_deletions, groups_that_stay, head_deletions
 from slicegpt.slicing.matrices import PANEL_BYTES
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.neurons import neuron_deletions, rounds_to
@@ -38,7 +38,7 @@ class BlockFits:
     Attributes:
         writers: of each λ, of each part of the block, its output weights [D, K] and bias, float64, at full width.
         neurons: int64, the MLP neurons that stay, ascending: the columns of the others are 0. None: all.
-        groups: int64, the same of attention's key/value groups.
+        groups, heads: int64, the same of attention's key/value groups and of its query heads.
         remaining: of each λ, the fraction of the squared error before the fit that remains; None where there was none.
             Empty where nothing was fitted.
     """
@@ -46,7 +46,25 @@ class BlockFits:
     writers: dict[float, Mapping[str, Linear]]
     neurons: torch.Tensor | None = None
     groups: torch.Tensor | None = None
+    heads: torch.Tensor | None = None
     remaining: dict[float, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KeptHeads:
+    """How many heads of a block's attention stay.
+
+    Attributes:
+        groups: columns of the activations that each key/value group has, see `slicegpt.slicing.blocks.group_rows`.
+        head_dim: columns of a query head.
+        count: groups that stay.
+        of_a_group: query heads that stay in each of these.
+    """
+
+    groups: Sequence[slice]
+    head_dim: int
+    count: int
+    of_a_group: int
 
 
 def fit_block(
@@ -57,8 +75,7 @@ def fit_block(
     neurons: int | None = None,
     scratch: str | os.PathLike | None = None,
     set_aside: Callable[[], None] | None = None,
-    groups: Sequence[slice] = (),
-    kept_groups: int | None = None,
+    heads: KeptHeads | None = None,
 ) -> BlockFits:
     """Fit a block's output weights to the moments of its tokens, once for every λ.
 
@@ -69,19 +86,22 @@ def fit_block(
         scratch: the folder of what has no room beside the system that is solved; None: that of temporary files.
         set_aside: takes what is not needed for the fit out of the device's memory; called where that is still short
             without the moments.
-        groups: the columns of each key/value group, see `slicegpt.slicing.blocks.group_rows`.
-        kept_groups: how many of them stay; None: all.
+        heads: which heads stay; None: all.
     """
-    prior, kept, staying, staying_groups = prior_of(writers.values()), None, None, None
+    prior, kept, staying = prior_of(writers.values()), None, None
+    staying_groups, staying_heads = None, None
     before = objective.loss(moments, prior)
     make_room(moments, scratch)
     if set_aside is not None and is_short(moments):
         set_aside()
-    if neurons is not None or kept_groups is not None:
+    if neurons is not None or heads is not None:
         deletion = Deletion(partial(objective.normal_equations, moments, ridges[0], prior))
-        if kept_groups is not None:
-            exhaust(group_deletions(deletion, groups, kept_groups))
-            staying_groups = groups_that_stay(deletion, groups).to(moments.device)
+        if heads is not None:
+            exhaust(group_deletions(deletion, heads.groups, heads.count))
+            exhaust(head_deletions(deletion, heads.groups, heads.head_dim, heads.of_a_group))
+            staying_groups = groups_that_stay(deletion, heads.groups).to(moments.device)
+            firsts = deletion.stays[: heads.groups[-1].stop : heads.head_dim]
+            staying_heads = firsts.nonzero().squeeze(1)
         if neurons is not None:
             group = neuron_rows(writers)
             exhaust(neuron_deletions(deletion, group, rounds_to(group, neurons)))
@@ -96,7 +116,7 @@ def fit_block(
             writer = replace(writer, weight=spilled(writer.weight, scratch))
         fitted[ridge] = split_parts(writer, writers, moments.groups)
         remaining[ridge] = writer.loss / before if measurable else None
-    return BlockFits(fitted, staying, staying_groups, remaining)
+    return BlockFits(fitted, staying, staying_groups, staying_heads, remaining)
 
 
 def exhaust(steps: Iterable) -> None:

@@ -8,6 +8,7 @@ and each block runs once (paper section 3.4 and appendix A.1; the published code
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 
 from slicegpt.calibration.batches import CalibrationBatch
 from slicegpt.conversion.folding import (
+    OUTPUT_NORMS,
     TABLE_ROWS,
     centre,
     folded_head_rows,
+    output_norm_weight,
     reader_state,
     rotated_rows,
 )
@@ -34,8 +37,10 @@ from slicegpt.slicing.blocks import (
     dense_block,
     dense_writers,
     file_readers,
+    fitted_scale,
     group_rows,
     remaining_writers,
+    scaled_writers,
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
@@ -44,7 +49,7 @@ from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.propagation import Propagation, check_finite
-from slicegpt.slicing.refit import BlockFits, fit_block
+from slicegpt.slicing.refit import BlockFits, KeptHeads, fit_block
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.rotation import align, random_orthogonal
 from slicegpt.slicing.shared_basis import shares_basis
@@ -105,7 +110,8 @@ class Slicer:
         self.blocks = blocks_of(config)
         self.prunes = deletes_neurons(config) or deletes_heads(config)
         if self.prunes and not options.refit:
-            deleted = "neurons" if deletes_neurons(config) else "kv_groups"
+            heads = "group_heads" if config.layer_key_value_heads is None else "kv_groups"
+            deleted = "neurons" if deletes_neurons(config) else heads
             raise SliceGPTError("which of them to delete is decided by the refit, which is off", deleted)
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
         self.refits = options.refit and (sliced or self.prunes)
@@ -244,7 +250,7 @@ class Slicer:
         index, layer = self.reading or (None, None)
         if index != block.layer:
             layer = self.checkpoint.layer(block.layer)
-        last = self.config.parallel_blocks or block.parts == ("mlp",)
+        last = self.config.parallel_blocks or block.dense_parts == ("mlp",)
         self.reading = None if last else (block.layer, layer)
         return layer
 
@@ -265,8 +271,17 @@ class Slicer:
             # A dense shortcut is a matrix of its own: where there is a refit, it is fitted like the others.
             writers = own | shortcut if self.refits else own
             lifted = None
+            # The constant that a deleted part leaves passes no norm.
+            behind = bool(block.parts)
             if self.needs_pass(block):
-                lifted = LiftedBlock(config, block, basis, readers, writers, dtype)
+                output_norm = output_norm_weight(block.dense_parts[0], layer, device) if behind else None
+                lifted = LiftedBlock(config, block, basis, readers, writers, dtype, output_norm)
+            scale = fitted_scale(block, layer, device) if behind else None
+            output_norms = {
+                f"{block.prefix}.{OUTPUT_NORMS[part]}.weight": weight.to(dtype)
+                for part in block.parts
+                if (weight := output_norm_weight(part, layer, device)) is not None
+            }
 
         fits, kept = BlockFits(dict.fromkeys(self.ridges, own | shortcut)), None
         if self.refits:
@@ -279,7 +294,7 @@ class Slicer:
             if self.ranks.first:
                 # On a GPU they would have to come back for the block to write.
                 aside = partial(file_readers, readers, lifted, self.options.scratch)
-                fits = self.fit(block, writers, moments, aside if device.type == "cpu" else None)
+                fits = self.fit(block, writers, scale, moments, aside if device.type == "cpu" else None)
             lifted.set_writers(self.agreed(lambda: fits.writers[self.ridges[0]]))
             del moments  # [K, K + D] in float64
         covariance = self.new_covariance(block.index + 1)
@@ -291,36 +306,44 @@ class Slicer:
             return next_basis
         with self.stage("rotation"):
             self.store_block(block, readers, factor, fits, next_basis)
+            self.sink.store(output_norms)
         return next_basis
 
     def fit(
         self,
         block: Block,
         writers: Mapping[str, Linear],
+        scale: torch.Tensor | None,
         moments: Moments,
         set_aside: Callable[[], None] | None = None,
     ) -> BlockFits:
-        """The output weights at every λ, and which neurons and key/value groups stay where some are deleted."""
+        """The output weights at every λ, and which neurons and key/value groups stay where some are deleted.
+
+        `scale`: see `fitted_scale`.
+        """
         config = self.config
         neurons = config.neurons[block.layer] if "mlp" in block.parts else None
         if neurons == config.dense_intermediate_size:
             neurons = None
-        groups = config.key_value_heads[block.layer] if "attention" in block.parts else None
-        if groups == config.num_key_value_heads:
-            groups = None
+        heads = None
+        if "attention" in block.parts and config.attention_heads[block.layer] < config.num_attention_heads:
+            kept = config.key_value_heads[block.layer], config.group_heads[block.layer]
+            heads = KeptHeads(group_rows(config), config.head_dim, *kept)
         with self.stage("refit"):
             check_finite(moments, block)
             fits = fit_block(
                 self.objective,
                 moments,
-                writers,
+                scaled_writers(writers, scale),
                 list(self.ridges),
                 neurons,
                 self.options.scratch,
                 set_aside,
-                group_rows(config),
-                groups,
+                heads,
             )
+            if scale is not None:
+                unscaled = {ridge: scaled_writers(own, 1 / scale) for ridge, own in fits.writers.items()}
+                fits = replace(fits, writers=unscaled)
         self.remaining.append((block.index, fits.remaining))
         return fits
 

@@ -14,7 +14,6 @@ from slicegpt.checkpoint.loading import load_dense
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
-from slicegpt.modeling import SlicedConfig
 from slicegpt.slicing import SlicingOptions, slice_model
 
 gguf = pytest.importorskip("gguf")
@@ -25,16 +24,13 @@ needs_llama_cpp = pytest.mark.skipif(
 
 
 def folder_of(path, case, tokenizer, sliced=None, **changes):
-    """A dense model in a folder, in float32; or, of `sliced` (width and neurons of each layer), a sliced one."""
+    """A dense model in a folder, in float32; or, of `sliced` (width, neurons, key/value heads), a sliced one."""
     # Some of the classes of tokenizers bring a token of their own.
     model = tiny_model(case, torch.float32, vocab_size=len(tokenizer) + 8, **changes)
     if sliced is not None:
-        width, neurons = sliced
-        fields = canonical_fields(model)
-        config = plan(
-            fields, constant_widths(fields, width, True), Shape(form="stock", round_to=4), max(neurons)
-        )
-        config = SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
+        width, neurons, groups = sliced
+        fields, shape = canonical_fields(model), Shape(form="per-layer", round_to=4)
+        config = plan(fields, constant_widths(fields, width, True), shape, neurons, groups)
         options = SlicingOptions(ridge=0.3, allocate=False)
         model, _ = slice_model(model, config, batches(2), options)
     model.save_pretrained(path)
@@ -47,14 +43,14 @@ def own_tokenizer(root):
     return AutoTokenizer.from_pretrained(root / "model")
 
 
-# Architecture, case, sliced width and neurons, changes of the dense config.
+# Case; width, neurons and key/value heads of a sliced one; changes of the dense config.
 GRAPHS = {
     "llama": ("llama", None, {}),
     "llama-rope": ("llama-3", None, {"rope_parameters": LLAMA3_ROPE}),
     "qwen2": ("qwen2", None, {"use_sliding_window": False, "sliding_window": None}),
     "qwen3": ("qwen3-tied", None, {}),
-    "narrow": ("qwen2", (40, [64, 64, 64]), {"use_sliding_window": False, "sliding_window": None}),
-    "deci": ("llama-tied", (48, [64, 80, 32]), {}),
+    "narrow": ("qwen2", (40, 64, None), {"use_sliding_window": False, "sliding_window": None}),
+    "deci": ("llama-tied", (48, [64, 80, 32], [2, 1, 2]), {}),
     "granite": ("granite-tied", None, {}),
 }
 ARCHITECTURE = {"qwen2": "qwen2", "qwen3": "qwen3", "deci": "deci"}
@@ -82,11 +78,11 @@ def test_it_reads_back_as_the_same_network(graph, tmp_path, tiny_tokenizer):
 
 
 def test_layers_of_their_own_sizes(tmp_path, tiny_tokenizer):
-    folder_of(tmp_path / "model", "llama-tied", tiny_tokenizer, (48, [64, 80, 32]))
+    folder_of(tmp_path / "model", "llama-tied", tiny_tokenizer, (48, [64, 80, 32], [2, 1, 2]))
     reader = gguf.GGUFReader(export_gguf(tmp_path / "model", tmp_path / "model.gguf", "bf16"))
     assert reader.fields["general.architecture"].contents() == "deci"
     assert reader.fields["deci.feed_forward_length"].contents() == [64, 80, 32]
-    assert reader.fields["deci.attention.head_count_kv"].contents() == [2, 2, 2]
+    assert reader.fields["deci.attention.head_count_kv"].contents() == [2, 1, 2]
     shapes = {tensor.name: tuple(tensor.shape) for tensor in reader.tensors}
     assert shapes["blk.2.ffn_down.weight"] == (32, 48)  # GGUF counts dimensions from the last one
     assert "output.weight" not in shapes
@@ -124,6 +120,9 @@ def test_its_quantiser(tmp_path, tiny_tokenizer):
     assert kinds["blk.0.ffn_down.weight"] == kinds["token_embd.weight"] == "Q8_0"
     assert kinds["blk.0.attn_norm.weight"] == "F32"
     assert not list(tmp_path.glob(".model*"))
+    import llama_cpp
+
+    llama_cpp.Llama(str(file), n_ctx=8, verbose=False)  # logs as before
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import slicegpt
 from slicegpt.checkpoint.partial import PartialFolder
+from slicegpt.cli import main
 from slicegpt.cli.info import describe
 from slicegpt.runtime import Runtime
 
@@ -124,3 +125,43 @@ def test_a_run_killed_during_the_exchange_goes_on_from_the_sliced_model(tmp_path
     resumed.enter(resume=True)
     assert (resumed.model / "weights").read_text() == "sliced"
     resumed.discard()
+
+
+def test_a_sliced_folder_is_exported(stock, tiny_tokenizer, capsys):
+    """One of as many neurons everywhere and no shortcuts gives what slicing into the form gives, bit for bit."""
+    root = stock["root"]
+    choices = CHOICES | {"calibration": str(root / "text.txt"), "timing": False}
+    del choices["keep"]
+    choices |= {"slice": 0.0, "held_out": False}
+    expected, _, _ = slicegpt.slice(root / "dense", **choices)
+    choices |= {"form": "per-layer", "allocate": False}
+    slicegpt.slice(root / "dense", output=root / "uniform", **choices)
+    folder = os.fspath(root / "uniform")
+    assert main(["export", folder, "--form", "stock", "--output", os.fspath(root / "exported")]) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(root / "exported")
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert describe(os.fspath(root / "exported"))["neurons"] == 64
+    capsys.readouterr()
+    # The other one's class is no sliced one, and cannot become another.
+    assert main(["export", os.fspath(root / "small"), "--form", "stock", "--output", "x"]) == 2
+    assert "must be a folder that slice wrote, got a llama model" in capsys.readouterr().err
+    assert main(["export", folder, "--form", "stock"]) == 2
+    assert "--output: a folder to write is needed" in capsys.readouterr().err
+
+
+def test_gguf_from_the_command_line(stock, capsys):
+    pytest.importorskip("gguf")
+    file = stock["root"] / "small.gguf"
+    command = ["export", os.fspath(stock["folder"]), "--gguf", os.fspath(file)]
+    assert main([*command, "--type", "bf16"]) == 0
+    assert f"saved: {file} (" in capsys.readouterr().out
+    model, _ = slicegpt.load(file)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        # Weights of 8 bits: 2^-9 of each, at random, over some ten products in a row.
+        assert (model(ids).logits - stock["model"](ids).logits).norm() < 0.02 * model(ids).logits.norm()
+    assert main(command) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*command, "--output", "x"]) == 2
+    assert "--output: is for --form" in capsys.readouterr().err

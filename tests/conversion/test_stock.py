@@ -43,9 +43,10 @@ NARROW = ("llama-tied", "qwen3-tied", "phi3-window", "gemma", "granite-tied", "g
 OPTIONS = SlicingOptions(dtype=torch.float64, ridge=0.3, allocate=False)
 
 
-def stock_pair(model, fields, width, neurons):
+def stock_pair(model, fields, width, neurons, groups=None):
     """The sliced model and its stock form, both in float64."""
-    config = plan(fields, constant_widths(fields, width, True), Shape(form="stock", round_to=8), neurons)
+    shape = Shape(form="stock", round_to=8)
+    config = plan(fields, constant_widths(fields, width, True), shape, neurons, groups)
     check_stock(config, source_of(model))
     sliced, _ = slice_model(model, config, batches(2), OPTIONS)
     stock = load_stock(stock_of(source_of(sliced), checkpoint_of(model)), torch.float64, None)
@@ -76,6 +77,16 @@ def test_columns_go_where_no_norm_and_no_tied_head_needs_them(case):
     assert stock.config.head_dim == sliced.config.head_dim
     assert relative_error(stock(ids).logits, sliced(ids).logits) < 1e-12
     assert sum(p.numel() for p in stock.parameters()) == stock_parameters(sliced.config, model.config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["llama-tied", "qwen3-tied", "phi3-window", "glm"])
+def test_heads_go_in_all_layers_alike(case):
+    model, ids = tiny_model(case), token_ids()
+    sliced, stock = stock_pair(model, canonical_fields(model), 48, 64, 1)
+    assert (stock.config.num_attention_heads, stock.config.num_key_value_heads) == (2, 1)
+    assert stock.config.head_dim == sliced.config.head_dim
+    assert relative_error(stock(ids).logits, sliced(ids).logits) < 1e-12
 
 
 @torch.no_grad()
@@ -132,6 +143,7 @@ def test_the_basis_is_that_of_all_boundaries():
         ("opt", {"keep": 0.2}, "cannot be reached: the model keeps its width"),
         ("llama", {"slice": 0.2, "shortcut": "dense"}, "shortcut: the stock form has none"),
         ("llama", {"widths": [40] * 7}, "widths: the stock form has one width"),
+        ("llama", {"keep": 0.9, "kv_groups": [2, 1, 2]}, "kv_groups: the stock form has one number"),
     ],
 )
 def test_what_cannot_be_is_refused(case, choices, message):

@@ -60,6 +60,12 @@ BASE = {
     "ministral3": "ministral3",
     "hunyuan_v1_dense": "hunyuan",
     "apertus": "apertus",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo3",
+    "exaone4": "exaone4",
+    "glm4": "glm4",
 }
 
 THETA = {"rope_theta": 100.0}
@@ -170,9 +176,11 @@ PROBES: dict[str, list] = {
     "is_decoder": BOTH,
     "is_encoder_decoder": [True],
     "use_bidirectional_attention": [True, None],
-    "attn_logit_softcapping": [1.0],
-    "final_logit_softcapping": [1.0],
-    "query_pre_attn_scalar": [3],
+    "hidden_activation": ["gelu", "silu", "relu", "xielu", "swiglu"],
+    "attn_logit_softcapping": [1.0, None, 0.0, -1.0],
+    "final_logit_softcapping": [1.0, None, 0.0, -1.0],
+    "query_pre_attn_scalar": [3, 16, 0, -1],
+    "sliding_window_pattern": [1, 2, 3, None],
     "attention_chunk_size": [4],
     "chunk_size_feed_forward": [2],
     "no_rope_layers": [[0, 0], [1, 1], [0, 1, 1], [1]],

@@ -8,8 +8,7 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     BertConfig,
-    Exaone4Config,
-    Gemma2Config,
+    Gemma3nTextConfig,
     LlavaConfig,
     MambaConfig,
     MixtralConfig,
@@ -60,8 +59,10 @@ def test_the_page_names_every_family():
     ("config", "what"),
     [
         (BertConfig(), "model_type 'bert' is not supported: it is an encoder that is asked to decode"),
-        (Exaone4Config(), "model_type 'exaone4' is not supported: its blocks normalise what they write"),
-        (Gemma2Config(), "model_type 'gemma2' is not supported: its blocks normalise what they write"),
+        (
+            Gemma3nTextConfig(),
+            "model_type 'gemma3n_text' is not supported: its blocks normalise what they write",
+        ),
         (MambaConfig(), "model_type 'mamba' is not supported: some of its layers are recurrent"),
         (MixtralConfig(), "model_type 'mixtral' is not supported: its MLPs are mixtures of experts"),
         # No causal language models, so they are not in the table.

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from support.sliced_models import batches
-from support.tiny_models import left_padding, own_positions, relative_error, tiny_model, token_ids
+from support.tiny_models import (
+    NORMS_BEHIND,
+    left_padding,
+    own_positions,
+    relative_error,
+    tiny_model,
+    token_ids,
+)
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from slicegpt.cli.info import describe
@@ -16,7 +23,7 @@ from slicegpt.serving.plugin import heads_of_rank
 from slicegpt.slicing import SlicingOptions, slice_model
 
 # Grouped heads, biases, windows in some layers, q/k norms; learned positions; parallel blocks; a head of each key head;
-# fused projections; layers without rotary positions.
+# fused projections; layers without rotary positions; norms behind blocks, capped scores; one norm over all heads.
 CASES = [
     "llama-biased",
     "qwen2",
@@ -26,18 +33,29 @@ CASES = [
     "gpt-neox-sequential",
     "falcon-grouped",
     "smollm3-window",
+    "gemma2",
+    "gemma3",
 ]
 NEW = 6
 
 
-def made(case: str, dtype=torch.float64, width: int = 40, kept=None, neurons=(80, 0, 40), **changes):
+def made(
+    case: str,
+    dtype=torch.float64,
+    width: int = 40,
+    kept=None,
+    neurons=(80, 0, 40),
+    group_heads=None,
+    **changes,
+):
     """A sliced tiny model whose first layer has no attention, whose second has no MLP and fewer heads."""
     model = tiny_model(case, dtype, **changes)
     fields = canonical_fields(model)
     groups = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     kept = (0, groups - 1, groups) if kept is None else kept
+    width = 48 if case in NORMS_BEHIND else width
     neurons = [count * fields["intermediate_size"] // 80 for count in neurons]
-    config = plan(fields, constant_widths(fields, width), Shape(round_to=4), neurons, kept)
+    config = plan(fields, constant_widths(fields, width), Shape(round_to=4), neurons, kept, group_heads)
     return slice_model(model, config, batches(4), SlicingOptions(dtype, ridge=0.3))[0]
 
 
@@ -93,7 +111,8 @@ def test_runtime_and_fused_layers(network):
     attending = [one.attention for block in packed.blocks for one in block.inputs if one.attention]
     assert [attention.layer for attention in attending] == [1, 2]
     assert [attention.key_heads for attention in attending] == config.key_value_heads[1:]
-    assert all(block.inputs for block in packed.blocks)
+    # Constants are in the biases of the blocks before, where no norm stands behind these.
+    assert all(block.inputs for block in packed.blocks) or config.post_norm
     fuse_layers(network)
     assert relative_error(network(ids).logits, expected) < 1e-10
     assert torch.equal(greedy(network, ids), without_cache(network, ids))
@@ -141,6 +160,26 @@ def test_kinds_of_attention():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", ["qwen3-tied", "phi"])
+def test_smaller_groups(case, dtype, tmp_path):
+    """Groups of one query head in two layers and of two in another: every cache, the runtime, the file."""
+    network = made(case, dtype, kept=(2, 1, 2), neurons=(80, 80, 80), group_heads=(1, 2, 1))
+    ids = token_ids()
+    logits, expected = network(ids).logits, without_cache(network, ids)
+    assert torch.equal(greedy(network, ids), expected)
+    assert torch.equal(greedy(network, ids, cache_implementation="static"), expected)
+    runtime = Runtime(network)
+    assert torch.equal(runtime.generate(ids, max_new_tokens=NEW, ignore_eos=True), expected)
+    # As in the tests above, by the dtype.
+    assert relative_error(runtime.logits(ids), logits) < (1e-10 if dtype == torch.float64 else 1e-5)
+    network.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert again.config.attention_heads == [2, 2, 2]
+    assert torch.equal(again(ids).logits, logits)
+
+
+@torch.no_grad()
 def test_a_parallel_block_of_nothing():
     """Both parts gone: a constant, added to the bias of the block before it, or to the embedding; the last one leads to
     the head's width, and stays."""
@@ -181,6 +220,8 @@ def test_training():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"layer_group_heads": [1]}, r"layer_group_heads must hold 2 numbers in \[1, 2\], got \[1\]"),
+        ({"layer_group_heads": [2, 0]}, r"layer_group_heads must hold 2 numbers in \[1, 2\], got"),
         ({"layer_key_value_heads": [1]}, r"layer_key_value_heads must hold 2 numbers in \[0, 2\], got \[1\]"),
         ({"layer_key_value_heads": [3, 1]}, r"layer_key_value_heads must hold 2 numbers in \[0, 2\], got"),
         (
@@ -205,7 +246,7 @@ def test_impossible_configs(changes, message):
 def test_what_cannot_share_heads_says_so():
     network = made("llama", kept=(1, 2, 2))
     with pytest.raises(
-        ValueError, match="generate_batch: layers must have the same key/value heads, got layer_key_value"
+        ValueError, match="generate_batch: layers must have all of their heads, got layer_key_value"
     ):
         network.generate_batch([[5, 6, 7]], max_new_tokens=2)
     assert heads_of_rank(network.config, 1, 2) == (2, 1)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.sliced_models import FORMS, LENGTHS, network
-from support.tiny_models import FUSED_CASES, left_padding, relative_error, tiny_model, token_ids
+from support.sliced_models import CASE_FORMS, LENGTHS, network
+from support.tiny_models import left_padding, relative_error, tiny_model, token_ids
 
 from slicegpt import ops
 from slicegpt.errors import SliceGPTError
@@ -11,8 +11,7 @@ from slicegpt.runtime import Runtime, fuse_layers, to_canonical, unfuse_layers
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", FUSED_CASES)
+@pytest.mark.parametrize(("case", "form"), CASE_FORMS)
 def test_same_logits(case, form):
     """Float64: some hundred roundings of 1e-16; padding and masks are attention's own business, as before."""
     model = to_canonical(network(case, form))

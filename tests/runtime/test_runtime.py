@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from support.sliced_models import FORMS, LENGTHS, network
+from support.sliced_models import CASE_FORMS, FORMS, LENGTHS, network
 from support.tiny_models import (
     CASES,
     FUSED_CASES,
+    NORMS_BEHIND,
     in_float64,
     left_padding,
     own_positions,
@@ -22,8 +23,7 @@ from slicegpt.runtime.executor import Executor
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", FUSED_CASES)
+@pytest.mark.parametrize(("case", "form"), CASE_FORMS)
 def test_logits_are_those_of_the_plain_model(case, form):
     """Float64: some hundred roundings of 1e-16. Padding shifts positions: the angles of rotary positions, computed in
     float32, then differ by roundings of up to 12 radians (7e-7), which the scores see."""
@@ -52,8 +52,7 @@ def test_attention_as_a_gpu_takes_it(case, form, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", FUSED_CASES)
+@pytest.mark.parametrize(("case", "form"), CASE_FORMS)
 def test_greedy_tokens_are_those_of_the_plain_model_in_float32(case, form):
     plain = network(case, form, torch.float32)
     ids, mask = left_padding(token_ids(), LENGTHS)
@@ -69,7 +68,8 @@ def test_greedy_tokens_are_those_of_the_plain_model_in_float32(case, form):
 @pytest.mark.parametrize("case", FUSED_CASES)
 def test_generation_begins_with_the_logits_of_the_last_position(case):
     """A few short rows, whose sums of squares come from the kernels: the head reads every n-th of them."""
-    runtime, ids = Runtime(network(case, "compact", torch.float32)), token_ids(3, 4)
+    form = "neurons" if case in NORMS_BEHIND else "compact"
+    runtime, ids = Runtime(network(case, form, torch.float32)), token_ids(3, 4)
     last = runtime._last_logits(ids, None, runtime.new_cache(3, 8))
     assert relative_error(last, runtime.logits(ids)[:, -1]) < 1e-6
 

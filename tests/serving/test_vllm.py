@@ -17,8 +17,9 @@ from support.tiny_models import LONG_ROPE, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from slicegpt.calibration import CalibrationBatch, load_documents, sample_batches
+from slicegpt.checkpoint.stock_model import load_stock, stock_of
 from slicegpt.conversion.plan import Shape, constant_widths, plan
-from slicegpt.families import canonical_fields
+from slicegpt.families import canonical_fields, checkpoint_of, source_of
 from slicegpt.slicing import SlicingOptions, slice_model
 
 pytestmark = [
@@ -179,6 +180,13 @@ SMALL = {
     "mistral-window": {"changes": SHAPES | {"head_dim": 32}},
     "smollm3": {"changes": SHAPES},
 }
+# Families that normalise what their blocks write: capped scores and logits, rotary settings by kind of layer, norms of
+# queries and keys over all heads.
+NORMS_BEHIND = {
+    "gemma2": {"changes": SHAPES | {"head_dim": 32}},
+    "gemma3": {"changes": SHAPES | {"head_dim": 32}},
+    "olmo2": {"changes": SHAPES},
+}
 # Families whose factors are folded, and LongRoPE.
 FOLDED = {
     "gemma": {"changes": SHAPES | {"head_dim": 32}},
@@ -206,7 +214,9 @@ def sliced_folders(root: Path, cases: dict[str, dict]) -> dict[str, Path]:
         model = tiny_model(settings.get("case", name), torch.float32, **settings["changes"])
         fields, head = canonical_fields(model), settings.get("slice_head", False)
         ids = torch.randint(3, 96, (16, 32), generator=torch.Generator().manual_seed(0))
-        config = plan(fields, constant_widths(fields, 96, head), Shape(slice_head=head))
+        width, neurons = (128, 0.3) if fields.get("post_norm") else (96, 0.0)
+        shape = Shape(slice_head=head, neurons=neurons, round_to=8)
+        config = plan(fields, constant_widths(fields, width, head), shape)
         sliced, _ = slice_model(
             model, config, [CalibrationBatch(ids, torch.ones_like(ids))], SlicingOptions()
         )
@@ -233,3 +243,37 @@ def test_every_family_on_two_ranks(small, ranks, tmp_path):
 
 def test_families_whose_factors_are_folded(tmp_path):
     check_tokens(sliced_folders(tmp_path, FOLDED), "one rank", tmp_path)
+
+
+def test_families_with_norms_behind_their_blocks(tmp_path):
+    check_tokens(sliced_folders(tmp_path, NORMS_BEHIND), "one rank", tmp_path)
+
+
+# The stock form runs on vLLM's own classes: case, width of 128 and neurons of 80 that remain, changes.
+STOCK = {
+    "llama": (96, 64, SHAPES | {"head_dim": 32}),
+    "mistral-window": (96, 64, SHAPES | {"head_dim": 32, "sliding_window": None}),
+    "qwen2": (128, 64, SHAPES | {"use_sliding_window": False, "sliding_window": None}),
+    "qwen3-tied": (128, 64, SHAPES | {"head_dim": 32}),
+    "opt": (128, 64, SHAPES),
+}
+
+
+def test_the_stock_form_runs_on_classes_of_vllm(tmp_path):
+    folders = {}
+    for name, (width, neurons, changes) in STOCK.items():
+        model = tiny_model(name, torch.float32, **changes)
+        fields = canonical_fields(model)
+        shape = Shape(form="stock", round_to=8)
+        config = plan(fields, constant_widths(fields, width, True), shape, neurons)
+        ids = torch.randint(3, 96, (16, 32), generator=torch.Generator().manual_seed(0))
+        calibration = [CalibrationBatch(ids, torch.ones_like(ids))]
+        sliced, _ = slice_model(model, config, calibration, SlicingOptions(allocate=False))
+        stock = load_stock(stock_of(source_of(sliced), checkpoint_of(model)), torch.float32, None)
+        folders[name] = tmp_path / name
+        stock.save_pretrained(folders[name])
+    prompts = torch.randint(3, 96, (8, 20), generator=torch.Generator().manual_seed(1)).tolist()
+    results, log = vllm_tokens([*folders.values()], prompts, (1, 1), tmp_path)
+    assert "TransformersForCausalLM" not in log  # vLLM's class for what it has none of its own for
+    for name, folder in folders.items():
+        assert results[str(folder)] == generated_tokens(folder, prompts), name

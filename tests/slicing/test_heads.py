@@ -15,7 +15,7 @@ from slicegpt.families import canonical_fields
 from slicegpt.modeling.sizes import stored_parameters
 from slicegpt.slicing import SlicingOptions, slice_model
 from slicegpt.slicing.deletion import Deletion
-from slicegpt.slicing.heads import group_cost_curve, group_deletions, groups_that_stay
+from slicegpt.slicing.heads import group_cost_curve, group_deletions, groups_that_stay, head_deletions
 
 GROUPS = [slice(3 * group, 3 * group + 3) for group in range(4)]  # and two rows that are no group's
 
@@ -60,6 +60,30 @@ def test_each_deletion_is_the_cheapest_and_exact(seed):
     assert staying == []
 
 
+def test_query_heads_of_what_stays():
+    """Behind the groups, one head at a time, the cheapest of groups that are not as small yet: against solving anew."""
+    groups = [slice(0, 6), slice(6, 12)]
+    for seed in range(4):
+        system, right = problem(seed)
+        deletion = Deletion(lambda: (in_columns(system), in_columns(right)))  # noqa: B023
+        kept = set(range(14))
+        for rise in head_deletions(deletion, groups, 2, 1):
+            before = objective(system, right, sorted(kept))
+            sizes = [len(kept & set(range(group.start, group.stop))) for group in groups]
+            choices = {
+                row: objective(system, right, sorted(kept - {row, row + 1}))
+                for group, size in zip(groups, sizes, strict=True)
+                for row in range(group.start, group.stop, 2)
+                if size > 2 and row in kept
+            }
+            gone = min(choices, key=choices.get)
+            kept -= {gone, gone + 1}
+            assert rise.item() == pytest.approx(choices[gone] - before, rel=1e-9)
+            assert deletion.kept().tolist() == sorted(kept)
+        assert [len(kept & set(range(group.start, group.stop))) for group in groups] == [2, 2]
+        assert groups_that_stay(deletion, groups).tolist() == [0, 1]
+
+
 def test_near_the_best_of_all():
     """Two of four groups, against every pair: within 1.5 times the least rise."""
     for seed in range(6):
@@ -95,10 +119,10 @@ def head_columns(model, layer: int, groups: list[int]) -> tuple[torch.Tensor, sl
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["llama-biased", "qwen3-tied", "opt", "phi"])
+@pytest.mark.parametrize("case", ["llama-biased", "qwen3-tied", "opt", "phi", "gemma3"])
 def test_what_writes_nothing_goes_first_and_for_nothing(case):
-    """Grouped heads and one key head each, biases, q/k norms, learned positions, parallel blocks: a group whose
-    columns of the output projection are 0, all of a layer's groups, and all of a layer's neurons."""
+    """A group whose columns of the output projection are 0, all of a layer's groups, and all of a layer's neurons.
+    Grouped heads and one key head each, biases, q/k norms, learned positions, parallel blocks, norms behind blocks."""
     model, ids = tiny_model(case), token_ids()
     layers = model.get_decoder().layers
     gone = {0: [1], 1: [0, 1, 2, 3] if case in ("opt", "phi") else [0, 1]}
@@ -118,6 +142,24 @@ def test_what_writes_nothing_goes_first_and_for_nothing(case):
     # The fits start from weights that are exact: what is left is rounding, in systems of condition 1e4 and less.
     assert relative_error(network(ids).logits, model(ids).logits) < 1e-9
     assert len(report.refit) == network.config.num_blocks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["llama-biased", "qwen3-tied", "phi"])
+def test_query_heads_that_write_nothing(case):
+    """One of the two query heads of every group, another one in each; together with a whole group."""
+    model, ids = tiny_model(case), token_ids()
+    size = canonical_fields(model).get("head_dim") or 12
+    for layer in range(3):
+        writer, columns = head_columns(model, layer, [0, 1])
+        silent = [0, 1] if layer == 1 else [layer // 2, 3 - layer // 2]
+        for head in silent:
+            writer.weight[:, columns[size * head : size * head + size]] = 0
+    network, _ = sliced(model, shape=Shape(round_to=4, kv_groups=(2, 1, 2), group_heads=(1, 2, 1)))
+    assert network.config.attention_heads == [2, 2, 2]
+    assert network.config.key_value_heads == [2, 1, 2]
+    # As above: the fits start from weights that are exact.
+    assert relative_error(network(ids).logits, model(ids).logits) < 1e-9
 
 
 @torch.no_grad()
@@ -200,6 +242,29 @@ def test_impossible_numbers(kept, message):
         sliced(tiny_model("llama"), shape=Shape(kv_groups=kept))
 
 
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (3, r"group_heads: must lie in \[1, 2\], the query heads of a key/value group, got 3"),
+        ((1, 0, 2), r"group_heads: must lie in \[1, 2\], the query heads of a key/value group, got 1,0,2"),
+        ((1, 2), "group_heads: must be one number, or 3, one a layer, got 2"),
+    ],
+)
+def test_impossible_groups(kept, message):
+    with pytest.raises(SliceGPTError, match=message):
+        sliced(tiny_model("llama"), shape=Shape(group_heads=kept))
+
+
+def test_heads_under_one_norm():
+    model = tiny_model("olmo2")
+    with pytest.raises(
+        SliceGPTError, match=r"kv_groups: olmo2 norms queries and keys over all heads .* got 2,1,0"
+    ):
+        sliced(model, shape=Shape(kv_groups=(2, 1, 0)))
+    with pytest.raises(SliceGPTError, match=r"group_heads: olmo2 norms .* got some heads of a group"):
+        sliced(model, shape=Shape(group_heads=1))
+
+
 @pytest.mark.parametrize("neurons", [[80, 80], [80, 81, 80], [80, -1, 80]])
 def test_impossible_neurons(neurons):
     with pytest.raises(SliceGPTError, match=r"neurons: must be 3 numbers in \[0, 80\], one a layer, got"):
@@ -209,3 +274,5 @@ def test_impossible_neurons(neurons):
 def test_deleting_heads_needs_the_refit():
     with pytest.raises(SliceGPTError, match=r"kv_groups: .* decided by the refit, which is off"):
         sliced(tiny_model("llama"), shape=Shape(kv_groups=1), refit=False)
+    with pytest.raises(SliceGPTError, match=r"group_heads: .* decided by the refit, which is off"):
+        sliced(tiny_model("llama"), shape=Shape(group_heads=1), refit=False)

@@ -107,7 +107,8 @@ def test_covariance_sees_the_errors_of_earlier_blocks():
     hidden = small.model.embed(small.model.embed_tokens(ids), None)
     positions = torch.arange(ids.shape[1]).expand(ids.shape)
     masks, rotary = small.model.block_inputs(hidden, positions, None)
-    hidden = layer.attention_block(hidden, attention_mask=masks["full_attention"], position_embeddings=rotary)
+    mask = masks["full_attention"]
+    hidden = layer.attention_block(hidden, attention_mask=mask, position_embeddings=rotary[0])
     # The 36 leading eigenvalues at boundary 1 are the energies of the stream's coordinates there, however turned.
     energy = torch.linalg.svdvals(hidden.flatten(0, 1)).square()
     expected = torch.tensor(report.eigenvalues[1][:36], dtype=torch.float64)

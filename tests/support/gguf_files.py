@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 PERMUTED = ("llama", "mistral")
-ONE_PLUS = ("nemotron",)
+ONE_PLUS = ("nemotron", "gemma3_text")
 
 
 def write_gguf(
@@ -27,7 +27,7 @@ def write_gguf(
     import gguf
 
     kind = model.config.model_type
-    name = "llama" if kind == "mistral" else kind
+    name = {"mistral": "llama", "gemma3_text": "gemma3"}.get(kind, kind)
     settings = {f"{name}.{key}": value for key, value in architecture_settings(model).items()}
     settings |= {
         key if "." in key and key.split(".")[0] in ("general", "split", name) else f"{name}.{key}": value
@@ -60,7 +60,7 @@ def write_gguf(
 
 def architecture_settings(model: PreTrainedModel) -> dict:
     config = model.config
-    rope, heads = config.rope_parameters, config.num_attention_heads
+    rope, heads = flat_rope(config), config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     settings = {
         "context_length": config.max_position_embeddings,
@@ -92,9 +92,14 @@ def architecture_settings(model: PreTrainedModel) -> dict:
     return settings
 
 
+def flat_rope(config) -> dict:
+    """Of a model with rotary settings for each kind of layer, those of the layers without a window."""
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
+
+
 def setting_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """Rotary settings that GGUF keeps in tensors."""
-    rope = model.config.rope_parameters
+    rope = flat_rope(model.config)
     if rope["rope_type"] == "longrope":
         return {f"rope_factors_{name}.weight": np.array(rope[f"{name}_factor"]) for name in ("long", "short")}
     if rope["rope_type"] == "llama3":

@@ -19,10 +19,18 @@ from transformers import (
     CwmForCausalLM,
     Ernie4_5Config,
     Ernie4_5ForCausalLM,
+    Exaone4Config,
+    Exaone4ForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
     GlmConfig,
     GlmForCausalLM,
     GPT2Config,
@@ -49,6 +57,10 @@ from transformers import (
     MistralForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OlmoConfig,
     OlmoForCausalLM,
     OPTConfig,
@@ -74,6 +86,7 @@ from transformers import (
 from transformers.models.cohere import modeling_cohere
 from transformers.models.cohere2 import modeling_cohere2
 from transformers.models.ernie4_5 import modeling_ernie4_5
+from transformers.models.gemma2 import modeling_gemma2
 
 # Not in transformers 5.19 and older: their cases are left out there.
 ExaoneConfig, InternLM3Config, IQuestCoderConfig = (
@@ -117,6 +130,11 @@ GROWING_QUERIES = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.5,
+}
+# Of layers with a window, and of the others.
+TWO_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
 }
 GRANITE = {
     "embedding_multiplier": 12.0,
@@ -258,13 +276,45 @@ CASES = {
         GATED | {"head_dim": 16, "rope_parameters": GROWING_QUERIES},
     ),
     "helium": (HeliumForCausalLM, HeliumConfig, GATED | {"head_dim": 12}),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        GATED
+        | {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5, "attn_logit_softcapping": 0.5}
+        # transformers' other implementations of attention pass over the cap.
+        | {"final_logit_softcapping": 2.0, "attn_implementation": "eager"},
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        GATED
+        | {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5, "rope_parameters": TWO_ROPES}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, GATED | {"attention_bias": True}),
+    "olmo3": (
+        Olmo3ForCausalLM,
+        Olmo3Config,
+        GATED
+        | {"sliding_window": 5, "rope_parameters": TWO_ROPES}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "exaone4": (
+        Exaone4ForCausalLM,
+        Exaone4Config,
+        GATED | {"head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2},
+    ),
+    "glm4": (Glm4ForCausalLM, Glm4Config, GATED | {"head_dim": 16}),
 }
 
 CASES = {name: case for name, case in CASES.items() if case[1] is not None}
 
 # Their activation has weights, which the fused operators do not take.
 PLAIN_ONLY = {"apertus"}
+# They normalise what their blocks write: the stream keeps its columns and its basis.
+NORMS_BEHIND = {"gemma2", "gemma3", "olmo2", "olmo3", "exaone4", "glm4"}
 FUSED_CASES = sorted(set(CASES) - PLAIN_ONLY)
+SLICEABLE = sorted(set(CASES) - NORMS_BEHIND)
 
 
 def tiny_model(case: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> PreTrainedModel:
@@ -296,14 +346,25 @@ def _ernie_rotary(q, k, cos, sin):
     return _rotary_of_neighbours(q, k, cos.to(q.dtype), sin.to(q.dtype))
 
 
+def _capped_attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **_
+):
+    keys, values = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
+    scores = query @ keys.mT * scaling
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    shares = (scores if attention_mask is None else scores + attention_mask).softmax(dim=-1)
+    return (shares @ values).transpose(1, 2), shares
+
+
 # The same functions for float32 inputs.
+modeling_gemma2.eager_attention_forward = _capped_attention
 modeling_cohere.apply_rotary_pos_emb = modeling_cohere2.apply_rotary_pos_emb = _rotary_of_neighbours
 modeling_ernie4_5.apply_rotary_pos_emb = _ernie_rotary
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
     """transformers computes norms and Gemma's embedding scale in float32 whatever the dtype (and Cohere's and ERNIE's
-    rotary positions, see above); in float64 models let them be in float64."""
+    rotary positions and Gemma 2's softmax, see above); in float64 models let them be in float64."""
 
     def rms_norm(self, hidden_states):
         eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
