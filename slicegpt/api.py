@@ -53,6 +53,7 @@ from slicegpt.hardware.devices import find_device, find_dtype
 from slicegpt.hardware.ranks import Ranks
 from slicegpt.inputs import checked_documents, checked_name, opened_model, read_recipe
 from slicegpt.modeling.losses import BatchSize
+from slicegpt.modeling.sizes import parameters_of
 from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, STOCK, Recipe
 from slicegpt.result import SliceResult
@@ -170,7 +171,8 @@ def slice(
             `slicegpt.hardware.ranks.joined`; None: this one alone.
         **choices: any other field of `slicegpt.recipe.Recipe`: `form`, `untie`, `round_to`, `shortcut`, `orientation`,
             `slice_head`, `neurons`, `allocate`, `kv_groups`, `group_heads`, `signal`, `refit`, `ridge`, `refit_share`,
-            `vocabulary_prior`, `text_column`, `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`, `dtype`.
+            `vocabulary_prior`, `text_column`, `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`,
+            `quantize`, `group_size`, `zero_points`, `quantize_tables`, `dtype`.
 
     Returns:
         The sliced model (on the CPU), its tokenizer, and the report. The model is a transformers model: `generate`,
@@ -431,5 +433,5 @@ def evaluate(
     if tasks is not None:
         scores = tasks.score(model, tokenizer, batch_size)
     shell = model.shell if isinstance(model, DenseSource) else model
-    parameters = sum(parameter.numel() for parameter in shell.parameters())
+    parameters = parameters_of(shell)
     return Evaluation(name, parameters, str(shell.dtype).removeprefix("torch."), measured, scores)

@@ -39,6 +39,9 @@ FORMS = SLICED, STOCK, PER_LAYER = ("sliced", "stock", "per-layer")
 SHORTCUT_MODES = ("compact", "dense")
 ORIENTATIONS = ("aligned", "random", "pca")
 SIGNALS = ("residual", "normalized")
+QUANTIZE = ("int8", "int4")
+# Columns of a weight that share a scale in 4 bits.
+GROUP_SIZES = (32, 64, 128)
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 # The calibration of a run whose documents were handed over as such: no file can name them.
@@ -98,6 +101,11 @@ class Recipe:
         batch_size: samples of a batch; sums are taken batch by batch, so it decides about last bits.
         seed: of the samples and of the random orientation.
         varied_seqlen: a sample is one document, padded; else a window of the joined text.
+        quantize: "int8" (a scale a row) or "int4" (a scale for each group of columns): store the layers in so many
+            bits, rounded block by block as they are sliced, with errors made up for (GPTQ). None: in `dtype`.
+        group_size: of int4: 128, 64 or 32 columns at most share a scale; None is 64.
+        zero_points: of int4: each group has one beside its scale.
+        quantize_tables: embedding and head are stored in 8 bits, too, where `quantize` is given.
         dtype: of the weights: "float32", "float16", "bfloat16", "float64", or "auto" for the stored one.
 
     Raises:
@@ -213,6 +221,20 @@ class Recipe:
     )
     varied_seqlen: bool = choice("calibration", False, FLAG)
 
+    quantize: str | None = choice("weights", None, one_of(QUANTIZE, optional=True))
+    group_size: int | None = choice(
+        "weights",
+        None,
+        Rule(
+            "a whole number",
+            whole,
+            f"be one of {', '.join(map(str, GROUP_SIZES))}",
+            lambda value: value in GROUP_SIZES,
+            True,
+        ),
+    )
+    zero_points: bool = choice("weights", False, FLAG)
+    quantize_tables: bool = choice("weights", True, FLAG)
     dtype: str = choice("weights", AUTO, one_of(DTYPES))
 
     def __post_init__(self):
@@ -229,12 +251,24 @@ class Recipe:
             )
         if not self.refit:
             self._check_without_refit()
+        if self.quantize != "int4":
+            for name, given in (("group_size", self.group_size), ("zero_points", self.zero_points or None)):
+                if given is not None:
+                    raise SliceGPTError(f"is of int4, got {given} with quantize {self.quantize}", name)
+        if self.quantize is None and not self.quantize_tables:
+            raise SliceGPTError(
+                "false leaves out what only quantize would store in 8 bits", "quantize_tables"
+            )
         if self.form != SLICED:
             self._check_stock()
         elif self.untie:
             raise SliceGPTError(f"is for the stock form, got True with form {self.form!r}", "untie")
 
     def _check_stock(self) -> None:
+        if self.quantize is not None:
+            raise SliceGPTError(
+                f"is for the form {SLICED!r}, got {self.quantize} with {self.form!r}", "quantize"
+            )
         if self.shortcut is not None:
             raise SliceGPTError(f"the {self.form} form has none, got {self.shortcut!r}", "shortcut")
         for name in ("kv_groups", "group_heads"):
@@ -259,6 +293,8 @@ class Recipe:
                 )
         if self.ridge != AUTO:
             raise SliceGPTError(f"needs the output refit, got {self.ridge:g} without it", "ridge")
+        if self.quantize is not None:
+            raise SliceGPTError(f"needs the output refit, got {self.quantize} without it", "quantize")
         if self.refit_share != 1:
             raise SliceGPTError(f"needs the output refit, got {self.refit_share:g} without it", "refit_share")
 

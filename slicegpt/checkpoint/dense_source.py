@@ -8,13 +8,21 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt.checkpoint.gguf import GGUFTensor, open_gguf
-from slicegpt.checkpoint.loading import load_dense, load_errors, locate, open_folder, quiet_transformers
+from slicegpt.checkpoint.loading import (
+    generation_config_of,
+    load_dense,
+    load_errors,
+    locate,
+    open_folder,
+    quiet_transformers,
+)
 from slicegpt.checkpoint.names import check_name
-from slicegpt.checkpoint.shells import empty_shell, model_class_of
+from slicegpt.checkpoint.shells import empty_shell, model_class_of, packed_shell
 from slicegpt.checkpoint.tensors import FileTensor, open_files, same_content
+from slicegpt.conversion.quantization import is_quantized
 from slicegpt.families import DenseSource, Weights, source_of
 from slicegpt.hardware.memory import has_room
 
@@ -59,6 +67,12 @@ def open_dense(
                 return _load_whole(name, dtype, revision, trust_remote_code, ".bin files")
             stored = open_files(files)
             dtype = dtype or _stored_dtype(config, files[0], stored)
+            if is_quantized(config):
+                with load_errors(path):
+                    shell, names = packed_shell(path, config, stored, dtype)
+                shell.generation_config = generation_config_of(path, shell)
+                shell.config.name_or_path = name
+                return _source(name, tokenizer, shell, names, stored)
             with load_errors(path):
                 model_class = model_class_of(config, trust_remote_code)
         with load_errors(path):
@@ -67,7 +81,7 @@ def open_dense(
             return _load_whole(name, dtype, revision, trust_remote_code, f"tensors of {model_class.__name__}")
         _tie_equal(shell, names, stored)
         if path.is_dir():
-            shell.generation_config = _generation_config(path, shell)
+            shell.generation_config = generation_config_of(path, shell)
     shell.config.name_or_path = name
     return _source(name, tokenizer, shell, names, stored)
 
@@ -111,8 +125,11 @@ def source_of_state(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DenseSource:
     """A source of tensors that are stored anywhere, by the names of the model's state, such as shards being written."""
-    with quiet_transformers():
-        shell, names = empty_shell(name, model_class_of(config), config, stored, dtype)
+    if is_quantized(config):
+        shell, names = packed_shell(name, config, stored, dtype)
+    else:
+        with quiet_transformers():
+            shell, names = empty_shell(name, model_class_of(config), config, stored, dtype)
     return _source(name, tokenizer, shell, names, stored)
 
 
@@ -165,15 +182,3 @@ def _tie_equal(shell: PreTrainedModel, names: dict[str, str], stored: dict[str, 
     if same_content(stored[names[first]], stored[names[second]]):
         head.weight = table.weight
         names[second] = names[first]
-
-
-def _generation_config(folder: Path, shell: PreTrainedModel) -> GenerationConfig | None:
-    """The generation config that transformers gives a model of a folder."""
-    if not shell.can_generate():
-        return shell.generation_config
-    try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:  # none there, or unreadable
-        return GenerationConfig.from_pretrained(
-            folder, config_file_name="config.json", local_files_only=True, _from_model_config=True
-        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,9 +29,13 @@ from transformers.utils import logging as transformers_logging
 
 from slicegpt.checkpoint.checks import check_loaded, check_shapes, parameters_of, some
 from slicegpt.checkpoint.names import SHIPPED_MODEL, check_name
-from slicegpt.checkpoint.tensors import PLAIN_DTYPES, read_safetensors_header
+from slicegpt.checkpoint.shells import packed_shell
+from slicegpt.checkpoint.tensors import PLAIN_DTYPES, open_files, read_safetensors_header
+from slicegpt.conversion.canonical import build_model
+from slicegpt.conversion.quantization import is_quantized
 from slicegpt.errors import SliceGPTError, first_line
 from slicegpt.families import FAMILIES, facts_of
+from slicegpt.modeling.configuration import SlicedConfig
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER_FILES = (
@@ -138,8 +144,9 @@ def _check_kind(folder: Path) -> None:
         raise SliceGPTError(f"{folder} holds an adapter (adapter_config.json): merge it into its model first")
     if not (folder / "config.json").is_file():
         raise SliceGPTError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-    quantised = _read_json(folder / "config.json").get("quantization_config")
-    if quantised is not None:
+    content = _read_json(folder / "config.json")
+    quantised = content.get("quantization_config")
+    if quantised is not None and content.get("model_type") != SlicedConfig.model_type:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise SliceGPTError(
             f"{folder} is quantised ({method or 'unknown method'}): give the checkpoint that it was made from"
@@ -185,7 +192,9 @@ def open_folder(
 def _load_folder(
     folder: Path, dtype: torch.dtype | None, trust_remote_code: bool, sliceable: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    _, tokenizer, _ = open_folder(folder, trust_remote_code, sliceable)
+    config, tokenizer, files = open_folder(folder, trust_remote_code, sliceable)
+    if is_quantized(config):
+        return _load_packed(folder, config, files, dtype), tokenizer
     common = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with load_errors(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -193,6 +202,34 @@ def _load_folder(
         )
     check_loaded(f"{folder}", model, info)
     return model, tokenizer
+
+
+def _load_packed(
+    folder: Path, config: PreTrainedConfig, files: list[Path], dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """A sliced model whose weights are packed. transformers would want compressed-tensors' library for it."""
+    stored = open_files(files)
+    shell, names = packed_shell(folder, config, stored, dtype or config.dtype)
+    state = {
+        name: replace(stored[name], dtype=tensor.dtype).read()
+        for name, tensor in shell.state_dict().items()
+        if names[name] == name
+    }
+    model = build_model(config, state)
+    model.generation_config = generation_config_of(folder, model)
+    return model
+
+
+def generation_config_of(folder: Path, shell: PreTrainedModel) -> GenerationConfig | None:
+    """The generation config that transformers gives a model of a folder."""
+    if not shell.can_generate():
+        return shell.generation_config
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # none there, or unreadable
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", local_files_only=True, _from_model_config=True
+        )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ tags:
 # {name}
 
 {source}, compressed with [SliceGPT](https://arxiv.org/abs/2401.15024): columns and rows of every weight matrix
-deleted along the principal components of the residual stream{and_others}. All weights are dense.
+deleted along the principal components of the residual stream{and_others}. {weights}
 
 {table}
 
@@ -73,6 +73,14 @@ def _describe_finetuning(run: dict | None) -> str:
     )
 
 
+def _weights(record: dict) -> str:
+    """One sentence on what the weights are."""
+    stored = record.get("stored_as", record["dtype"])
+    if stored == record["dtype"]:
+        return "All weights are dense."
+    return f"Stored as {stored}, in compressed-tensors' format: `pip install compressed-tensors`."
+
+
 def _table(record: dict) -> str:
     """Dense and sliced side by side, in Markdown."""
     rows = outcome_rows(record) + shape_rows(record)
@@ -100,6 +108,7 @@ def model_card(record: dict, name: str, self_contained: bool = True, recipe: boo
         table=_table(record),
         notes="\n".join(f"- {note}" for note in notes(record)),
         asked="" if asked is None else f" ({asked})",
+        weights=_weights(record),
         and_others=_and_others(record),
         removed=size["removed"],
         slicing=record["slicing"],

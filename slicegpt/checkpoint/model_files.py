@@ -30,11 +30,11 @@ _ONE_FILE, _INDEX, _PATTERN = (
 
 def bytes_while_sliced(config: SlicedConfig, dtype: torch.dtype, candidates: int) -> int:
     """What the files of a `ModelFiles` take: the weights, and what each of several candidates of λ needs besides."""
-    tensors = {name: tensor.numel() for name, tensor in skeleton(config).named_parameters()}
+    tensors = {name: tensor.nbytes for name, tensor in skeleton(config).to(dtype).named_parameters()}
     fits = sum(tensors[name] for name in fitted_names(config, tensors)) * (
         candidates if candidates > 1 else 0
     )
-    return (sum(tensors.values()) + fits) * dtype.itemsize
+    return sum(tensors.values()) + fits
 
 
 def open_shards(
@@ -83,9 +83,10 @@ class ModelFiles:
         shell = skeleton(config).to(dtype)
         shapes = shell.state_dict()
         if config.tie_word_embeddings:
-            del shapes["lm_head.weight"]  # the embedding table under its other name
-        entries = {name: (dtype, tuple(tensor.shape)) for name, tensor in shapes.items()}
-        parameters = sum(parameter.numel() for parameter in shell.parameters())
+            for name in [name for name in shapes if name.startswith("lm_head.weight")]:
+                del shapes[name]  # the embedding table under its other name
+        entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in shapes.items()}
+        parameters = sum(parameter.numel() for parameter in shell.parameters())  # as transformers counts
         self.tensors = open_shards(self.folder, shapes, parameters, self.max_shard_size)
         if len(ridges) > 1:
             fitted = {name: entries[name] for name in fitted_names(config, entries)}

@@ -59,7 +59,7 @@ def outcome_rows(record: dict[str, Any]) -> list[dict[str, str]]:
             f"bytes, {record['dtype']}",
             format_bytes(size["dense_bytes"]),
             format_bytes(size["bytes"]),
-            removed,
+            f"{100 * (size['bytes'] / size['dense_bytes'] - 1):+.1f} %",
         ),
         _row("perplexity, held out", *_pair(record.get("perplexity"))),
     ]
@@ -74,7 +74,9 @@ def shape_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     widths = summarise([boundary["width"] for boundary in boundaries])
     shortcuts = summarise([boundary["shortcut"] for boundary in boundaries[:-1]])
     neurons = describe_neurons(record["neurons"])
-    rows = [
+    stored = record.get("stored_as", record["dtype"])
+    rows = [] if stored == record["dtype"] else [_row("stored as", record["dtype"], stored, "")]
+    rows += [
         _row("columns", str(record["dense_width"]), widths, ""),
         _row("neurons of an MLP", describe_neurons(record["dense_neurons"]), neurons, ""),
     ]

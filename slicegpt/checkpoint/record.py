@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig
 import slicegpt
 from slicegpt.calibration import CalibrationBatch, calibration_hash
 from slicegpt.checkpoint.outcome import perplexity_record
+from slicegpt.conversion.quantization import describe_storage
 from slicegpt.conversion.stock import stock_parameters
 from slicegpt.modeling import SlicedConfig
-from slicegpt.modeling.sizes import boundary_report, decoder_parameters, stored_parameters
+from slicegpt.modeling.sizes import boundary_report, decoder_parameters, stored_bytes, stored_parameters
 from slicegpt.recipe import SLICED, STOCK
 from slicegpt.slicing import SlicingOptions, SlicingReport
 
@@ -30,7 +31,7 @@ def size_record(config: SlicedConfig, dtype: torch.dtype, stock: PreTrainedConfi
         parameters = stock_parameters(config, stock)
     return {
         "parameters": parameters,
-        "bytes": parameters * dtype.itemsize,
+        "bytes": stored_bytes(config, dtype) if stock is None else parameters * dtype.itemsize,
         "dense_parameters": dense,
         "dense_bytes": dense * dtype.itemsize,
         "decoder_parameters": decoder_parameters(config),
@@ -83,6 +84,7 @@ def slicing_record(
 
     Eigenvalues keep six digits: they are for looking at, and full precision would be megabytes.
     """
+    dtype = str(options.dtype).removeprefix("torch.")
     spectra = [
         None if values is None else [float(f"{value:.6g}") for value in values]
         for values in report.eigenvalues
@@ -92,7 +94,8 @@ def slicing_record(
         "form": SLICED if stock is None else STOCK,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
-        "dtype": str(options.dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "stored_as": describe_storage(config, dtype),
         "dense_width": config.dense_hidden_size,
         "neurons": config.layer_neurons or config.intermediate_size,
         "dense_neurons": config.dense_intermediate_size,

@@ -15,6 +15,7 @@ from slicegpt import modeling
 MODULES = {
     "configuration": "configuration_slicegpt",
     "layers": "layers_slicegpt",
+    "quantized": "quantized_slicegpt",
     "network": "modeling_slicegpt",
     "heads": "heads_slicegpt",
 }

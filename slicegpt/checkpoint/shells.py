@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from slicegpt.checkpoint.checks import check_loaded
+from slicegpt.checkpoint.checks import check_loaded, check_shapes, some
+from slicegpt.conversion.canonical import build_model
+from slicegpt.errors import SliceGPTError
 from slicegpt.families.source import StoredTensor
+from slicegpt.modeling.sizes import skeleton
 
 # One number a tensor, different from all others and finite in every dtype, is made of its index as an integer.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -26,6 +29,35 @@ def model_class_of(config: PreTrainedConfig, trust_remote_code: bool = False) ->
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+
+
+def packed_shell(
+    source: str | Path, config: PreTrainedConfig, stored: Mapping[str, StoredTensor], dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, str]]:
+    """As `empty_shell`, of a sliced model with packed weights: transformers renames nothing of it.
+
+    Raises:
+        SliceGPTError: tensors that are missing, that have another shape, or that the model has no place for.
+    """
+    expected = skeleton(config).to(dtype).state_dict()
+    names = {name: name for name in expected}
+    if config.tie_word_embeddings:
+        heads = [name for name in expected if name.startswith("lm_head.weight")]
+        names |= {name: name.replace("lm_head.", "model.embed_tokens.", 1) for name in heads}
+    missing = sorted(name for name in names.values() if name not in stored)
+    surplus = sorted(name for name in stored if name not in names.values())
+    if missing or surplus:
+        raise SliceGPTError(
+            f"{source}: {some(missing or surplus)} {'missing' if missing else 'not expected'}"
+        )
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    check_shapes(source, shapes, {name: stored[own].shape for name, own in names.items()})
+    state = {
+        name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        for name, tensor in expected.items()
+        if names[name] == name
+    }
+    return build_model(config, state), names
 
 
 def empty_shell(

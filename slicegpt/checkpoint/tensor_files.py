@@ -18,7 +18,7 @@ import torch
 from slicegpt.checkpoint.tensors import OTHER_DTYPES, PLAIN_DTYPES, FileTensor
 
 # The order in which safetensors puts the tensors of a file, and then by name.
-_ORDER = ("I64", "F64", "F32", "BF16", "F16", "U8")
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "U8")
 _DTYPES = {dtype: name for name, dtype in (OTHER_DTYPES | PLAIN_DTYPES).items() if name in _ORDER}
 
 # One call of pwrite takes 2 GiB at most.

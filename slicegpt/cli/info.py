@@ -31,9 +31,11 @@ def describe(name: str) -> dict:
     from slicegpt.checkpoint.record import slicing_fraction
     from slicegpt.checkpoint.saving import read_record, stored_size
     from slicegpt.conversion.plan import constant_widths, plan
+    from slicegpt.conversion.quantization import describe_storage
     from slicegpt.families import canonical_fields
+    from slicegpt.hardware.devices import find_dtype
     from slicegpt.modeling import SlicedConfig
-    from slicegpt.modeling.sizes import boundary_report
+    from slicegpt.modeling.sizes import boundary_report, stored_parameters
 
     config, record = None, {}
     if Path(name).is_dir():
@@ -44,7 +46,11 @@ def describe(name: str) -> dict:
         return describe_stock(name, config, stock)
     if isinstance(config, SlicedConfig):
         stored = stored_size(name)
-        parameters, size, dtype = stored.parameters, stored.bytes, str(config.dtype).removeprefix("torch.")
+        parameters, size, dtype = (
+            stored_parameters(config),
+            stored.bytes,
+            str(config.dtype).removeprefix("torch."),
+        )
         record = read_record(name) or {}
     else:
         model, _ = load_dense(name)
@@ -61,7 +67,8 @@ def describe(name: str) -> dict:
         "parameters": parameters,
         "bytes": size,
         "dense_parameters": dense_parameters,
-        "dense_bytes": dense_parameters * size // parameters,
+        "dense_bytes": dense_parameters * find_dtype(dtype).itemsize,
+        "stored_as": describe_storage(config, dtype),
         "removed": 1 - parameters / dense_parameters,
         "slicing": slicing_fraction(config),
         "layers": config.num_hidden_layers,
@@ -145,6 +152,7 @@ def run(options: argparse.Namespace) -> None:
             "bytes",
             f"{format_bytes(facts['bytes'])} of {format_bytes(facts['dense_bytes'])} dense ({facts['dtype']})",
         ),
+        ("stored as", facts["stored_as"]),
         ("removed", removed),
         ("slicing (1 - d/D)", f"{100 * facts['slicing']:.1f} %"),
         ("widths", f"{summarise([b['width'] for b in boundaries])} of {facts['dense_width']}"),

@@ -10,7 +10,18 @@ from slicegpt.checkpoint.names import check_name
 from slicegpt.checkpoint.partial import check_partial, interrupted_recipe, what_is_kept
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.launcher import launched
-from slicegpt.recipe import AUTO, FORMS, IN_MEMORY, NAMES, ORIENTATIONS, SHORTCUT_MODES, SIGNALS, Recipe
+from slicegpt.recipe import (
+    AUTO,
+    FORMS,
+    GROUP_SIZES,
+    IN_MEMORY,
+    NAMES,
+    ORIENTATIONS,
+    QUANTIZE,
+    SHORTCUT_MODES,
+    SIGNALS,
+    Recipe,
+)
 from slicegpt.table import check_writable
 
 from . import interrupts
@@ -134,7 +145,25 @@ def add_parser(commands) -> None:
         "--varied-seqlen", action="store_true", help="one document a sample, padded, not windows"
     )
 
-    add_shared(parser, "--dtype", default=argparse.SUPPRESS)
+    weights = parser.add_argument_group("weights")
+    weights.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        help="store the layers in 8 bits (a scale a row) or 4 (a scale a group of columns), by GPTQ as they are sliced",
+    )
+    weights.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        help="of int4: columns at most that share a scale (default: 64); layers that it does not divide take less",
+    )
+    weights.add_argument("--zero-points", action="store_true", help="of int4: a zero point beside each scale")
+    weights.add_argument(
+        "--quantize-tables",
+        action=argparse.BooleanOptionalAction,
+        help="with --quantize: embedding and head in 8 bits by row (default), or in --dtype",
+    )
+    add_shared(weights, "--dtype", default=argparse.SUPPRESS)
 
     machine = parser.add_argument_group("machine")
     add_shared(machine, "--device")

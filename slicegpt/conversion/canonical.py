@@ -18,13 +18,16 @@ from slicegpt.families import DenseLayer, Linear, Norm, canonical_fields, checkp
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.modeling.layers import build_rotary
 
+_TABLE = "model.embed_tokens."
+
 
 def build_model(config: SlicedConfig, state: dict[str, torch.Tensor]) -> SlicedForCausalLM:
     """A model holding the tensors of `state` themselves (no copy, no initialisation), in eval mode."""
     with torch.device("meta"):
         model = SlicedForCausalLM(config)
     if config.tie_word_embeddings:
-        state = state | {"lm_head.weight": state["model.embed_tokens.weight"]}
+        table = {name: tensor for name, tensor in state.items() if name.startswith(_TABLE)}
+        state = state | {name.replace(_TABLE, "lm_head.", 1): tensor for name, tensor in table.items()}
     model.load_state_dict(state, assign=True)
     if model.model.rotary_emb is not None:
         model.model.rotary_emb = build_rotary(config)

@@ -10,12 +10,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from slicegpt.conversion.multiples import multiple_of
+from slicegpt.conversion.quantization import WeightFormat, common_multiple, with_quantization
 from slicegpt.conversion.stock import keeps_width, stock_parameters
 from slicegpt.conversion.stock_plan import check_stock_widths, last_that, stock_for_parameters, untied
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig, factor_rank
-from slicegpt.modeling.sizes import stored_parameters
+from slicegpt.modeling.sizes import stored_bytes, stored_parameters
 from slicegpt.recipe import AUTO, FORMS, ORIENTATIONS, SHORTCUT_MODES, SLICED, STOCK, Recipe
 
 # MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: about the ratio of
@@ -330,6 +331,8 @@ def settled(recipe: Recipe, fields: dict, device: torch.device | str = "cpu") ->
         device: that the model is sliced on.
     """
     multiple = multiple_of(recipe.round_to, fields["dense_hidden_size"], device, recipe.form)
+    if recipe.round_to == AUTO:
+        multiple = common_multiple(multiple, WeightFormat.of(recipe))
     return recipe.override(round_to=multiple).resolved()
 
 
@@ -356,6 +359,7 @@ def plan_recipe(
     shape, size = Shape.of(recipe), recipe.size
     if recipe.untie:
         fields = untied(fields)
+    weights = WeightFormat.of(recipe)
     count = stored_parameters if recipe.form != STOCK else partial(stock_parameters, source=source)
     with renamed(slice=size, widths=size, target=size):
         config = _plan_size(recipe, fields, dtype, shape, count)
@@ -365,7 +369,7 @@ def plan_recipe(
             f" {config.source_parameters}",
             "untie",
         )
-    return config
+    return with_quantization(config, weights)
 
 
 def _plan_size(
@@ -383,6 +387,12 @@ def _plan_size(
         return plan(fields, constant_widths(fields, width, shape.slice_head), shape)
     if recipe.size == "keep":
         return plan_for_parameters(fields, int(recipe.keep * fields["source_parameters"]), shape, count)
+    if (weights := WeightFormat.of(recipe)) is not None:
+
+        def bytes_of(config: SlicedConfig) -> int:
+            return stored_bytes(with_quantization(config, weights), dtype)
+
+        return plan_for_parameters(fields, int(recipe.target_bytes), shape, bytes_of, "bytes")
     return plan_for_parameters(fields, int(recipe.target_bytes / dtype.itemsize), shape, count)
 
 
@@ -393,7 +403,11 @@ def width_step(fields: dict, shape: Shape) -> int:
 
 
 def plan_for_parameters(
-    fields: dict, target: int, shape: Shape, count: Callable[[SlicedConfig], int] = stored_parameters
+    fields: dict,
+    target: int,
+    shape: Shape,
+    count: Callable[[SlicedConfig], int] = stored_parameters,
+    unit: str = "elements",
 ) -> SlicedConfig:
     """The widest constant width whose model stores at most `target` elements (a multiple of `round_to`, or D).
 
@@ -401,6 +415,7 @@ def plan_for_parameters(
 
     Args:
         count: what is counted: `stored_parameters`, or `decoder_parameters` for the layers alone.
+        unit: of what is counted.
     """
     dense_width, step = fields["dense_hidden_size"], width_step(fields, shape)
     first = -(-head_dim(fields) // step)
@@ -421,7 +436,7 @@ def plan_for_parameters(
         return stock_for_parameters(fields, target, widths, at, count, neurons)
     if not fits(smallest := at(widths[0])):
         raise SliceGPTError(
-            f"{target} elements cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
+            f"{target} {unit} cannot be reached; at width {widths[0]}, the smallest multiple of {step} that "
             f"holds an attention head, the model stores {count(smallest)}",
             "target",
         )

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from slicegpt.modeling.sizes import parameters_of
+
 
 class StoredTensor(Protocol):
     """A tensor that is somewhere.
@@ -105,7 +107,7 @@ class DenseSource:
     @property
     def parameters(self) -> int:
         """Numbers that the model stores; a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.shell.parameters())
+        return parameters_of(self.shell)
 
     @property
     def total_bytes(self) -> int:

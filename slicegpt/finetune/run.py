@@ -23,6 +23,7 @@ from slicegpt.calibration import Source, check_fits
 from slicegpt.checkpoint.folders import check_output
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.checkpoint.saving import read_record, save_sliced
+from slicegpt.conversion.quantization import is_quantized
 from slicegpt.errors import SliceGPTError
 from slicegpt.finetune import checkpoints
 from slicegpt.finetune.adapters import attach, merge
@@ -155,6 +156,8 @@ def _sliced_record(folder: str | Path) -> dict:
 def _check_fits(model: PreTrainedModel, options: TrainingOptions) -> None:
     if not isinstance(model.config, SlicedConfig):
         raise SliceGPTError(f"must be a sliced model, got {type(model).__name__}", "folder")
+    if is_quantized(model.config):
+        raise SliceGPTError("its weights are quantised; fine-tune the model before that", "folder")
     positions = model.config.max_position_embeddings
     if options.seqlen > positions:
         raise SliceGPTError(f"{options.seqlen} is beyond the model's {positions} positions", "seqlen")

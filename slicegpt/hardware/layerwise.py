@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import DenseSource
+from slicegpt.families.packed_source import plain_view
 from slicegpt.hardware.memory import free_memory
 from slicegpt.modeling.losses import (
     LOGITS_AT_ONCE,
@@ -145,6 +146,7 @@ class LayerwiseModel:
     """
 
     def __init__(self, source: DenseSource, device: torch.device):
+        source = plain_view(source)
         self.source, self.device = source, device
         # Modules of our own, with the same parameters.
         kept = {id(parameter): parameter for parameter in source.shell.parameters()}

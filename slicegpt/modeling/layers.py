@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration import SlicedConfig
+from .quantized import build_linear
 
 # What transformers calls the cache of keys and values, among arguments and outputs: `past_key_values` before 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -235,10 +236,14 @@ class SlicedAttention(nn.Module):
 
         query_size = key_heads * self.num_key_value_groups * config.head_dim
         key_size = key_heads * config.head_dim
-        self.q_proj = nn.Linear(in_width, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(in_width, key_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, out_width, bias=config.attention_output_bias)
+
+        def linear(name: str, *shape: int, bias: bool) -> nn.Module:
+            return build_linear(config, f"layers.{layer_idx}.self_attn.{name}", *shape, bias=bias)
+
+        self.q_proj = linear("q_proj", in_width, query_size, bias=config.attention_bias)
+        self.k_proj = linear("k_proj", in_width, key_size, bias=config.attention_bias)
+        self.v_proj = linear("v_proj", in_width, key_size, bias=config.attention_bias)
+        self.o_proj = linear("o_proj", query_size, out_width, bias=config.attention_output_bias)
         sizes = (query_size, key_size) if self.norm_whole else (config.head_dim, config.head_dim)
         self.q_norm, self.k_norm = (
             nn.RMSNorm(size, eps=config.inner_norm_eps) if config.qk_norm else nn.Identity() for size in sizes
@@ -312,11 +317,16 @@ def build_activation(config: SlicedConfig) -> nn.Module:
 class SlicedMLP(nn.Module):
     """The feed-forward part from a boundary of `in_width` columns to one of `out_width`: `down(act(up(x)))`."""
 
-    def __init__(self, config: SlicedConfig, in_width: int, out_width: int, neurons: int):
+    def __init__(self, config: SlicedConfig, layer_idx: int, in_width: int, out_width: int, neurons: int):
         super().__init__()
-        self.gate_proj = nn.Linear(in_width, neurons, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(in_width, neurons, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(neurons, out_width, bias=config.mlp_output_bias)
+
+        def linear(name: str, *shape: int, bias: bool) -> nn.Module:
+            return build_linear(config, f"layers.{layer_idx}.mlp.{name}", *shape, bias=bias)
+
+        gated = config.gated_mlp
+        self.gate_proj = linear("gate_proj", in_width, neurons, bias=config.mlp_bias) if gated else None
+        self.up_proj = linear("up_proj", in_width, neurons, bias=config.mlp_bias)
+        self.down_proj = linear("down_proj", neurons, out_width, bias=config.mlp_output_bias)
         self.act_fn = build_activation(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -340,8 +350,12 @@ def build_attention(
     return SlicedAttention(config, layer, in_width, out_width, heads, config.group_heads[layer])
 
 
-def build_mlp(config: SlicedConfig, in_width: int, out_width: int, neurons: int) -> SlicedMLP | Constant:
+def build_mlp(
+    config: SlicedConfig, layer_idx: int, in_width: int, out_width: int, neurons: int
+) -> SlicedMLP | Constant:
     """The feed-forward part, gated or not as the config says, or what is left of one without neurons."""
     if not neurons:
         return Constant(out_width)
-    return (SlicedGatedMLP if config.gated_mlp else SlicedMLP)(config, in_width, out_width, neurons)
+    return (SlicedGatedMLP if config.gated_mlp else SlicedMLP)(
+        config, layer_idx, in_width, out_width, neurons
+    )

@@ -35,6 +35,7 @@ from .layers import (
     build_shortcut,
     stream_matrix,
 )
+from .quantized import TABLE_TENSORS, QuantizedWeight, build_embedding, build_linear
 
 
 def pop_cache(kwargs: dict, past_key_values: Cache | None) -> Cache | None:
@@ -76,7 +77,7 @@ class SlicedDecoderLayer(SlicedLayer):
         self.input_norm = build_input_norm(config, block, self.self_attn)
         self.attention_output_norm = build_output_norm(config, self.self_attn)
         self.attention_shortcut = build_shortcut(config, block)
-        self.mlp = build_mlp(config, middle, leave, config.neurons[layer_idx])
+        self.mlp = build_mlp(config, layer_idx, middle, leave, config.neurons[layer_idx])
         self.mlp_norm = build_input_norm(config, block + 1, self.mlp)
         self.mlp_output_norm = build_output_norm(config, self.mlp)
         self.mlp_shortcut = build_shortcut(config, block + 1)
@@ -109,7 +110,7 @@ class SlicedParallelDecoderLayer(SlicedLayer):
         super().__init__()
         entry, leave = config.boundary_widths[layer_idx : layer_idx + 2]
         self.self_attn = build_attention(config, layer_idx, entry, leave)
-        self.mlp = build_mlp(config, entry, leave, config.neurons[layer_idx])
+        self.mlp = build_mlp(config, layer_idx, entry, leave, config.neurons[layer_idx])
         self.attends = not isinstance(self.self_attn, Constant)
         self.feeds = not isinstance(self.mlp, Constant)
         self.input_norm = build_norm(config, layer_idx) if self.attends or self.feeds else None
@@ -167,8 +168,9 @@ class SlicedModel(SlicedPreTrainedModel):
     def __init__(self, config: SlicedConfig):
         super().__init__(config)
         first, last, dense = config.boundary_widths[0], config.boundary_widths[-1], config.dense_hidden_size
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, dense if config.embed_projection else first, config.pad_token_id
+        columns = dense if config.embed_projection else first
+        self.embed_tokens = build_embedding(
+            config, "embed_tokens", config.vocab_size, columns, config.pad_token_id
         )
         self.embed_projection = stream_matrix(dense, first) if config.embed_projection else nn.Identity()
         self.embed_positions = self.rotary_emb = None
@@ -297,7 +299,14 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
     def __init__(self, config: SlicedConfig):
         super().__init__(config)
         self.model = SlicedModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = build_linear(
+            config, "lm_head", config.hidden_size, config.vocab_size, bias=config.lm_head_bias
+        )
+        if isinstance(self.lm_head, QuantizedWeight):
+            # A packed table is several tensors, and all of them are shared.
+            self._tied_weights_keys = {
+                f"lm_head.{name}": f"model.embed_tokens.{name}" for name in TABLE_TENSORS
+            }
         self.post_init()
 
     def _get_static_cache_init_shape(self):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what describes sizes in words needs neither
+if TYPE_CHECKING:  # what describes sizes in words needs none of them
+    import torch
+    from torch import nn
+
     from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 
 
@@ -19,13 +22,30 @@ def skeleton(config: SlicedConfig) -> SlicedForCausalLM:
 
 
 def stored_parameters(config: SlicedConfig) -> int:
-    """Elements that a model of this config stores (a tied head counts once)."""
-    return sum(parameter.numel() for parameter in skeleton(config).parameters())
+    """Elements that a model of this config stores (a tied head counts once), whatever their bits."""
+    return parameters_of(skeleton(config))
 
 
 def decoder_parameters(config: SlicedConfig) -> int:
     """Elements of the layers alone, shortcuts included: no embedding, projection or head."""
-    return sum(parameter.numel() for parameter in skeleton(config).model.layers.parameters())
+    return parameters_of(skeleton(config).model.layers)
+
+
+def parameters_of(module: nn.Module) -> int:
+    """Elements of a module's parameters; a packed weight counts as the matrix that it stands for."""
+    from slicegpt.modeling.quantized import QuantizedWeight
+
+    packed = [part for part in module.modules() if isinstance(part, QuantizedWeight)]
+    # Tied ones share their tensors: a dictionary counts them once.
+    own = {id(part.weight_packed): part.rows * part.columns for part in packed}
+    inside = {id(tensor) for part in packed for name, tensor in part.named_parameters() if name != "bias"}
+    plain = sum(tensor.numel() for tensor in module.parameters() if id(tensor) not in inside)
+    return plain + sum(own.values())
+
+
+def stored_bytes(config: SlicedConfig, dtype: torch.dtype) -> int:
+    """Bytes of the weights of a model of this config and dtype, as they are stored: scales and all."""
+    return sum(parameter.nbytes for parameter in skeleton(config).to(dtype).parameters())
 
 
 def boundary_report(config: SlicedConfig) -> list[dict]:

@@ -24,6 +24,9 @@ The files, in the order in which a run goes through them:
       block_state        a block's entries of the sliced model's state
       covariance     of the stream that the block has written             3. write
       eigensolver    its leading eigenvectors, the next basis
+      quantizing     the block's weights in 8 or 4 bits, where they are asked for
+      gptq               rounding by second moments
+      resuming       what is kept between two blocks, for a run that is interrupted
       rotation       the orientation of that basis, and compact shortcuts
       timing         seconds of each stage
     reuse        what several sizes of one model share

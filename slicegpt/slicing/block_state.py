@@ -5,22 +5,37 @@ from collections.abc import Mapping
 import torch
 
 from slicegpt.conversion.folding import named, rotate_writer
+from slicegpt.conversion.rounding import QuantizedMatrix
 from slicegpt.families import Linear
 from slicegpt.modeling import SlicedConfig
 from slicegpt.slicing.blocks import MODULE_NAMES, Block, writer_name
+from slicegpt.slicing.quantizing import WRITTEN_BY, QuantizedWriters, kept_rows
 from slicegpt.slicing.refit import BlockFits
 
 
 def reader_entries(
-    config: SlicedConfig, block: Block, readers: Mapping[str, Mapping[str, torch.Tensor]], fits: BlockFits
+    config: SlicedConfig,
+    block: Block,
+    readers: Mapping[str, Mapping[str, torch.Tensor]],
+    fits: BlockFits,
+    packed: Mapping[str, Mapping[str, QuantizedMatrix]],
 ) -> dict[str, torch.Tensor]:
-    """Of the layers that read the stream, from their state of each part with all neurons and heads."""
+    """Of the layers that read the stream, from their state of each part with all neurons and heads.
+
+    Args:
+        packed: of each part, those that are stored in few bits, by name.
+    """
     entries: dict[str, torch.Tensor] = {}
     for part, state in readers.items():
         root = f"{block.prefix}.{MODULE_NAMES[part]}"
         for name, tensor in state.items():
             rows = kept_rows(config, part, name, fits) if "_proj." in name else None
-            entries[f"{root}.{name}"] = tensor if rows is None else tensor[rows]
+            if matrix := packed.get(part, {}).get(name.removesuffix(".weight")):
+                entries |= (matrix if rows is None else matrix.rows(rows)).entries(
+                    f"{root}.{name.removesuffix('.weight')}"
+                )
+            else:
+                entries[f"{root}.{name}"] = tensor if rows is None else tensor[rows]
     return entries
 
 
@@ -52,17 +67,14 @@ def writer_entries(
     return entries
 
 
-# The layer whose rows are the columns of a part's output projection.
-WRITTEN_BY = {"attention": "q_proj.", "mlp": "up_proj."}
-
-
-def kept_rows(config: SlicedConfig, part: str, name: str, fits: BlockFits) -> torch.Tensor | None:
-    """Which rows a layer of a part keeps, int64; None: all.
-
-    Args:
-        name: of the layer and its tensor, such as "q_proj.weight".
-    """
-    if part == "mlp":
-        return fits.neurons
-    kept, size = fits.heads if name.startswith("q_proj.") else fits.groups, config.head_dim
-    return None if kept is None else (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
+def rounded_entries(block: Block, writers: QuantizedWriters, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """As `writer_entries`, of output weights that are stored in few bits."""
+    entries: dict[str, torch.Tensor] = {}
+    for part, matrix in writers.matrices.items():
+        entries |= matrix.entries(writer_name(block, part))
+    if writers.shortcut is not None:
+        entries |= named(f"{block.prefix}.{block.shortcut}", Linear(writers.shortcut), dtype)
+    for part, bias in writers.biases.items():
+        if bias is not None:
+            entries[f"{writer_name(block, part)}.bias"] = bias.to(dtype)
+    return entries

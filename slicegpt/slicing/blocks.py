@@ -115,7 +115,9 @@ class LiftedBlock(nn.Module):
                     config.num_attention_heads // heads,
                 )
             if "mlp" in states:
-                self.parts["mlp"] = build_mlp(config, width, dense_width, config.dense_intermediate_size)
+                self.parts["mlp"] = build_mlp(
+                    config, block.layer, width, dense_width, config.dense_intermediate_size
+                )
         for part in states:
             setattr(self.parts[part], WRITER_NAMES[part], nn.Identity())
         self.set_readers(states)
@@ -142,12 +144,20 @@ class LiftedBlock(nn.Module):
         self.groups = [writer.weight.shape[1] for writer in writers.values()]
         self.writes_shortcut = "shortcut" in writers
 
+    def normed(self, stream: torch.Tensor) -> torch.Tensor:
+        """What the input weights are multiplied with, [..., d]."""
+        return self.read(stream if self.basis is None else stream @ self.basis)
+
+    def read(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The same, of a stream on its basis."""
+        return self.norm(hidden_states).to(self.dtype)
+
     def activations(self, stream: torch.Tensor, **kwargs) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What the shortcut carries, lifted [..., D], and the inputs of the writers [..., K]."""
         hidden_states = stream if self.basis is None else stream @ self.basis
         inputs = []
         if self.parts:
-            normed = self.norm(hidden_states).to(self.dtype)
+            normed = self.read(hidden_states)
         elif not self.writes_shortcut:
             inputs.append(hidden_states[..., :0].to(self.dtype))
         if "attention" in self.parts:

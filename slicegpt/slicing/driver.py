@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slicegpt.calibration.batches import CalibrationBatch
+from slicegpt.conversion.quantization import with_quantization, without_quantization
 from slicegpt.families import Checkpoint, checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
@@ -90,6 +91,7 @@ def slice_checkpoint(
         activations (the layer is named).
     """
     options, progress = options or SlicingOptions(), progress or Progress(quiet=True)
+    config = without_quantization(config)  # it follows from the shape, which is not final yet
     objective, keeper = objective or Objective(), keeper or Keeper()
     journal = keeper.journal
     ridges = objective.ridges if options.ridge is None else (options.ridge,)
@@ -116,7 +118,7 @@ def slice_checkpoint(
     if seconds:
         slicer.report.seconds["shared basis"] = seconds
     slicer.run()
-    report, ridge = slicer.report, slicer.ridges[0]
+    config, report, ridge = with_quantization(config, options.weights), slicer.report, slicer.ridges[0]
     if not options.ranks.first:
         return config, report
     if len(slicer.ridges) > 1:

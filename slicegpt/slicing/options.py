@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from slicegpt.conversion.quantization import WeightFormat
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.ranks import Ranks
 from slicegpt.recipe import AUTO, ORIENTATIONS, SIGNALS, STOCK, Recipe
@@ -34,6 +35,7 @@ class SlicingOptions:
             costs call for (`slicegpt.slicing.allocation`); False keeps that number.
         neuron_multiple: those numbers are multiples of it.
         fitted: the share of the calibration batches that it fits to; the covariances are of all of them.
+        weights: store them in 8 or 4 bits, see `slicegpt.slicing.quantizing`; None: in `dtype`.
         ranks: the processes that share the calibration batches, see `slicegpt.hardware.ranks`. All of them slice the
             same model by the same batches.
     """
@@ -52,6 +54,7 @@ class SlicingOptions:
     neuron_multiple: int = 64
     scratch: Path | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    weights: WeightFormat | None = None
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -96,6 +99,7 @@ class SlicingOptions:
             neuron_multiple=recipe.round_to,
             scratch=scratch,
             ranks=ranks or Ranks(),
+            weights=WeightFormat.of(recipe),
         )
 
 

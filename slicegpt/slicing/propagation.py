@@ -103,22 +103,38 @@ class Propagation:
 
     def start(self, checkpoint: Checkpoint, covariance: Covariance | None) -> None:
         """Fill the streams before the first block."""
-        table, positions = checkpoint.embedding.to(self.device), checkpoint.positions
+        table = checkpoint.embedding.to(self.device)
+        for index, stream in self._embedded(checkpoint, lambda ids: table[ids]):
+            if covariance is not None:
+                covariance.add(stream, self.streams.batches[index].attention_mask)
+            self.streams[index] = stream
+            if index < len(self.dense_streams):
+                self.dense_streams[index] = stream
+        self.add_up(covariance)
+
+    def start_again(self, checkpoint: Checkpoint, lookup: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Fill the sliced model's streams with what its own table holds; the dense model's stay.
+
+        Args:
+            lookup: rows of the table, at full width, of token ids on the device.
+        """
+        for index, stream in self._embedded(checkpoint, lookup):
+            self.streams[index] = stream
+
+    def _embedded(
+        self, checkpoint: Checkpoint, lookup: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Number and stream of every batch before the first block."""
+        positions = checkpoint.positions
         positions = None if positions is None else positions.to(self.device)
         for index, batch in enumerate(self.streams.batches):
-            stream = table[batch.input_ids]
+            stream = lookup(batch.input_ids)
             if positions is not None:
                 ids = self.shell.default_position_ids(stream, batch.attention_mask, 0)
                 stream = stream + positions[ids + self.config.position_offset]
             if checkpoint.family.mean_subtraction:
                 stream = centre(stream, True)
-            stream = stream.to(self.dtype)
-            if covariance is not None:
-                covariance.add(stream, batch.attention_mask)
-            self.streams[index] = stream
-            if index < len(self.dense_streams):
-                self.dense_streams[index] = stream
-        self.add_up(covariance)
+            yield index, stream.to(self.dtype)
 
     # --- what a snapshot of a run holds of it ---
 
@@ -264,27 +280,43 @@ class Propagation:
         key = "stream", block.index, index, teacher.dtype, self.dtype, self.device
         return self.reuse.stream(key, forward)
 
+    def read(self, block: Block, lifted: LiftedBlock) -> Covariance:
+        """Second moments [d, d] of what a block's input weights are multiplied with, the normalised stream."""
+        width = lifted.basis.shape[1]
+        moments = Covariance(width, "residual", self.config.rms_norm_eps, self.device)
+        for index, batch, stream in self.streams:
+            with self.stage("quantise"):
+                moments.add(lifted.normed(stream), batch.attention_mask)
+            self.advance(self.ranks.stands_for(index, self.count))
+        self.add_up(moments)
+        return moments
+
     def write(
         self,
         block: Block,
         lifted: LiftedBlock,
         covariance: Covariance | None,
         kept: list[torch.Tensor | None] | None = None,
+        final: bool = True,
     ) -> None:
-        """Bring every batch past a block with its final output weights, and add it to the next boundary's covariance.
+        """Bring every batch past a block with its output weights, and add it to the next boundary's covariance.
 
         Args:
             kept: activations of the first batches, as `collect` returns them; they are freed one by one.
+            final: the weights are; else what comes out is only looked at, and the streams and `kept` stay.
         """
         kept = [] if kept is None else kept
         for index, batch, stream in self.streams:
             with self.stage("signals"):
                 if index < len(kept):
                     carried, activations = None if lifted.writes_shortcut else stream, kept[index]
-                    kept[index] = None
+                    if final:
+                        kept[index] = None
                 else:
                     carried, activations = lifted.activations(stream, **self.inputs(block, stream, batch))
-                self.streams[index] = out = lifted.write(carried, activations)
+                out = lifted.write(carried, activations)
+                if final:
+                    self.streams[index] = out
             if covariance is not None:
                 with self.stage("covariance"):
                     covariance.add(out, batch.attention_mask)

@@ -24,12 +24,14 @@ from slicegpt.conversion.folding import (
     reader_state,
     rotated_rows,
 )
+from slicegpt.conversion.quantization import with_quantization
+from slicegpt.conversion.rounding import QuantizedMatrix
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint, DenseLayer, Linear
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.allocation import deletes_heads, deletes_neurons
-from slicegpt.slicing.block_state import reader_entries, writer_entries
+from slicegpt.slicing.block_state import reader_entries, rounded_entries, writer_entries
 from slicegpt.slicing.blocks import (
     Block,
     LiftedBlock,
@@ -44,12 +46,14 @@ from slicegpt.slicing.blocks import (
 )
 from slicegpt.slicing.covariance import Covariance
 from slicegpt.slicing.eigensolver import leading_eigenvectors
-from slicegpt.slicing.keeping import Keeper, Snapshot
+from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
 from slicegpt.slicing.propagation import Propagation, check_finite
+from slicegpt.slicing.quantizing import QuantizedWriters, Quantizer, round_table
 from slicegpt.slicing.refit import BlockFits, KeptHeads, fit_block
+from slicegpt.slicing.resuming import Resumed
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.rotation import align, random_orthogonal
 from slicegpt.slicing.shared_basis import shares_basis
@@ -61,7 +65,7 @@ def fitted_batches(count: int, share: float) -> int:
     return math.ceil(round(share * count, 9))
 
 
-class Slicer:
+class Slicer(Resumed):
     """One run of slicing; holds what the steps share.
 
     Args:
@@ -114,7 +118,12 @@ class Slicer:
             deleted = "neurons" if deletes_neurons(config) else heads
             raise SliceGPTError("which of them to delete is decided by the refit, which is off", deleted)
         sliced = any(width < config.dense_hidden_size for width in config.boundary_widths)
-        self.refits = options.refit and (sliced or self.prunes)
+        self.refits = options.refit and (sliced or self.prunes or options.weights is not None)
+        self.quantizer = None
+        if options.weights is not None:
+            if not self.refits or not batches:
+                raise SliceGPTError("needs the output refit and calibration tokens", "quantize")
+            self.quantizer = Quantizer(config, options.weights, objective, options.dtype)
         self.ridges = tuple(ridges) if self.refits else (ridges[0],)
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
         self.propagation = Propagation(
@@ -164,6 +173,16 @@ class Slicer:
         """The calibration tokens pass a block that is refitted, or that a boundary which needs a covariance follows."""
         following = range(block.index + 1, self.config.num_blocks + 1)
         return self.refits or any(self.needs_covariance(boundary) for boundary in following)
+
+    def passes(self, block: Block) -> int:
+        """How many times a calibration batch passes a block, or is read for it, over all batches."""
+        if not self.needs_pass(block):
+            return 0
+        count = self.propagation.count
+        rounding = 0
+        if self.quantizer is not None:
+            rounding = count * (2 if self.needs_covariance(block.index + 1) else 1)
+        return count + self.propagation.fitted + rounding
 
     def choose_basis(
         self,
@@ -224,6 +243,9 @@ class Slicer:
                 rows = (centre(piece.to(device), self.mean_subtraction) for piece in pieces)
                 covariance.add_prior(rows, self.options.vocabulary_prior)
         basis, _ = self.agree_on_basis(0, covariance, None, None)
+        rounds_tables = self.quantizer is not None and self.quantizer.weights.tables
+        if rounds_tables:
+            self.quantize_table(basis)
         if not self.ranks.first:
             return basis
         with self.stage("rotation"):
@@ -232,12 +254,38 @@ class Slicer:
                 identity = torch.eye(len(basis), device=device)
                 projection = torch.cat([*self.rotated(identity, basis)])
                 self.store("model.embed_projection.weight", projection.mT.contiguous())
-                self.store("model.embed_tokens.weight", table.to(dtype))
-            else:
-                self.store("model.embed_tokens.weight", self.rotated(table, basis))
+            if not rounds_tables:
+                whole = self.config.embed_projection
+                self.store(
+                    "model.embed_tokens.weight", table.to(dtype) if whole else self.rotated(table, basis)
+                )
             if positions is not None:
                 self.store("model.embed_positions.weight", self.rotated(positions, basis))
         return basis
+
+    def quantize_table(self, basis: torch.Tensor) -> None:
+        """Store the embedding in 8 bits; the calibration tokens begin with it as it is stored."""
+        table, whole, dtype = self.checkpoint.embedding, self.config.embed_projection, self.options.dtype
+
+        def rounded() -> QuantizedMatrix:
+            pieces = table.split(TABLE_ROWS)
+            if not whole:
+                wide = torch.promote_types(dtype, torch.float32)
+                pieces = rotated_rows(table, basis, self.mean_subtraction, wide)
+            return round_table(pieces, dtype)
+
+        with self.stage("quantise"):
+            matrix = self.agreed(rounded)
+            if self.ranks.first:
+                self.sink.store(matrix.entries("model.embed_tokens"))
+
+        def lookup(ids: torch.Tensor) -> torch.Tensor:
+            rows = matrix.rows(ids.flatten().to(matrix.codes.device)).dequantise().to(basis.device)
+            rows = rows if whole else rows.double() @ basis.mT
+            return rows.view(*ids.shape, -1)
+
+        with self.stage("signals"):
+            self.propagation.start_again(self.checkpoint, lookup)
 
     def store(self, name: str, value: Pieces) -> None:
         self.sink.store({name: value})
@@ -260,11 +308,14 @@ class Slicer:
         Its input weights are final. Its output weights are refitted in three steps: the moments of the calibration
         tokens before it writes, the fits to them at every λ, and the tokens' way past the block with the fit at the
         first λ. The stream that comes out chooses the next basis, which the output weights are then brought onto.
+
+        Weights of few bits are rounded on the way, see `slicegpt.slicing.quantizing`.
         """
         config, dtype, device = self.config, self.options.dtype, self.options.device
-        layer = self.layer_of(block)
+        layer, rounds = self.layer_of(block), self.quantizer is not None
         with self.stage("rotation"):
-            readers = {part: reader_state(part, layer, basis, dtype, device) for part in block.parts}
+            exact = torch.promote_types(dtype, torch.float32) if rounds else dtype
+            readers = {part: reader_state(part, layer, basis, exact, device) for part in block.parts}
             dense = dense_writers(config, block, layer, device)
             own = remaining_writers(block, dense)
             shortcut = {"shortcut": Linear(basis)} if config.shortcuts[block.index] == "dense" else {}
@@ -283,7 +334,8 @@ class Slicer:
                 if (weight := output_norm_weight(part, layer, device)) is not None
             }
 
-        fits, kept = BlockFits(dict.fromkeys(self.ridges, own | shortcut)), None
+        packed = self.quantize_readers(block, readers, lifted) if rounds else {}
+        fits, kept, moments = BlockFits(dict.fromkeys(self.ridges, own | shortcut)), None, None
         if self.refits:
             with self.stage("rotation"):
                 teacher_dtype = self.objective.teacher_dtype(dtype, device)
@@ -296,18 +348,60 @@ class Slicer:
                 aside = partial(file_readers, readers, lifted, self.options.scratch)
                 fits = self.fit(block, writers, scale, moments, aside if device.type == "cpu" else None)
             lifted.set_writers(self.agreed(lambda: fits.writers[self.ridges[0]]))
-            del moments  # [K, K + D] in float64
+            if not rounds:
+                moments = None  # [K, K + D] in float64
         covariance = self.new_covariance(block.index + 1)
-        if lifted is not None:
-            self.propagation.write(block, lifted, covariance, kept)
+        if lifted is not None and (covariance is not None or not rounds):
+            self.propagation.write(block, lifted, covariance, kept, final=not rounds)
 
         next_basis, factor = self.agree_on_basis(block.index + 1, covariance, block, basis)
+        rounded = {}
+        if rounds:
+            rounded = self.quantize_writers(block, lifted, fits, writers, moments, next_basis)
+            del moments
+            self.propagation.write(block, lifted, None, kept)
         if not self.ranks.first:
             return next_basis
         with self.stage("rotation"):
-            self.store_block(block, readers, factor, fits, next_basis)
+            self.store_block(block, readers, factor, fits, next_basis, packed, rounded)
             self.sink.store(output_norms)
         return next_basis
+
+    def quantize_readers(
+        self, block: Block, readers: dict[str, dict[str, torch.Tensor]], lifted: LiftedBlock
+    ) -> dict[str, dict[str, QuantizedMatrix]]:
+        """Round a block's input weights: those in `readers` and in `lifted` become the rounded ones.
+
+        Returns:
+            Of each part, its matrices by name.
+        """
+        moments, dtype = self.propagation.read(block, lifted), self.options.dtype
+        with self.stage("quantise"):
+            packed = self.agreed(lambda: self.quantizer.readers(block, readers, moments.matrix))
+        for part, state in readers.items():
+            stored = {f"{name}.weight": own.dequantise() for name, own in packed[part].items()}
+            readers[part] = {name: tensor.to(dtype) for name, tensor in state.items()} | stored
+        lifted.set_readers(readers)
+        return packed
+
+    def quantize_writers(
+        self,
+        block: Block,
+        lifted: LiftedBlock,
+        fits: BlockFits,
+        writers: Mapping[str, Linear],
+        moments: Moments | None,
+        basis: torch.Tensor,
+    ) -> dict[float, QuantizedWriters]:
+        """Round a block's output weights at every λ; `lifted` writes with those at the first. On rank 0 they return."""
+        rounded = {}
+        with self.stage("quantise"):
+            if self.ranks.first:
+                for ridge in self.ridges:
+                    rounded[ridge] = self.quantizer.writers(block, fits, ridge, writers, moments, basis)
+            first = self.agreed(lambda: rounded[self.ridges[0]].lifted(basis, writers))
+            lifted.set_writers(first)
+        return rounded
 
     def fit(
         self,
@@ -354,14 +448,23 @@ class Slicer:
         factor: torch.Tensor | None,
         fits: BlockFits,
         basis: torch.Tensor,
+        packed: Mapping[str, Mapping[str, QuantizedMatrix]],
+        rounded: Mapping[float, QuantizedWriters],
     ) -> None:
-        """A block's state: its input weights, the factor of a compact shortcut, and the output weights on `basis`."""
-        self.sink.store(reader_entries(self.config, block, readers, fits))
+        """A block's state: its input weights, the factor of a compact shortcut, and the output weights on `basis`.
+
+        Args:
+            packed, rounded: `quantize_readers`' and `quantize_writers`'; empty where nothing is rounded.
+        """
+        self.sink.store(reader_entries(self.config, block, readers, fits, packed))
         if self.config.shortcuts[block.index] == "compact":
             shortcut = factor.mT.to(self.options.dtype).contiguous()
             self.store(f"{block.prefix}.{block.shortcut}.factor", shortcut)
         for ridge, writers in fits.writers.items():
-            entries = writer_entries(self.config, block, writers, fits, basis, self.options.dtype)
+            if ridge in rounded:
+                entries = rounded_entries(block, rounded[ridge], self.options.dtype)
+            else:
+                entries = writer_entries(self.config, block, writers, fits, basis, self.options.dtype)
             self.sink.store_fit(ridge, entries)
 
     def slice_head(self, basis: torch.Tensor) -> None:
@@ -369,8 +472,14 @@ class Slicer:
         device, dtype = self.options.device, self.options.dtype
         norm, head = self.checkpoint.final_norm, self.checkpoint.head
         if not self.config.tie_word_embeddings:
-            rows, bias = folded_head_rows(head, norm, basis, dtype)
-            self.store("lm_head.weight", rows)
+            rounds = self.quantizer is not None and self.quantizer.weights.tables
+            wide = torch.promote_types(dtype, torch.float32) if rounds else dtype
+            rows, bias = folded_head_rows(head, norm, basis, wide)
+            if rounds:
+                self.sink.store(round_table(rows, dtype).entries("lm_head"))
+                bias = None if bias is None else bias.to(dtype)
+            else:
+                self.store("lm_head.weight", rows)
             if bias is not None:
                 self.store("lm_head.bias", bias)
             return
@@ -391,14 +500,13 @@ class Slicer:
     def run(self) -> None:
         """Slice everything: all of the model's tensors are in the sink; of several ranks, in that of the first."""
         blocks = self.blocks
-        passes = self.propagation.count + self.propagation.fitted
-        steps = sum(map(self.needs_pass, blocks)) * passes
         if self.ranks.first:
-            self.sink.open(self.config, self.options.dtype, self.ridges)
+            stored = with_quantization(self.config, self.options.weights)
+            self.sink.open(stored, self.options.dtype, self.ridges)
         tokens, layers = self.propagation.tokens, self.config.num_hidden_layers
         found = self.keeper.found("slicing")
         done = self.agreed(lambda: None if found is None else found.done)
-        passed = sum(map(self.needs_pass, blocks[: done or 0])) * passes
+        steps, passed = (sum(map(self.passes, some)) for some in (blocks, blocks[: done or 0]))
         with self.progress.stage("slicing", steps, "steps", tokens, passed) as self.propagation.advance:
             if done is None:
                 basis, done = self.slice_embedding(), 0
@@ -412,48 +520,3 @@ class Slicer:
             if not self.ranks.first:
                 return
             self.slice_head(basis)
-
-    # --- an interrupted run ------------------------------------------------------------------------------------
-
-    def keep(self, done: int, basis: torch.Tensor) -> None:
-        """Between two blocks: what the next ones need, so that another process can go on from here."""
-        with self.propagation.gathered() as first:
-            if first:
-                self.keeper.keep(self.snapshot(done, basis))
-
-    def snapshot(self, done: int, basis: torch.Tensor) -> Snapshot:
-        """What `keep` keeps."""
-        spectra = {
-            f"eigenvalues.{boundary}": torch.tensor(values, dtype=torch.float64)
-            for boundary, values in enumerate(self.report.eigenvalues)
-            if values is not None
-        }
-        tensors = spectra | {"basis": basis, "generator": self.generator.get_state()}
-        data = {
-            "remaining": [[index, list(shares.items())] for index, shares in self.remaining],
-            "seconds": self.report.seconds,
-        }
-        ends = done == self.config.num_blocks
-        return Snapshot("slicing", done, data, tensors, None if ends else self.propagation)
-
-    def restore(self, found: Snapshot | None, done: int) -> torch.Tensor:
-        """Go on where another process has stopped, after `done` blocks; returns the basis there.
-
-        Args:
-            found: None on all ranks but the first, which has the snapshot.
-        """
-        if found is not None:
-            self.restore_figures(found)
-        if done < self.config.num_blocks:
-            self.propagation.restore(found and found.tensors)
-        return self.agreed(lambda: found.tensors["basis"].to(self.options.device))
-
-    def restore_figures(self, found: Snapshot) -> None:
-        """What the first rank alone knows."""
-        self.remaining = [(index, dict(shares)) for index, shares in found.data["remaining"]]
-        self.report.seconds.update(found.data["seconds"])
-        for boundary in range(found.done + 1):
-            name = f"eigenvalues.{boundary}"
-            known = found.tensors[name].tolist() if name in found.tensors else None
-            self.report.eigenvalues.append(known)
-        self.generator.set_state(found.tensors["generator"])

@@ -90,6 +90,19 @@ def test_heads_go_in_all_layers_alike(case):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("case", ["llama", "qwen2", "phi3-window"])
+def test_query_heads_go_from_all_groups_alike(case):
+    """Two groups of one query head each, in the class's own order of rows."""
+    model, ids = tiny_model(case), token_ids()
+    fields = canonical_fields(model)
+    shape = Shape(form="stock", round_to=8, group_heads=1)
+    config = plan(fields, constant_widths(fields, 48, True), shape)
+    sliced, _ = slice_model(model, config, batches(2), OPTIONS)
+    stock = in_float64(load_stock(stock_of(source_of(sliced), checkpoint_of(model)), torch.float64, None))
+    assert relative_error(stock(ids).logits, sliced(ids).logits) < 1e-12
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("case", ["llama-biased", "opt", "nemotron", "gemma"])
 def test_with_nothing_deleted_it_is_the_dense_model(case):
     model, ids = tiny_model(case), token_ids()

@@ -18,6 +18,7 @@ from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.families import canonical_fields
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.layers import CACHE
+from slicegpt.ops import quantized
 from slicegpt.runtime import Runtime, fuse_layers, unfuse_layers
 from slicegpt.serving.plugin import heads_of_rank
 from slicegpt.slicing import SlicingOptions, slice_model
@@ -205,6 +206,18 @@ def test_widths_that_change_past_deleted_blocks():
     assert torch.equal(
         runtime.generate(ids, max_new_tokens=NEW, ignore_eos=True), without_cache(network, ids)
     )
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not quantized.is_supported(None, torch.float32), reason="the CPU's kernels are not built")
+@pytest.mark.parametrize("case", ["llama", "phi"])
+def test_weights_of_fewer_bits(case):
+    """8 bits and one scale a row beside constants and fewer heads: a row's numbers are off by half of 1/128 of its
+    largest, its products by about that over √K of themselves; six such blocks stay within a tenth."""
+    network, ids = made(case, torch.float32, group_heads=(2, 1, 1)), token_ids(2)
+    runtime = Runtime(network, weights="int8")
+    assert relative_error(runtime.logits(ids), network(ids).logits) < 0.1
+    assert runtime.generate(ids, max_new_tokens=NEW, ignore_eos=True).shape == (2, 12 + NEW)
 
 
 @torch.no_grad()
