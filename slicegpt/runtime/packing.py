@@ -21,6 +21,7 @@ from slicegpt.modeling.layers import (
     SlicedAttention,
     SlicedMLP,
 )
+from slicegpt.modeling.quantized import QuantizedWeight
 from slicegpt.ops import quantized
 from slicegpt.ops.contracts import GATED
 from slicegpt.ops.panels import PanelWeight
@@ -118,7 +119,7 @@ def pack(
         if one.rope_type in UNSUPPORTED_ROPE:
             raise SliceGPTError(f"rope type {one.rope_type!r} is not supported; use the plain model", "model")
         tables.append(rotary_table(one, empty, max_positions or position_limit(config)[0]))
-    made_dense = not reader.panels and any(hasattr(one, "weight_packed") for one in model.modules())
+    made_dense = not reader.panels and any(isinstance(one, QuantizedWeight) for one in model.modules())
     blocks: list[PackedBlock] = []
     for index, layer in enumerate(trunk.layers):
         packed = pack_layer(config, index, layer, reader)
