@@ -46,6 +46,10 @@ case $phase in
 2)
     shell tune 210 smoke_gemm tune --models llama-2-7b --seconds 180
     shell bench_rotation 130 smoke_gemm kernel bench_rotation bench_rotation "${gemms[@]}" "${rows[@]}"
+    # rotate_add at 25 % has fewer blocks than there are multiprocessors: split in two.
+    export SLICEGPT_ROTATE_SPLIT=2
+    shell bench_rotation_split 60 smoke_decode kernel bench_rotation_split bench_rotation "${gemms[@]}" --rows 1 --no-compile
+    unset SLICEGPT_ROTATE_SPLIT
     shell throughput_7b_0 60 smoke_gemm bench throughput_7b_0 throughput "${seven[@]}" --slice 0 --engines fused "${batches[@]}"
     shell throughput_7b_25 60 smoke_gemm bench throughput_7b_25 throughput "${seven[@]}" --slice 0.25 --engines fused "${batches[@]}"
     shell throughput_7b_hf 60 "" bench throughput_7b_hf throughput "${seven[@]}" --slice 0 --engines hf "${batches[@]}"
@@ -71,7 +75,7 @@ case $phase in
     shell token_13b_0 60 smoke_decode bench token_13b_0 token "${thirteen[@]}" --slice 0 --engines fused,hf "${short[@]}"
     shell token_13b_25 60 smoke_decode bench token_13b_25 token "${thirteen[@]}" --slice 0.25 --engines fused "${short[@]}"
     shell layers_13b 90 smoke_gemm bench layers_13b layers "${thirteen[@]}" --slice 0,0.25,0.5 --no-sparse "${layer[@]}"
-    shell throughput_compiled_7b 240 "" bench throughput_compiled_7b throughput "${seven[@]}" --slice 0 --engines hf-compile "${batches[@]}"
+    shell throughput_compiled_7b 240 "" bench throughput_compiled_7b throughput "${seven[@]}" --slice 0 --engines hf-compile "${batches[@]}" ${rehearse:+--max-batch 1}
     shell tests 240 build pytest $xdist tests --ignore=tests/kernels --ignore=tests/ops
     shell tests_triton 240 build pytest $xdist tests/kernels tests/ops
     shell slicing_1b 150 smoke_gram bench slicing_1b slicing "${one_b[@]}" --slice 0.25 "${cut[@]}"

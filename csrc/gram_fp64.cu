@@ -69,7 +69,9 @@ __device__ __forceinline__ void load_fragments(double (&values)[kFragments], con
     }
 }
 
-template <typename T>
+// kWeighted: tokens have weights. A branch on that inside the step would end every scheduling block, and the conversions
+// of the next fragments would wait for this step's products instead of running beside them.
+template <typename T, bool kWeighted>
 __global__ __launch_bounds__(kThreads, 1) void gram_fp64_tiles(const Parameters p) {
     constexpr int kItemsA = 16 / int(sizeof(T)), kItemsB = kItemsA < 4 ? kItemsA : 4;
     constexpr int kPitch = kPanelColumns * int(sizeof(T)) + 32, kTokens = Loader<T>::kTokens;
@@ -87,9 +89,9 @@ __global__ __launch_bounds__(kThreads, 1) void gram_fp64_tiles(const Parameters 
         const int64_t first = range.begin + int64_t(s) * kTokens;
         loader.load(stage, first, [&](int64_t k) {
             const int64_t row = p.rows ? int64_t(p.rows[k]) : k;
-            return p.weight && p.weight[row] == 0 ? int64_t(-1) : row;
+            return kWeighted && p.weight[row] == 0 ? int64_t(-1) : row;
         });
-        if (p.weight && threadIdx.x < kTokens) {
+        if (kWeighted && threadIdx.x < kTokens) {
             const int64_t k = first + threadIdx.x;
             double* const weights = reinterpret_cast<double*>(stage + 2 * Loader<T>::kPanelBytes);
             weights[threadIdx.x] = k < range.end ? p.weight[p.rows ? p.rows[k] : k] : 0.0;
@@ -108,7 +110,8 @@ __global__ __launch_bounds__(kThreads, 1) void gram_fp64_tiles(const Parameters 
         copy_wait<kStages - 2>();
         __syncthreads();
         const unsigned char* const stage = stages + it % kStages * kStageBytes<T>;
-        const double* const weights = reinterpret_cast<const double*>(stage + 2 * Loader<T>::kPanelBytes);
+        [[maybe_unused]] const double* const weights =
+            reinterpret_cast<const double*>(stage + 2 * Loader<T>::kPanelBytes);
 #pragma unroll(kUnroll<T>)
         for (int k = 0; k < kTokens; k += kStep) {
             double a[kDoubleSteps][8], b[kDoubleSteps][4];
@@ -117,7 +120,7 @@ __global__ __launch_bounds__(kThreads, 1) void gram_fp64_tiles(const Parameters 
                 const unsigned char* row = stage + (k + 4 * s + t) * kPitch;
                 load_fragments<T, 8, kItemsA>(a[s], row + warp_row * sizeof(T), g);
                 load_fragments<T, 4, kItemsB>(b[s], row + panel_b + warp_column * sizeof(T), g);
-                if (p.weight) {
+                if constexpr (kWeighted) {
                     const double weight = weights[k + 4 * s + t];
 #pragma unroll
                     for (int i = 0; i < 8; ++i) a[s][i] *= weight;
@@ -182,7 +185,8 @@ int launch_typed(const GramArguments& a, const int* rows, const int* row_count) 
                        a.tokens,
                        sums.tile_columns,
                        partial};
-    const int status = ptx::launch(gram_fp64_tiles<T>, dim3{unsigned(sums.tiles), unsigned(sums.splits)}, kThreads,
+    const auto kernel = a.weight ? gram_fp64_tiles<T, true> : gram_fp64_tiles<T, false>;
+    const int status = ptx::launch(kernel, dim3{unsigned(sums.tiles), unsigned(sums.splits)}, kThreads,
                                    kStages * kStageBytes<T>, a.stream, p);
     if (status != kOk) return status;
     return add_tile_sums(sums, partial, a.C, a.C_stride, a.columns, row_count, a.stream);

@@ -34,13 +34,26 @@ def splits_for(capacity: int, programs: int, multiprocessors: int) -> int:
     return 1 << max(0, wanted.bit_length() - 1)
 
 
-def block_tokens(width: int, itemsize: int, dot: bool) -> int:
-    """Tokens that a program reads at a time: as many as its registers hold beside the sums."""
-    return (8192 if dot else 8192 // itemsize) // max(128, width)
+def block_tokens(width: int, itemsize: int, dot: bool, warps: int = 4) -> int:
+    """Tokens that a program of so many warps reads at a time: as many as its registers hold beside the sums."""
+    return (8192 if dot else 8192 // itemsize) // max(128, width) * warps // 4
 
 
-def decode_attention_(inputs: DecodeAttentionInputs, splits: int | None = None) -> None:
-    """The contract is `slicegpt.ops.decode_attention_`. splits: a power of two; None chooses by device and capacity."""
+def warps_for(programs: int, multiprocessors: int, dot: bool) -> int:
+    """Warps of a program: 16 where it has a multiprocessor for itself, which then has as many bytes on their way."""
+    return 16 if not dot and programs <= multiprocessors else 4
+
+
+def decode_attention_(
+    inputs: DecodeAttentionInputs, splits: int | None = None, overlap: bool = False
+) -> None:
+    """The contract is `slicegpt.ops.decode_attention_`.
+
+    Args:
+        splits: a power of two; None chooses by device and capacity.
+        overlap: programmatic dependent launch, from compute capability 9.0 on: the kernels start before those ahead of
+            them have ended and wait for them, and so may the next one.
+    """
     rows, keys, values, valid, heads = inputs.rows, inputs.keys, inputs.values, inputs.valid, inputs.heads
     cos = inputs.cos
     batch, key_heads, capacity, head_dim = keys.shape
@@ -54,19 +67,23 @@ def decode_attention_(inputs: DecodeAttentionInputs, splits: int | None = None) 
     if splits > 1:
         sums = empty((batch * heads, splits, head_dim), dtype=float32, device=rows.device)
         peaks = empty((batch * heads, splits, 2), dtype=float32, device=rows.device)
+    warps = warps_for(programs * splits, device.multiprocessors, dot)
+    # Before Hopper, and in the interpreter, there is no such option: the constant False leaves the code away.
+    launch = {"launch_pdl": True} if overlap else {}
     _attend[(programs, splits)](
         rows, keys, values, valid, inputs.slot, cos, inputs.sin, inputs.norm, sums, peaks,
         rows.stride(0), *keys.stride()[:3], valid.stride(0), inputs.norm_eps, head_dim**-0.5 * 1.4426950408889634,
         GROUP=group, KEY_HEADS=key_heads, HEAD_DIM=head_dim, ROTARY=0 if cos is None else cos.shape[-1],
         ROTATE_FIRST=inputs.rotate_first, WINDOW=inputs.window, SPLITS=splits, DOT=dot,
         BLOCK_G=triton.next_power_of_2(max(16, group)) if dot else 1,
-        BLOCK_N=block_tokens(width, rows.itemsize, dot), WIDTH=width,
-        num_warps=4, num_stages=2, enable_fp_fusion=True,
+        BLOCK_N=block_tokens(width, rows.itemsize, dot, warps), WIDTH=width, OVERLAP=overlap,
+        num_warps=warps, num_stages=2, enable_fp_fusion=True, **launch,
     )  # fmt: skip
     if splits > 1:
         _combine[(batch * heads,)](
             rows, sums, peaks, rows.stride(0), 2 * key_heads * head_dim,
-            HEADS=heads, HEAD_DIM=head_dim, SPLITS=splits, WIDTH=width, num_warps=4, enable_fp_fusion=True,
+            HEADS=heads, HEAD_DIM=head_dim, SPLITS=splits, WIDTH=width, OVERLAP=overlap,
+            num_warps=4, enable_fp_fusion=True, **launch,
         )  # fmt: skip
 
 
@@ -108,13 +125,17 @@ def _attend(
     row_stride, batch_stride, head_stride, token_stride, valid_stride, norm_eps, score_scale,
     GROUP: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
     ROTATE_FIRST: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One split of one head of one sequence; the last split has the new token, which it puts into the cache.
 
     DOT: a head is a key head with its GROUP query heads, else one query head.
     sums, peaks: [batch * heads, splits, ...] float32, sums of values, and largest scores and sums of weights.
     """
+    if OVERLAP:
+        # Nothing that the kernels ahead write is read before they have ended; only behind that may the next one start.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     HERE: tl.constexpr = GROUP if DOT else 1
     PIECES: tl.constexpr = 1 if DOT else GROUP
     sequence = tl.program_id(0) // (KEY_HEADS * PIECES)
@@ -204,9 +225,12 @@ def _attend(
 @triton.jit
 def _combine(
     rows, sums, peaks, row_stride, first_column,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The splits' sums of one query head, over what the query was. The last split has seen a token: no sum is empty."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     index = tl.cast(tl.program_id(0), tl.int64)
     columns, splits = tl.arange(0, WIDTH), tl.arange(0, SPLITS)
     inside = columns < HEAD_DIM

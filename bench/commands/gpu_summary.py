@@ -3,7 +3,7 @@
     python -m slicegpt.bench.commands.gpu_summary DIR
 
 DIR holds the JSON files of the steps, among them `ceilings.json`. A fraction is of the measured ceiling, not of a data
-sheet's figure.
+sheet's figure. "predicted" is what `slicegpt.bench.models.kernel_times` expects with these ceilings.
 """
 
 import argparse
@@ -12,7 +12,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import torch
+
 from slicegpt.bench.harness.columns import rounded
+from slicegpt.bench.models.architectures import MODELS, sliced_config
+from slicegpt.bench.models.kernel_times import Ceilings, decode_seconds, gram_seconds, token_seconds
+from slicegpt.bench.models.shapes import Launch, launches
 from slicegpt.table import fit_text, format_table
 
 COPY, READ = "copy, GB/s", "read, GB/s"
@@ -27,14 +32,44 @@ def over(value: float | None, ceilings: Mapping[str, float], name: str) -> str |
     return f"{value / ceilings[name]:.2f} of {name.split(',')[0]}"
 
 
+def predicted(seconds: float | None, unit: str) -> str | None:
+    """A prediction of `slicegpt.bench.models.kernel_times`, in the unit of the figure beside it."""
+    return None if seconds is None else f"{seconds * {'ms': 1e3, 'µs': 1e6}[unit]:.4g} {unit}"
+
+
+def launch_of(row: Mapping) -> Launch | None:
+    """The launch that a row of bench_rotation measured; None where it is not among today's."""
+    fraction, form = float(row["slice"].split()[0]) / 100, row["shortcut"]
+    found = [one for one in launches(row["model"], fraction, form) if one.part == row["part"]]
+    return found[0] if found else None
+
+
 def _token(row: Mapping, ceilings: Mapping[str, float]) -> dict:
     rate = row["gigabytes_per_second"]
     return {
         "what": f"{row['network']}, {row['engine']}",
         "figure": f"{row['ms_median']:.4g} ms a token",
+        "predicted": predicted(token_prediction(row, ceilings), "ms"),
         "ceiling": over(rate, ceilings, COPY),
         "second": over(rate, ceilings, READ),
     }
+
+
+def token_prediction(row: Mapping, ceilings: Mapping[str, float]) -> float | None:
+    """Of the runtime at batch 1, for a named shape with weights of two bytes; None for others."""
+    device, shape = Ceilings.of(ceilings), row.get("shape")
+    if device is None or shape not in MODELS or row["engine"] != "fused" or row.get("batch", 1) != 1:
+        return None
+    config = sliced_config(shape, row["slice"])
+    cache = row["read_bytes"] - row["weight_bytes"] if "weight_bytes" in row else 0
+    return token_seconds(
+        launches(shape, row["slice"], "compact" if row["slice"] else "identity"),
+        config.num_hidden_layers,
+        2 * config.vocab_size * config.hidden_size,
+        cache,
+        device,
+        overlap=not row.get("serial"),
+    )
 
 
 def _throughput(row: Mapping, ceilings: Mapping[str, float]) -> dict | None:
@@ -47,20 +82,28 @@ def _throughput(row: Mapping, ceilings: Mapping[str, float]) -> dict | None:
 
 
 def _gram(row: Mapping, ceilings: Mapping[str, float]) -> dict:
-    rate = row["TFLOP/s"]
+    rate, device = row["TFLOP/s"], Ceilings.of(ceilings)
+    size = (row["N"], row["D"], getattr(torch, row["X"]), row["method"])
     return {
         "what": f"{row['N']} x {row['D']} {row['X']}, {row['method']}",
         "figure": f"{row['ms']:.4g} ms",
+        # Of normal values: heavy tails take more planes.
+        "predicted": predicted(gram_seconds(*size, device), "ms")
+        if device and row.get("values") != "heavy"
+        else None,
         "ceiling": over(rate, ceilings, SYRK),
         "second": over(rate, ceilings, FLOAT64),
     }
 
 
 def _rotation(row: Mapping, ceilings: Mapping[str, float]) -> dict:
-    few = row["T"] <= 16
+    few, device = row["T"] <= 16, Ceilings.of(ceilings)
+    launch = launch_of(row) if few and device and row["method"] == "fused" else None
+    seconds = decode_seconds(launch, row["T"], device) if launch else None
     return {
         "what": f"{row['model']} {row['slice']} {row['shortcut']}, {row['part']}, T = {row['T']}, {row['method']}",
         "figure": f"{row['cold us']:.4g} µs",
+        "predicted": predicted(seconds, "µs"),
         "ceiling": over(row["GB/s"], ceilings, COPY) if few else over(row["TFLOP/s"], ceilings, BFLOAT16),
         "second": f"{row['of plain']:.3f} of the library's product" if row.get("of plain") else None,
     }
@@ -123,7 +166,9 @@ def lines(folder: Path) -> Iterator[dict]:
         if write is None:
             continue
         rows = content["gram"] if content["benchmark"] == "gram" else content["rows"]
-        found = [write(row, content.get("ceilings") or {}) for row in rows]
+        shape = (content.get("settings") or {}).get("shape")
+        known = {"shape": shape, "serial": file.stem.endswith("_serial")} if shape else {}
+        found = [write({**known, **row}, content.get("ceilings") or {}) for row in rows]
         for row in found:
             if row is not None:
                 incomplete = None if content.get("complete", True) else "incomplete"
@@ -142,7 +187,7 @@ def main() -> None:
         sys.exit(1)
     titles = [
         title
-        for title in ("step", "what", "figure", "ceiling", "second", "state")
+        for title in ("step", "what", "figure", "predicted", "ceiling", "second", "state")
         if any(row.get(title) for row in rows)
     ]
     print(

@@ -129,6 +129,14 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         *named("ceiling", "value", "unit", written=rounded),
         ("reason", "not measured", str),
     ),
+    "planes": (
+        *named("model", "signal", "dtype", "tokens", "columns"),
+        ("planes", "planes", rounded),
+        ("least", "least", rounded),
+        ("most", "most", rounded),
+        ("of Gaussians", "of Gaussians", rounded),
+        ("handed over", "handed over", tenths),
+    ),
     "overlap": named("shape", "slice", "batch", "layers", "replays", "differ", "differ without overlap"),
     "decode attention": (
         ("model", "model", str),

@@ -28,6 +28,7 @@ from slicegpt.checkpoint.gguf_tokenizer import convert_tokenizer, copy_tokenizer
 from slicegpt.checkpoint.names import SHIPPED_MODEL
 from slicegpt.checkpoint.saving import read_record
 from slicegpt.conversion.plan import constant_widths, plan
+from slicegpt.conversion.quantization import check_plain
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import FAMILIES, Checkpoint, DenseSource, Linear, canonical_fields, family_of
 from slicegpt.families.rewriting import halves_to_neighbours
@@ -71,6 +72,7 @@ def export_gguf(
     if kind in QUANTIZED:
         check_quantizer(kind)
     source = open_dense(os.fspath(model), sliceable=False)
+    check_plain(source.config, os.fspath(model))
     network = network_of(source)
     vocabulary = _tokenizer_file(os.fspath(model), tokenizer)
     written = kind

@@ -9,6 +9,7 @@ from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.checkpoint.folders import atomic_folder, check_output
 from slicegpt.checkpoint.saving import read_record, write_beside_weights
 from slicegpt.checkpoint.stock_model import stock_of, write_stock
+from slicegpt.conversion.quantization import check_plain
 from slicegpt.conversion.stock import check_form, stock_parameters
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import checkpoint_of
@@ -40,6 +41,7 @@ def export_stock(
     """
     path = check_output(output, overwrite, os.fspath(model))
     sliced = open_dense(os.fspath(model))
+    check_plain(sliced.config, os.fspath(model))
     if not isinstance(sliced.config, SlicedConfig):
         raise SliceGPTError(
             f"must be a folder that slice wrote, got a {sliced.config.model_type} model", "model"

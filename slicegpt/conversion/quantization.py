@@ -158,6 +158,12 @@ def is_quantized(config) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
+def check_plain(config, name: str) -> None:
+    """An error for a model whose weights are packed, where plain numbers are needed."""
+    if is_quantized(config):
+        raise SliceGPTError(f"{name} has weights of 8 or 4 bits; slice without quantize for this", "model")
+
+
 def common_multiple(round_to: int, weights: WeightFormat | None) -> int:
     """The least multiple of `round_to` that makes whole groups."""
     return round_to if weights is None else math.lcm(round_to, weights.multiple)

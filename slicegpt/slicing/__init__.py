@@ -26,6 +26,7 @@ The files, in the order in which a run goes through them:
       eigensolver    its leading eigenvectors, the next basis
       quantizing     the block's weights in 8 or 4 bits, where they are asked for
       gptq               rounding by second moments
+      rounds         the slicer's steps for it
       resuming       what is kept between two blocks, for a run that is interrupted
       rotation       the orientation of that basis, and compact shortcuts
       timing         seconds of each stage

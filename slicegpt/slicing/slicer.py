@@ -56,6 +56,7 @@ from slicegpt.slicing.refit import BlockFits, KeptHeads, fit_block
 from slicegpt.slicing.resuming import Resumed
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.rotation import align, random_orthogonal
+from slicegpt.slicing.rounds import Rounds
 from slicegpt.slicing.shared_basis import shares_basis
 from slicegpt.slicing.sink import Pieces, Sink
 
@@ -65,7 +66,7 @@ def fitted_batches(count: int, share: float) -> int:
     return math.ceil(round(share * count, 9))
 
 
-class Slicer(Resumed):
+class Slicer(Resumed, Rounds):
     """One run of slicing; holds what the steps share.
 
     Args:
@@ -263,30 +264,6 @@ class Slicer(Resumed):
                 self.store("model.embed_positions.weight", self.rotated(positions, basis))
         return basis
 
-    def quantize_table(self, basis: torch.Tensor) -> None:
-        """Store the embedding in 8 bits; the calibration tokens begin with it as it is stored."""
-        table, whole, dtype = self.checkpoint.embedding, self.config.embed_projection, self.options.dtype
-
-        def rounded() -> QuantizedMatrix:
-            pieces = table.split(TABLE_ROWS)
-            if not whole:
-                wide = torch.promote_types(dtype, torch.float32)
-                pieces = rotated_rows(table, basis, self.mean_subtraction, wide)
-            return round_table(pieces, dtype)
-
-        with self.stage("quantise"):
-            matrix = self.agreed(rounded)
-            if self.ranks.first:
-                self.sink.store(matrix.entries("model.embed_tokens"))
-
-        def lookup(ids: torch.Tensor) -> torch.Tensor:
-            rows = matrix.rows(ids.flatten().to(matrix.codes.device)).dequantise().to(basis.device)
-            rows = rows if whole else rows.double() @ basis.mT
-            return rows.view(*ids.shape, -1)
-
-        with self.stage("signals"):
-            self.propagation.start_again(self.checkpoint, lookup)
-
     def store(self, name: str, value: Pieces) -> None:
         self.sink.store({name: value})
 
@@ -366,42 +343,6 @@ class Slicer(Resumed):
             self.store_block(block, readers, factor, fits, next_basis, packed, rounded)
             self.sink.store(output_norms)
         return next_basis
-
-    def quantize_readers(
-        self, block: Block, readers: dict[str, dict[str, torch.Tensor]], lifted: LiftedBlock
-    ) -> dict[str, dict[str, QuantizedMatrix]]:
-        """Round a block's input weights: those in `readers` and in `lifted` become the rounded ones.
-
-        Returns:
-            Of each part, its matrices by name.
-        """
-        moments, dtype = self.propagation.read(block, lifted), self.options.dtype
-        with self.stage("quantise"):
-            packed = self.agreed(lambda: self.quantizer.readers(block, readers, moments.matrix))
-        for part, state in readers.items():
-            stored = {f"{name}.weight": own.dequantise() for name, own in packed[part].items()}
-            readers[part] = {name: tensor.to(dtype) for name, tensor in state.items()} | stored
-        lifted.set_readers(readers)
-        return packed
-
-    def quantize_writers(
-        self,
-        block: Block,
-        lifted: LiftedBlock,
-        fits: BlockFits,
-        writers: Mapping[str, Linear],
-        moments: Moments | None,
-        basis: torch.Tensor,
-    ) -> dict[float, QuantizedWriters]:
-        """Round a block's output weights at every λ; `lifted` writes with those at the first. On rank 0 they return."""
-        rounded = {}
-        with self.stage("quantise"):
-            if self.ranks.first:
-                for ridge in self.ridges:
-                    rounded[ridge] = self.quantizer.writers(block, fits, ridge, writers, moments, basis)
-            first = self.agreed(lambda: rounded[self.ridges[0]].lifted(basis, writers))
-            lifted.set_writers(first)
-        return rounded
 
     def fit(
         self,

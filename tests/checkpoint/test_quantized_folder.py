@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 from slicegpt import api
 from slicegpt.checkpoint import kept_run
 from slicegpt.checkpoint.dense_source import open_dense
+from slicegpt.checkpoint.gguf_export import export_gguf
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.checkpoint.saving import save_sliced, stored_size
+from slicegpt.checkpoint.stock_export import export_stock
 from slicegpt.checkpoint.tensors import open_files
 from slicegpt.cli.info import describe
 from slicegpt.conversion.quantization import describe_storage, is_quantized
@@ -150,6 +152,13 @@ def test_tables_may_stay_plain(dense, text):
     assert describe_storage(model.config, "bfloat16").endswith(
         "with zero points, embedding and head bfloat16, the rest bfloat16"
     )
+
+
+def test_what_needs_plain_numbers_is_refused(folder, tmp_path):
+    with pytest.raises(SliceGPTError, match="has weights of 8 or 4 bits; slice without quantize for this"):
+        export_stock(folder, tmp_path / "stock")
+    with pytest.raises(SliceGPTError, match="has weights of 8 or 4 bits; slice without quantize for this"):
+        export_gguf(folder, tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,14 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from support.sass import overlap_faults
+from support.sass import instructions, overlap_faults
+
+from slicegpt.bench.models.kernel_times import CODE
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
@@ -194,3 +198,33 @@ def test_overlapping_kernels_wait_before_they_read(compiled, source):
     assert functions
     for name, body in functions.items():
         assert overlap_faults(body) == [], name
+
+
+# Kernel of slicegpt.bench.models.kernel_times -> source, and parts of its mangled name.
+MODELLED = {
+    "gram_fp64": ("gram_fp64", ("gram_fp64_tiles", "Bfloat16ELb0")),
+    "gram_exact": ("gram_exact", ("residue_products",)),
+    "gram_exact, wgmma": ("residue_wgmma", ("wgmma_tilesILi1",)),
+    "norm_linear": ("decode_norm_linear", ("Bfloat16ELi8ELb1",)),
+    "rotate_add": ("decode_rotate_add", ("Bfloat16ELi8ELb1",)),
+}
+
+
+@pytest.mark.parametrize("kernel", MODELLED)
+def test_predictions_are_of_this_machine_code(compiled, kernel):
+    """Another compiler may take a few registers more or less; the model's blocks a multiprocessor must be right."""
+    source, parts = MODELLED[kernel]
+    report, facts = compiled[source, "90a"][1], CODE[kernel]
+    blocks = report.split("Compiling entry function")
+    (mine,) = (block for block in blocks if all(part in block for part in parts))
+    registers = int(re.search(r"Used (\d+) registers", mine)[1])
+    assert replace(facts, registers=registers).blocks == facts.blocks
+    if disassembler() is None:
+        pytest.skip("needs cuobjdump")
+    functions = disassemble(compiled[source, "90a"][0])
+    (body,) = (text for name, text in functions.items() if all(part in name for part in parts))
+    places = [at for at, one in enumerate(instructions(body)) if re.match(r"[DI]G?MMA", one.name)]
+    assert not facts.tensor or len(places) == facts.tensor
+    if facts.longest_gap:
+        gaps = sorted(after - before - 1 for before, after in pairwise(places))
+        assert gaps[-2] <= facts.longest_gap, "a step's conversions do not run beside its products"

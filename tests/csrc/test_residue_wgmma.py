@@ -8,6 +8,7 @@ import torch
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops.cuda import extension
+from slicegpt.ops.cuda import gram as cuda_gram
 
 # Rows and columns beside a group of 128 and a tile of 256, an even and an odd number of groups, several tiles; up to 64
 # tokens, an odd number of blocks of 64, and (in the emulation) several passes of 128.
@@ -94,6 +95,43 @@ def test_automatic_is_mma(hopper, monkeypatch):
     assert torch.equal(hopper.gram("exact", torch.zeros(70, 70, dtype=torch.float64), X), expected)
 
 
+class WrongPairs:
+    """The module, with a kernel for pairs that adds everything twice, or none."""
+
+    def __init__(self, module, wrong=(3,)):
+        self.module, self.wrong = module, wrong
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def gram_exact(self, arguments, kernel):
+        status = self.module.gram_exact(arguments, kernel)
+        return self.module.gram_exact(arguments, kernel) if kernel in self.wrong else status
+
+
+@on_hopper
+def test_checked_takes_the_fastest_that_is_right(hopper, monkeypatch, caplog):
+    """A kernel with other bits is passed over with a warning; what is found is kept."""
+    monkeypatch.setattr(cuda_gram, "CHECK_SHAPE", (70, 130))
+    device, X, real = torch.empty(0, device=hopper.device).device, values(70, 70), extension.module
+    for wrong, chosen in (((), "wgmma-pairs"), ((3,), "wgmma"), ((2, 3), "mma")):
+        monkeypatch.setattr(extension, "module", WrongPairs(real, wrong))
+        cuda_gram.checked_exact_kernel.cache_clear()
+        assert cuda_gram.checked_exact_kernel(device) == chosen
+        assert len(caplog.records) == len(wrong)
+        caplog.clear()
+        assert torch.equal(run(hopper, monkeypatch, "checked", X), integers(X))
+        assert cuda_gram.checked_exact_kernel.cache_info().misses == 1
+    cuda_gram.checked_exact_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("target", ["sm_75"], indirect=True, scope="session")
+def test_checked_elsewhere_is_mma(backend):
+    cuda_gram.checked_exact_kernel.cache_clear()
+    assert cuda_gram.checked_exact_kernel(torch.device(backend.device)) == "mma"
+    cuda_gram.checked_exact_kernel.cache_clear()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("target", ["sm_75"], indirect=True, scope="session")
 def test_refused_elsewhere(backend, monkeypatch, kernel):
@@ -106,6 +144,7 @@ def test_refused_elsewhere(backend, monkeypatch, kernel):
 
 def test_unknown_kernel(backend, monkeypatch):
     with pytest.raises(
-        SliceGPTError, match="SLICEGPT_GRAM_EXACT must be one of auto, mma, wgmma, wgmma-pairs, got 'imma'"
+        SliceGPTError,
+        match="SLICEGPT_GRAM_EXACT must be one of auto, mma, wgmma, wgmma-pairs, checked, got 'imma'",
     ):
         run(backend, monkeypatch, "imma", values(3, 4))

@@ -4,6 +4,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 from support.cubins import assert_no_spills, disassemble  # noqa: E402
+from support.sass import overlap_faults  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -37,13 +38,14 @@ ATTEND = {
     "rows": "fp16", "keys": "fp16", "values": "fp16", "valid": "i1", "slot": "i64", "cos": "fp16", "sin": "fp16",
     "norm": None, "sums": None, "peaks": None, "GROUP": 1, "KEY_HEADS": 32, "HEAD_DIM": 128, "ROTARY": 128,
     "ROTATE_FIRST": False,
-    "WINDOW": None, "SPLITS": 1, "DOT": False, "BLOCK_G": 1, "BLOCK_N": 32, "WIDTH": 128,
+    "WINDOW": None, "SPLITS": 1, "DOT": False, "BLOCK_G": 1, "BLOCK_N": 32, "WIDTH": 128, "OVERLAP": False,
 }  # fmt: skip
 GROUPED = {"norm": "fp16", "sums": "fp32", "peaks": "fp32", "GROUP": 8, "KEY_HEADS": 8, "ROTARY": 32,
            "WINDOW": 4096, "SPLITS": 8}  # fmt: skip
 WIDE = {"HEAD_DIM": 256, "WIDTH": 256}
 COMBINE = {
     "rows": "fp16", "sums": "fp32", "peaks": "fp32", "HEADS": 32, "HEAD_DIM": 128, "SPLITS": 8, "WIDTH": 128,
+    "OVERLAP": False,
 }  # fmt: skip
 FLOATS = ("norm_eps", "score_scale")
 # A launch rounds them up to whole blocks: they are never 1.
@@ -151,18 +153,24 @@ def test_decode_attention(shape, dtype, capability):
     types = {
         name: dtype for name in ("rows", "keys", "values", "cos", "sin", "norm") if shape[name] is not None
     }
-    dot = shape["GROUP"] >= 4 and dtype != "fp32" and capability >= 80
-    tile = {
-        "DOT": dot,
-        "BLOCK_G": 16 if dot else 1,
-        "BLOCK_N": decode_attention.block_tokens(shape["WIDTH"], 4 if dtype == "fp32" else 2, dot),
-    }
-    sass, resources = build(decode_attention._attend, capability, shape | types | tile, num_stages=2)
-    assert_no_spills(sass, resources)
-    assert ("HMMA" in sass) == dot
+    dot, itemsize = shape["GROUP"] >= 4 and dtype != "fp32" and capability >= 80, 4 if dtype == "fp32" else 2
+    overlap = {"OVERLAP": capability >= 90}
+    for warps in (4,) if dot else (4, 16):
+        tile = {
+            "DOT": dot,
+            "BLOCK_G": 16 if dot else 1,
+            "BLOCK_N": decode_attention.block_tokens(shape["WIDTH"], itemsize, dot, warps),
+        }
+        arguments = shape | types | tile | overlap
+        sass, resources = build(decode_attention._attend, capability, arguments, warps, num_stages=2)
+        assert_no_spills(sass, resources)
+        assert ("HMMA" in sass) == dot
+        assert capability < 90 or overlap_faults(sass) == []
     if shape["SPLITS"] > 1:
-        combine = COMBINE | {"rows": dtype, "HEAD_DIM": shape["HEAD_DIM"], "WIDTH": shape["WIDTH"]}
-        assert_no_spills(*build(decode_attention._combine, capability, combine))
+        combine = COMBINE | overlap | {"rows": dtype, "HEAD_DIM": shape["HEAD_DIM"], "WIDTH": shape["WIDTH"]}
+        sass, resources = build(decode_attention._combine, capability, combine)
+        assert_no_spills(sass, resources)
+        assert capability < 90 or overlap_faults(sass) == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import json
 import os
 import sys
 
@@ -53,6 +54,14 @@ def test_bad_folders_are_told_before_vllm_starts(tmp_path, with_vllm, capsys):
     assert "has no config.json" in capsys.readouterr().err
     assert main(["serve", str(tmp_path / "nothing")]) == 2
     assert "does not exist" in capsys.readouterr().err
+    assert not with_vllm
+
+
+def test_packed_weights_are_not_served(tmp_path, with_vllm, capsys):
+    config = {"model_type": "slicegpt", "quantization_config": {"quant_method": "compressed-tensors"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["serve", str(tmp_path)]) == 2
+    assert "has weights of 8 or 4 bits, which are not served yet" in capsys.readouterr().err
     assert not with_vllm
 
 

@@ -8,7 +8,7 @@ counters.)
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock
 
@@ -36,6 +36,7 @@ WARPS_PER_PROCESSOR = 16
 # Chunks that a warp has in flight, and those below which a split of K costs more (adding it up) than it saves.
 CHUNKS_IN_FLIGHT = 2
 MIN_SPLIT_CHUNKS = 4
+MAX_SPLIT = 16
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,20 @@ def norm_linear_config(multiprocessors: int, tokens: int, N: int, d: int, itemsi
     # weights' bytes. Wider tiles keep that at a quarter of what DRAM delivers.
     row_warps = 1 if tokens <= 4 else 2 if tokens <= 8 else 4
     return _config(multiprocessors, row_warps, N, -(-d * itemsize // CHUNK_BYTES))
+
+
+def rotate_split(config: DecodeConfig) -> DecodeConfig:
+    """`rotate_add`'s configuration with the split_k of SLICEGPT_ROTATE_SPLIT; as it is with auto.
+
+    At 25 %, Llama-2-7B's launches have 96 blocks for 132 multiprocessors: whether a split, which all of them would work
+    on, gains more than adding it up costs, a measurement will tell.
+    """
+    wish = os.environ.get("SLICEGPT_ROTATE_SPLIT", "auto")
+    if wish == "auto":
+        return config
+    if not wish.isdecimal() or not 1 <= int(wish) <= MAX_SPLIT:
+        raise SliceGPTError(f"SLICEGPT_ROTATE_SPLIT: must be auto or 1 to {MAX_SPLIT}, got {wish!r}")
+    return replace(config, split_k=int(wish))
 
 
 @lru_cache
@@ -167,8 +182,8 @@ def rotate_add(
     arguments = rotate_add_arguments(a, weight, h, shortcut, bias, factor, h_next, sumsq)
     (tokens, K), N = a.shape, weight.shape[0]
     K -= 0 if factor is None else factor.shape[0]
-    config = rotate_add_config(
-        decode_device(a.device).multiprocessors, tokens, N, K, columns, a.element_size()
+    config = rotate_split(
+        rotate_add_config(decode_device(a.device).multiprocessors, tokens, N, K, columns, a.element_size())
     )
     with extension.on_device(a):
         launch, _partial = _launch(config, config.tiles(N), a)

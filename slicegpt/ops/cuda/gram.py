@@ -5,8 +5,10 @@ unit column stride, weight [N] of a float dtype or None. A token of weight 0 is 
 included, does not reach C. A result that is not finite is stored as NaN.
 """
 
+import logging
 import os
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,9 +17,15 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.ops.contracts import DTYPES, HALF, dtype_code, dtype_names
 from slicegpt.ops.cuda import extension
 
+_logger = logging.getLogger("slicegpt")
+
 DTYPES_OF = {"fp64": DTYPES, "exact": DTYPES[:3], "fast": HALF}
 # csrc/gram.h's `ExactKernel`, by the values of SLICEGPT_GRAM_EXACT. auto is mma.sync until wgmma is measured.
 _EXACT_KERNELS = {"auto": 0, "mma": 1, "wgmma": 2, "wgmma-pairs": 3}
+# The fastest kernel by estimate that gives mma's bits on this device: found out once a process.
+CHECKED = "checked"
+# Tokens and columns of its block: several tiles, an odd number of groups of columns, stages that are used again.
+CHECK_SHAPE = (1100, 300)
 
 
 def is_supported(capability: tuple[int, int], dtype: torch.dtype, precision: str) -> bool:
@@ -50,14 +58,8 @@ def gram_exact(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
 
     The environment variable SLICEGPT_GRAM_EXACT chooses the kernel, all of which give the same bits.
     """
-    module, kernel = _module_for("exact", X), _requested_exact_kernel()
-    _launch(
-        C,
-        X,
-        weight,
-        lambda: module.gram_exact_workspace(*X.shape, dtype_code(X.dtype)),
-        lambda arguments: module.gram_exact(arguments, kernel),
-    )
+    _module_for("exact", X)
+    _launch_exact(C, X, weight, _requested_exact_kernel(X))
 
 
 def gram_fast(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
@@ -69,11 +71,57 @@ def gram_fast(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
     _launch(C, X, weight, lambda: module.gram_fast_workspace(*X.shape), module.gram_fast)
 
 
-def _requested_exact_kernel() -> int:
+def _launch_exact(C: Tensor, X: Tensor, weight: Tensor | None, kernel: int) -> None:
+    module = extension.module
+    _launch(
+        C,
+        X,
+        weight,
+        lambda: module.gram_exact_workspace(*X.shape, dtype_code(X.dtype)),
+        lambda arguments: module.gram_exact(arguments, kernel),
+    )
+
+
+def _requested_exact_kernel(X: Tensor) -> int:
     kernel = os.environ.get("SLICEGPT_GRAM_EXACT", "auto")
+    if kernel == CHECKED:
+        # What the check waits for cannot be waited for during a capture.
+        if X.is_cuda and torch.cuda.is_current_stream_capturing():
+            return _EXACT_KERNELS["mma"]
+        return _EXACT_KERNELS[checked_exact_kernel(X.device)]
     if kernel not in _EXACT_KERNELS:
-        raise SliceGPTError(f"SLICEGPT_GRAM_EXACT must be one of {', '.join(_EXACT_KERNELS)}, got {kernel!r}")
+        names = ", ".join([*_EXACT_KERNELS, CHECKED])
+        raise SliceGPTError(f"SLICEGPT_GRAM_EXACT must be one of {names}, got {kernel!r}")
     return _EXACT_KERNELS[kernel]
+
+
+@lru_cache
+def checked_exact_kernel(device: torch.device) -> str:
+    """ "wgmma-pairs", else "wgmma", where it gives the bits of "mma" on a small block; else "mma", with a warning.
+
+    It synchronises.
+    """
+    with extension.on_device(torch.empty(0, device=device)):
+        if not extension.module.gram_exact_has_wgmma():
+            return "mma"
+    expected = _small_gram(device, "mma")
+    for kernel in ("wgmma-pairs", "wgmma"):
+        try:
+            if torch.equal(_small_gram(device, kernel), expected):
+                return kernel
+            reason = "gives other bits than mma"
+        except SliceGPTError as error:
+            reason = str(error)
+        _logger.warning("gram_: the exact kernel %s is not used on %s: it %s", kernel, device, reason)
+    return "mma"
+
+
+def _small_gram(device: torch.device, kernel: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(CHECK_SHAPE, generator=generator).to(device, torch.float16)
+    C = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=device)
+    _launch_exact(C, X, None, _EXACT_KERNELS[kernel])
+    return C
 
 
 def _module_for(precision: str, X: Tensor):
