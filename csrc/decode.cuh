@@ -145,6 +145,9 @@ constexpr int kFewTokens = sizeof(T) == 4 ? 4 : 8;
 template <typename T, int kTokens, bool kAligned>
 constexpr int kBlocksPerProcessor = kAligned && kTokens <= 8 && sizeof(T) == 2 ? 2 : 1;
 
+// Turns of all warps along K whose chunks are fetched into L2 ahead of everything else.
+constexpr int kPrefetchTurns = 4;
+
 // A warp's walk over the chunks of its rows. low and high are the rows of the weights that this lane reads.
 template <typename T, int kTokens, bool kAligned>
 class WarpWalk {
@@ -165,6 +168,21 @@ class WarpWalk {
         const Position at = position(chunk);
         ptx::prefetch_l2(at.weight + low_ * at.stride + at.k);
         ptx::prefetch_l2(at.weight + high_ * at.stride + at.k);
+    }
+
+    // The same from Hopper on, where one instruction fetches all that the block's warps will read of a row at first:
+    // the chunks of 4 turns, which lie one behind the other. Called with a row that all lanes agree on. Vectors only:
+    // what it takes are multiples of 16 bytes.
+    __device__ void prefetch_row(int split, int split_k, int64_t row) const {
+        static_assert(kAligned);
+        const int first = int(int64_t(p_.chunks) * split / split_k);
+        int last = min(first + kPrefetchTurns * p_.column_warps, int(int64_t(p_.chunks) * (split + 1) / split_k));
+        // Not beyond the first source: the second one's turn comes much later.
+        if (first < p_.first_chunks) last = min(last, p_.first_chunks);
+        const Position at = position(first);
+        const int items = min((last - first) * kChunkItems<T>, at.columns - at.k);
+        if (lane_ == 0 && items > 0)
+            ptx::prefetch_bulk_l2(at.weight + row * at.stride + at.k, uint32_t(items) * uint32_t(sizeof(T)));
     }
 
     // The two oldest chunks on their way into registers.

@@ -32,7 +32,17 @@ __global__ __launch_bounds__(kMaxDecodeThreads, kBlocksPerProcessor<T, kTokens, 
     const int low = min(begin + g, tile_end - 1), high = gated ? half + low : min(begin + g + 8, tile_end - 1);
 
     WarpWalk<T, kTokens, kAligned> walk(p, blockIdx.y, gridDim.y, low, high, begin >= tile_end);
-    if (p.overlap) walk.prefetch();
+    if (p.overlap) {
+        if constexpr (kAligned && SLICEGPT_ARCH >= 900) {
+            for (int r = warp; r < kWarpRows * p.row_warps; r += int(blockDim.x) / 32) {
+                const int row = tile_begin + r / kWarpRows * (gated ? 8 : 16) + r % (gated ? 8 : 16);
+                const bool up = gated && r % kWarpRows >= 8;
+                if (row < tile_end) walk.prefetch_row(blockIdx.y, gridDim.y, up ? half + row : row);
+            }
+        } else {
+            walk.prefetch();
+        }
+    }
     ptx::wait_for_previous_kernels();
     ptx::allow_next_kernel();
     walk.start();

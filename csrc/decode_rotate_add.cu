@@ -12,12 +12,17 @@ struct Parameters {
     RotateAddArguments a;
 };
 
+// What a lane reads for one step of 16 rows: four rows of four columns, and its tokens' z of them.
+struct FactorStep {
+    uint32_t f[4][2], tokens[4];
+};
+
 // `less` [token][row of the tile] = z F' for the tile's columns, 0 beyond its d. F' is stored [rank, d], the other way
 // round than the weights, because norm_linear reads the same bytes as rows of its own: shortly before, so that they
 // come from L2 here. A warp takes 32 columns: row r of F' is 64 contiguous bytes there. The tokens are mma's rows and
 // the columns of F' its columns: lane (g, t) holds columns 4g ... 4g + 3 of rows 4t ... 4t + 3, and pairs of rows are
 // put together by byte permutes. Float32: a lane is a column.
-template <typename T>
+template <typename T, int kTokens>
 __device__ __forceinline__ void subtract_factor(const Parameters& parameters, float* warps, float* less) {
     const RotateAddArguments& a = parameters.a;
     const Product& p = parameters.product;
@@ -43,11 +48,15 @@ __device__ __forceinline__ void subtract_factor(const Parameters& parameters, fl
         for (int n = 0; n < kMaxDecodeTokens; ++n)
             if (n < a.tokens) mine[n * kSumColumns + lane] = sums[n];
     } else {
+        constexpr int kTokenHalves = kTokens / 8;
         const int g = lane / 4, t = lane % 4, column = column0 + 4 * g;
         const bool aligned = (uintptr_t(factor) | uintptr_t(a.factor_stride * int64_t(sizeof(T)))) % 8 == 0;
         float sums[4][4] = {};
-        for (int r0 = first; r0 < a.rank; r0 += step) {
-            uint32_t f[4][2] = {}, tokens[4] = {};
+        // Two steps' loads are on their way at a time, as in the walk over the weights: one by one, each would wait for
+        // L2's latency.
+        FactorStep even, odd;
+        const auto load = [&](FactorStep& s, int r0) {
+            s = {};
             const int r = r0 + 4 * t;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -55,24 +64,34 @@ __device__ __forceinline__ void subtract_factor(const Parameters& parameters, fl
                 const T* const row = factor + (r + i) * a.factor_stride;
                 if (aligned && column + 4 <= a.d) {
                     const uint2 four = *reinterpret_cast<const uint2*>(row + column);
-                    f[i][0] = four.x, f[i][1] = four.y;
+                    s.f[i][0] = four.x, s.f[i][1] = four.y;
                 } else {
 #pragma unroll
                     for (int q = 0; q < 4; ++q)
-                        if (column + q < a.d) f[i][q / 2] |= uint32_t(row[column + q].bits) << q % 2 * 16;
+                        if (column + q < a.d) s.f[i][q / 2] |= uint32_t(row[column + q].bits) << q % 2 * 16;
                 }
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
+                for (int h = 0; h < kTokenHalves; ++h)
                     if (g + 8 * h < a.tokens)
-                        tokens[i / 2 * 2 + h] |= uint32_t(z[(g + 8 * h) * a.z_stride + r + i].bits) << i % 2 * 16;
+                        s.tokens[i / 2 * 2 + h] |= uint32_t(z[(g + 8 * h) * a.z_stride + r + i].bits) << i % 2 * 16;
             }
+        };
+        const auto contract = [&](const FactorStep& s) {
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
                 const uint32_t pick = q % 2 ? 0x7632u : 0x5410u;  // the upper or lower halves of two words
-                const uint32_t pairs[2] = {ptx::permute_bytes(f[0][q / 2], f[1][q / 2], pick),
-                                           ptx::permute_bytes(f[2][q / 2], f[3][q / 2], pick)};
-                mma_half<WarpSums<T, 8>::kBfloat16>(sums[q], tokens, pairs);
+                const uint32_t pairs[2] = {ptx::permute_bytes(s.f[0][q / 2], s.f[1][q / 2], pick),
+                                           ptx::permute_bytes(s.f[2][q / 2], s.f[3][q / 2], pick)};
+                mma_half<WarpSums<T, 8>::kBfloat16>(sums[q], s.tokens, pairs);
             }
+        };
+        load(even, first);
+        load(odd, first + step);
+        for (int r0 = first; r0 < a.rank; r0 += 2 * step) {
+            contract(even);
+            load(even, r0 + 2 * step);
+            contract(odd);  // zeros beyond the rank
+            load(odd, r0 + 3 * step);
         }
         // sums[q][2h + i]: token g + 8h, mma's column 2t + i, which is column 4 (2t + i) + q of the 32.
 #pragma unroll
@@ -109,10 +128,17 @@ __global__ __launch_bounds__(kMaxDecodeThreads, kBlocksPerProcessor<T, kTokens, 
     const int low = min(begin + g, a.N - 1), high = min(begin + g + 8, a.N - 1);
 
     WarpWalk<T, kTokens, kAligned> walk(p, blockIdx.y, gridDim.y, low, high, begin >= a.N);
-    if (p.overlap || a.factor) walk.prefetch();
+    if (p.overlap || a.factor) {
+        if constexpr (kAligned && SLICEGPT_ARCH >= 900) {
+            for (int r = warp; r < rows; r += all_warps)
+                if (tile_begin + r < a.N) walk.prefetch_row(blockIdx.y, gridDim.y, tile_begin + r);
+        } else {
+            walk.prefetch();
+        }
+    }
     ptx::wait_for_previous_kernels();
     ptx::allow_next_kernel();
-    if (a.factor) subtract_factor<T>(parameters, warps, less);  // while the first weights come into L2
+    if (a.factor) subtract_factor<T, kTokens>(parameters, warps, less);  // while the first weights come into L2
     walk.start();
     WarpSums<T, kTokens> mine;
     walk.run(mine);

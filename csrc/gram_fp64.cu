@@ -69,8 +69,8 @@ __device__ __forceinline__ void load_fragments(double (&values)[kFragments], con
     }
 }
 
-// kWeighted: tokens have weights. A branch on that inside the step would end every scheduling block, and the conversions
-// of the next fragments would wait for this step's products instead of running beside them.
+// kWeighted: tokens have weights. A branch on that inside the step would end every scheduling block, and the
+// conversions of the next fragments would wait for this step's products instead of running beside them.
 template <typename T, bool kWeighted>
 __global__ __launch_bounds__(kThreads, 1) void gram_fp64_tiles(const Parameters p) {
     constexpr int kItemsA = 16 / int(sizeof(T)), kItemsB = kItemsA < 4 ? kItemsA : 4;

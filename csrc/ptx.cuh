@@ -145,6 +145,14 @@ __device__ __forceinline__ void prefetch_l2(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
+// `bytes` from `global` on into L2; both are multiples of 16. One instruction of one thread, where prefetch_l2 takes a
+// sector. Nothing before Hopper.
+__device__ __forceinline__ void prefetch_bulk_l2(const void* global, uint32_t bytes) {
+#if SLICEGPT_ARCH >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes));
+#endif
+}
+
 // Programmatic dependent launch: wait until the kernels before this one are done and their results visible; allow the
 // next kernel to start. Nothing where the architecture has none, or the launch did not ask for it.
 __device__ __forceinline__ void wait_for_previous_kernels() {

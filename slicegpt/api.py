@@ -41,7 +41,7 @@ from slicegpt.checkpoint.record import calibration_record, size_record, slicing_
 from slicegpt.checkpoint.report import SliceReport
 from slicegpt.checkpoint.saving import save_sliced, write_beside_weights
 from slicegpt.checkpoint.stock_model import as_stock
-from slicegpt.conversion.plan import plan_recipe, settled
+from slicegpt.conversion.plan import plan_choices, settled
 from slicegpt.conversion.stock import check_stock
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.evaluation.perplexity import perplexity
@@ -239,7 +239,7 @@ def slice(
         recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch."))
         fields = canonical_fields(dense)
         recipe = settled(recipe, fields, device)
-        config = plan_recipe(recipe, fields, dtype, source=dense.config)
+        config, *others = plan_choices(recipe, fields, dtype, source=dense.config)
         stock = dense.config if recipe.form == STOCK else None
         planned = size_record(config, dtype, stock)
         if stock is not None:
@@ -258,7 +258,9 @@ def slice(
         if not ranks.first:
             # It needs neither the text nor the model that may write some of it, and keeps nothing.
             drawn = ranks.decide(lambda: None)
-            slice_source(dense, config, drawn, options, MemorySink(), progress, reuse=reuse)
+            slice_source(
+                dense, config, drawn, options, MemorySink(), progress, reuse=reuse, alternatives=others
+            )
             return None
         if size == "slice" and recipe.slice and planned["parameters"] >= planned["dense_parameters"]:
             progress.warn(
@@ -287,7 +289,7 @@ def slice(
         warnings = calibration_warnings(figures)
         for warning in warnings:
             progress.warn(warning)
-        config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper, reuse)
+        config, seen = slice_source(dense, config, drawn, options, sink, progress, keeper, reuse, others)
         sliced = sink.finished(dense.generation_config)
         check = None
         if held_out:

@@ -20,6 +20,7 @@ from slicegpt.recipe_rules import (
     FORMER_NAMES,
     POSITIVE,
     Rule,
+    allocation,
     byte_count,
     choice,
     number,
@@ -43,6 +44,8 @@ QUANTIZE = ("int8", "int4")
 # Columns of a weight that share a scale in 4 bits.
 GROUP_SIZES = (32, 64, 128)
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+# How many neurons each layer keeps: by prices (`slicegpt.slicing.plans`), by the refit's objective, or all the same.
+PRICES, OBJECTIVE, UNIFORM = ALLOCATIONS = ("prices", "objective", "uniform")
 
 # The calibration of a run whose documents were handed over as such: no file can name them.
 IN_MEMORY = "documents in memory"
@@ -81,9 +84,11 @@ class Recipe:
         shortcut: "compact" or "dense"; None is compact where the orientation allows it.
         orientation: "aligned", "random" or "pca": the basis inside each subspace; compact shortcuts need aligned ones.
         slice_head: slice the last boundary, which the head reads, too.
-        neurons: fraction of MLP neurons to delete, in [0, 1), or "auto", in step with the columns. None is auto where
-            a true size is asked for (`keep`, `target_bytes`) and the refit is on, else 0.
-        allocate: layers keep more or fewer neurons as deleting them costs; else all the same.
+        neurons: fraction of MLP neurons to delete, in [0, 1), or "auto": as many as the size asks for. None is auto
+            where a true size is asked for (`keep`, `target_bytes`) and the refit is on, else 0.
+        allocate: which layers give them up. "prices": as the logits' loss and the refit's objective say, with as many
+            columns deleted beside them as pay; "objective": as the objective alone says, in step with the columns;
+            "uniform": all the same, and no columns. True and False are former names of "objective" and "uniform".
         kv_groups: key/value groups of attention that every layer keeps, a key/value head with its query heads each, or
             a list with one number a layer; 0: a layer without attention. None: all.
         group_heads: query heads that each of these groups keeps, in every layer or as a list; None: all.
@@ -166,7 +171,16 @@ class Recipe:
             True,
         ),
     )
-    allocate: bool = choice("shape", True, FLAG)
+    allocate: str = choice(
+        "shape",
+        PRICES,
+        Rule(
+            f"one of {', '.join(ALLOCATIONS)}",
+            allocation,
+            f"be one of {', '.join(ALLOCATIONS)}",
+            lambda value: value in ALLOCATIONS,
+        ),
+    )
     kv_groups: int | tuple[int, ...] | None = choice(
         "shape",
         None,
@@ -341,7 +355,11 @@ class Recipe:
             # The paper's percentage is of columns alone; a true size is best reached both ways.
             true_size = self.keep is not None or self.target_bytes is not None
             neurons = AUTO if true_size and self.refit else 0.0
-        allocate = self.allocate and self.form != STOCK
+        allocate = self.allocate
+        if self.form == STOCK:  # its layers are alike
+            allocate = UNIFORM
+        elif self.form != SLICED and allocate == PRICES:  # it has all heads, and widths of its own
+            allocate = OBJECTIVE
         return replace(self, shortcut=shortcut, neurons=neurons, allocate=allocate)
 
     # --- files ---

@@ -87,6 +87,11 @@ def flag(value: Any) -> bool:
     return value
 
 
+def allocation(value: Any) -> str:
+    """A text; former recipes say whether the objective decides."""
+    return {True: "objective", False: "uniform"}[value] if isinstance(value, bool) else text(value)
+
+
 def text(value: Any) -> str:
     if not isinstance(value, str | os.PathLike):
         raise TypeError

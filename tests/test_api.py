@@ -12,7 +12,7 @@ from slicegpt import api
 from slicegpt.calibration import load_sources, sample_sources
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.cli import main
-from slicegpt.conversion.plan import Shape, constant_widths, plan, plan_for_parameters
+from slicegpt.conversion.plan import Shape, choices_for_parameters, constant_widths, plan, plan_for_parameters
 from slicegpt.errors import SliceGPTError
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.families import canonical_fields
@@ -56,9 +56,9 @@ def assert_same_weights(actual, expected):
 def by_hand(folder, text, config_of, options):
     model, tokenizer = load_dense(str(folder))
     drawn = sample_sources(load_sources(str(text)), tokenizer, 8, 32)
-    return slice_model(
-        model, config_of(canonical_fields(model)), drawn.batches, options, None, drawn.held_out
-    )
+    found = config_of(canonical_fields(model))
+    config, *others = found if isinstance(found, list) else [found]
+    return slice_model(model, config, drawn.batches, options, None, drawn.held_out, alternatives=others)
 
 
 HAND_MADE = {
@@ -69,10 +69,10 @@ HAND_MADE = {
     ),
     "keep": (
         {"keep": 0.9},
-        lambda fields: plan_for_parameters(
-            fields, int(0.9 * fields["source_parameters"]), Shape(round_to=4, neurons=None)
+        lambda fields: choices_for_parameters(
+            fields, int(0.9 * fields["source_parameters"]), Shape(round_to=4, neurons=None), "prices"
         ),
-        {},
+        {"allocate": "prices"},
     ),
     "widths": (
         {"widths": [36, 40, 40, 32, 40, 44, 48], "ridge": 0.3, "signal": "normalized", "seed": 42},
@@ -163,7 +163,7 @@ def test_small_text_is_told(folder, text, capsys):
         {"keep": 0.9},
         {"slice": 0.25, "shortcut": "dense", "refit": False, "orientation": "random", "seed": 3},
         {"widths": [36, 40, 40, 32, 40, 44, 48], "dtype": "bfloat16", "vocabulary_prior": 0.1},
-        {"target_bytes": 250e3, "neurons": 0.1, "allocate": False, "refit_share": 0.5, "batch_size": 2},
+        {"target_bytes": 250e3, "neurons": 0.1, "allocate": "uniform", "refit_share": 0.5, "batch_size": 2},
     ],
 )
 def test_a_folder_s_recipe_makes_it_again(folder, text, tmp_path, choices):

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slicegpt.errors import SliceGPTError
-from slicegpt.recipe import AUTO, DTYPES, NAMES, ORIENTATIONS, SIGNALS, SIZES, Recipe
+from slicegpt.recipe import ALLOCATIONS, AUTO, DTYPES, NAMES, ORIENTATIONS, SIGNALS, SIZES, Recipe
 
 below_one = st.floats(0, 1, exclude_max=True)
 above_zero = st.floats(0, 1, exclude_min=True)
@@ -34,7 +34,7 @@ def recipes(draw) -> Recipe:
         "model": draw(st.none() | text),
         "round_to": draw(whole | st.just(AUTO)),
         "slice_head": draw(st.booleans()),
-        "allocate": draw(st.booleans()),
+        "allocate": draw(st.sampled_from(ALLOCATIONS)),
         "signal": draw(st.sampled_from(SIGNALS)),
         "calibration": draw(text),
         "vocabulary_prior": draw(st.floats(0, 1e300)),
@@ -191,7 +191,7 @@ def test_plain_values():
         ({"kv_groups": [2, -1]}, "kv_groups: must be at least 0, and above 0 in one layer, got (2, -1)"),
         ({"kv_groups": 1.5}, "kv_groups: must be a whole number or a list of them, got 1.5"),
         ({"kv_groups": True}, "kv_groups: must be a whole number or a list of them, got True"),
-        ({"allocate": 1}, "allocate: must be true or false, got 1"),
+        ({"allocate": 1}, "allocate: must be one of prices, objective, uniform, got 1"),
         ({"ridge": 0}, "ridge: must be above 0 or auto, got 0.0"),
         ({"calibration": ""}, "calibration: must name a text, got ''"),
         ({"calibration": ["a"]}, "calibration: must be text, got ['a']"),

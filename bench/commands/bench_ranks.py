@@ -96,7 +96,11 @@ def measure(options: argparse.Namespace, ranks: int, output: Path) -> dict:
     return {
         "ranks": ranks,
         "slicing": float(SLICING.search(printed)[1]),
-        **{name: seconds[name] for name in ("allocation", "ridge", "exchange") if name in seconds},
+        **{
+            name: seconds[name]
+            for name in ("allocation", "prices", "trials", "ridge", "exchange")
+            if name in seconds
+        },
         "in all": sum(map(float, STAGES.findall(printed))),
     }
 

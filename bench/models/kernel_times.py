@@ -71,9 +71,7 @@ BYTES_IN_FLIGHT = 32 * 1.5 * 64
 LATENCY = 0.7e-6  # seconds from a load to its value, DRAM under load
 LAUNCH, OVERLAPPED_LAUNCH = 2.0e-6, 0.7e-6  # from a kernel's end to the next one's first byte
 ARRIVALS = 1.5e-6  # adding up splits: a round trip through L2
-FACTOR_STEP = (
-    0.9e-6  # a step of 16 rows of the factor: loads from L2, one behind the other, and their products
-)
+FACTOR_STEP = 0.9e-6  # two rows of loads of the factor from L2, and their products
 ATTENTION = 2.5e-6  # of a short cache: norms, rotation, softmax
 # Of wgmma's int8 rate, which mma.sync reaches on Hopper.
 MMA_SYNC = 0.63
@@ -136,8 +134,8 @@ def decode_seconds(launch: Launch, rows: int, device: Ceilings, overlap: bool = 
     if config.split_k > 1:
         seconds += ARRIVALS
     if isinstance(launch, RotateAddShape) and launch.z_columns and not launch.dense:
-        # Beside what the prefetches bring into L2 meanwhile.
-        steps = -(-launch.z_columns // (16 * warps * config.split_k))
+        # Steps of 16 rows of the factor, two at a time, beside what the prefetches bring into L2 meanwhile.
+        steps = -(-launch.z_columns // (16 * warps * config.split_k * 2))
         fetched = blocks * 4 * config.column_warps * CHUNK_BYTES * config.tile_n
         seconds += max(0.0, steps * FACTOR_STEP - min(fetched, weight_bytes(launch)) / device.copy)
     return seconds

@@ -115,6 +115,7 @@ def slicing_record(
             for entry in report.refit
         ],
         "ridge_search": report.ridge_search,
+        "plans": report.plans,
         "size": size_record(config, options.dtype, stock),
         "asked": asked or {},
         "perplexity": perplexity_record(calibration.get("held_out")),

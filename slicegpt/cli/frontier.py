@@ -8,11 +8,13 @@ from slicegpt.checkpoint.names import check_name
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import AUTO, NAMES, Recipe
 
-from .options import add_device, add_shared, check_device
+from .options import add_device, add_shared, check_device, counts
 
 # Those of `slicegpt.evaluation.frontier_run`, which needs torch.
 METHODS = (
     "ours",
+    "neurons",
+    "in-step",
     "equal",
     "stock",
     "per-layer",
@@ -50,9 +52,10 @@ def add_parser(commands) -> None:
         "--method",
         default="ours,published",
         metavar="NAME,NAME",
-        help="ours, equal (ours, as many neurons in every layer), stock (the stock form), per-layer, stock-untied, "
-        "columns (ours, no neurons deleted), compact (no refit), published (dense shortcuts, untied head), "
-        "sparsegpt-2:4",
+        help="ours, neurons (no columns deleted, shared out by the refit's objective), in-step (columns and neurons "
+        "in step, by the objective), equal (as many neurons in every layer), stock (the stock form), per-layer, "
+        "stock-untied, columns (no neurons deleted), compact (no refit either), published (dense shortcuts, untied "
+        "head), sparsegpt-2:4",
     )
     parser.add_argument(
         "--data",
@@ -61,7 +64,14 @@ def add_parser(commands) -> None:
         help="texts to evaluate on, the calibration's domain first",
     )
     add_shared(parser, "--split")
-    add_shared(parser, "--windows", default=32, help="windows of --seqlen tokens of each text")
+    add_shared(
+        parser,
+        "--windows",
+        type=counts,
+        default=(32,),
+        metavar="N[,N]",
+        help="windows of --seqlen tokens of each text: one number for all of them, or one for each",
+    )
     add_shared(parser, "--round-to")
     parser.add_argument("--output", default="runs/frontier", metavar="DIR", help="folder to write")
     again = parser.add_mutually_exclusive_group()

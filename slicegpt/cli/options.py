@@ -27,6 +27,11 @@ def positive(text: str) -> int:
     return value
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """An argparse type: whole numbers above zero between commas."""
+    return tuple(positive(part) for part in text.split(","))
+
+
 def positive_or_auto(text: str) -> int | str:
     """An argparse type: a whole number above zero, or auto."""
     if text == AUTO:

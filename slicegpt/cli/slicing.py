@@ -11,6 +11,7 @@ from slicegpt.checkpoint.partial import check_partial, interrupted_recipe, what_
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.launcher import launched
 from slicegpt.recipe import (
+    ALLOCATIONS,
     AUTO,
     FORMS,
     GROUP_SIZES,
@@ -20,6 +21,7 @@ from slicegpt.recipe import (
     QUANTIZE,
     SHORTCUT_MODES,
     SIGNALS,
+    UNIFORM,
     Recipe,
 )
 from slicegpt.table import check_writable
@@ -107,13 +109,23 @@ def add_parser(commands) -> None:
         "--neurons",
         type=number_or_auto,
         metavar="F",
-        help="fraction of MLP neurons to delete as well, or auto: in step with the columns (default with --keep and "
+        help="fraction of MLP neurons to delete as well, or auto: what the size asks for (default with --keep and "
         "--target-bytes; else 0)",
     )
     shape.add_argument(
         "--allocate",
-        action=argparse.BooleanOptionalAction,
-        help="layers keep more or fewer neurons as deleting them costs (default), or all the same",
+        choices=ALLOCATIONS,
+        help="which layers give up neurons: by prices, what the logits lose by them, and columns as far as they pay "
+        "(default); by the refit's objective alone; or uniform, all the same",
+    )
+    add_option(
+        shape,
+        "--uniform",
+        former=["--no-allocate"],
+        action="store_const",
+        const=UNIFORM,
+        dest="allocate",
+        help="as many neurons in every layer, and no columns deleted for a true size: --allocate uniform",
     )
     shape.add_argument(
         "--kv-groups",

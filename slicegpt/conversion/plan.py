@@ -17,11 +17,28 @@ from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.families import FAMILIES
 from slicegpt.modeling import SlicedConfig, factor_rank
 from slicegpt.modeling.sizes import stored_bytes, stored_parameters
-from slicegpt.recipe import AUTO, FORMS, ORIENTATIONS, SHORTCUT_MODES, SLICED, STOCK, Recipe
+from slicegpt.recipe import (
+    AUTO,
+    FORMS,
+    OBJECTIVE,
+    ORIENTATIONS,
+    PRICES,
+    SHORTCUT_MODES,
+    SLICED,
+    STOCK,
+    Recipe,
+)
 
-# MLP neurons that are deleted beside columns where a true size is asked for, as fractions of each: about the ratio of
-# the least loss on held-out calibration text, at 90 and at 80 % of SmolLM2-135M's decoder (docs/quality.md).
+# MLP neurons that are deleted beside columns where a true size is asked for and no prices are taken, as fractions of
+# each: about the ratio of the least loss on held-out calibration text, at 90 and at 80 % of SmolLM2-135M's decoder
+# (docs/quality.md).
 NEURONS_TO_COLUMNS = 8.0
+
+# Fractions of the columns that are deleted in the plans whose prices are compared with those of the full width.
+NARROWER = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+
+# Of its neurons a network keeps this fraction at least; a smaller one has fewer columns.
+FEWEST_KEPT = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -343,7 +360,18 @@ def plan_recipe(
     device: torch.device | str = "cpu",
     source: PreTrainedConfig | None = None,
 ) -> SlicedConfig:
-    """The configuration of the sliced model that a recipe asks for.
+    """The first of `plan_choices`."""
+    return plan_choices(recipe, fields, dtype, device, source)[0]
+
+
+def plan_choices(
+    recipe: Recipe,
+    fields: dict,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    source: PreTrainedConfig | None = None,
+) -> list[SlicedConfig]:
+    """The configurations that a recipe leaves open: one, or several of the same size, the widest first.
 
     Args:
         recipe: with a size.
@@ -362,14 +390,14 @@ def plan_recipe(
     weights = WeightFormat.of(recipe)
     count = stored_parameters if recipe.form != STOCK else partial(stock_parameters, source=source)
     with renamed(slice=size, widths=size, target=size):
-        config = _plan_size(recipe, fields, dtype, shape, count)
-    if recipe.untie and (stored := count(config)) >= config.source_parameters:
+        choices = _plan_size(recipe, fields, dtype, shape, count)
+    if recipe.untie and (stored := count(choices[0])) >= choices[0].source_parameters:
         raise SliceGPTError(
             f"with a head of its own the model would store {stored} elements at this size, the dense one stores"
-            f" {config.source_parameters}",
+            f" {choices[0].source_parameters}",
             "untie",
         )
-    return with_quantization(config, weights)
+    return [with_quantization(config, weights) for config in choices]
 
 
 def _plan_size(
@@ -378,28 +406,93 @@ def _plan_size(
     dtype: torch.dtype,
     shape: Shape,
     count: Callable[[SlicedConfig], int],
-) -> SlicedConfig:
-    """`plan_recipe` for the one size that a recipe asks for."""
+) -> list[SlicedConfig]:
+    """`plan_choices` for the one size that a recipe asks for."""
     if recipe.size == "widths":
-        return plan(fields, recipe.widths, shape)
+        return [plan(fields, recipe.widths, shape)]
     if recipe.size == "slice":
         width = width_for_slice(fields["dense_hidden_size"], recipe.slice, width_step(fields, shape))
-        return plan(fields, constant_widths(fields, width, shape.slice_head), shape)
+        return [plan(fields, constant_widths(fields, width, shape.slice_head), shape)]
     if recipe.size == "keep":
-        return plan_for_parameters(fields, int(recipe.keep * fields["source_parameters"]), shape, count)
-    if (weights := WeightFormat.of(recipe)) is not None:
+        target = int(recipe.keep * fields["source_parameters"])
+    elif (weights := WeightFormat.of(recipe)) is not None:
 
         def bytes_of(config: SlicedConfig) -> int:
             return stored_bytes(with_quantization(config, weights), dtype)
 
-        return plan_for_parameters(fields, int(recipe.target_bytes), shape, bytes_of, "bytes")
-    return plan_for_parameters(fields, int(recipe.target_bytes / dtype.itemsize), shape, count)
+        return [plan_for_parameters(fields, int(recipe.target_bytes), shape, bytes_of, "bytes")]
+    else:
+        target = int(recipe.target_bytes / dtype.itemsize)
+    return choices_for_parameters(fields, target, shape, recipe.allocate, count)
 
 
 def width_step(fields: dict, shape: Shape) -> int:
     """What widths are multiples of; transformers' classes ask for whole columns a head, whatever a head's size."""
     step = multiple_of(shape.round_to, fields["dense_hidden_size"], form=shape.form)
     return math.lcm(step, fields["num_attention_heads"]) if shape.form != SLICED else step
+
+
+def choices_for_parameters(
+    fields: dict,
+    target: int,
+    shape: Shape,
+    allocate: str,
+    count: Callable[[SlicedConfig], int] = stored_parameters,
+) -> list[SlicedConfig]:
+    """Configurations that store at most `target` elements, the widest first: what `allocate` chooses from.
+
+    Where the number of neurons is open (`shape.neurons` is None), the full width with fewer neurons is the first
+    choice, and the only one of "uniform"; "prices" compares it with narrower networks. Where the full width does not
+    reach the size, and for "objective", there is the one of `plan_for_parameters`, with columns and neurons in step.
+
+    Args:
+        allocate: as `Recipe.allocate`.
+        count: what is counted.
+    """
+    open_width = shape.form == SLICED and shape.orientation == "aligned" and not shape.slice_head
+    if keeps_its_columns(fields) or shape.neurons is not None or allocate == OBJECTIVE or not open_width:
+        return [plan_for_parameters(fields, target, shape, count)]
+    dense_width, dense = fields["dense_hidden_size"], fields["intermediate_size"]
+    step = multiple_of(shape.round_to, dense_width)
+    # Shared out among the layers they are multiples all the same, and their sum is as large as there is room for.
+    unit = 1 if allocate == PRICES else step
+    fractions = (0.0, *NARROWER) if allocate == PRICES else (0.0,)
+    found: list[SlicedConfig] = []
+    for width in dict.fromkeys(width_for_slice(dense_width, fraction, step) for fraction in fractions):
+        if width < head_dim(fields):
+            break
+        neurons = _most_neurons(fields, width, shape, target, count, unit)
+        # Where shortcuts take more than the columns gave, it is the wider network that has more of both.
+        more = not found or (neurons is not None and neurons > found[-1].intermediate_size)
+        if more and neurons is not None and neurons >= FEWEST_KEPT * dense:
+            found.append(plan(fields, constant_widths(fields, width), shape, neurons))
+        if neurons == dense:  # narrower networks are smaller than asked for
+            break
+    return found or [plan_for_parameters(fields, target, shape, count)]
+
+
+def _most_neurons(
+    fields: dict,
+    width: int,
+    shape: Shape,
+    target: int,
+    count: Callable[[SlicedConfig], int],
+    step: int,
+) -> int | None:
+    """Neurons that a network of one width has room for, a multiple of `step` or all of them; None: for none."""
+    dense, widths = fields["intermediate_size"], constant_widths(fields, width)
+
+    def at(neurons: int) -> int:
+        return count(plan(fields, widths, shape, neurons))
+
+    most, least = at(dense), at(min(step, dense))
+    if most <= target:
+        return dense
+    if least > target:
+        return None
+    # What is stored is linear in the neurons.
+    each = (most - least) // (dense - step)
+    return (step + (target - least) // each) // step * step
 
 
 def plan_for_parameters(

@@ -26,7 +26,7 @@ from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import decoder_parameters, format_bytes, stored_parameters
 from slicegpt.progress import Progress
 from slicegpt.recipe import Recipe
-from slicegpt.slicing import SlicingOptions
+from slicegpt.slicing import Reuse, SlicingOptions
 from slicegpt.slicing.pipeline import slice_drawn
 from slicegpt.table import write_json
 
@@ -111,6 +111,7 @@ class Frontier:
             "texts": [{key: getattr(t, key) for key in ("name", "windows", "sha256")} for t in texts],
             "eval_seqlen": seqlen,
         }
+        self.reuse = Reuse()
         self.points: list[dict] = self._read()
 
     def _read(self) -> list[dict]:
@@ -213,9 +214,13 @@ class Frontier:
         nll = self.measure_on_device(model)
         return self.record("sparsegpt-2:4", "dense", {}, sizes, time.perf_counter() - start, nll)
 
-    def point(self, method: str, config: SlicedConfig) -> dict:
-        """A sliced model's point: sliced and evaluated, or taken from the file."""
-        widths, slicing = describe_widths(config), self.slicing_options(method)
+    def point(self, method: str, choices: Sequence[SlicedConfig]) -> dict:
+        """A sliced model's point: sliced and evaluated, or taken from the file.
+
+        Args:
+            choices: as `plan_point` returns them.
+        """
+        widths, slicing = describe_widths(choices[0]), self.slicing_options(method)
         # Where and in what it runs is no choice of the method.
         machine = ("dtype", "device", "activation_storage", "scratch", "ranks")
         options = {
@@ -227,12 +232,22 @@ class Frontier:
         if found:
             return found
         start = time.perf_counter()
-        sliced, report = slice_drawn(self.model, config, self.calibration, slicing, self.progress)
+        self.reuse.begin(self.model, self.calibration.batches)
+        sliced, report = slice_drawn(
+            self.model,
+            choices[0],
+            self.calibration,
+            slicing,
+            self.progress,
+            self.reuse,
+            choices[1:],
+        )
         with layer_by_layer(sliced, self.device):
             nll = self.measure(sliced)
         neurons = {} if sliced.config.layer_neurons is None else {"neurons": sliced.config.layer_neurons}
         ridge = {"ridge": report.refit[0]["ridge"]} if report.refit else {}
-        sizes = self.sizes(sliced.config) | neurons | ridge
+        plans = {"plans": report.plans} if report.plans else {}
+        sizes = self.sizes(sliced.config) | neurons | ridge | plans
         return self.record(method, widths, options, sizes, time.perf_counter() - start, nll)
 
 
@@ -277,9 +292,9 @@ def run_frontier(
 
     known = len(frontier.points)
     report("dense", frontier.dense(), known)
-    for method, size, config in planned:
+    for method, size, choices in planned:
         known = len(frontier.points)
-        point = frontier.point(method, config) | {"asked": size}
+        point = frontier.point(method, choices) | {"asked": size}
         report(f"{method} {size:g} (width {point['widths']})", point, known)
     if sparsegpt is not None:
         known = len(frontier.points)

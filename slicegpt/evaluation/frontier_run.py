@@ -39,7 +39,7 @@ class FrontierOptions:
         methods: names among `KNOWN_METHODS`.
         basis: what sizes are fractions of, "total" or "decoder".
         split: of a named text to evaluate on.
-        windows: of `recipe.seqlen` tokens, evaluated of each text.
+        windows: of `recipe.seqlen` tokens, evaluated of each text; one number for all of them, or one for each.
         rerun: methods to measure again.
         overwrite: forget all earlier results in the folder.
         sparsegpt_python: interpreter of an environment with llmcompressor; None is this one.
@@ -51,7 +51,7 @@ class FrontierOptions:
     methods: Sequence[str] = ("ours", "published")
     basis: str = "total"
     split: str = "test"
-    windows: int = 32
+    windows: int | Sequence[int] = 32
     rerun: Sequence[str] = ()
     overwrite: bool = False
     sparsegpt_python: str | None = None
@@ -98,6 +98,12 @@ def measure_frontier(
     if SPARSEGPT in methods:
         check_interpreter(python)
     specs = split_names(options.data, "data")
+    windows = [options.windows] if isinstance(options.windows, int) else list(options.windows)
+    windows = windows * len(specs) if len(windows) == 1 else windows
+    if len(windows) != len(specs):
+        raise SliceGPTError(
+            f"must be one number, or one for each of {len(specs)} texts, got {windows}", "windows"
+        )
     with renamed(spec="data"):
         documents = {
             name: load_documents(spec, options.split, recipe.text_column if has_columns(spec) else None)
@@ -119,8 +125,8 @@ def measure_frontier(
     recipe = recipe.override(round_to=multiple)
     with progress.step(f"tokenising {', '.join(documents)}"):
         texts = [
-            cut_text(name, text, tokenizer, recipe.seqlen, options.windows)
-            for name, text in documents.items()
+            cut_text(name, text, tokenizer, recipe.seqlen, count)
+            for (name, text), count in zip(documents.items(), windows, strict=True)
         ]
     for method in methods:  # a size that cannot be reached is told before anything is computed
         for size in sizes if method in METHODS else ():

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from slicegpt.conversion.plan import Shape, constant_widths, plan, plan_for_parameters
+from slicegpt.conversion.plan import Shape, choices_for_parameters, constant_widths, plan
 from slicegpt.conversion.stock_plan import with_own_head
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import decoder_parameters, stored_parameters
-from slicegpt.recipe import AUTO, PER_LAYER, STOCK, Recipe
+from slicegpt.recipe import AUTO, OBJECTIVE, PER_LAYER, STOCK, UNIFORM, Recipe
 
 BASES = {"total": stored_parameters, "decoder": decoder_parameters}
 
@@ -24,11 +24,13 @@ class Method:
         title: for tables and plots.
         choices: of the recipe, in place of the caller's.
         untied: the head is stored apart from the embedding table, both sliced.
+        full_width: no columns are deleted.
     """
 
     title: str
     choices: dict[str, Any] = field(default_factory=dict)
     untied: bool = False
+    full_width: bool = False
 
     def recipe(self, shared: Recipe | None = None) -> Recipe:
         """The method's recipe: the caller's choices, and its own in their place."""
@@ -46,7 +48,9 @@ class Method:
 # from the embeddings of RMSNorm models, too, which changes their function.
 METHODS = {
     "ours": Method("ours", {"neurons": AUTO}),
-    "equal": Method("ours, equal layers", {"neurons": AUTO, "allocate": False}),
+    "neurons": Method("ours, neurons alone", {"neurons": AUTO, "allocate": OBJECTIVE}, full_width=True),
+    "in-step": Method("ours, columns and neurons in step", {"neurons": AUTO, "allocate": OBJECTIVE}),
+    "equal": Method("ours, equal layers", {"neurons": AUTO, "allocate": UNIFORM}),
     "stock": Method("stock form", {"neurons": AUTO, "form": STOCK}),
     "per-layer": Method("stock form, layers differ", {"neurons": AUTO, "form": PER_LAYER}),
     "stock-untied": Method(
@@ -68,8 +72,9 @@ METHODS = {
 }
 
 
-def plan_point(method: Method, fields: dict, size: float, basis: str, round_to: int) -> SlicedConfig:
-    """The widest model of a method that stores at most `size` of the dense model's elements.
+def plan_point(method: Method, fields: dict, size: float, basis: str, round_to: int) -> list[SlicedConfig]:
+    """The models of a method that store at most `size` of the dense model's elements, the widest first; it slices the
+    best of them.
 
     Args:
         size: a fraction of all parameters ("total"), or of the decoder layers' weights ("decoder").
@@ -80,10 +85,11 @@ def plan_point(method: Method, fields: dict, size: float, basis: str, round_to: 
     dense = plan(fields, constant_widths(fields, fields["dense_hidden_size"]))
     count = BASES[basis]
     whole = fields["source_parameters"] if basis == "total" else count(dense)
-    shape = Shape.of(method.recipe(Recipe(round_to=round_to)))
+    recipe = method.recipe(Recipe(round_to=round_to))
+    shape, allocate = Shape.of(recipe), UNIFORM if method.full_width else recipe.allocate
     fields = with_own_head(fields) if method.untied and fields["tie_word_embeddings"] else fields
     with renamed(target="size"):
-        return plan_for_parameters(fields, round(size * whole), shape, count)
+        return choices_for_parameters(fields, round(size * whole), shape, allocate, count)
 
 
 def describe_widths(config: SlicedConfig) -> str:

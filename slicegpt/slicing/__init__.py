@@ -4,9 +4,14 @@ The files, in the order in which a run goes through them:
 
     pipeline     the steps of a run as a recipe has them: text, samples, slicing
     options      how to slice, and what slicing saw
-    driver       `slice_model`, `slice_checkpoint`: allocation, one run of slicing, the choice of λ
+    driver       `slice_model`, `slice_checkpoint`: the plan, one run of slicing, the choice of λ
     sink         where finished tensors go: into memory, or to the disk
-    allocation   how many MLP neurons each layer keeps, by what deleting them costs in the dense model
+    plans        which plan is sliced: how wide, and how many neurons each layer keeps
+      allocation     what deleting neurons costs in the dense model, layer by layer
+      prices         what the logits lose by it, and by fewer columns
+      divergence     of their distributions from the dense model's
+      exchange       the least loss at a size, from costs and prices
+      trials         plans sliced on a part of the text, and measured
     slicer       one run: embedding, block after block, head; a block is collected, fitted, written (`slice_block`)
       streams        the calibration tokens' residual stream between blocks: device, host or disk
       stores             how its tensors come and go while a block runs

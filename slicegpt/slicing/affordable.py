@@ -13,7 +13,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.memory import free_memory
 from slicegpt.hardware.scratch import free_space
 from slicegpt.modeling import SlicedConfig
-from slicegpt.recipe import AUTO, Recipe
+from slicegpt.recipe import AUTO, PRICES, UNIFORM, Recipe
 from slicegpt.slicing.budget import (
     GPU_CONTEXT,
     GPU_LIBRARIES,
@@ -64,7 +64,8 @@ def workload_of(
         teacher,
         ridges=len(objective.ridges) if recipe.refit and recipe.ridge == AUTO else 1,
         windows=HELD_OUT,
-        allocate=recipe.allocate,
+        allocate=recipe.allocate != UNIFORM,
+        prices=recipe.allocate == PRICES,
         storage=activation_storage,
         ranks=ranks,
         on_gpu=on_gpu,

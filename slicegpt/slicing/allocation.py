@@ -1,22 +1,24 @@
-"""How many MLP neurons each layer keeps: fewer where deleting them costs the stream less.
+"""What deleting MLP neurons and key/value groups costs in every layer, and how many each one keeps.
 
 With the same number everywhere, the neurons of one layer cost twenty times what those of another do (docs/quality.md).
-So the dense model's own activations tell, of every layer, by how much the refit's objective rises as its neurons go
-(`neurons.deletions`; a layer's errors count alike, whatever its depth), and they go where a parameter is
-cheapest, until as many parameters are gone as with the planned number everywhere.
+So the tokens pass the dense model once. They tell, of every layer, by how much the refit's objective rises as its
+neurons go (`neurons.deletions`), and, where that is asked for, what the whole model loses at a few points of that curve
+(`slicegpt.slicing.prices`); and both for its key/value groups as well. They then go where a parameter is cheapest
+(`slicegpt.slicing.exchange`), until as many parameters are gone as with the planned number of neurons everywhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate
 
 import torch
 
 from slicegpt.calibration.batches import CalibrationBatch
-from slicegpt.families import Checkpoint
+from slicegpt.families import Checkpoint, Linear
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.blocks import (
@@ -27,14 +29,20 @@ from slicegpt.slicing.blocks import (
     neuron_rows,
     scaled_writers,
 )
+from slicegpt.slicing.covariance import Covariance
+from slicegpt.slicing.divergence import DenseLogits
+from slicegpt.slicing.eigensolver import leading_eigenvectors
+from slicegpt.slicing.exchange import Curve, Structure, exchange, rise_at
 from slicegpt.slicing.keeping import Keeper, Snapshot
+from slicegpt.slicing.levels import levels
+from slicegpt.slicing.moments import Moments
 from slicegpt.slicing.neurons import Equations, deletions
-from slicegpt.slicing.objective import Objective
+from slicegpt.slicing.objective import Objective, Writer
 from slicegpt.slicing.options import SlicingOptions
+from slicegpt.slicing.prices import GROUP_LEVELS, LEVELS, Cut, PriceList, Prices, group_levels
 from slicegpt.slicing.propagation import Propagation, check_finite
 from slicegpt.slicing.refit import make_room
-from slicegpt.slicing.regression import prior_of
-from slicegpt.slicing.reuse import Reuse
+from slicegpt.slicing.regression import fit, prior_of
 
 # The share of the calibration batches that the costs are taken from. They only decide between layers, where they
 # differ by factors.
@@ -47,42 +55,26 @@ FEWEST = 0.25
 POINTS = 24
 
 
-def allocate_neurons(
-    checkpoint: Checkpoint,
-    config: SlicedConfig,
-    batches: Sequence[CalibrationBatch],
-    options: SlicingOptions,
-    objective: Objective,
-    ridge: float,
-    progress: Progress,
-    keeper: Keeper | None = None,
-    reuse: Reuse | None = None,
-) -> SlicedConfig:
-    """`config` with the neurons of its layers shared out anew, in multiples of `options.neuron_multiple`.
+@dataclass
+class Costs:
+    """What deleting neurons costs.
 
-    It stores at most as many parameters as `config`, whose layers have the same number of neurons.
-
-    Args:
-        batches: calibration tokens; the first ones are looked at, `SHARE` of them.
-        objective, ridge: of the refit, and its λ, whose rise the costs are.
-        keeper: keeps what an interrupted run needs to go on, and has what was kept of one.
-        reuse: where the costs are kept for other sizes.
+    Attributes:
+        curves: of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all on.
+        groups: the same of key/value groups, from all of them to none; empty where they were not looked at.
+        prices: what the whole model loses, where it was looked at.
+        dense: the dense model's distributions at the tokens that the prices were taken from.
     """
-    looked_at = batches[: math.ceil(SHARE * len(batches))]
-    keeper = keeper or Keeper()
 
-    def costs() -> list[list[tuple[int, float]]]:
-        return deletion_costs(checkpoint, config, looked_at, options, objective, ridge, progress, keeper)
+    curves: list[Curve] = field(default_factory=list)
+    groups: list[Curve] = field(default_factory=list)
+    prices: PriceList | None = None
+    dense: DenseLogits | None = None
 
-    if reuse is None:
-        curves = costs()
-    else:  # of the size, they depend on how far the curves go alone
-        fewest = fewest_neurons(config, options.neuron_multiple)
-        curves = reuse.value(("deletion costs", fewest, ridge, options.dtype, options.device), costs)
-    neurons = options.ranks.decide(
-        lambda: share_out_neurons(curves, neuron_parameters(config), config, options.neuron_multiple)
-    )
-    return SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
+
+def looked_at(batches: Sequence[CalibrationBatch]) -> Sequence[CalibrationBatch]:
+    """The calibration batches that costs are taken from."""
+    return batches[: math.ceil(SHARE * len(batches))]
 
 
 def deletes_neurons(config: SlicedConfig) -> bool:
@@ -99,10 +91,29 @@ def fewest_neurons(config: SlicedConfig, multiple: int) -> int:
     return min(config.intermediate_size, max(multiple, int(fewest) // multiple * multiple))
 
 
+def gives_groups(config: SlicedConfig) -> bool:
+    """Whether a plan may delete key/value groups: nobody has said how many stay, and no norm is over all of them."""
+    return config.keeps_all_heads and not (config.qk_norm and config.qk_norm_whole)
+
+
+def group_parameters(config: SlicedConfig) -> list[int]:
+    """What a key/value group of each layer stores: rows of the query, key and value projections, columns of the output
+    one; less its share of the constant that stays where all of them go."""
+    query = config.num_attention_heads // config.num_key_value_heads * config.head_dim
+    rows, own = query + 2 * config.head_dim, int(config.attention_bias)
+    found = []
+    for block in blocks_of(config):
+        if "attention" in block.dense_parts:
+            before, after = config.boundary_widths[block.index : block.index + 2]
+            constant = -(-after // config.num_key_value_heads)
+            found.append(rows * (before + own) + query * after - constant)
+    return found
+
+
 def neuron_parameters(config: SlicedConfig) -> list[int]:
     """What a neuron of each layer stores: its rows of the gate and up projections, its column of the down one."""
     reads, own = 2 if config.gated_mlp else 1, int(config.mlp_bias)
-    blocks = [block for block in blocks_of(config) if "mlp" in block.parts]
+    blocks = [block for block in blocks_of(config) if "mlp" in block.dense_parts]
     widths = config.boundary_widths
     return [reads * (widths[block.index] + own) + widths[block.index + 1] for block in blocks]
 
@@ -117,10 +128,20 @@ def deletion_costs(
     ridge: float,
     progress: Progress,
     keeper: Keeper | None = None,
-) -> list[list[tuple[int, float]]]:
-    """Of each layer `[(remaining neurons, rise of the refit's objective so far)]`, from all to `fewest_neurons`.
+    fewest: int | None = None,
+    windows: CalibrationBatch | None = None,
+    widths: Sequence[int] = (),
+) -> Costs:
+    """What deleting neurons costs in every layer, in one pass through the dense model.
 
-    Of several ranks the first alone has them.
+    Args:
+        batches: calibration tokens that are looked at.
+        fewest: neurons that the curves end at; None: `fewest_neurons`.
+        windows: of tokens from which the logits' loss is taken as well, see `slicegpt.slicing.prices`; None: it is not.
+        widths: of the whole network, that are priced by them.
+
+    Returns:
+        The costs; of several ranks the first alone has them.
     """
     dtype = objective.teacher_dtype(options.dtype, options.device)
     propagation = Propagation(
@@ -132,16 +153,29 @@ def deletion_costs(
         scratch=options.scratch,
         ranks=options.ranks,
     )
-    blocks, curves = blocks_of(config), []
+    blocks, found_costs = blocks_of(config), Costs()
+    fewest = fewest_neurons(config, options.neuron_multiple) if fewest is None else fewest
+    priced = None
+    if windows is not None:
+        most = (len(LEVELS) + len(GROUP_LEVELS)) * config.num_hidden_layers + len(widths)
+        priced = Prices(config, windows, most, widths, options, propagation)
     keeper = keeper or Keeper()
     found = keeper.found("allocation")
     done = options.ranks.decide(lambda: None if found is None else found.done)
+    covariance = _covariance(config, options, widths)
     if done is None:
-        propagation.start(checkpoint, None)
-    elif done < len(blocks):
-        propagation.restore(found and found.tensors)
+        propagation.start(checkpoint, covariance)
+        if priced is not None:
+            priced.start(checkpoint)
+            _narrow(priced, covariance, options)
+    else:
+        if priced is not None:
+            priced.restore(found and found.data, found and found.tensors)
+        if done < len(blocks):
+            propagation.restore(found and found.tensors)
     if found is not None:
-        curves = [[tuple(point) for point in curve] for curve in found.data["curves"]]
+        for name in ("curves", "groups"):
+            setattr(found_costs, name, [[tuple(point) for point in curve] for curve in found.data[name]])
     done = done or 0
     stage = progress.stage("neurons: what deleting them costs", len(blocks), "blocks", done=done)
     with stage as advance:
@@ -149,79 +183,171 @@ def deletion_costs(
             layer = checkpoint.layer(block.layer)
             writers = dense_writers(config, block, layer, options.device)
             lifted = dense_block(config, block, layer, writers, dtype, options.device)
-            moments = None
-            if "mlp" in block.parts:
+            moments, fits = None, []
+            has_groups = "attention" in block.dense_parts and priced is not None and gives_groups(config)
+            # What attention without any group leaves is a constant, which a norm behind it would not let through.
+            has_groups = has_groups and lifted.output_norm is None
+            if "mlp" in block.dense_parts or has_groups:
                 moments = propagation.new_moments(lifted, propagation.streams)
-            propagation.collect_dense(block, lifted, objective, moments)
-            writers = scaled_writers(writers, fitted_scale(block, layer, options.device))
-            del layer, lifted  # the output weights are all that the costs need of it
+            ends = block is blocks[-1]
+            covariance = None if ends else _covariance(config, options, widths)
+            propagation.collect_dense(block, lifted, objective, moments, covariance)
+            scale = fitted_scale(block, layer, options.device)
+            writers = scaled_writers(writers, scale)
+            del layer  # the output weights are all that the costs need of it
+            if priced is None:
+                del lifted
             if moments is not None and options.ranks.first:
                 check_finite(moments, block)
                 make_room(moments, options.scratch)
-                equations = partial(objective.normal_equations, moments, ridge, prior_of(writers.values()))
-                fewest = fewest_neurons(config, options.neuron_multiple)
-                curves.append(cost_curve(equations, neuron_rows(writers), fewest))
-            ends = block is blocks[-1]
-            data = {"curves": curves}
+                if "mlp" in block.dense_parts:
+                    wanted = () if priced is None else LEVELS
+                    curve, kept = _neuron_costs(objective, moments, ridge, writers, fewest, wanted)
+                    found_costs.curves.append(curve)
+                    fits += [(Cut("neurons", block.layer, count), fitted) for count, fitted in kept.items()]
+                if has_groups:
+                    curve, kept = _group_costs(config, objective, moments, ridge, writers)
+                    found_costs.groups.append(curve)
+                    fits += [(Cut("groups", block.layer, count), fitted) for count, fitted in kept.items()]
+                fits = [(cut, _unscaled(fitted, scale, options.dtype)) for cut, fitted in fits]
+                del kept
+            if priced is not None:
+                priced.pass_block(block, lifted, options.ranks.decide(lambda fits=fits: fits))
+                del lifted
+            del writers, moments, fits  # one layer's at a time
+            data, tensors = {"curves": found_costs.curves, "groups": found_costs.groups}, {}
+            if priced is not None:
+                if ends:
+                    priced.finish(checkpoint)
+                else:
+                    _narrow(priced, covariance, options)
+                data, tensors = data | priced.data(), priced.tensors()
             with propagation.gathered() as first:
                 if first:
                     streams = None if ends else propagation
-                    keeper.keep(Snapshot("allocation", block.index + 1, data, propagation=streams))
-            del writers, moments  # one layer's at a time
+                    keeper.keep(Snapshot("allocation", block.index + 1, data, tensors, streams))
             advance(1)
-    return curves
+    if priced is not None and options.ranks.first:
+        found_costs.prices, found_costs.dense = priced.prices(), priced.reference(checkpoint)
+    return found_costs
 
 
-def cost_curve(equations: Equations, group: slice, fewest: int) -> list[tuple[int, float]]:
-    """The curve of one layer down to `fewest` neurons; the others as `choose_neurons` takes them."""
+def _unscaled(fitted: Writer, scale: torch.Tensor | None, dtype: torch.dtype) -> Writer:
+    """A fit as the block writes with it, its weight in `dtype`; `scale`: see `scaled_writers`."""
+    if scale is None:
+        return Writer(fitted.weight.to(dtype), fitted.bias)
+    return Writer((fitted.weight / scale).to(dtype), None if fitted.bias is None else fitted.bias / scale)
+
+
+def _neuron_costs(
+    objective: Objective,
+    moments: Moments,
+    ridge: float,
+    writers: Mapping[str, Linear],
+    fewest: int,
+    wanted: Sequence[float],
+) -> tuple[Curve, dict[int, Writer]]:
+    """`cost_curve` of a block's neurons, and the fits at the points next to the fractions `wanted`."""
+    prior = prior_of(writers.values())
+    equations = partial(objective.normal_equations, moments, ridge, prior)
+    curve, kept = cost_curve(equations, neuron_rows(writers), fewest, wanted)
+    return curve, {count: fit(objective, moments, ridge, prior, rows) for count, rows in kept.items()}
+
+
+def _group_costs(
+    config: SlicedConfig,
+    objective: Objective,
+    moments: Moments,
+    ridge: float,
+    writers: Mapping[str, Linear],
+) -> tuple[Curve, dict[int, Writer]]:
+    """The same of its key/value groups, from all of them to none, and the fits at `group_levels`."""
+    groups = config.num_key_value_heads
+    wanted, curve, kept = group_levels(groups), [], {}
+    for level in levels(config, objective, moments, writers, ridge, "attention", range(groups, -1, -1)):
+        curve.append((level.count, level.rise))
+        if level.count in wanted:
+            kept[level.count] = level.writer
+    return curve, kept
+
+
+def _covariance(config: SlicedConfig, options: SlicingOptions, widths: Sequence[int]) -> Covariance | None:
+    if not widths:
+        return None
+    return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
+
+
+def _narrow(priced: Prices, covariance: Covariance | None, options: SlicingOptions) -> None:
+    """Project what is priced for its columns onto a boundary's leading axes."""
+    if covariance is None:
+        return
+    widest = max(priced.widths)
+    priced.narrow(options.ranks.decide(lambda: leading_eigenvectors(covariance.matrix, widest)[1]))
+
+
+def cost_curve(
+    equations: Equations, group: slice, fewest: int, wanted: Sequence[float] = ()
+) -> tuple[Curve, dict[int, torch.Tensor]]:
+    """The curve of one layer down to `fewest` neurons; the others as `choose_neurons` takes them.
+
+    Args:
+        wanted: fractions of the neurons; the rows that stay are asked for at the points of the curve next to them.
+
+    Returns:
+        `[(remaining neurons, rise of the objective so far)]`, and {remaining neurons: rows that stay, int64}.
+    """
     whole = group.stop - group.start
     removable = whole - fewest
     step = max(1, -(-removable // POINTS))
     rounds = [min(step, removable - gone) for gone in range(0, removable, step)]
-    remaining, rise, curve = whole, 0.0, [(whole, 0.0)]
-    for removed, (_, more) in zip(rounds, deletions(equations, group, rounds), strict=True):
+    points = [whole - gone for gone in accumulate(rounds)]
+    nearest = {min(points, key=lambda count: abs(count - part * whole)) for part in wanted if points}
+    remaining, rise, curve, kept = whole, 0.0, [(whole, 0.0)], {}
+    for removed, (rows, more) in zip(rounds, deletions(equations, group, rounds), strict=True):
         remaining, rise = remaining - removed, rise + more.item()
         curve.append((remaining, rise))
-    return curve
+        if remaining in nearest:
+            kept[remaining] = rows
+    return curve, kept
 
 
-def share_out_neurons(
-    curves: Sequence[Sequence[tuple[int, float]]],
-    parameters: Sequence[int],
-    config: SlicedConfig,
-    multiple: int,
-) -> list[int]:
-    """Neurons of each layer: as `config` stores, at the least rise of all objectives together.
-
-    Along a curve the rise of a neuron only grows (what it does not is noise, and smoothed away), so that taking the
-    cheapest step of all, again and again, is best.
+def neuron_structures(
+    curves: Sequence[Sequence[tuple[int, float]]], config: SlicedConfig, multiple: int
+) -> list[Structure]:
+    """What the MLPs of a network of `config`'s widths can give up, in multiples of `multiple`.
 
     Args:
-        curves: of each layer, see `deletion_costs`.
-        parameters: what a neuron of each layer stores.
+        curves: of each layer the loss along its neurons, down to `fewest_neurons` at most.
     """
     whole, fewest = config.dense_intermediate_size, fewest_neurons(config, multiple)
-    choices = [whole, *range((whole - 1) // multiple * multiple, fewest - 1, -multiple)]
-    steps = []
-    for layer, curve in enumerate(curves):
-        highest = 0.0
-        for order, (more, less) in enumerate(pairwise(choices)):
-            cost = (_rise_at(curve, less) - _rise_at(curve, more)) / ((more - less) * parameters[layer])
-            highest = max(highest, cost)
-            steps.append((highest, order, layer, less))
-    neurons = [whole] * len(curves)
-    excess = (whole - config.intermediate_size) * sum(parameters)
-    for _, _, layer, less in sorted(steps):
-        if excess <= 0:
-            break
-        excess -= (neurons[layer] - less) * parameters[layer]
-        neurons[layer] = less
-    return neurons
+    counts = [whole, *range((whole - 1) // multiple * multiple, fewest - 1, -multiple)]
+    return [
+        Structure(counts, [rise_at(curve, count) for count in counts], parameters)
+        for curve, parameters in zip(curves, neuron_parameters(config), strict=True)
+    ]
 
 
-def _rise_at(curve: Sequence[tuple[int, float]], remaining: int) -> float:
-    """The curve at `remaining` neurons, linear between its points."""
-    for (more, lower), (less, higher) in pairwise(curve):
-        if less <= remaining <= more:
-            return lower + (higher - lower) * (more - remaining) / (more - less)
-    raise ValueError(f"remaining must lie in [{curve[-1][0]}, {curve[0][0]}], got {remaining}")
+def group_structures(curves: Sequence[Sequence[tuple[int, float]]], config: SlicedConfig) -> list[Structure]:
+    """What the attention of a network of `config`'s widths can give up.
+
+    All of a layer's groups can go where the width stays whole: elsewhere the basis before a block that is gone would
+    have to be that behind it. The first layer keeps one, for one layer has to.
+
+    Args:
+        curves: of each layer the loss along its key/value groups.
+    """
+    whole = config.num_key_value_heads
+    full_width = set(config.shortcuts) == {"identity"}
+    structures = []
+    for layer, (curve, parameters) in enumerate(zip(curves, group_parameters(config), strict=True)):
+        counts = list(range(whole, -1 if full_width and layer else 0, -1))
+        structures.append(Structure(counts, [rise_at(curve, count) for count in counts], parameters))
+    return structures
+
+
+def share_out(structures: Sequence[Structure], config: SlicedConfig) -> list[int]:
+    """What remains of each structure, so that as many parameters as `config` does are stored, at the least loss of all
+    together."""
+    gone = config.dense_intermediate_size - config.intermediate_size
+    chosen = exchange(structures, gone * sum(neuron_parameters(config)))
+    return [structure.counts[choice] for structure, choice in zip(structures, chosen, strict=True)]

@@ -20,6 +20,7 @@ from slicegpt.slicing.filed_moments import batch_bytes, needs_files
 from slicegpt.slicing.matrices import PANEL_BYTES
 from slicegpt.slicing.neurons import ROUNDS
 from slicegpt.slicing.planned import Budget, PlannedStage
+from slicegpt.slicing.prices import GROUP_LEVELS, LEVELS, TOKENS
 from slicegpt.slicing.workload import Machine, Workload
 
 # What a process has once the package, PyTorch and transformers are imported (Linux, x86-64, PyTorch 2.13's CPU build),
@@ -310,6 +311,13 @@ class _Model:
             self.stage(f"allocation: {what}", streams) for what in ("collecting", "deleting neurons")
         )
         prior = (F64 if self.centred else self.item) * inputs * width
+        if work.prices:
+            networks = (len(LEVELS) + len(GROUP_LEVELS)) * self.config.num_hidden_layers / work.ranks
+            priced = networks * TOKENS * width * self.item
+            place = {"device": self.device, "host": "host", "disk": "disk"}[self.storage]
+            for stage in (collecting, costs):
+                stage.add("priced streams", priced, place)
+            self.add_teacher(costs, block, inputs, plain)
         for stage in (collecting, costs):
             if work.on_gpu or not plain:
                 stage.add("output weights before the fit", prior, self.device)

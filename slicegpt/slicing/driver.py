@@ -11,15 +11,28 @@ from slicegpt.conversion.quantization import with_quantization, without_quantiza
 from slicegpt.families import Checkpoint, checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
 from slicegpt.progress import Progress
-from slicegpt.slicing.allocation import allocate_neurons, deletes_neurons
+from slicegpt.recipe import PRICES, UNIFORM
+from slicegpt.slicing.allocation import deletes_neurons
 from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.options import SlicingOptions, SlicingReport
+from slicegpt.slicing.plans import find_plan
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.ridge import choose_ridge
 from slicegpt.slicing.shared_basis import shared_covariance, shares_basis
 from slicegpt.slicing.sink import MemorySink, Sink
 from slicegpt.slicing.slicer import Slicer
+
+# What one plan has and another one of the same size may not.
+PLANNED = (
+    "boundary_widths",
+    "shortcuts",
+    "embed_projection",
+    "final_norm_weight",
+    "intermediate_size",
+    "layer_neurons",
+    "layer_key_value_heads",
+)
 
 
 def slice_model(
@@ -31,6 +44,7 @@ def slice_model(
     held_out: torch.Tensor | None = None,
     objective: Objective | None = None,
     reuse: Reuse | None = None,
+    alternatives: Sequence[SlicedConfig] = (),
 ) -> tuple[SlicedForCausalLM | None, SlicingReport]:
     """Slice, or only rotate, a dense Hugging Face model that is loaded; what comes out is in memory, too.
 
@@ -47,7 +61,16 @@ def slice_model(
     if reuse is not None:
         reuse.begin(model, batches)
     config, report = slice_checkpoint(
-        checkpoint_of(model), config, sink, batches, options, progress, held_out, objective, reuse=reuse
+        checkpoint_of(model),
+        config,
+        sink,
+        batches,
+        options,
+        progress,
+        held_out,
+        objective,
+        reuse=reuse,
+        alternatives=alternatives,
     )
     return sink.finished(None).shell if (options or SlicingOptions()).ranks.first else None, report
 
@@ -63,6 +86,7 @@ def slice_checkpoint(
     objective: Objective | None = None,
     keeper: Keeper | None = None,
     reuse: Reuse | None = None,
+    alternatives: Sequence[SlicedConfig] = (),
 ) -> tuple[SlicedConfig, SlicingReport]:
     """Slice, or only rotate, a dense model, of which one layer at a time need be in memory.
 
@@ -81,6 +105,8 @@ def slice_checkpoint(
             begins there.
         reuse: what runs at other sizes of the same model, tokens and objective share, see `slicegpt.slicing.reuse`;
             the caller has said which they are (`Reuse.begin`).
+        alternatives: configs of the same size and other widths, one of which is sliced in the place of `config` where
+            `options.allocate` is "prices" and the network that comes of it loses less.
 
     Returns:
         The config of the model that the sink holds, and the report. Of several ranks (`options.ranks`) the first alone
@@ -96,16 +122,23 @@ def slice_checkpoint(
     journal = keeper.journal
     ridges = objective.ridges if options.ridge is None else (options.ridge,)
     equal = config.layer_neurons is None
-    if equal and deletes_neurons(config) and options.allocate and options.refit and len(batches):
-        neurons = options.ranks.decide(lambda: journal.get("neurons"))
-        if neurons is None:
-            began = time.perf_counter()
-            allocated = allocate_neurons(
-                checkpoint, config, batches, options, objective, ridges[0], progress, keeper, reuse
+    if equal and deletes_neurons(config) and options.allocate != UNIFORM and options.refit and len(batches):
+        shape = options.ranks.decide(lambda: journal.get("plan"))
+        if shape is None:
+            plans = find_plan(
+                checkpoint,
+                [config, *map(without_quantization, alternatives)],
+                batches,
+                options,
+                objective,
+                ridges[0],
+                progress,
+                keeper,
+                reuse,
             )
-            neurons = allocated.neurons
-            keeper.note(neurons=neurons, allocation=time.perf_counter() - began)
-        config = SlicedConfig.from_dict(config.to_dict() | {"layer_neurons": neurons})
+            shape = {name: getattr(plans[0].config, name) for name in PLANNED}
+            keeper.note(plan=shape, plans=[plan.record() for plan in plans])
+        config = SlicedConfig.from_dict(config.to_dict() | shape)
 
     shared, seconds = None, 0.0
     if shares_basis(config) and options.ranks.decide(lambda: keeper.found("slicing") is None):
@@ -128,8 +161,11 @@ def slice_checkpoint(
         )
         report.seconds["ridge"] = time.perf_counter() - began
     sink.choose(ridge)
-    if "allocation" in journal:
-        report.seconds["allocation"] = journal["allocation"]
+    costs = "prices" if options.allocate == PRICES else "allocation"
+    for stage, seconds in ((costs, "costs_seconds"), ("trials", "trials_seconds")):
+        if seconds in journal:
+            report.seconds[stage] = journal[seconds]
+    report.plans = journal.get("plans", [])
     report.refit = [
         {"block": block, "ridge": ridge, "remaining": remaining[ridge]}
         for block, remaining in slicer.remaining

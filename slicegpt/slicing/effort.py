@@ -10,6 +10,7 @@ A multiplication and an addition are two operations.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import gram_
 from slicegpt.slicing.allocation import FEWEST, SHARE
 from slicegpt.slicing.blocks import blocks_of
+from slicegpt.slicing.divergence import EVERY
+from slicegpt.slicing.plans import EXPONENTS
+from slicegpt.slicing.prices import GROUP_LEVELS, LEVELS, TOKENS
 from slicegpt.slicing.workload import Workload
 
 KINDS = ("half", "fp64", "gram", "solver")
@@ -121,6 +125,9 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
     effort, width = Effort(), config.dense_hidden_size
     fitted = work.fitted_tokens
     deletes = min(config.neurons) < config.dense_intermediate_size
+    allocation = "prices" if work.prices else "allocation"
+    if deletes and work.share and work.prices:
+        add_prices(effort, config, work)
     for block in blocks_of(config):
         before, after = config.boundary_widths[block.index : block.index + 2]
         rows, columns = block_shape(config, block.parts)
@@ -147,11 +154,11 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
             if gone:
                 effort.add("refit", "fp64", selection(inputs, width, gone))
             if deletes and work.allocate:
-                effort.add("allocation", "half", SHARE * work.tokens * teacher)
+                effort.add(allocation, "half", SHARE * work.tokens * teacher)
                 if "mlp" in block.parts:
                     removed = round((1 - FEWEST) * config.dense_intermediate_size)
-                    effort.add("allocation", "half", SHARE * work.tokens * moments)
-                    effort.add("allocation", "fp64", selection(own, width, removed))
+                    effort.add(allocation, "half", SHARE * work.tokens * moments)
+                    effort.add(allocation, "fp64", selection(own, width, removed))
         lifting = 4 * width * before
         effort.add(
             "signals", "half", work.tokens * (lifting + 2 * before * rows + 2 * width * columns + attention)
@@ -165,6 +172,25 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
         head = config.vocab_size * width
         effort.add("ridge", "half", work.ridges * work.windows * work.seqlen * 2 * (layers + head))
     return effort
+
+
+def add_prices(effort: Effort, config: SlicedConfig, work: Workload) -> None:
+    """The priced windows' way through the networks that are cut, half of the layers on average, and the plans that are
+    sliced on a part of the text: of these the passes and the fits, as of the run itself."""
+    width, layers = config.dense_hidden_size, config.num_hidden_layers
+    weights = sum(width * sum(block_shape(config, block.dense_parts)) for block in blocks_of(config))
+    networks = (len(LEVELS) + len(GROUP_LEVELS)) * layers
+    passes = networks * TOKENS * weights / 2
+    logits = (networks + 2) * (TOKENS / EVERY) * config.vocab_size * width
+    effort.add("prices", "half", 2 * (passes + logits) / work.ranks)
+    tokens = math.ceil(SHARE * work.tokens)
+    for block in blocks_of(config):
+        rows, columns = block_shape(config, block.dense_parts)
+        moments = columns * columns + 2 * columns * width
+        effort.add("trials", "half", len(EXPONENTS) * tokens * (2 * 2 * width * (rows + columns) + moments))
+        gone = config.dense_intermediate_size - config.neurons[block.layer] if "mlp" in block.parts else 0
+        fits = solving(columns - gone, width) + (selection(columns, width, gone) if gone else 0)
+        effort.add("trials", "fp64", len(EXPONENTS) * fits)
 
 
 def block_shape(config: SlicedConfig, parts: tuple[str, ...]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ a ridge regression over the full width, before the basis of the next boundary is
 of `Objective`: the target `t`, the weights `w` of the tokens, the penalty `λ g²` and what it draws towards, the
 candidates of λ, and the dtype of the dense model's blocks. What follows from them is elsewhere: the sums over the
 tokens (`slicegpt.slicing.moments`), the solution (`slicegpt.slicing.regression`), which MLP neurons are deleted
-(`slicegpt.slicing.neurons`), and how many of each layer (`slicegpt.slicing.allocation`).
+(`slicegpt.slicing.neurons`), and how many of each layer (`slicegpt.slicing.plans`).
 """
 
 from __future__ import annotations

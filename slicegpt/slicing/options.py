@@ -10,7 +10,8 @@ import torch
 from slicegpt.conversion.quantization import WeightFormat
 from slicegpt.errors import SliceGPTError
 from slicegpt.hardware.ranks import Ranks
-from slicegpt.recipe import AUTO, ORIENTATIONS, SIGNALS, STOCK, Recipe
+from slicegpt.recipe import ALLOCATIONS, AUTO, OBJECTIVE, ORIENTATIONS, SIGNALS, Recipe
+from slicegpt.recipe_rules import allocation
 from slicegpt.slicing.streams import STORAGES
 
 
@@ -32,7 +33,8 @@ class SlicingOptions:
         refit: every block's output weights are fitted to the dense model's stream, see `slicegpt.slicing.objective`.
         ridge: its λ; None: of `Objective.ridges` the one that loses least on held-out windows.
         allocate: where a config deletes the same number of neurons everywhere, each layer gives up as many as its
-            costs call for (`slicegpt.slicing.allocation`); False keeps that number.
+            costs call for: by "prices" (`slicegpt.slicing.plans`) or by the "objective" alone
+            (`slicegpt.slicing.allocation`); "uniform" keeps that number.
         neuron_multiple: those numbers are multiples of it.
         fitted: the share of the calibration batches that it fits to; the covariances are of all of them.
         weights: store them in 8 or 4 bits, see `slicegpt.slicing.quantizing`; None: in `dtype`.
@@ -50,17 +52,19 @@ class SlicingOptions:
     refit: bool = True
     ridge: float | None = None
     fitted: float = 1.0
-    allocate: bool = True
+    allocate: str = OBJECTIVE
     neuron_multiple: int = 64
     scratch: Path | None = None
     ranks: Ranks = field(default_factory=Ranks)
     weights: WeightFormat | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "allocate", allocation(self.allocate))  # former callers say True or False
         for name, value, allowed in (
             ("orientation", self.orientation, ORIENTATIONS),
             ("signal", self.signal, SIGNALS),
             ("activation_storage", self.activation_storage, STORAGES),
+            ("allocate", self.allocate, ALLOCATIONS),
         ):
             if value not in allowed:
                 raise SliceGPTError(f"must be one of {', '.join(allowed)}, got {value!r}", name)
@@ -95,7 +99,7 @@ class SlicingOptions:
             refit=recipe.refit,
             ridge=None if recipe.ridge == AUTO else recipe.ridge,
             fitted=recipe.refit_share,
-            allocate=recipe.allocate and recipe.form != STOCK,
+            allocate=recipe.resolved().allocate,
             neuron_multiple=recipe.round_to,
             scratch=scratch,
             ranks=ranks or Ranks(),
@@ -114,6 +118,7 @@ class SlicingReport:
         refit: for each refitted block `{"block", "ridge", "remaining"}`: its index, λ, and the fraction of its squared
             error before the fit that remains (None where there was none to speak of).
         ridge_search: where λ was chosen, the held-out loss of each candidate, in nats a token.
+        plans: where plans were compared, the best one first, see `slicegpt.slicing.plans.Plan.record`.
     """
 
     tokens: int = 0
@@ -121,3 +126,4 @@ class SlicingReport:
     eigenvalues: list[list[float] | None] = field(default_factory=list)
     refit: list[dict] = field(default_factory=list)
     ridge_search: dict[float, float] | None = None
+    plans: list[dict] = field(default_factory=list)

@@ -1,13 +1,14 @@
 """The steps of a slicing run as a recipe has them: `slicegpt.api.slice` takes all of them, others the ones they need.
 
 sources = calibration_sources(recipe)                                  text; nothing is loaded yet
-config = plan_recipe(recipe, canonical_fields(model), model.dtype)     slicegpt.conversion.plan
+config, *others = plan_choices(recipe, canonical_fields(model), model.dtype)     slicegpt.conversion.plan
 drawn = draw_samples(recipe, sources, model, tokenizer, device)        tokens
-sliced, report = slice_drawn(model, config, drawn, SlicingOptions.of(recipe, model.dtype, device))
+options = SlicingOptions.of(recipe, model.dtype, device)
+sliced, report = slice_drawn(model, config, drawn, options, alternatives=others)
 
 or, of a model that is read from its files a layer at a time, and with tensors that go where the sink puts them,
 
-config, report = slice_source(source, config, drawn, SlicingOptions.of(recipe, source.dtype, device), sink)
+config, report = slice_source(source, config, drawn, options, sink, alternatives=others)
 """
 
 from collections.abc import Sequence
@@ -76,12 +77,22 @@ def slice_drawn(
     options: SlicingOptions,
     progress: Progress | None = None,
     reuse: Reuse | None = None,
+    alternatives: Sequence[SlicedConfig] = (),
 ) -> tuple[SlicedForCausalLM | None, SlicingReport]:
     """Slice by drawn samples; the held-out windows among them choose the refit's λ. See `slice_model`.
 
     The sliced model generates as the dense one does: it gets the same generation config.
     """
-    sliced, report = slice_model(model, config, drawn.batches, options, progress, drawn.held_out, reuse=reuse)
+    sliced, report = slice_model(
+        model,
+        config,
+        drawn.batches,
+        options,
+        progress,
+        drawn.held_out,
+        reuse=reuse,
+        alternatives=alternatives,
+    )
     if sliced is not None and model.generation_config is not None:
         sliced.generation_config = model.generation_config
     return sliced, report
@@ -96,11 +107,21 @@ def slice_source(
     progress: Progress | None = None,
     keeper: Keeper | None = None,
     reuse: Reuse | None = None,
+    alternatives: Sequence[SlicedConfig] = (),
 ) -> tuple[SlicedConfig, SlicingReport]:
     """As `slice_drawn`, of a model that need not be in memory; see `slice_checkpoint`."""
     if reuse is not None:
         reuse.begin(source.shell if source.in_memory else source, drawn.batches)
     checkpoint = checkpoint_of(source)
     return slice_checkpoint(
-        checkpoint, config, sink, drawn.batches, options, progress, drawn.held_out, keeper=keeper, reuse=reuse
+        checkpoint,
+        config,
+        sink,
+        drawn.batches,
+        options,
+        progress,
+        drawn.held_out,
+        keeper=keeper,
+        reuse=reuse,
+        alternatives=alternatives,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -88,6 +88,7 @@ class Propagation:
         # Shapes of the ids of all ranks' batches, by which a snapshot has them.
         shapes = [tuple(batch.input_ids.shape) for batch in batches]
         self.shapes = {"streams": shapes, "dense_streams": shapes[:fitted]}
+        self.others: dict[str, MutableSequence[torch.Tensor]] = {}
         fitted_batches, batches = self.ranks.deal(batches[:fitted]), self.ranks.deal(batches)
         tokens = sum(batch.input_ids.numel() for batch in [*batches, *fitted_batches])
         stream_bytes = tokens * config.dense_hidden_size * dtype.itemsize
@@ -104,7 +105,7 @@ class Propagation:
     def start(self, checkpoint: Checkpoint, covariance: Covariance | None) -> None:
         """Fill the streams before the first block."""
         table = checkpoint.embedding.to(self.device)
-        for index, stream in self._embedded(checkpoint, lambda ids: table[ids]):
+        for index, stream in self._embeddings(checkpoint, lambda ids: table[ids]):
             if covariance is not None:
                 covariance.add(stream, self.streams.batches[index].attention_mask)
             self.streams[index] = stream
@@ -118,25 +119,38 @@ class Propagation:
         Args:
             lookup: rows of the table, at full width, of token ids on the device.
         """
-        for index, stream in self._embedded(checkpoint, lookup):
+        for index, stream in self._embeddings(checkpoint, lookup):
             self.streams[index] = stream
 
-    def _embedded(
+    def _embeddings(
         self, checkpoint: Checkpoint, lookup: Callable[[torch.Tensor], torch.Tensor]
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Number and stream of every batch before the first block."""
-        positions = checkpoint.positions
-        positions = None if positions is None else positions.to(self.device)
         for index, batch in enumerate(self.streams.batches):
-            stream = lookup(batch.input_ids)
-            if positions is not None:
-                ids = self.shell.default_position_ids(stream, batch.attention_mask, 0)
-                stream = stream + positions[ids + self.config.position_offset]
-            if checkpoint.family.mean_subtraction:
-                stream = centre(stream, True)
-            yield index, stream.to(self.dtype)
+            yield index, self._embedded(checkpoint, lookup, batch)
+
+    def embedded(self, checkpoint: Checkpoint, batch: TokenBatch) -> torch.Tensor:
+        """The stream of other tokens before the first block."""
+        table = checkpoint.embedding.to(self.device)
+        return self._embedded(checkpoint, lambda ids: table[ids], batch)
+
+    def _embedded(
+        self, checkpoint: Checkpoint, lookup: Callable[[torch.Tensor], torch.Tensor], batch: TokenBatch
+    ) -> torch.Tensor:
+        stream, positions = lookup(batch.input_ids), checkpoint.positions
+        if positions is not None:
+            ids = self.shell.default_position_ids(stream, batch.attention_mask, 0)
+            stream = stream + positions.to(self.device)[ids + self.config.position_offset]
+        if checkpoint.family.mean_subtraction:
+            stream = centre(stream, True)
+        return stream.to(self.dtype)
 
     # --- what a snapshot of a run holds of it ---
+
+    def include(self, kind: str, streams: MutableSequence[torch.Tensor]) -> None:
+        """Snapshots also hold `streams`, which are dealt out among the ranks like batches: number i is that of place
+        `i // size` on rank `i % size`. `shapes[kind]` lists those that there are, as windows and tokens."""
+        self.others[kind], self.shapes[kind] = streams, []
 
     def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Names, dtypes and shapes of all streams: they are numbered by batches, whoever has them."""
@@ -193,8 +207,9 @@ class Propagation:
             for index, shape in enumerate(shapes):
                 yield kind, index, (*shape, width)
 
-    def _own(self, kind: str) -> Streams:
-        return self.streams if kind == "streams" else self.dense_streams
+    def _own(self, kind: str) -> Streams | MutableSequence[torch.Tensor]:
+        own = {"streams": self.streams, "dense_streams": self.dense_streams}
+        return own[kind] if kind in own else self.others[kind]
 
     def inputs(self, block: Block, stream: torch.Tensor, batch: TokenBatch) -> dict:
         """Attention mask and positions, as the block's attention takes them."""
@@ -331,7 +346,7 @@ class Propagation:
         moments: Moments | None,
         covariance: Covariance | None = None,
     ) -> None:
-        """Bring every batch past the dense model's block, and add it to the moments of what it writes, or to the
+        """Bring every batch past the dense model's block, and add it to the moments of what it writes and to the
         covariance of the stream that comes out."""
         joined = None if moments is None else JoinedBatches(moments)
         for index, batch, stream in self.streams:

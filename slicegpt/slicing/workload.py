@@ -19,6 +19,7 @@ class Workload:
         ridges: candidates of λ.
         windows: held-out windows that choose λ.
         allocate: whether the neurons are shared out by a pass through the dense model before.
+        prices: whether that pass takes prices as well, and plans are measured after it.
         storage: "auto", "device", "host" or "disk", of the streams.
         ranks: processes that share the samples, one device each.
         on_gpu: whether there are devices beside the host.
@@ -36,6 +37,7 @@ class Workload:
     ridges: int = 3
     windows: int = 4
     allocate: bool = True
+    prices: bool = False
     storage: str = "auto"
     ranks: int = 1
     on_gpu: bool = False

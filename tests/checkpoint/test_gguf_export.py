@@ -31,7 +31,7 @@ def folder_of(path, case, tokenizer, sliced=None, **changes):
         width, neurons, groups = sliced
         fields, shape = canonical_fields(model), Shape(form="per-layer", round_to=4)
         config = plan(fields, constant_widths(fields, width, True), shape, neurons, groups)
-        options = SlicingOptions(ridge=0.3, allocate=False)
+        options = SlicingOptions(ridge=0.3, allocate="uniform")
         model, _ = slice_model(model, config, batches(2), options)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -32,8 +32,9 @@ class Alive:
         self.now -= size
 
 
-def test_one_layer_at_a_time(tiny_tokenizer, documents, tmp_path, monkeypatch):
-    """Of all that is read, dense or sliced: allocation, slicing, choice of λ and the look at held-out windows."""
+@pytest.mark.parametrize("allocate", ["objective", "prices"])
+def test_one_layer_at_a_time(allocate, tiny_tokenizer, documents, tmp_path, monkeypatch):
+    """Of all that is read, dense or sliced: prices, trials, slicing, choice of λ and the look at held-out windows."""
     folder = save_dense(tmp_path / "dense", tiny_tokenizer, num_hidden_layers=LAYERS)
     text = save_text(tmp_path / "train.txt", documents)
     alive, written, read, write = Alive(), [], FileTensor.read, TensorFiles.write
@@ -50,9 +51,8 @@ def test_one_layer_at_a_time(tiny_tokenizer, documents, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "CPU_PARAMETERS", 1000)  # the model is a large one
     monkeypatch.setattr(FileTensor, "read", noted)
     monkeypatch.setattr(TensorFiles, "write", listed)
-    result = api.slice(
-        folder, keep=0.85, round_to=4, calibration=text, nsamples=16, seqlen=32, output=tmp_path / "out"
-    )
+    choices = {"keep": 0.85, "allocate": allocate, "round_to": 4, "nsamples": 16, "seqlen": 32}
+    result = api.slice(folder, calibration=text, output=tmp_path / "out", **choices)
     record = result.report.record
     assert len(set(record["neurons"])) > 1
     assert record["ridge_search"]
@@ -61,6 +61,6 @@ def test_one_layer_at_a_time(tiny_tokenizer, documents, tmp_path, monkeypatch):
     # The largest part is the head, with the last norm: 512 rows of 48 numbers in float32; a layer has 386 such rows.
     assert alive.most <= 4 * 48 * (512 + 1)
     # Blocks are written in their order, and not at the end.
-    factors = [name for name in written if "attention_shortcut" in name]
-    assert factors == [f"model.layers.{layer}.attention_shortcut.factor" for layer in range(LAYERS)]
-    assert written.index("model.layers.0.self_attn.q_proj.weight") < written.index(factors[1])
+    readers = [name for name in written if name.endswith("self_attn.q_proj.weight")]
+    assert readers == [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(LAYERS)]
+    assert written.index("model.layers.0.mlp.up_proj.weight") < written.index(readers[1])

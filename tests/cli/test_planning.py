@@ -24,7 +24,7 @@ def test_a_shape_without_a_checkpoint(tmp_path, capsys):
     assert plan["peak"]["device"] <= 20e9
     assert plan["rates"]["source"] == "RTX 4090's data sheet, at 60 % of its peaks"
     for text in (
-        "55,088,988,160 of 68,976,648,192 dense",
+        "55,181,312,000 of 68,976,648,192 dense",
         "system or its inverse",
         "The run fits.",
         "An estimate: rates",

@@ -40,7 +40,7 @@ WRITINGS = (
     *("glm", "ernie", "granite4", "hunyuan", "apertus", "helium"),
 )
 NARROW = ("llama-tied", "qwen3-tied", "phi3-window", "gemma", "granite-tied", "glm", "hunyuan", "apertus")
-OPTIONS = SlicingOptions(dtype=torch.float64, ridge=0.3, allocate=False)
+OPTIONS = SlicingOptions(dtype=torch.float64, ridge=0.3, allocate="uniform")
 
 
 def stock_pair(model, fields, width, neurons, groups=None):

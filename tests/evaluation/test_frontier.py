@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_what_published_stores(folder):
     """Counted by hand: sliced table, dense shortcuts behind every block, an untied head as wide as the model."""
     model, _ = load_dense(str(folder))
     fields = canonical_fields(model)
-    config = plan_point(METHODS["published"], fields, 0.95, "decoder", 4)
+    (config,) = plan_point(METHODS["published"], fields, 0.95, "decoder", 4)
     width, dense, vocabulary = config.boundary_widths[0], fields["dense_hidden_size"], fields["vocab_size"]
     assert width % 8 == 0  # its own rounding, not the caller's
     layers, mlp = fields["num_hidden_layers"], fields["intermediate_size"]
@@ -101,16 +102,27 @@ def test_untied_is_the_same_network(family):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_widest_that_fits(folder, basis, method):
     fields = canonical_fields(load_dense(str(folder))[0])
-    config = plan_point(METHODS[method], fields, 0.8, basis, 4)
+    config, *narrower = plan_point(METHODS[method], fields, 0.8, basis, 4)
     count = BASES[basis]
     dense = plan(fields, constant_widths(fields, fields["dense_hidden_size"]))
     limit = 0.8 * (fields["source_parameters"] if basis == "total" else count(dense))
     step = METHODS[method].round_to or 4
     own = with_own_head(fields) if METHODS[method].untied else fields
-    wider = plan(
-        own, constant_widths(own, config.boundary_widths[0] + step), Shape.of(METHODS[method].recipe())
-    )
-    assert count(config) <= limit + 0.5 < count(wider)
+    width, shape = config.boundary_widths[0], Shape.of(METHODS[method].recipe())
+    if width == own["dense_hidden_size"]:  # at full width, as many neurons as fit
+        step = 1 if method == "ours" else step  # they are multiples once they are shared out
+        larger = plan(own, constant_widths(own, width), shape, config.intermediate_size + step)
+    else:  # of a stock form half of the neurons go before a column does
+        stock = shape.form != "sliced"
+        fewest = own["intermediate_size"] // 2 if stock else None
+        larger = plan(own, constant_widths(own, width + step, stock), shape, fewest)
+    assert count(config) <= limit + 0.5 < count(larger)
+    # Narrower choices of the same size keep more neurons.
+    assert (len(narrower) > 0) == (method == "ours")
+    for more, less in pairwise([config, *narrower]):
+        assert more.boundary_widths[0] > less.boundary_widths[0]
+        assert more.intermediate_size < less.intermediate_size
+        assert limit - 3 * 3 * 48 < count(less) <= limit + 0.5  # a neuron of every layer
 
 
 def test_cut_text_evaluates_the_same_windows(tiny_tokenizer, documents):
@@ -129,7 +141,7 @@ def test_points_are_what_slicing_and_evaluating_give(folder, text, tmp_path, cap
     assert "about 0 min left" in capsys.readouterr().err
     model, tokenizer = load_dense(str(folder))
     batches = sample_batches(load_documents(str(text)), tokenizer, 8, 32)
-    config = plan_point(METHODS["compact"], canonical_fields(model), 0.85, "total", 4)
+    (config,) = plan_point(METHODS["compact"], canonical_fields(model), 0.85, "total", 4)
     sliced, _ = slice_model(model, config, batches, SlicingOptions(refit=False))
     expected = perplexity(sliced, tokenizer, load_documents("python-reference", "test"), 32, 4, 3)
     point = points[2]
@@ -197,9 +209,10 @@ def test_table_and_ratio():
         (
             "--method",
             "theirs",
-            "--method: must be among ours, equal, columns, compact, published, sparsegpt-2:4, got 'theirs'",
+            "--method: must be among ours, neurons, in-step, equal, columns, compact, published, sparsegpt-2:4, got",
         ),
         ("--data", "python-reference,", "--data: every name must be given once"),
+        ("--windows", "3,2,1", r"--windows: must be one number, or one for each of 2 texts, got \[3, 2, 1\]"),
         ("--sizes", "0.01", "--sizes: .* cannot be reached"),
     ],
 )
@@ -228,7 +241,9 @@ def test_comparison_at_the_published_sizes(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_frontier, "TARGETS", {("decoder", 0.9): (0.5, 0.1)})
     size = bench_frontier.published_size(fields, 0.9, "decoder")
     assert abs(size - 0.9) < 0.1
-    configs = {name: plan_point(METHODS[name], fields, size, "decoder", 4) for name in ("published", "ours")}
+    configs = {
+        name: plan_point(METHODS[name], fields, size, "decoder", 4)[0] for name in ("published", "ours")
+    }
     assert decoder_parameters(configs["ours"]) <= decoder_parameters(configs["published"])
     losses = {"dense": (1.0, 2.0), "published": (3.0, 4.0), "ours": (1.5, 2.5)}
     points = [

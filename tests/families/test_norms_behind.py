@@ -31,7 +31,7 @@ def test_the_refit_is_a_ridge_regression_before_the_norm(case):
     Written out in float64, in the stream's own terms; both sides solve systems of condition 1e3 to 1e-13.
     """
     model = tiny_model(case)
-    dense, small = to_canonical(model), without_neurons(model, allocate=False)
+    dense, small = to_canonical(model), without_neurons(model, allocate="uniform")
     layer, ids = dense.model.layers[0], torch.cat([batch.input_ids for batch in batches()])
     seen = {}
     layer.mlp.down_proj.register_forward_hook(lambda _, inputs, out: seen.update(a=inputs[0], y=out))

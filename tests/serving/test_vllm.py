@@ -268,7 +268,7 @@ def test_the_stock_form_runs_on_classes_of_vllm(tmp_path):
         config = plan(fields, constant_widths(fields, width, True), shape, neurons)
         ids = torch.randint(3, 96, (16, 32), generator=torch.Generator().manual_seed(0))
         calibration = [CalibrationBatch(ids, torch.ones_like(ids))]
-        sliced, _ = slice_model(model, config, calibration, SlicingOptions(allocate=False))
+        sliced, _ = slice_model(model, config, calibration, SlicingOptions(allocate="uniform"))
         stock = load_stock(stock_of(source_of(sliced), checkpoint_of(model)), torch.float32, None)
         folders[name] = tmp_path / name
         stock.save_pretrained(folders[name])

@@ -16,13 +16,15 @@ from slicegpt.families import canonical_fields, checkpoint_of
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import describe_neurons, stored_parameters
 from slicegpt.progress import Progress
+from slicegpt.recipe import ALLOCATIONS, UNIFORM
 from slicegpt.runtime import Runtime
 from slicegpt.slicing import Objective, SlicingOptions, slice_model
 from slicegpt.slicing.allocation import (
     deletion_costs,
     fewest_neurons,
     neuron_parameters,
-    share_out_neurons,
+    neuron_structures,
+    share_out,
 )
 
 CASES = ["llama", "llama-tied", "llama-biased", "mistral-window", "qwen3-tied", "opt", "phi"]
@@ -46,7 +48,7 @@ def test_costs_are_those_of_the_regressions(case, judge):
     remaining neurons, from Hugging Face's own activations. OPT's has biases, whose intercept is fitted along."""
     model, config, calibration = tiny_model(case), planned(case), batches(8)
     silent = Progress(quiet=True)
-    curve = deletion_costs(checkpoint_of(model), config, calibration, options(), judge, 0.1, silent)[0]
+    curve = deletion_costs(checkpoint_of(model), config, calibration, options(), judge, 0.1, silent).curves[0]
     assert curve[0] == (80, 0.0)
     assert curve[-1][0] == fewest_neurons(config, 4) == 20
 
@@ -96,13 +98,13 @@ def test_costs_are_those_of_the_regressions(case, judge):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("case", ["llama", "opt", "phi"])
 def test_shares_are_the_best_of_all(case, seed):
-    """Convex curves: no other choice of as few parameters has a lower sum of rises."""
+    """Convex curves: no other choice that stores as few parameters has a lower sum of rises."""
     config, generator = planned(case), torch.Generator().manual_seed(seed)
     config.num_hidden_layers = 3
     parameters = neuron_parameters(config)
     slopes = (torch.rand(3, 1, generator=generator) + 0.1) * torch.rand(3, 16, generator=generator).cumsum(1)
     curves = [[(80 - 4 * step, float(slope[:step].sum())) for step in range(16)] for slope in slopes.double()]
-    chosen = share_out_neurons(curves, parameters, config, 4)
+    chosen = share_out(neuron_structures(curves, config, 4), config)
     budget = config.intermediate_size * sum(parameters)
 
     def rise(neurons) -> float:
@@ -119,14 +121,16 @@ def test_shares_are_the_best_of_all(case, seed):
     assert rise(chosen) == pytest.approx(best)
 
 
-def test_noise_in_a_curve_is_smoothed():
-    """A step that is cheaper than those before it is not taken ahead of them."""
+def test_a_cheap_step_behind_a_dear_one():
+    """Both are taken together where they are cheap together, and neither is where they are not."""
     config = planned("llama")
-    dear = [(80, 0.0), (76, 9.0), (20, 9.1)]
-    cheap = [(80, 0.0), (20, 15.0)]
-    neurons = share_out_neurons([dear, cheap, cheap], neuron_parameters(config), config, 4)
-    assert neurons[0] == 80
-    assert sum(neurons) == 3 * config.intermediate_size
+    other = [(80, 0.0), (20, 15.0)]
+    for rise, all_of_them in ((9.0, True), (30.0, False)):
+        stepped = [(80, 0.0), (76, rise), (20, rise + 0.1)]
+        neurons = share_out(neuron_structures([stepped, other, other], config, 4), config)
+        assert neurons[0] == (20 if all_of_them else 80)
+        gone = 3 * (80 - config.intermediate_size)
+        assert gone <= 3 * 80 - sum(neurons) <= gone + 4  # one step more: the last layer's neurons store more
 
 
 @torch.no_grad()
@@ -157,22 +161,22 @@ def test_layers_that_do_little_give_more():
     ids = torch.cat([batch.input_ids for batch in calibration])
     dense = model(ids).logits
     errors = {}
-    for allocate in (False, True):
+    for allocate in ALLOCATIONS:
         network, _ = slice_model(model, config, calibration, options(allocate=allocate))
         errors[allocate] = relative_error(network(ids).logits, dense)
-        if allocate:
+        if allocate != UNIFORM:
             assert network.config.neurons[1] == fewest_neurons(config, 4)
         else:
             assert network.config.neurons == [config.intermediate_size] * 3
-    assert errors[True] < 0.8 * errors[False]
+    assert max(errors["prices"], errors["objective"]) < 0.8 * errors["uniform"]
 
 
 def test_a_config_must_name_every_layer():
     config = planned("llama").to_dict()
-    for neurons in ([80, 80], [80, 80, 0]):
+    for neurons in ([80, 80], [80, 80, -1]):
         with pytest.raises(
             StrictDataclassClassValidationError,
-            match=r"layer_neurons must hold 3 numbers of at least 1, got \[80, 80",
+            match=r"layer_neurons must hold 3 numbers of at least 0, got \[80, 80",
         ):
             SlicedConfig.from_dict(config | {"layer_neurons": neurons})
     with pytest.raises(StrictDataclassClassValidationError, match="intermediate_size must lie in"):

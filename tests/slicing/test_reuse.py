@@ -6,7 +6,7 @@ from support.tiny_models import tiny_model
 
 import slicegpt.slicing.propagation
 from slicegpt import api
-from slicegpt.slicing import Reuse, allocation, reuse
+from slicegpt.slicing import Reuse, plans, reuse
 
 pytestmark = pytest.mark.filterwarnings("ignore:the calibration text is small")
 
@@ -22,7 +22,7 @@ def model(tiny_tokenizer):
 def counts(monkeypatch):
     """How often each of the shared things was computed."""
     found = {"costs": 0, "streams": 0}
-    costs = allocation.deletion_costs
+    costs = plans.deletion_costs
     made = Reuse.stream
 
     def counted_costs(*arguments):
@@ -36,7 +36,7 @@ def counts(monkeypatch):
 
         return made(self, key, counted)
 
-    monkeypatch.setattr(allocation, "deletion_costs", counted_costs)
+    monkeypatch.setattr(plans, "deletion_costs", counted_costs)
     monkeypatch.setattr(slicegpt.slicing.propagation.Reuse, "stream", counted_stream)
     return found
 

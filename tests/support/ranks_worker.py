@@ -32,7 +32,12 @@ def slice_together(ranks: Ranks):
     config = plan(fields, constant_widths(fields, 36, False), Shape(kv_groups=(1, 2, 0)))
     config = type(config).from_dict(config.to_dict() | {"intermediate_size": 48})
     options = SlicingOptions(
-        dtype=torch.float64, ranks=ranks, neuron_multiple=8, vocabulary_prior=0.5, fitted=0.7
+        dtype=torch.float64,
+        ranks=ranks,
+        neuron_multiple=8,
+        vocabulary_prior=0.5,
+        fitted=0.7,
+        allocate="prices",
     )
     return slice_model(model, config, calibration(), options, held_out=token_ids(3, 16, 99))
 

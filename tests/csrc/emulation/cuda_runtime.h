@@ -21,6 +21,8 @@
 #include <memory>
 #include <vector>
 
+#include "guarded_shared.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -118,7 +120,7 @@ struct Block {
     dim3 index;
     Barrier barrier;
     int running = 0;  // threads that have not ended
-    std::vector<unsigned char> shared;
+    GuardedBytes shared;
 };
 
 inline dim3 grid, block;
@@ -220,6 +222,8 @@ inline void run_cluster(int size) {
         if (left && !progressed) fail("deadlock: threads wait at different barriers");
     }
     current = nullptr;
+    for (const Block& one : cluster)
+        if (!one.shared.intact()) fail("a write beyond the end of shared memory");
     if (cluster_ended) cluster_ended();
 }
 
