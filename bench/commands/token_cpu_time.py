@@ -16,7 +16,6 @@ from slicegpt.bench.harness.record import Record
 from slicegpt.bench.harness.timing import quantiles
 from slicegpt.bench.models.engines import benchmark_cases, chosen_engines, start_decoder
 from slicegpt.bench.models.networks import choose_networks
-from slicegpt.cli.benchmark_options import names
 
 ENGINES = "fused,fused-int8,fused-int4,llama-cpp"
 
@@ -24,8 +23,8 @@ ENGINES = "fused,fused-int8,fused-int4,llama-cpp"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a dense model or a sliced folder")
-    parser.add_argument("--gguf", type=names, default=[], help="files of the dense model for llama.cpp")
-    parser.add_argument("--engines", type=names, default=ENGINES.split(","))
+    parser.add_argument("--gguf", type=_names, default=[], help="files of the dense model for llama.cpp")
+    parser.add_argument("--engines", type=_names, default=ENGINES.split(","))
     parser.add_argument(
         "--prompt", type=int, default=64, help="tokens of the prompt, read once before it is timed"
     )
@@ -73,6 +72,10 @@ def main() -> None:
     record.save(rows=rows)
     record.finish()
     print_summary(record.content)
+
+
+def _names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
 
 
 def _milliseconds(run) -> float:
