@@ -251,7 +251,9 @@ class Propagation:
             self.advance(self.ranks.stands_for(index, self.fitted))
             with self.stage("signals"):
                 carried, activations = lifted.activations(stream, **inputs)
-                target = objective.target(after, carried)
+                # Behind a norm a block writes what the dense one does: making up for errors of the stream as well,
+                # which the norm would scale along, more than doubled the perplexity (docs/quality.md).
+                target = objective.target(after, carried if lifted.output_norm is None else dense)
             with self.stage("refit"):
                 size = lifted.output_size(activations)
                 self.add_moments(joined, objective, batch, activations, target, dense, after, size)
