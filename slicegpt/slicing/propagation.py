@@ -253,9 +253,9 @@ class Propagation:
                 carried, activations = lifted.activations(stream, **inputs)
                 # Behind a norm a block writes what the dense one does: making up for errors of the stream as well,
                 # which the norm would scale along, more than doubled the perplexity (docs/quality.md).
-                target = objective.target(after, carried if lifted.output_norm is None else dense)
-            with self.stage("refit"):
                 size = lifted.output_size(activations)
+                target = objective.target(after, carried if size is None else dense)
+            with self.stage("refit"):
                 self.add_moments(joined, objective, batch, activations, target, dense, after, size)
             if keep:
                 kept.append(spilled(activations, self.scratch) if filed else activations)
