@@ -12,7 +12,7 @@ from slicegpt.ops.contracts import block_sums_of_squares, sumsq_dtype
 from slicegpt.runtime import pack
 from slicegpt.runtime.cache import GrowingStep, KVCache
 from slicegpt.runtime.executor import Executor
-from slicegpt.runtime.packing import PackedBlock, Projection
+from slicegpt.runtime.packed import PackedBlock, Projection
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ the Python class around it, which copies them.
 
 import ctypes
 import os
+import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -102,11 +103,8 @@ class LlamaCppDecoder(GreedyDecoder):
         self.context = c.llama_init_from_model(self.model, parameters)
         if not self.context:
             raise RuntimeError("llama.cpp could not make a context")
+        weakref.finalize(self, c.llama_free, self.context)
         self.token = (c.llama_token * 1)(5)
-
-    def __del__(self):
-        if getattr(self, "context", None):
-            self.c.llama_free(self.context)
 
     @property
     def tokens(self) -> Tensor:

@@ -4,6 +4,8 @@
 
 // Columns of an output that are finished together: their products stay in the first-level cache for the epilogue.
 constexpr int kBlock = 64;
+// Rows that are packed at a time where there are many: their memory is then bounded.
+constexpr int64_t kRowsAtOnce = 256;
 
 // The tokens that a thread works on, and its number among those that share them.
 struct Part {
@@ -23,7 +25,7 @@ struct RowProduct {
     static constexpr bool kQuantized = false;
 
     static Part part(int64_t tokens, int thread, int threads) { return {{0, tokens}, thread, threads}; }
-    static int64_t tokens_at_once(int64_t tokens, int64_t) { return tokens; }
+    static int64_t tokens_at_once(int64_t tokens, int64_t) { return least(tokens, kRowsAtOnce); }
     static int64_t columns_at_once(int64_t) { return kBlock; }
     static int64_t packed_floats(int64_t tokens, int64_t K) { return tokens * packed_size<V>(K); }
     static int64_t sums_floats(int64_t tokens, int64_t block) { return tokens * block; }

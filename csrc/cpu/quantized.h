@@ -14,11 +14,14 @@ constexpr float kLargestItem = 32767.0f;
 inline int64_t whole_panels(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows * kPanelRows; }
 
 // The formats of weights: how many bytes a panel has for a block, what is subtracted of each code where no zero points
-// say, and the products of a block with TOKENS rows that are `stride` items apart.
+// say, the products of a block with TOKENS rows that are `stride` items apart, and how a line further on is fetched:
+// GB/s of one thread of an AMD EPYC 7003, 8192 bytes ahead into the second-level cache / 1024 into the first: 16.5 /
+// 18.4 with 8 bits, 18.9 / 17.6 with 4; without 16.0 and 13.8.
 
 // [16 pairs of items][row][item of a pair], signed bytes.
 struct Int8 {
     static constexpr int kBlockBytes = kPanelRows * kBlockItems, kOffset = 0;
+    static void prefetch(const uint8_t* p) { __builtin_prefetch(p + 1024, 0, 3); }
     template <int TOKENS>
     static void multiply(const uint8_t* p, const int16_t* x, int64_t stride, Sums (&sums)[TOKENS]) {
         for (int pair = 0; pair < kBlockItems / 2; ++pair) {
@@ -32,6 +35,7 @@ struct Int8 {
 // [4 times 8 items][row][item of a pair] 16-bit words of four codes of 0 to 15, one of each pair, the first lowest.
 struct Int4 {
     static constexpr int kBlockBytes = kPanelRows * kBlockItems / 2, kOffset = 8;
+    static void prefetch(const uint8_t* p) { __builtin_prefetch(p + 8192, 0, 2); }
     template <int TOKENS>
     static void multiply(const uint8_t* p, const int16_t* x, int64_t stride, Sums (&sums)[TOKENS]) {
         for (int eight = 0; eight < kBlockItems / 8; ++eight) {
@@ -144,8 +148,7 @@ inline void multiply_panel(const Quantized& w, int64_t panel, const PackedRows& 
             for (Vec& part : one) part = Vec::zero();
         for (; block < end; ++block, data += Format::kBlockBytes) {
             if (kPrefetch)
-                for (int line = 0; line < Format::kBlockBytes; line += 64)
-                    __builtin_prefetch(data + kPrefetch + line, 0, 2);
+                for (int line = 0; line < Format::kBlockBytes; line += 64) Format::prefetch(data + line);
             Sums sums[TOKENS];
             for (int t = 0; t < TOKENS; ++t) sums[t] = Sums::all(-offset * x.sum(first + t, block));
             Format::template multiply<TOKENS>(data, items + block * kBlockItems, stride, sums);

@@ -15,7 +15,7 @@ from slicegpt.modeling import SlicedConfig
 from slicegpt.ops import decode_attention_
 from slicegpt.ops.torch_attention import attention_states, one_query_attention
 from slicegpt.runtime.attention import capped_attention, causal_mask, prompt_attention
-from slicegpt.runtime.packing import PackedAttention
+from slicegpt.runtime.packed import PackedAttention
 
 
 @dataclass(frozen=True)

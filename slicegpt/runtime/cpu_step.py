@@ -11,7 +11,7 @@ from slicegpt.ops.contracts import NormLinearInputs, norm_linear_columns
 from slicegpt.ops.cpu import gemm
 from slicegpt.ops.panels import PanelWeight
 from slicegpt.runtime.cache import KVCache
-from slicegpt.runtime.packing import PackedBlock, PackedNetwork
+from slicegpt.runtime.packed import PackedBlock, PackedNetwork
 
 
 class CpuStep:

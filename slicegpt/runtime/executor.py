@@ -15,7 +15,7 @@ from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
 from slicegpt.runtime.cache import CacheStep
 from slicegpt.runtime.experts import PackedMixture, add_experts, shared_factor
-from slicegpt.runtime.packing import PackedAttention, PackedBlock, PackedNetwork, Projection
+from slicegpt.runtime.packed import PackedAttention, PackedBlock, PackedNetwork, Projection
 
 
 def _norm_linear_on_cpu(*arguments) -> Tensor:

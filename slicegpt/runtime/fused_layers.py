@@ -14,7 +14,8 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedForCausalLM
 from slicegpt.modeling.layers import Constant, SlicedAttention
 from slicegpt.runtime.executor import add_normed, row_scale
-from slicegpt.runtime.packing import PackedBlock, check_one_device, pack_layer, weight_reader
+from slicegpt.runtime.packed import PackedBlock
+from slicegpt.runtime.packing import check_one_device, pack_layer, weight_reader
 
 
 @torch.no_grad()

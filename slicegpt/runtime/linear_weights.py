@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slicegpt.modeling.quantized import QuantizedWeight
 from slicegpt.ops.panels import COLUMNS, PanelWeight
 
 
@@ -36,7 +37,7 @@ class Codes:
 
 def stored_codes(module: nn.Module, table: bool = False) -> Codes | None:
     """What a layer or table stores with 8 or 4 bits; None where it stores plain numbers."""
-    if not hasattr(module, "weight_packed"):
+    if not isinstance(module, QuantizedWeight):
         return None
     return Codes(module.codes(), module.weight_scale.detach(), module.zero_points(), module.bits)
 

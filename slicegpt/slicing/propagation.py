@@ -249,9 +249,11 @@ class Propagation:
             self.advance(self.ranks.stands_for(index, self.fitted))
             with self.stage("signals"):
                 carried, activations = lifted.activations(stream, **inputs)
-                target = objective.target(after, carried)
-            with self.stage("refit"):
+                # Behind a norm a block writes what the dense one does: making up for errors of the stream as well,
+                # which the norm would scale along, more than doubled the perplexity (docs/quality.md).
                 size = lifted.output_size(activations)
+                target = objective.target(after, carried if size is None else dense)
+            with self.stage("refit"):
                 self.add_moments(joined, objective, batch, activations, target, dense, after, size)
             if keep:
                 kept.append(spilled(activations, self.scratch) if filed else activations)

@@ -308,6 +308,7 @@ def test_the_kernels_are_chosen_for_a_few_rows(monkeypatch, amx, foreign_mkl):
     monkeypatch.setattr(gemm, "_has_tiles", lambda: amx == "here")
     monkeypatch.setattr(gemm, "_torch_has_amx", lambda: amx != "nowhere")
     monkeypatch.setattr(gemm, "_has_foreign_mkl", lambda: foreign_mkl)
+    monkeypatch.setattr(gemm, "_has_only_avx2", lambda: False)
     for op in ("norm_linear", "rotate_add"):
         find = GemmDispatcher(op).find
         for dtype in gemm.DTYPES:
@@ -321,6 +322,10 @@ def test_the_kernels_are_chosen_for_a_few_rows(monkeypatch, amx, foreign_mkl):
             other = "torch" if dtype is torch.float16 else "cpu-epilogue"
             assert find("auto", None, dtype, most + 1) == other
         assert find("auto", None, torch.float64, 1) == "torch"
+        monkeypatch.setattr(gemm, "_has_only_avx2", lambda: True)
+        assert find("auto", None, torch.bfloat16, 1 << 20) == "cpu"
+        assert find("auto", None, torch.float16, 33) == "torch"
+        monkeypatch.setattr(gemm, "_has_only_avx2", lambda: False)
 
 
 def test_without_the_module(monkeypatch):

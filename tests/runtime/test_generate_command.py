@@ -9,6 +9,7 @@ from support.tiny_models import tiny_model
 from slicegpt.cli import main
 from slicegpt.cli.answering import Printer
 from slicegpt.errors import SliceGPTError
+from slicegpt.ops.cpu import extension
 from slicegpt.runtime import Runtime
 
 
@@ -126,6 +127,15 @@ def test_sampling_follows_the_seed(folder, tmp_path, capsys):
         for seed in ("1", "1", "2")
     ]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
+def test_rounded_weights_are_named(folder, tmp_path, capsys):
+    rounded, _ = generate(folder, tmp_path, capsys, "--weights", "int8")
+    assert rounded["engine"] == "runtime, fused decoder, float32, 8-bit weights on cpu"
+    arguments = ["generate", str(folder), "--prompt", "x", "--weights", "int4", "--runtime", "plain"]
+    assert main(arguments) == 2
+    assert "--weights: needs the runtime, and --runtime is plain" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(folder, capsys):

@@ -30,6 +30,9 @@ MOST_ROWS_BESIDE_FOREIGN_MKL = 256
 # In bfloat16 with matrix tiles (AMX): with any number that was measured, 4 to 512 rows in 0.55 to 0.9 of the time of
 # unfused torch (medians, bench/results/cpu/rotation.json).
 MOST_ROWS_IN_TILES = sys.maxsize
+# Where a processor has nothing beyond AVX2 the library's bfloat16 products are slow: [256, 896] x [896, 2048] takes it
+# 98 ms of one thread of an AMD EPYC 7003, and these kernels 18; with 64 rows 25 and 5.
+MOST_ROWS_BESIDE_AVX2 = sys.maxsize
 # Where the library has them and these kernels do not: measured with one thread at [rows, 2048] x [2048, 11008], 5.5 ms
 # against 4.9 here with 4 rows, 5.3 against 6.6 with 8.
 MOST_ROWS_BESIDE_AMX = 4
@@ -49,6 +52,8 @@ def most_rows(dtype: torch.dtype) -> int:
     """Up to how many rows the kernels are faster than torch's library on this processor."""
     if dtype is torch.bfloat16 and _has_tiles():
         return MOST_ROWS_IN_TILES
+    if dtype is torch.bfloat16 and _has_only_avx2():
+        return MOST_ROWS_BESIDE_AVX2
     if dtype is torch.bfloat16 and _torch_has_amx():
         return MOST_ROWS_BESIDE_AMX
     return MOST_ROWS_BESIDE_FOREIGN_MKL if dtype is torch.float32 and _has_foreign_mkl() else MOST_ROWS
@@ -56,12 +61,17 @@ def most_rows(dtype: torch.dtype) -> int:
 
 def rows_text(limit: int) -> str:
     """A limit of `most_rows` in words: at most 32 rows."""
-    return "any number of rows" if limit == MOST_ROWS_IN_TILES else f"at most {limit} rows"
+    return "any number of rows" if limit == sys.maxsize else f"at most {limit} rows"
 
 
 @lru_cache
 def _has_foreign_mkl() -> bool:
     return torch.backends.mkl.is_available() and extension.is_available() and not extension.module.is_intel()
+
+
+@lru_cache
+def _has_only_avx2() -> bool:
+    return extension.is_available() and extension.instruction_sets()[0] == "avx2"
 
 
 def _has_tiles() -> bool:
@@ -137,7 +147,7 @@ def norm_linear_arguments(inputs: NormLinearInputs, y: Tensor):
         inputs.gated,
         inputs.divisor,
         inputs.eps,
-        quantized,
+        *quantized,
     )
 
 
@@ -169,15 +179,15 @@ def rotate_add_arguments(
         a.shape[1],
         h.shape[1],
         weight.shape[0],
-        quantized,
-        0 if quantized is None else weight.columns,
+        *quantized,
+        *([weight.columns] if quantized else []),
     )
 
 
 def _parts(weight: Tensor | PanelWeight):
-    """The dense part of a weight, or None, and csrc/cpu/decode.h's `Quantized` of the other, or None."""
+    """The dense part of a weight, or None, and the arguments that say what the other one is; none for a tensor."""
     if not isinstance(weight, PanelWeight):
-        return weight, None
+        return weight, ()
     quantized = extension.module.Quantized(
         weight.codes.data_ptr(),
         weight.scales.data_ptr(),
@@ -188,7 +198,7 @@ def _parts(weight: Tensor | PanelWeight):
         weight.groups,
         weight.group_blocks,
     )
-    return weight.rest, quantized
+    return weight.rest, (quantized,)
 
 
 def attention_arguments(

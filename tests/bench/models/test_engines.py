@@ -96,7 +96,7 @@ def test_llama_cpp_chooses_the_tokens_of_the_model(tmp_path, tiny_networks, tiny
     model = network.huggingface()
     file = str(write_gguf(tmp_path / "m.gguf", model, tiny_tokenizer))
     (engine,) = chosen_engines(["llama-cpp"], [file])
-    decoder, plain = engine.start(network, 1, 20), chosen_engines(["plain"])[0].start(network, 1, 20)
+    decoder, plain = engine.start(network, 1, 20), chosen_engines(["hf"])[0].start(network, 1, 20)
     ids = torch.arange(5)[None] + 7
     for one in (decoder, plain):
         one.prompt(ids)
