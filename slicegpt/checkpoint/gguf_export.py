@@ -251,6 +251,8 @@ def architecture_of(config: SlicedConfig, name: str) -> str:
         refuse("layers without rotary positions")
     if config.query_scaling is not None:
         refuse("queries that grow with their position")
+    if config.attention_sinks:
+        refuse("attention sinks that this export writes")
     if config.post_norm or config.qk_norm_whole or config.layer_rope_parameters is not None:
         refuse(
             "norms behind blocks, norms over all heads or rotary settings of a layer's own that this export writes"

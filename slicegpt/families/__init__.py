@@ -28,7 +28,7 @@ from .gemma import GEMMA, GEMMA2, GEMMA3
 from .glm import ERNIE, GLM, GLM4, HELIUM
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
-from .granite import GRANITE, GRANITE4
+from .granite import GRANITE, GRANITE4, GRANITE_SWA
 from .hunyuan import HUNYUAN
 from .llama import LLAMA
 from .llama_layouts import EXAONE, INTERNLM3, IQUEST_CODER, SEED_OSS
@@ -108,6 +108,7 @@ FAMILIES = {
         OLMO3,
         EXAONE4,
         GLM4,
+        GRANITE_SWA,
         MIXTRAL,
         QWEN2_MOE,
         QWEN3_MOE,

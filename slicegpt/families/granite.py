@@ -1,6 +1,7 @@
 """Granite: Llama's layout with four factors: on the embedding, on what blocks write, on scores and on logits.
 
-Granite 4's dense models have gate and up in one matrix, and the larger ones no positions at all.
+Granite 4's dense models have gate and up in one matrix, and the larger ones no positions at all. Granite-SWA has
+windows, attention sinks and a rotary base of each layer's own.
 """
 
 import math
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig
 from slicegpt.errors import SliceGPTError
 
 from .base import DenseLayer, Norm, StockForm, head_dim_of
+from .checks import layer_rotary_facts
 from .llama import LLAMA, LLAMA_LAYER, llama_facts
 from .rewriting import fuse_gate, scale_linear, scale_norm, scale_writers, split_rows
 
@@ -79,6 +81,27 @@ def granite4_facts(config: PreTrainedConfig) -> dict:
     return facts if config.position_embedding_type == "rope" else facts | {"position_embedding": "none"}
 
 
+def granite_swa_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a Granite-SWA config determines; a base of 0 stands for no rotary positions."""
+    bases, rope = config.layer_rope_theta[: config.num_hidden_layers], dict(config.rope_parameters)
+    turned = [base for base in bases if base]
+    facts = granite_facts(config) | {
+        "sliding_window": config.sliding_window,
+        "layer_types": list(config.layer_types),
+        "attention_sinks": True,
+    }
+    if len(bases) < config.num_hidden_layers or not all(0 <= base < math.inf for base in bases):
+        raise SliceGPTError(
+            f"granite_swa: layer_rope_theta must hold {config.num_hidden_layers} numbers of at least 0, one a layer,"
+            f" got {bases}"
+        )
+    if not turned:
+        return facts | {"position_embedding": "none"}
+    settings = [rope | {"rope_theta": base or turned[0]} for base in bases]
+    facts |= layer_rotary_facts(config, head_dim_of(config), settings)
+    return facts | {"no_rope_layers": [int(bool(base)) for base in bases]}
+
+
 def split_shared_mlp(layer: DenseLayer, config: PreTrainedConfig) -> DenseLayer:
     """Gate and up lie one below the other in one matrix; then as `fold_factors`."""
     gate, up = split_rows(layer.up, config.shared_intermediate_size, config.shared_intermediate_size)
@@ -105,4 +128,11 @@ GRANITE4 = replace(
     stock=StockForm(
         neurons="shared_intermediate_size", fields=without_factors, restore_layer=join_shared_mlp
     ),
+)
+GRANITE_SWA = replace(
+    GRANITE,
+    model_type="granite_swa",
+    architectures=("GraniteSWAForCausalLM",),
+    facts=granite_swa_facts,
+    layer=replace(LLAMA_LAYER, q_norm=None, k_norm=None, sinks="self_attn.sinks"),
 )

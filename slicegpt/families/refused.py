@@ -57,7 +57,6 @@ REASONS = {name: reason for reason, names in _KINDS.items() for name in names.sp
     "doge": "its blocks multiply the stream by a learned vector",
     "gemma4_assistant": "it continues the states of another model",
     "gemma4_unified_assistant": "it continues the states of another model",
-    "granite_swa": "its attention has sinks, a learned score that belongs to no token",
     "hrm_text": "it runs its layers several times over",
     "modernbert-decoder": "its embedding is normalised, and its head has layers",
     "persimmon": "it normalises every head by a LayerNorm of its own",

@@ -45,6 +45,8 @@ from transformers import (
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    GraniteSWAConfig,
+    GraniteSWAForCausalLM,
     HeliumConfig,
     HeliumForCausalLM,
     HunYuanDenseV1Config,
@@ -101,6 +103,7 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.cohere2 import modeling_cohere2
 from transformers.models.ernie4_5 import modeling_ernie4_5
 from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.granite_swa import modeling_granite_swa
 
 # Not in transformers 5.19 and older: their cases are left out there.
 ExaoneConfig, InternLM3Config, IQuestCoderConfig = (
@@ -335,6 +338,13 @@ CASES = {
         Exaone4Config,
         GATED | {"head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2},
     ),
+    "granite-swa": (
+        GraniteSWAForCausalLM,
+        GraniteSWAConfig,
+        GATED
+        | GRANITE
+        | {"sliding_window": 5, "layer_rope_theta": [100.0, 0, 1e4], "attn_implementation": "eager"},
+    ),
     "glm4": (Glm4ForCausalLM, Glm4Config, GATED | {"head_dim": 16}),
     "mixtral": (
         MixtralForCausalLM,
@@ -428,7 +438,16 @@ def _capped_attention(
     return (shares @ values).transpose(1, 2), shares
 
 
+def _attention_with_sinks(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+    keys, values = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
+    scores = query @ keys.mT * scaling
+    scores = scores if attention_mask is None else scores + attention_mask
+    share = torch.sigmoid(scores.logsumexp(dim=-1) - module.sinks.view(1, -1, 1))
+    return (scores.softmax(dim=-1) @ values * share[..., None]).transpose(1, 2), None
+
+
 # The same functions for float32 inputs.
+modeling_granite_swa.eager_attention_forward = _attention_with_sinks
 modeling_gemma2.eager_attention_forward = _capped_attention
 modeling_cohere.apply_rotary_pos_emb = modeling_cohere2.apply_rotary_pos_emb = _rotary_of_neighbours
 modeling_ernie4_5.apply_rotary_pos_emb = _ernie_rotary
