@@ -41,7 +41,7 @@ from slicegpt.checkpoint.record import calibration_record, size_record, slicing_
 from slicegpt.checkpoint.report import SliceReport
 from slicegpt.checkpoint.saving import save_sliced, write_beside_weights
 from slicegpt.checkpoint.stock_model import as_stock
-from slicegpt.conversion.plan import plan_choices, settled
+from slicegpt.conversion.size_plan import plan_choices, settled
 from slicegpt.conversion.stock import check_stock
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.evaluation.perplexity import perplexity

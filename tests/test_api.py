@@ -12,7 +12,8 @@ from slicegpt import api
 from slicegpt.calibration import load_sources, sample_sources
 from slicegpt.checkpoint.loading import load_dense
 from slicegpt.cli import main
-from slicegpt.conversion.plan import Shape, choices_for_parameters, constant_widths, plan, plan_for_parameters
+from slicegpt.conversion.plan import Shape, constant_widths, plan
+from slicegpt.conversion.size_plan import choices_for_parameters, plan_for_parameters
 from slicegpt.errors import SliceGPTError
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.families import canonical_fields

@@ -16,7 +16,8 @@ import torch
 
 from slicegpt.bench.harness.record import write_results
 from slicegpt.checkpoint.loading import load_dense
-from slicegpt.conversion.plan import Shape, choices_for_parameters, constant_widths, plan, settled
+from slicegpt.conversion.plan import Shape, constant_widths, plan
+from slicegpt.conversion.size_plan import choices_for_parameters, settled
 from slicegpt.families import canonical_fields, checkpoint_of
 from slicegpt.modeling.sizes import decoder_parameters
 from slicegpt.progress import Progress

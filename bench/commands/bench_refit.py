@@ -15,7 +15,7 @@ from slicegpt.bench.harness.display import print_table, stage_table
 from slicegpt.bench.harness.record import write_results
 from slicegpt.bench.harness.timing import synchronise
 from slicegpt.checkpoint.loading import load_dense
-from slicegpt.conversion.plan import plan_recipe
+from slicegpt.conversion.size_plan import plan_recipe
 from slicegpt.families import canonical_fields
 from slicegpt.progress import Progress
 from slicegpt.recipe import Recipe

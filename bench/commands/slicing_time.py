@@ -19,7 +19,7 @@ from slicegpt.bench.harness.timing import synchronise
 from slicegpt.bench.models.architectures import MODELS, random_dense
 from slicegpt.calibration import CalibrationBatch, load_documents, sample_batches
 from slicegpt.checkpoint.loading import load_dense
-from slicegpt.conversion.plan import plan_recipe, settled
+from slicegpt.conversion.size_plan import plan_recipe, settled
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.hardware.memory import free_memory

@@ -94,7 +94,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
     from slicegpt.bench.models.devices import device_named
     from slicegpt.checkpoint.loading import quiet_transformers
     from slicegpt.checkpoint.record import size_record
-    from slicegpt.conversion.plan import plan_recipe, settled
+    from slicegpt.conversion.size_plan import plan_recipe, settled
     from slicegpt.hardware.devices import find_dtype
     from slicegpt.hardware.memory import memory_limits
     from slicegpt.slicing.affordable import advice, best_budget, this_machine, workload_of

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from slicegpt.conversion.plan import Shape, choices_for_parameters, constant_widths, plan
+from slicegpt.conversion.plan import Shape, constant_widths, plan
+from slicegpt.conversion.size_plan import choices_for_parameters
 from slicegpt.conversion.stock_plan import with_own_head
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.modeling import SlicedConfig

@@ -1,7 +1,7 @@
 """The steps of a slicing run as a recipe has them: `slicegpt.api.slice` takes all of them, others the ones they need.
 
 sources = calibration_sources(recipe)                                  text; nothing is loaded yet
-config, *others = plan_choices(recipe, canonical_fields(model), model.dtype)     slicegpt.conversion.plan
+config, *others = plan_choices(recipe, canonical_fields(model), model.dtype)     slicegpt.conversion.size_plan
 drawn = draw_samples(recipe, sources, model, tokenizer, device)        tokens
 options = SlicingOptions.of(recipe, model.dtype, device)
 sliced, report = slice_drawn(model, config, drawn, options, alternatives=others)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slicegpt.calibration.batches import CalibrationBatch
-from slicegpt.conversion.plan import NARROWER, width_for_slice
+from slicegpt.conversion.plan import width_for_slice
+from slicegpt.conversion.size_plan import NARROWER
 from slicegpt.families import Checkpoint
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress

@@ -5,7 +5,7 @@ import torch
 
 from slicegpt.bench.models.architectures import fields_of
 from slicegpt.conversion.multiples import multiple_of
-from slicegpt.conversion.plan import plan_recipe, settled
+from slicegpt.conversion.size_plan import plan_recipe, settled
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling.sizes import stored_parameters
 from slicegpt.recipe import Recipe

@@ -3,7 +3,8 @@
 import pytest
 from support.tiny_models import tiny_model
 
-from slicegpt.conversion.plan import Shape, constant_widths, plan, plan_for_parameters, width_for_slice
+from slicegpt.conversion.plan import Shape, constant_widths, plan, width_for_slice
+from slicegpt.conversion.size_plan import plan_for_parameters
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.modeling.sizes import stored_parameters

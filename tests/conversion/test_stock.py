@@ -6,7 +6,8 @@ from support.sliced_models import batches
 from support.tiny_models import in_float64, relative_error, tiny_model, token_ids
 
 from slicegpt.checkpoint.stock_model import load_stock, stock_of
-from slicegpt.conversion.plan import Shape, constant_widths, plan, plan_recipe
+from slicegpt.conversion.plan import Shape, constant_widths, plan
+from slicegpt.conversion.size_plan import plan_recipe
 from slicegpt.conversion.stock import check_form, check_stock, stock_parameters
 from slicegpt.conversion.stock_plan import untied
 from slicegpt.errors import SliceGPTError

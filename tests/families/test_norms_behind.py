@@ -5,7 +5,8 @@ import torch
 from support.sliced_models import batches, without_neurons
 from support.tiny_models import NORMS_BEHIND, relative_error, tiny_model, token_ids
 
-from slicegpt.conversion.plan import Shape, constant_widths, plan, plan_for_parameters, plan_recipe
+from slicegpt.conversion.plan import Shape, constant_widths, plan
+from slicegpt.conversion.size_plan import plan_for_parameters, plan_recipe
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.modeling import SlicedForCausalLM

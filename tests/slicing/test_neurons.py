@@ -9,7 +9,8 @@ from support.ridge_regression import in_columns
 from support.sliced_models import batches
 from support.tiny_models import relative_error, tiny_model, token_ids
 
-from slicegpt.conversion.plan import NEURONS_TO_COLUMNS, Shape, constant_widths, plan, plan_for_parameters
+from slicegpt.conversion.plan import NEURONS_TO_COLUMNS, Shape, constant_widths, plan
+from slicegpt.conversion.size_plan import plan_for_parameters
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.modeling.sizes import decoder_parameters, stored_parameters

@@ -6,7 +6,8 @@ from support.sliced_models import batches
 from support.tiny_models import tiny_model
 
 from slicegpt.calibration import CalibrationBatch
-from slicegpt.conversion.plan import Shape, choices_for_parameters
+from slicegpt.conversion.plan import Shape
+from slicegpt.conversion.size_plan import choices_for_parameters
 from slicegpt.families import canonical_fields, checkpoint_of
 from slicegpt.modeling.sizes import stored_parameters
 from slicegpt.progress import Progress

@@ -6,7 +6,8 @@ from support.tiny_models import relative_error
 
 from slicegpt.calibration import load_documents, sample_batches
 from slicegpt.conversion.canonical import build_model
-from slicegpt.conversion.plan import Shape, constant_widths, plan, plan_for_parameters
+from slicegpt.conversion.plan import Shape, constant_widths, plan
+from slicegpt.conversion.size_plan import plan_for_parameters
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.families import canonical_fields
 from slicegpt.modeling.sizes import decoder_parameters, stored_parameters

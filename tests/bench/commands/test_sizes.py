@@ -7,7 +7,7 @@ from support.saved_models import save_dense
 
 from slicegpt import api
 from slicegpt.bench.commands import bench_sizes
-from slicegpt.conversion.plan import plan_recipe
+from slicegpt.conversion.size_plan import plan_recipe
 from slicegpt.families import canonical_fields
 from slicegpt.modeling.sizes import stored_parameters
 from slicegpt.recipe import Recipe
