@@ -31,6 +31,7 @@ from slicegpt.families import Checkpoint, DenseLayer, Linear
 from slicegpt.modeling import SlicedConfig
 from slicegpt.progress import Progress
 from slicegpt.slicing.allocation import deletes_heads, deletes_neurons
+from slicegpt.slicing.bases import Bases
 from slicegpt.slicing.block_state import reader_entries, rounded_entries, writer_entries
 from slicegpt.slicing.blocks import (
     Block,
@@ -44,8 +45,6 @@ from slicegpt.slicing.blocks import (
     remaining_writers,
     scaled_writers,
 )
-from slicegpt.slicing.covariance import Covariance
-from slicegpt.slicing.eigensolver import leading_eigenvectors
 from slicegpt.slicing.keeping import Keeper
 from slicegpt.slicing.mixture_moments import MixtureMoments
 from slicegpt.slicing.mixture_refit import fit_mixture
@@ -57,7 +56,6 @@ from slicegpt.slicing.quantizing import QuantizedWriters, Quantizer, round_table
 from slicegpt.slicing.refit import BlockFits, KeptHeads, fit_block
 from slicegpt.slicing.resuming import Resumed
 from slicegpt.slicing.reuse import Reuse
-from slicegpt.slicing.rotation import align, random_orthogonal
 from slicegpt.slicing.rounds import Rounds
 from slicegpt.slicing.shared_basis import shares_basis
 from slicegpt.slicing.sink import Pieces, Sink
@@ -68,7 +66,7 @@ def fitted_batches(count: int, share: float) -> int:
     return math.ceil(round(share * count, 9))
 
 
-class Slicer(Resumed, Rounds):
+class Slicer(Bases, Resumed, Rounds):
     """One run of slicing; holds what the steps share.
 
     Args:
@@ -153,32 +151,6 @@ class Slicer(Resumed, Rounds):
         with self.stage("exchange"):
             return self.ranks.decide(make)
 
-    # --- bases -------------------------------------------------------------------------------------------------
-
-    def is_fixed(self, boundary: int) -> bool:
-        """The basis is the identity: a tied head reads the stream as the original did; or nothing is sliced."""
-        config = self.config
-        full = config.boundary_widths[boundary] == config.dense_hidden_size
-        tied_end = config.tie_word_embeddings and boundary == config.num_blocks
-        return full and (tied_end or all(kind == "identity" for kind in config.shortcuts))
-
-    def keeps_basis(self, boundary: int) -> bool:
-        """Nothing is left of the block before it but an identity shortcut: the stream keeps its basis."""
-        block = self.blocks[boundary - 1] if boundary else None
-        return block is not None and not block.parts and self.config.shortcuts[block.index] == "identity"
-
-    def needs_covariance(self, boundary: int) -> bool:
-        """Only a sliced boundary has a subspace to choose; in "pca" orientation every free one has a basis to."""
-        if self.shares or self.keeps_basis(boundary):
-            return False
-        sliced = self.config.boundary_widths[boundary] < self.config.dense_hidden_size
-        return sliced or (self.options.orientation == "pca" and not self.is_fixed(boundary))
-
-    def needs_pass(self, block: Block) -> bool:
-        """The calibration tokens pass a block that is refitted, or that a boundary which needs a covariance follows."""
-        following = range(block.index + 1, self.config.num_blocks + 1)
-        return self.refits or any(self.needs_covariance(boundary) for boundary in following)
-
     def passes(self, block: Block) -> int:
         """How many times a calibration batch passes a block, or is read for it, over all batches."""
         if not self.needs_pass(block):
@@ -188,51 +160,6 @@ class Slicer(Resumed, Rounds):
         if self.quantizer is not None:
             rounding = count * (2 if self.needs_covariance(block.index + 1) else 1)
         return count + self.propagation.fitted + rounding
-
-    def choose_basis(
-        self,
-        boundary: int,
-        covariance: Covariance | None,
-        block: Block | None,
-        previous: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The basis [D, d] of the boundary after `block`, and the factor of a compact shortcut that leads there."""
-        if self.keeps_basis(boundary) or (self.shares and previous is not None):
-            self.report.eigenvalues.append(None)
-            return previous, None
-        dense_width, width = self.config.dense_hidden_size, self.config.boundary_widths[boundary]
-        device, orientation = self.options.device, self.options.orientation
-        eigenvalues, vectors = None, torch.eye(dense_width, dtype=torch.float64, device=device)
-        matrix = self.shared if covariance is None else covariance.matrix
-        if covariance is not None:
-            check_finite(covariance, block)
-        if matrix is not None:
-            with self.stage("eigensolver"):
-                eigenvalues, vectors = leading_eigenvectors(matrix, dense_width)
-        self.report.eigenvalues.append(None if eigenvalues is None else eigenvalues.tolist())
-
-        basis, complement = vectors[:, :width], vectors[:, width:]
-        if self.is_fixed(boundary):
-            return basis, None
-        if orientation == "random":
-            return basis @ random_orthogonal(width, self.generator).to(device), None
-        if orientation == "aligned" and previous is not None and previous.shape[1] <= width:
-            with self.stage("rotation"):
-                return align(previous, basis, complement)
-        return basis, None
-
-    def agree_on_basis(self, *arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`choose_basis` on rank 0; the others get the basis, and no factor, which is for the one that stores it."""
-        basis, factor = self.choose_basis(*arguments) if self.ranks.first else (None, None)
-        return self.agreed(lambda: basis), factor
-
-    def new_covariance(self, boundary: int) -> Covariance | None:
-        if not self.needs_covariance(boundary):
-            return None
-        config, options = self.config, self.options
-        if not self.propagation.count:
-            raise SliceGPTError(f"boundary {boundary} needs calibration tokens, got none", "batches")
-        return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
     # --- steps -------------------------------------------------------------------------------------------------
 
