@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from slicegpt.checkpoint.names import check_name
-from slicegpt.recipe import Recipe
+from slicegpt.recipe import OBJECTIVE, Recipe
 from slicegpt.table import check_writable
 
 from .options import add_json, add_shared, positive
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
         nsamples=options.nsamples,
         seqlen=options.seqlen,
         dtype="float32",
+        allocate=OBJECTIVE,  # prices take longer than all the rest of the demo
     )
     recipes = {f"{100 * size:g} %": shared.override(keep=size) for size in options.keep}
     check_name(options.model, "model")
