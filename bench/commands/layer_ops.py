@@ -50,6 +50,18 @@ class LayerRun:
     library: str | None = None
 
 
+# Fields of `SlicedConfig` that have one entry a layer.
+PER_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "layer_neurons",
+    "layer_key_value_heads",
+    "layer_group_heads",
+    "layer_rope_parameters",
+    "no_rope_layers",
+)
+
+
 def one_layer(config: SlicedConfig) -> SlicedConfig:
     """The configuration with one layer, which has the widths and shortcuts of the first, and the smallest head."""
     return first_layers(config, 1)
@@ -58,11 +70,12 @@ def one_layer(config: SlicedConfig) -> SlicedConfig:
 def first_layers(config: SlicedConfig, count: int) -> SlicedConfig:
     """The configuration with the first `count` layers, their widths and shortcuts, and the smallest head."""
     blocks = count if config.parallel_blocks else 2 * count
+    lists = {name: getattr(config, name) for name in PER_LAYER if getattr(config, name) is not None}
     return SlicedConfig(
         **{
             **config.to_dict(),
             "num_hidden_layers": count,
-            "layer_types": config.layer_types[:count],
+            **{name: values[:count] for name, values in lists.items()},
             "boundary_widths": config.boundary_widths[: blocks + 1],
             "shortcuts": config.shortcuts[:blocks],
             "vocab_size": 8,
