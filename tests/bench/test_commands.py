@@ -85,11 +85,14 @@ def test_interrupted_run_keeps_what_it_measured(tiny_folder, tmp_path):
     assert process.returncode == 130, errors
     content = json.loads(file.read_text())
     assert content["complete"] is False
-    assert {row["engine"] for row in content["rows"]} == {"hf", "fused"}
-    assert 0 < content["rows"][0]["tokens"] < 3000
+    # Of the cases that have begun, each: the first round may still be on its way through the others.
+    rows = content["rows"]
+    assert rows
+    assert {row["engine"] for row in rows} <= {"hf", "fused"}
+    assert 0 < rows[0]["tokens"] < 3000
     assert os.path.exists(f"{file}.csv")
     assert "This run is incomplete." in printed
-    assert "interrupted: 3 rows are kept" in errors
+    assert f"interrupted: {len(rows)} row" in errors
     assert "Traceback" not in errors
 
 
