@@ -12,10 +12,10 @@ BLOCK = 3
 write = Propagation.write
 
 
-def write_or_die(self, block, *arguments):
+def write_or_die(self, block, *arguments, **named):
     if block.index == BLOCK and int(os.environ["RANK"]) == RANK:
         os.kill(os.getpid(), SIGNAL)
-    return write(self, block, *arguments)
+    return write(self, block, *arguments, **named)
 
 
 Propagation.write = write_or_die
