@@ -47,7 +47,7 @@ def published_size(fields: dict, nominal: float, basis: str) -> float:
     )
     step = method.round_to
     shape = with_own_head(fields) if fields["tie_word_embeddings"] else fields
-    below = plan_point(method, fields, nominal, basis, step).boundary_widths[0]
+    below = plan_point(method, fields, nominal, basis, step)[0].boundary_widths[0]
     sizes = [
         count(plan(shape, constant_widths(shape, width), Shape.of(method.recipe()))) / whole
         for width in (below, below + step)
