@@ -59,7 +59,7 @@ def compare(content: dict, method: str, fields: dict, round_to: int) -> list[dic
     """A row for every target and text: sizes and perplexities of both methods, the ratio of losses, the target."""
 
     def find(name: str, size: float, basis: str) -> dict | None:
-        widths = describe_widths(plan_point(METHODS[name], fields, size, basis, round_to))
+        widths = describe_widths(plan_point(METHODS[name], fields, size, basis, round_to)[0])
         matches = [p for p in content["points"] if (p["method"], p["widths"]) == (name, widths)]
         return matches[-1] if matches else None
 

@@ -38,7 +38,8 @@ def check_against_loaded(name: object, dtype: torch.dtype | None = None) -> Dens
     assert checkpoint_of(source).tied == checkpoint_of(model).tied
     # The same tensors under the canonical names, and of a model in memory without copies.
     for own, loaded in ((source, model), (source_of(model), model)):
-        theirs, ours = checkpoint_of(loaded).layer(2), checkpoint_of(own).layer(2)
+        last = source.config.num_hidden_layers - 1
+        theirs, ours = checkpoint_of(loaded).layer(last), checkpoint_of(own).layer(last)
         if theirs.mixture is not None:
             theirs, ours = (replace(one, **vars(one.mixture.expert(1))) for one in (theirs, ours))
         assert torch.equal(ours.up.weight, theirs.up.weight)

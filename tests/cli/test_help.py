@@ -78,7 +78,7 @@ OWN = {
     ("slicegpt finetune", "--batch-size"): 1,  # beside gradients and an optimizer
     ("slicegpt finetune", "--seqlen"): 1024,
     ("slicegpt finetune", "--nsamples"): None,  # all of the text
-    ("slicegpt frontier", "--windows"): 32,  # dozens of points
+    ("slicegpt frontier", "--windows"): (32,),  # dozens of points
     ("slicegpt demo", "--nsamples"): 24,  # minutes
     ("slicegpt demo", "--seqlen"): 512,
     ("slicegpt demo", "--windows"): 8,
