@@ -209,7 +209,7 @@ def test_table_and_ratio():
         (
             "--method",
             "theirs",
-            "--method: must be among ours, neurons, in-step, equal, stock, per-layer, stock-untied, columns, compact, published, sparsegpt-2:4, got",
+            "--method: must be among ours, neurons, in-step, equal, stock",
         ),
         ("--data", "python-reference,", "--data: every name must be given once"),
         ("--windows", "3,2,1", r"--windows: must be one number, or one for each of 2 texts, got \[3, 2, 1\]"),
