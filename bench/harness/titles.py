@@ -34,6 +34,11 @@ TITLES = {
     "kernels": "Kernels (pytest-benchmark)",
     "predict": "Prediction",
     "published": "Published figures, predicted",
+    "ceilings": "What the device reaches",
+    "overlap": "Overlapping kernels, bit for bit",
+    "planes": "Residue planes of real activations",
+    "rehearsal": "Rehearsal of the GPU benchmarks",
+    "plans": "Plans of one size",
     "environment": "Environment",
 }
 

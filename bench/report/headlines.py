@@ -290,6 +290,38 @@ def _ranks(content: Mapping) -> list[str]:
     return [f"{ranks} ranks: {times(content['speedup'])} as fast as one with as many threads"]
 
 
+def _ceilings(content: Mapping) -> list[str]:
+    rows = [row for row in content["rows"] if row["value"] is not None]
+    return [f"{row['ceiling']}: {figure(row['value'])} {row['unit']}" for row in rows]
+
+
+def _overlap(content: Mapping) -> list[str]:
+    rows = content["rows"]
+    other = sum(bool(row["differ"] or row["differ without overlap"]) for row in rows)
+    return [f"{other} of {len(rows)} networks gave other bits when they were run again"]
+
+
+def _planes(content: Mapping) -> list[str]:
+    return [
+        f"{row['model']}, {row['signal']}, {row['dtype']}: {figure(row['planes'])} planes, of Gaussians "
+        f"{figure(row['of Gaussians'])}"
+        for row in content["rows"]
+    ]
+
+
+def _rehearsal(content: Mapping) -> list[str]:
+    lost = sum(row["lost"] for row in content["rows"])
+    return [f"{len(content['rows'])} runs of a phase, {lost} finished steps missing from an archive"]
+
+
+def _plans(content: Mapping) -> list[str]:
+    best = {}
+    for row in content["rows"]:
+        if row["size"] not in best or row["measured"] < best[row["size"]]["measured"]:
+            best[row["size"]] = row
+    return [f"{size:g}: best by {row['plan']}, {figure(row['measured'])} nats" for size, row in best.items()]
+
+
 def _kills(content: Mapping) -> list[str]:
     other = sum(not row["same weights"] for row in content["kills"])
     return [f"{len(content['kills'])} kills, {other} of them in runs that ended with other weights"]
@@ -318,6 +350,11 @@ HEADLINES: dict[str, Callable[[Mapping], list[str]]] = {
     "decode attention": _attention,
     "predict": _predict,
     "published": _published,
+    "ceilings": _ceilings,
+    "overlap": _overlap,
+    "planes": _planes,
+    "rehearsal": _rehearsal,
+    "plans": _plans,
     "model": _model,
     "slicing record": _model,
     "generation": _generation,

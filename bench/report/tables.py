@@ -286,6 +286,10 @@ def _ranks(content: Mapping) -> list[Table]:
     return [own_columns("seconds", content["rows"])]
 
 
+def _measured(content: Mapping) -> list[Table]:
+    return [own_columns(f"all {len(content['rows'])} rows", content["rows"])]
+
+
 def _kills(content: Mapping) -> list[Table]:
     names = ("seconds", "first_snapshot", "longest_gap")
     undisturbed = [(name.replace("_", " "), rounded(content[name])) for name in names]
@@ -315,6 +319,11 @@ TABLES: dict[str, Callable[[Mapping], list[Table]]] = {
     "decode attention": _rows("decode attention"),
     "predict": _rows("predict"),
     "published": _published,
+    "ceilings": _measured,
+    "overlap": _measured,
+    "planes": _measured,
+    "rehearsal": _measured,
+    "plans": _measured,
     "model": _model,
     "slicing record": _model,
     "generation": _generation,

@@ -142,7 +142,9 @@ def choices_for_parameters(
         allocate: as `Recipe.allocate`.
         count: what is counted.
     """
-    open_width = shape.form == SLICED and shape.orientation == "aligned" and not shape.slice_head
+    # Dense shortcuts are asked for by name, and at full width there would be none.
+    asked = shape.orientation != "aligned" or shape.slice_head or shape.shortcut == "dense"
+    open_width = shape.form == SLICED and not asked
     if keeps_its_columns(fields) or shape.neurons is not None or allocate == OBJECTIVE or not open_width:
         return [plan_for_parameters(fields, target, shape, count)]
     dense_width, dense = fields["dense_hidden_size"], fields["intermediate_size"]

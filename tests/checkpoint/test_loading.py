@@ -244,12 +244,12 @@ def test_what_cannot_be_sliced_is_refused_by_its_config_alone(
 ):
     """Of a hub id nothing else is downloaded; without `sliceable` any causal model loads."""
     config = json.loads((sharded / "config.json").read_text())
-    (sharded / "config.json").write_text(json.dumps({**config, "model_type": "glm4"}))
+    (sharded / "config.json").write_text(json.dumps({**config, "model_type": "flex_olmo"}))
     requests = fake_hub(monkeypatch, tmp_path, sharded)
     for name in (sharded, "someone/model"):
         message = error_of(name, sliceable=True)
         assert message.startswith(
-            "model: model_type 'glm4' is not supported: its blocks normalise what they write"
+            "model: model_type 'flex_olmo' is not supported: its blocks normalise what they write"
         )
     assert [request[2] for request in requests] == [["config.json", "adapter_config.json"]]
     assert not list((tmp_path / "cache").glob("*.safetensors"))

@@ -310,6 +310,35 @@ def kills_content() -> dict:
     return of_kind("resume_kills", **figures, kills=[kill, kill | {"killed after": 9.0}])
 
 
+def ceilings_content() -> dict:
+    copy = {"ceiling": "copy", "value": 4.2, "unit": "TB/s", "reason": None}
+    return of_kind(
+        "ceilings", rows=[copy, {"ceiling": "DSYRK", "value": None, "unit": None, "reason": "no CuPy"}]
+    )
+
+
+def overlap_content() -> dict:
+    row = {"shape": "llama-2-7b", "slice": 0.25, "batch": 1, "layers": 2, "replays": 50}
+    return of_kind("overlap", rows=[row | {"differ": 0, "differ without overlap": 0}])
+
+
+def planes_content() -> dict:
+    row = {"model": "some-model", "signal": "stream", "dtype": "bfloat16", "tokens": 2048, "columns": 576}
+    return of_kind("planes", rows=[row | {"planes": 6.3, "least": 5.9, "most": 7.1, "of Gaussians": 8.2}])
+
+
+def rehearsal_content() -> dict:
+    row = {"phase": "1", "killed after": 3.5, "seconds": 3.6, "steps": 4, "lost": 0, "status": None}
+    return of_kind("rehearsal", rows=[row])
+
+
+def plans_content() -> dict:
+    row = {"size": 0.8, "plan": "exchange", "width": 576, "neurons": 1126, "kv_groups": 2.7, "kept": 0.799}
+    layers = {"layers": {"neurons": [1536, 716], "kv_groups": [3, 2]}, "seconds": 60.0}
+    rows = [row | layers | {"measured": 0.395}, row | layers | {"plan": "neurons", "measured": 0.505}]
+    return of_kind("plans", settings={"model": "some-model"}, rows=rows)
+
+
 # Kind -> a file of it. Those that bench/results/ holds are tested as they are.
 UNRECORDED = {
     "decode attention": attention_content,
@@ -320,6 +349,11 @@ UNRECORDED = {
     "memory": memory_content,
     "ranks": ranks_content,
     "resume_kills": kills_content,
+    "ceilings": ceilings_content,
+    "overlap": overlap_content,
+    "planes": planes_content,
+    "rehearsal": rehearsal_content,
+    "plans": plans_content,
     "tuned": tuned_content,
     "slicing record": record_content,
     "model": info_content,

@@ -30,6 +30,11 @@ WITHOUT_PLOT = {"tuned", "generation", "conversation", "environment"} | {
     "memory",
     "ranks",
     "resume_kills",
+    "ceilings",
+    "overlap",
+    "planes",
+    "rehearsal",
+    "plans",
 }
 WITHOUT_HEADLINE = {"tuned", "kernels", "conversation", "environment"}
 JSON = re.compile(r"""[{}]|\[\s*["\d[]""")
