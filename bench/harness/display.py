@@ -47,8 +47,13 @@ def skipped_line(row: Mapping) -> str:
 
 
 def stop_lines(rows: Sequence[Mapping]) -> list[str]:
-    """What ended the search for the best batch, one line a row: in the table it would take the room of two columns."""
-    return [f"{row['network']}, {row['engine']}: {row['reason']}" for row in rows if row.get("reason")]
+    """What ended the search for the best batch, or kept a rate from being measured, one line a row: in the table it
+    would take the room of two columns."""
+    return [
+        f"{', '.join(row[name] for name in ('ceiling', 'network', 'engine') if name in row)}: {row['reason']}"
+        for row in rows
+        if row.get("reason")
+    ]
 
 
 def print_skipped(skipped: Sequence[Mapping]) -> None:
