@@ -152,15 +152,7 @@ def deletion_costs(
         The costs; of several ranks the first alone has them.
     """
     dtype = objective.teacher_dtype(options.dtype, options.device)
-    propagation = Propagation(
-        config,
-        batches,
-        options.dtype,
-        options.device,
-        options.activation_storage,
-        scratch=options.scratch,
-        ranks=options.ranks,
-    )
+    propagation = Propagation(config, batches, options)
     blocks, found_costs = blocks_of(config), Costs()
     priced = None
     if windows is not None:
@@ -169,7 +161,7 @@ def deletion_costs(
     keeper = keeper or Keeper()
     found = keeper.found("allocation")
     done = options.ranks.decide(lambda: None if found is None else found.done)
-    covariance = _covariance(config, options, widths)
+    covariance = propagation.new_covariance() if widths else None
     if done is None:
         propagation.start(checkpoint, covariance)
         if priced is not None:
@@ -197,7 +189,7 @@ def deletion_costs(
             if "mlp" in block.dense_parts or has_groups:
                 moments = propagation.new_moments(lifted, propagation.streams)
             ends = block is blocks[-1]
-            covariance = None if ends else _covariance(config, options, widths)
+            covariance = None if ends or not widths else propagation.new_covariance()
             propagation.collect_dense(block, lifted, objective, moments, covariance)
             scale = fitted_scale(block, layer, options.device)
             writers = scaled_writers(writers, scale)
@@ -284,12 +276,6 @@ def _group_costs(
         if level.count in wanted:
             kept[level.count] = level.writer
     return curve, kept
-
-
-def _covariance(config: SlicedConfig, options: SlicingOptions, widths: Sequence[int]) -> Covariance | None:
-    if not widths:
-        return None
-    return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
 
 def _narrow(priced: Prices, covariance: Covariance | None, options: SlicingOptions) -> None:

@@ -99,7 +99,6 @@ class Bases:
     def new_covariance(self, boundary: int) -> Covariance | None:
         if not self.needs_covariance(boundary):
             return None
-        config, options = self.config, self.options
         if not self.propagation.count:
             raise SliceGPTError(f"boundary {boundary} needs calibration tokens, got none", "batches")
-        return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
+        return self.propagation.new_covariance()

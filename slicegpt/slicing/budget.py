@@ -235,7 +235,7 @@ class _Model:
             beside.add("activations kept", kept, kept_place)
             free = self.free(beside)
             spilled, free = self.leaves(inputs, free, filed)
-            # As `slicegpt.slicing.slicer.Slicer.set_aside`.
+            # As the `set_aside` of `slicegpt.slicing.refit.fit_block`.
             aside = not work.on_gpu and self.is_short(inputs, free)
             free += rows * before * item if aside else 0
             away = (work.ridges - 1) * right if self.is_short(inputs, free - right) else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 
@@ -13,7 +12,6 @@ from slicegpt.conversion.folding import centre
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import Checkpoint
 from slicegpt.hardware.memory import free_memory
-from slicegpt.hardware.ranks import Ranks
 from slicegpt.hardware.scratch import free_space, spilled
 from slicegpt.modeling import SlicedConfig, SlicedModel
 from slicegpt.modeling.layers import build_rotary
@@ -24,6 +22,7 @@ from slicegpt.slicing.mixture_moments import JoinedMixture, MixtureMoments, mixt
 from slicegpt.slicing.mixtures import LiftedMixture, RoutedActivations
 from slicegpt.slicing.moments import JoinedBatches, Moments
 from slicegpt.slicing.objective import Objective
+from slicegpt.slicing.options import SlicingOptions
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.streams import Streams, TokenBatch, choose_storage
 from slicegpt.slicing.timing import StageTimer
@@ -49,13 +48,11 @@ class Propagation:
 
     Args:
         batches: calibration tokens.
-        dtype: of the streams.
-        device: where blocks run.
-        activation_storage: where streams are kept: "auto", "device", "host" or "disk", see `choose_storage`.
-        scratch: the folder of those on the disk; None: that of temporary files.
+        options: the dtype of the streams, the device where blocks run, where streams are kept (see `choose_storage`)
+            and in which folder those on the disk, and the ranks: the batches are dealt out among them; sums over all
+            batches are on rank 0 alone.
         fitted: so many batches, the first ones, are refitted to: the dense model's stream is carried beside theirs.
         reuse: where that stream is kept for other sizes, see `slicegpt.slicing.reuse`.
-        ranks: the batches are dealt out among them; sums over all batches are on rank 0 alone.
 
     Attributes:
         count, fitted: batches, and fitted ones, on all ranks together; tokens: theirs without padding.
@@ -69,17 +66,14 @@ class Propagation:
         self,
         config: SlicedConfig,
         batches: Sequence[CalibrationBatch],
-        dtype: torch.dtype,
-        device: torch.device,
-        activation_storage: str,
+        options: SlicingOptions,
         fitted: int = 0,
-        scratch: str | os.PathLike | None = None,
-        ranks: Ranks | None = None,
         reuse: Reuse | None = None,
     ):
-        self.reuse, self.scratch = reuse, scratch
+        dtype, device, scratch = options.dtype, options.device, options.scratch
+        self.reuse, self.scratch, self.signal = reuse, scratch, options.signal
         self.config, self.dtype, self.device = config, dtype, device
-        self.ranks = ranks or Ranks()
+        self.ranks = options.ranks
         self.count, self.fitted = len(batches), fitted
         self.tokens = sum(batch.tokens for batch in batches)
         # Shapes of the ids of all ranks' batches, by which a snapshot has them.
@@ -89,7 +83,7 @@ class Propagation:
         fitted_batches, batches = self.ranks.deal(batches[:fitted]), self.ranks.deal(batches)
         tokens = sum(batch.input_ids.numel() for batch in [*batches, *fitted_batches])
         stream_bytes = tokens * config.dense_hidden_size * dtype.itemsize
-        storage = choose_storage(activation_storage, stream_bytes, device, scratch)
+        storage = choose_storage(options.activation_storage, stream_bytes, device, scratch)
         self.streams = Streams(batches, device, storage, scratch)
         self.dense_streams = Streams(fitted_batches, device, storage, scratch)
         self.stage = StageTimer(device)
@@ -98,6 +92,11 @@ class Propagation:
             self.shell = SlicedModel(config)  # for its masks and rotary positions; its weights are never used
         if self.shell.rotary_emb is not None:
             self.shell.rotary_emb = build_rotary(config).to(device)
+
+    def new_covariance(self) -> Covariance:
+        """An empty one of a boundary's stream."""
+        width, eps = self.config.dense_hidden_size, self.config.rms_norm_eps
+        return Covariance(width, self.signal, eps, self.device)
 
     def start(self, checkpoint: Checkpoint, covariance: Covariance | None) -> None:
         """Fill the streams before the first block."""

@@ -47,28 +47,17 @@ def shared_covariance(
     if not batches:
         raise SliceGPTError("a basis for all boundaries needs calibration tokens, got none", "batches")
     dtype = objective.teacher_dtype(options.dtype, options.device)
-    propagation = Propagation(
-        config,
-        batches,
-        options.dtype,
-        options.device,
-        options.activation_storage,
-        scratch=options.scratch,
-        ranks=options.ranks,
-    )
+    propagation = Propagation(config, batches, options)
     pooled = torch.zeros(
         config.dense_hidden_size, config.dense_hidden_size, dtype=torch.float64, device=options.device
     )
-
-    def empty() -> Covariance:
-        return Covariance(config.dense_hidden_size, options.signal, config.rms_norm_eps, options.device)
 
     def add(covariance: Covariance, block) -> None:
         if options.ranks.first:
             check_finite(covariance, block)
             pooled.add_(covariance.matrix / covariance.matrix.trace())
 
-    blocks, covariance = blocks_of(config), empty()
+    blocks, covariance = blocks_of(config), propagation.new_covariance()
     propagation.start(checkpoint, covariance)
     add(covariance, None)
     with progress.stage("basis: the streams at all boundaries", len(blocks), "blocks") as advance:
@@ -77,7 +66,7 @@ def shared_covariance(
             writers = dense_writers(config, block, layer, options.device)
             dense = dense_block(config, block, layer, writers, dtype, options.device)
             del layer, writers
-            covariance = empty()
+            covariance = propagation.new_covariance()
             propagation.collect_dense(block, dense, objective, None, covariance)
             add(covariance, block)
             advance(1)

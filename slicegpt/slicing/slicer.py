@@ -129,17 +129,7 @@ class Slicer(Bases, Resumed, Rounds):
             self.quantizer = Quantizer(config, options.weights, objective, options.dtype)
         self.ridges = tuple(ridges) if self.refits else (ridges[0],)
         fitted = fitted_batches(len(batches), options.fitted) if self.refits else 0
-        self.propagation = Propagation(
-            config,
-            batches,
-            options.dtype,
-            options.device,
-            options.activation_storage,
-            fitted,
-            options.scratch,
-            options.ranks,
-            reuse,
-        )
+        self.propagation = Propagation(config, batches, options, fitted, reuse)
         self.stage = self.propagation.stage
         self.report.tokens = self.propagation.tokens
         self.report.seconds = self.stage.seconds

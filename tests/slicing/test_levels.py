@@ -11,6 +11,7 @@ from slicegpt.families import canonical_fields, checkpoint_of
 from slicegpt.slicing import Objective
 from slicegpt.slicing.blocks import blocks_of, dense_block, dense_writers, group_rows, remaining_writers
 from slicegpt.slicing.levels import levels
+from slicegpt.slicing.options import SlicingOptions
 from slicegpt.slicing.propagation import Propagation
 from slicegpt.slicing.refit import KeptHeads, fit_block
 from slicegpt.slicing.regression import prior_of
@@ -24,7 +25,8 @@ def collected(case: str, index: int):
     model = tiny_model(case)
     fields = canonical_fields(model)
     config, checkpoint = plan(fields, constant_widths(fields, 48)), checkpoint_of(model)
-    propagation = Propagation(config, batches(), torch.float64, CPU, "device")
+    options = SlicingOptions(dtype=torch.float64, device=CPU, activation_storage="device")
+    propagation = Propagation(config, batches(), options)
     propagation.start(checkpoint, None)
     for block in blocks_of(config)[: index + 1]:
         layer = checkpoint.layer(block.layer)
