@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from slicegpt.slicing.deletion import Deletion, Equations
+from slicegpt.slicing.deletion import Deletion
 
 
 def group_deletions(deletion: Deletion, groups: Sequence[slice], count: int) -> Iterator[torch.Tensor]:
@@ -61,13 +61,3 @@ def head_deletions(
 def groups_that_stay(deletion: Deletion, groups: Sequence[slice]) -> torch.Tensor:
     """int64, ascending: indices into `groups` of those of which some rows stay."""
     return torch.tensor([index for index, group in enumerate(groups) if deletion.stays[group].any()])
-
-
-def group_cost_curve(equations: Equations, groups: Sequence[slice]) -> list[tuple[int, float]]:
-    """`[(remaining groups, rise of the objective so far)]`, from all of them to none."""
-    deletion, rise = Deletion(equations), 0.0
-    curve = [(len(groups), 0.0)]
-    for more in group_deletions(deletion, groups, 0):
-        rise += more.item()
-        curve.append((curve[-1][0] - 1, rise))
-    return curve
