@@ -46,9 +46,9 @@ def solution(
     objective: Objective, moments: Moments, ridge: float, prior: Writer, kept: torch.Tensor | None
 ) -> torch.Tensor:
     """The rows `kept` of W', float64: by Cholesky, where that fails by the pseudoinverse."""
-    if not moments.size:
-        return moments.cross.clone()
     system, right = objective.normal_equations(moments, ridge, prior, kept)
+    if not len(system):  # a block whose parts are deleted
+        return right
     if factorise_(system):
         solve_(system, right)
         return right

@@ -18,7 +18,7 @@ from support.tiny_models import (
 from slicegpt.bench.models.architectures import random_model
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig
-from slicegpt.runtime import Runtime, Sampling, attention, packing, to_canonical
+from slicegpt.runtime import Runtime, Sampling, attention, packed, to_canonical
 from slicegpt.runtime.executor import Executor
 
 
@@ -240,7 +240,7 @@ def test_rotate_add_is_told_where_norm_linear_reads_the_factor(case, form):
 
 def test_bytes_a_token_reads_with_the_second_copy_in_l2(monkeypatch):
     runtime = Runtime(network("llama", "varying", torch.float32))
-    monkeypatch.setattr(packing, "reads_factor", lambda weight, factor, rows: rows < 17)
+    monkeypatch.setattr(packed, "reads_factor", lambda weight, factor, rows: rows < 17)
     seconds = [
         len(block.output) * len(block.factor)
         for block in runtime.executor.packed.blocks

@@ -5,7 +5,7 @@ import torch
 from support.ridge_regression import in_columns, moments_of, prior_of, problem, stacked_ridge
 from support.tiny_models import relative_error
 
-from slicegpt.slicing import neurons
+from slicegpt.slicing import deletion
 from slicegpt.slicing.objective import Objective
 from slicegpt.slicing.regression import fit, solution
 
@@ -56,6 +56,6 @@ def test_a_system_that_is_not_positive_definite_is_solved_in_its_range(caplog):
     solved = solution(Singular(), None, 0.1, None, None)
     assert "taking the pseudoinverse" in caplog.text
     assert relative_error(system @ solved, right) < 1e-12
-    inverse, solved = neurons.solved(lambda: (in_columns(system), in_columns(right)))
+    inverse, solved = deletion.solved(lambda: (in_columns(system), in_columns(right)))
     assert relative_error(system @ solved, right) < 1e-12
     assert relative_error(system @ inverse @ system, system) < 1e-12
