@@ -39,7 +39,8 @@ struct Mbarrier {
     int64_t bytes = 0;  // announced and not arrived; negative where they arrived first
     unsigned phase = 0;
     const Thread* creator = nullptr;
-    bool fenced = false;
+    bool fenced = false;     // for the asynchronous proxy
+    bool published = false;  // for the other blocks of the cluster
     std::vector<Copy> late;
 };
 
@@ -92,6 +93,14 @@ inline Mbarrier& mbarrier(const void* address) {
     const auto found = hopper().barriers.find(address);
     if (found == hopper().barriers.end()) fail("this mbarrier was not initialised");
     return found->second;
+}
+
+// In the block of this rank, at the same place.
+inline Mbarrier& mbarrier_at(const void* pointer, int rank) {
+    Mbarrier& state = mbarrier(shared_of(rank, pointer));
+    if (rank != int(current->rank) && !state.published)
+        fail("another block does not see that this mbarrier was initialised: fence.mbarrier_init");
+    return state;
 }
 
 inline void complete(Mbarrier& barrier) {
@@ -232,7 +241,7 @@ inline void copy_bulk_multicast(void* shared, const void* global, int bytes, uin
     emulation::shared_pointer(shared_address(shared), bytes);
     for (int rank = 0; rank < 32; ++rank) {
         if (!(mask >> rank & 1)) continue;
-        emulation::Mbarrier& state = emulation::mbarrier(emulation::shared_of(rank, barrier));
+        emulation::Mbarrier& state = emulation::mbarrier_at(barrier, rank);
         if (!state.fenced) emulation::fail("the asynchronous proxy does not see this mbarrier: fence.proxy.async");
         const emulation::Copy copy{emulation::shared_of(rank, shared), global, bytes};
         if (emulation::hopper().copies++ % 2)
@@ -246,7 +255,7 @@ inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* bar
 }
 
 inline void mbarrier_arrive_at(uint64_t* barrier, int rank) {
-    emulation::arrive(emulation::mbarrier(emulation::shared_of(rank, barrier)));
+    emulation::arrive(emulation::mbarrier_at(barrier, rank));
 }
 inline int cluster_rank() { return int(emulation::current->rank); }
 inline void cluster_sync() { emulation::wait(emulation::cluster_barrier); }
@@ -254,6 +263,11 @@ inline void cluster_sync() { emulation::wait(emulation::cluster_barrier); }
 inline void fence_proxy_async() {
     for (auto& [address, barrier] : emulation::hopper().barriers)
         if (barrier.creator == emulation::current) barrier.fenced = true;
+}
+
+inline void fence_mbarrier_init() {
+    for (auto& [address, barrier] : emulation::hopper().barriers)
+        if (barrier.creator == emulation::current) barrier.published = true;
 }
 
 inline emulation::Accumulators& accumulators() {
