@@ -135,7 +135,7 @@ def test_attention_reads_the_cache_or_what_is_on_its_way(heads, name):
 def test_a_short_cache_of_one_sequence_does_not_fill_the_device(heads):
     """32 or 8 programs wait for what they have on its way (Little's law)."""
     few = attention_seconds(heads, 1, 128, 256, DEVICE) - attention_seconds(heads, 1, 0, 256, DEVICE)
-    assert few > 2 * cache_bytes(heads, 1, 128) / DEVICE.copy
+    assert few > 1.2 * cache_bytes(heads, 1, 128) / DEVICE.copy
 
 
 def test_steps_add_up():
