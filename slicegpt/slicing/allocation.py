@@ -96,8 +96,10 @@ def fewest_neurons(config: SlicedConfig, multiple: int, layer: int = 0) -> int:
 
 
 def gives_groups(config: SlicedConfig) -> bool:
-    """Whether a plan may delete key/value groups: nobody has said how many stay, and no norm is over all of them."""
-    return config.keeps_all_heads and not (config.qk_norm and config.qk_norm_whole)
+    """Whether a plan may delete key/value groups: nobody has said how many stay, no norm is over all of them, and they
+    have no latent in common."""
+    whole = (config.qk_norm and config.qk_norm_whole) or config.kv_lora_rank is not None
+    return config.keeps_all_heads and not whole
 
 
 def group_parameters(config: SlicedConfig) -> list[int]:

@@ -140,7 +140,9 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
             _add_mixture(effort, config, work, block, deletes)
             continue
         # scores and sums, causal
-        scores = 2 * work.seqlen * config.num_attention_heads * config.head_dim
+        passed = config.qk_nope_head_dim or 0
+        scores = work.seqlen * config.num_attention_heads * (passed + config.head_dim + config.value_dim)
+        scores += 2 * config.expansion_elements
         attention, dense_attention = (
             scores if "attention" in parts else 0 for parts in (block.parts, block.dense_parts)
         )
@@ -154,7 +156,7 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
                 gone = config.dense_neurons[block.layer] - config.neurons[block.layer]
             if "attention" in block.parts:
                 heads = config.num_attention_heads - config.attention_heads[block.layer]
-                gone += heads * config.head_dim
+                gone += heads * config.value_dim
             effort.add("refit", "fp64", work.ridges * solving(inputs - gone, width))
             if gone:
                 effort.add("refit", "fp64", selection(inputs, width, gone))
@@ -207,8 +209,8 @@ def block_shape(config: SlicedConfig, block: Block, parts: tuple[str, ...]) -> t
         columns += config.shared_expert_intermediate_size
         return 2 * columns + config.num_experts, columns
     if "attention" in parts:
-        columns += config.num_attention_heads * config.head_dim
-        rows += columns + 2 * config.num_key_value_heads * config.head_dim
+        columns += config.num_attention_heads * config.value_dim
+        rows += config.attention_rows
     if "mlp" in parts:
         columns += config.dense_neurons[block.layer]
         rows += (2 if config.gated_mlp else 1) * config.dense_neurons[block.layer]
