@@ -174,7 +174,11 @@ def check_whole_norms(fields: dict, heads: list[int] | None, fewer: list[int] | 
         return
     groups = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     if fewer is not None or (heads is not None and set(heads) - {0, groups}):
-        what = "expands all heads from one latent" if latent else "norms queries and keys over all heads together"
+        what = (
+            "expands all heads from one latent"
+            if latent
+            else "norms queries and keys over all heads together"
+        )
         raise SliceGPTError(
             f"{fields['source_model_type']} {what}: a layer keeps all of its "
             f"{groups} groups or none, got {_shown(heads) if fewer is None else 'some heads of a group'}",

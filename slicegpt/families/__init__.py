@@ -210,7 +210,8 @@ def canonical_fields(model: PreTrainedModel | DenseSource) -> dict:
         | facts
         | {
             "tie_word_embeddings": tied,
-            "attention_bias": (layer.kv_a or layer.q).bias is not None or layer.attention_norm.bias is not None,
+            "attention_bias": (layer.kv_a or layer.q).bias is not None
+            or layer.attention_norm.bias is not None,
             "attention_output_bias": layer.o.bias is not None,
             "qk_norm": layer.q_norm is not None,
             "attention_sinks": layer.sinks is not None,

@@ -66,8 +66,9 @@ class DenseLayer:
     `activation`: the state of an activation that has weights of its own (xIELU), by the names of its module.
     `mixture`: takes the place of `gate`, `up` and `down`, which are then None.
     `sinks`: of every head, a score that belongs to no token, [heads].
-    `kv_a`: of latent attention, which has neither `k` nor `v`, [latent + rotated part of the key, D]; `q_a`: of one that
-    compresses queries as well, in place of `q`. `expansion`: what is behind them, by the names of the canonical module.
+    `kv_a`: of latent attention, which has neither `k` nor `v`, [latent + rotated part of the key, D]; `q_a`: of one
+    that compresses queries as well, in place of `q`. `expansion`: what is behind them, by the names of the canonical
+    module.
     """
 
     attention_norm: Norm

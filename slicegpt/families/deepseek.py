@@ -53,7 +53,9 @@ def latent_facts(config: PreTrainedConfig) -> dict:
     for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "q_lora_rank"):
         value = getattr(config, name)
         if not (isinstance(value, int) and value >= 1) and (name, value) != ("q_lora_rank", None):
-            raise SliceGPTError(f"{kind}: {name} must be a whole number of at least 1, got {value!r}", "model")
+            raise SliceGPTError(
+                f"{kind}: {name} must be a whole number of at least 1, got {value!r}", "model"
+            )
     if not isinstance(rotated, int) or rotated < 2 or rotated % 2 or config.head_dim != rotated:
         raise SliceGPTError(
             f"{kind}: qk_rope_head_dim must be an even number, which head_dim repeats, got {rotated!r} and head_dim="
@@ -117,11 +119,14 @@ def glm4_moe_lite_facts(config: PreTrainedConfig) -> dict:
     kinds = list(config.mlp_layer_types)
     if len(kinds) != config.num_hidden_layers or not set(kinds) <= {"dense", "sparse"}:
         raise SliceGPTError(
-            f"glm4_moe_lite: mlp_layer_types must hold {config.num_hidden_layers} of 'dense' and 'sparse', got {kinds}",
+            f"glm4_moe_lite: mlp_layer_types must hold num_hidden_layers ({config.num_hidden_layers}) of 'dense' and "
+            f"'sparse', got {kinds}",
             "model",
         )
     facts, experts = latent_facts(config), shared_expert_facts(config, kinds)
-    if (part := config.rope_parameters.get("partial_rotary_factor", 1.0)) != 1:  # transformers fails with another
+    if (
+        part := config.rope_parameters.get("partial_rotary_factor", 1.0)
+    ) != 1:  # transformers fails with another
         raise SliceGPTError(
             f"glm4_moe_lite: rope_parameters: partial_rotary_factor must be 1, got {part}", "model"
         )
@@ -178,6 +183,4 @@ GLM4_MOE_LITE = replace(
     architectures=("Glm4MoeLiteForCausalLM",),
     facts=glm4_moe_lite_facts,
 )
-YOUTU = replace(
-    DEEPSEEK_V3, model_type="youtu", architectures=("YoutuForCausalLM",), facts=latent_facts
-)
+YOUTU = replace(DEEPSEEK_V3, model_type="youtu", architectures=("YoutuForCausalLM",), facts=latent_facts)

@@ -204,9 +204,15 @@ def _count(config: PreTrainedConfig, name: str, least: int) -> int:
 
 def shared_expert_facts(config: PreTrainedConfig, kinds: list[str]) -> dict:
     """The same, of layers of these `kinds`, "dense" or "sparse"."""
-    kind, shared, scale = config.model_type, _count(config, "n_shared_experts", 1), config.routed_scaling_factor
+    kind, shared, scale = (
+        config.model_type,
+        _count(config, "n_shared_experts", 1),
+        config.routed_scaling_factor,
+    )
     if not (isinstance(scale, int | float) and 0 < scale < math.inf):
-        raise SliceGPTError(f"{kind}: routed_scaling_factor must be finite and above 0, got {scale!r}", "model")
+        raise SliceGPTError(
+            f"{kind}: routed_scaling_factor must be finite and above 0, got {scale!r}", "model"
+        )
     if "sparse" not in kinds:
         return {}
     return mixture_facts(config, "n_routed_experts", "moe_intermediate_size") | {

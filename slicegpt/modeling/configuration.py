@@ -510,9 +510,7 @@ class SlicedConfig(PreTrainedConfig):
             if (value := getattr(self, name)) is None or value < 1:
                 raise ValueError(f"{name} must be at least 1 where there is a latent, got {value}")
         if self.qk_norm or self.attention_sinks or self.position_embedding != "rotary":
-            raise ValueError(
-                "kv_lora_rank needs rotary positions, and neither qk_norm nor attention_sinks"
-            )
+            raise ValueError("kv_lora_rank needs rotary positions, and neither qk_norm nor attention_sinks")
 
     def _validate_experts(self):
         kinds, experts = self.mlp_layer_types, self.num_experts

@@ -32,19 +32,15 @@ def latent_score_scale(config: SlicedConfig) -> float:
 
 
 class SlicedLatentAttention(nn.Module):
-    """Causal self-attention through a latent, from a boundary of `in_width` columns to one of `out_width`; all heads."""
+    """Causal self-attention through a latent, from a boundary of `in_width` columns to one of `out_width`."""
 
     def __init__(self, config: SlicedConfig, layer_idx: int, in_width: int, out_width: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.cache_index = config.cache_index(layer_idx)
-        self.latent, self.rotated, self.passed = (
-            config.kv_lora_rank,
-            config.head_dim,
-            config.qk_nope_head_dim,
-        )
-        self.value_dim = config.v_head_dim
+        self.latent, self.rotated = config.kv_lora_rank, config.head_dim
+        self.passed, self.value_dim = config.qk_nope_head_dim, config.v_head_dim
         self.num_key_value_groups = 1
         self.scaling = latent_score_scale(config)
         self.attention_dropout = config.attention_dropout

@@ -178,7 +178,8 @@ def pack_layer(
     """
     if isinstance(layer.self_attn, SlicedLatentAttention):
         raise SliceGPTError(
-            "latent attention (MLA) is not supported: its cache holds no keys and values; use the plain model", "model"
+            "latent attention (MLA) is not supported: its cache holds no keys and values; use the plain model",
+            "model",
         )
     if (config.swiglu_limit is None and config.hidden_act not in ACTIVATION_NAMES) or (
         config.gated_mlp and f"{ACTIVATION_NAMES[config.hidden_act]}_gated" not in GATED

@@ -447,7 +447,7 @@ CASES = {
 
 CASES = {name: case for name, case in CASES.items() if case[1] is not None}
 
-# Their activation has weights, their attention is latent, or their MLPs are experts, which the fused operators do not take.
+# Their activation has weights, their attention is latent, or their MLPs are experts: the fused operators take none.
 EXPERTS = {"mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "phimoe", "glm4-moe", "gpt-oss"}
 EXPERTS |= {"deepseek-v2", "deepseek-v3", "sarvam-mla", "glm4-moe-lite"}
 PLAIN_ONLY = {"apertus", "youtu"} | EXPERTS
