@@ -279,7 +279,7 @@ def _plan(content: Mapping) -> list[str]:
 
 def _memory(content: Mapping) -> list[str]:
     return [
-        f"{row['width']} columns, {row['layers']} layers: peak {format_bytes(row['peak_bytes'])}, the plan "
+        f"{row.get('model', str(row['width']) + ' columns')}, {row['layers']} layers: peak {format_bytes(row['peak_bytes'])}, the plan "
         f"{times(row['planned_over_measured'])} that"
         for row in content["rows"]
     ]
