@@ -65,19 +65,8 @@ def test_a_model_that_is_there(tmp_path):
     dense.mkdir()
     size = write_checkpoint(dense, small(), torch.bfloat16, SILENT)
     record = Record("memory", {}, torch.device("cpu"), str(tmp_path / "record.json"), None)
-    options = [
-        "--keep",
-        "0.9",
-        "--nsamples",
-        "2",
-        "--seqlen",
-        "32",
-        "--ridge",
-        "0.3",
-        "--calibration",
-        "random-tokens",
-        "--no-timing",
-    ]
+    size_of = ["--keep", "0.9", "--nsamples", "2", "--seqlen", "32", "--ridge", "0.3"]
+    options = [*size_of, "--calibration", "random-tokens", "--no-timing"]
     measure_model(str(dense), options, tmp_path, record, SILENT)
     (row,) = record.rows
     assert (row["model"], row["width"], row["layers"], row["checkpoint_bytes"]) == ("dense", 64, 2, size)
