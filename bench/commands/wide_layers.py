@@ -22,9 +22,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from slicegpt.bench.harness.record import Record
-from slicegpt.bench.models.architectures import MODELS, NormalValues
+from slicegpt.bench.models.architectures import MODELS
 from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.errors import SliceGPTError
+from slicegpt.modeling.random_weights import NormalValues
 from slicegpt.progress import Progress
 
 # As most families initialise their weights.

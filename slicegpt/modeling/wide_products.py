@@ -16,9 +16,9 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-# Rows of one operand and elements of the other that are widened at a time: 16 MB of a matrix, and for a stream 8192
-# wide 64 MB. The library's products are at full speed from some hundred rows on.
-ROWS, PANEL = 1 << 11, 1 << 22
+# Rows of one operand and elements of the other that are widened at a time: 16 MB of a matrix, and 18 MB of what an MLP
+# of 8960 neurons writes from. The library's products are at full speed from some hundred rows on.
+ROWS, PANEL = 1 << 9, 1 << 22
 
 # With fewer rows, reading the matrix decides, which is half as long in 16 bits.
 FEWEST_ROWS = 32
