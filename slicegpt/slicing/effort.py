@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from slicegpt.modeling import SlicedConfig
+from slicegpt.modeling.wide_products import products_in_float32
 from slicegpt.ops import gram_
 from slicegpt.slicing.allocation import FEWEST, SHARE
 from slicegpt.slicing.blocks import Block, blocks_of
@@ -108,7 +109,9 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> OperationRates:
         torch.zeros(size, size, dtype=torch.float64),
     )
     matrix = matrix.to(device)
-    half, fp64 = product(dtype), product(torch.float64)
+    with torch.no_grad(), products_in_float32(device):
+        half = product(dtype)
+    fp64 = product(torch.float64)
     gram = rate(lambda: gram_(matrix, rows), 2 * size * size * size)
     return OperationRates(
         half, fp64, gram, SOLVER_EFFICIENCY * fp64, f"measured on {device} in less than a second"
