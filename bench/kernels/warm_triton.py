@@ -118,22 +118,25 @@ def calls(shape: str, fractions: list[float], facts: DeviceClass) -> Iterator[tu
 @contextlib.contextmanager
 def compiling_only(facts: DeviceClass, driver: object | None) -> Iterator[None]:
     """Launches compile, and do nothing else; driver: None for Triton's own."""
-    compile_only = lambda kernel, grid: (
-        lambda *arguments, **options: kernel.run(*arguments, grid=grid, warmup=True, **options)
-    )
+
+    def compile_only(kernel, grid):
+        return lambda *arguments, **options: kernel.run(*arguments, grid=grid, warmup=True, **options)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.runtime.JITFunction, "__getitem__", compile_only))
         for module in (norm_linear, rotate_add, decode_attention):
             stack.enter_context(mock.patch.object(module, "device_class", return_value=facts))
         if driver is not None:
-            stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
+            triton.runtime.driver.set_active(driver)  # for this process
         yield
 
 
-def warm(shape: str, fractions: list[float], capability: int, driver: object | None, share: slice) -> int:
-    """Compile every `share` of the launches; how many there were."""
+def warm(
+    shape: str, fractions: list[float], capability: int, driver: object | None, share: slice, only: str = ""
+) -> int:
+    """Compile a share of the launches whose name contains `only`; how many there were."""
     facts = facts_of(capability)
-    mine = list(calls(shape, fractions, facts))[share]
+    mine = [one for one in calls(shape, fractions, facts) if only in one[0]][share]
     with compiling_only(facts, driver):
         for name, call in mine:
             begin = time.perf_counter()
@@ -152,7 +155,10 @@ def main() -> None:
         "--target", type=int, choices=(80, 90), help="compile for it; default: this machine's GPU"
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--part", type=int, help="of the processes' shares, that of this one (default: starts all)"
+    )
+    parser.add_argument("--only", default="", help="launches whose name has this part")
     options = parser.parse_args()
     capability = options.target
     if capability is None:
@@ -165,7 +171,14 @@ def main() -> None:
         sys.exit(max([abs(part.wait()) for part in parts]))
     driver = None if options.target is None else TargetDriver(capability)
     fractions = [float(one) for one in options.slice.split(",")]
-    warm(options.shape, fractions, capability, driver, slice(options.part, None, options.processes))
+    warm(
+        options.shape,
+        fractions,
+        capability,
+        driver,
+        slice(options.part, None, options.processes),
+        options.only,
+    )
 
 
 if __name__ == "__main__":
