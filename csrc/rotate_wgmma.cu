@@ -31,7 +31,6 @@ constexpr int kBoxBytes = ptx::kTileBoxRows * ptx::kTileBoxColumns * 2;
 constexpr int kHalves = kTileColumns / ptx::kTileBoxRows;  // boxes of the weights
 constexpr int kStageBytes = (1 + kHalves) * kBoxBytes;     // the tile's rows, then those of the weights
 constexpr int kPatternBytes = 1024;                        // 8 rows of 128 bytes, which the swizzle acts on
-constexpr int kGroupTiles = 16;                            // rows of tiles that pass over the weights together
 static_assert(kTileRows == ptx::kTileBoxRows);
 
 struct Barriers {
@@ -58,8 +57,9 @@ struct RotateTiles {
 };
 
 #if SLICEGPT_HAS_WGMMA
-constexpr int kGroupRows = 64;  // of a warpgroup
-constexpr int kStepBytes = 32;  // of a row, that one instruction contracts
+constexpr int kGroupTiles = 16;  // rows of tiles that pass over the weights together
+constexpr int kGroupRows = 64;   // of a warpgroup
+constexpr int kStepBytes = 32;   // of a row, that one instruction contracts
 
 // The matrix that starts at this address, in 16-byte units: the address, the leading offset (ignored with a swizzle, 1
 // by convention), the stride from one 8 rows to the next, swizzle mode 1 (128 bytes). Fields do not carry into each
