@@ -300,6 +300,12 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// What this thread initialised is an mbarrier for the other blocks of the cluster, and for copies that they send, once
+// they have met it at a barrier of the cluster.
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
 // Orders this thread's own accesses to shared memory before those of the asynchronous proxy (bulk copies, wgmma).
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif

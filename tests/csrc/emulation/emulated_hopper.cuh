@@ -58,7 +58,8 @@ struct Mbarrier {
     int64_t bytes = 0;  // announced and not arrived; negative where they arrived first
     unsigned phase = 0;
     const Thread* creator = nullptr;
-    bool fenced = false;
+    bool fenced = false;     // for the asynchronous proxy
+    bool published = false;  // for the other blocks of the cluster
     std::vector<Copy> late;
 };
 
@@ -112,6 +113,14 @@ inline Mbarrier& mbarrier(const void* address) {
     const auto found = hopper().barriers.find(address);
     if (found == hopper().barriers.end()) fail("this mbarrier was not initialised");
     return found->second;
+}
+
+// In the block of this rank, at the same place.
+inline Mbarrier& mbarrier_at(const void* pointer, int rank) {
+    Mbarrier& state = mbarrier(shared_of(rank, pointer));
+    if (rank != int(current->rank) && !state.published)
+        fail("another block does not see that this mbarrier was initialised: fence.mbarrier_init");
+    return state;
 }
 
 inline void complete(Mbarrier& barrier) {
@@ -275,7 +284,7 @@ inline void start_copies(void* shared, emulation::Copy copy, uint64_t* barrier, 
     emulation::shared_pointer(shared_address(shared), copy.bytes);
     for (int rank = 0; rank < 32; ++rank) {
         if (!(mask >> rank & 1)) continue;
-        emulation::Mbarrier& state = emulation::mbarrier(emulation::shared_of(rank, barrier));
+        emulation::Mbarrier& state = emulation::mbarrier_at(barrier, rank);
         if (!state.fenced) emulation::fail("the asynchronous proxy does not see this mbarrier: fence.proxy.async");
         copy.target = emulation::shared_of(rank, shared);
         if (emulation::hopper().copies++ % 2)
@@ -317,7 +326,7 @@ inline void copy_tile(void* shared, const TensorMap& map, int row, int column, u
 }
 
 inline void mbarrier_arrive_at(uint64_t* barrier, int rank) {
-    emulation::arrive(emulation::mbarrier(emulation::shared_of(rank, barrier)));
+    emulation::arrive(emulation::mbarrier_at(barrier, rank));
 }
 inline int cluster_rank() { return int(emulation::current->rank); }
 inline void cluster_sync() { emulation::wait(emulation::cluster_barrier); }
@@ -325,6 +334,11 @@ inline void cluster_sync() { emulation::wait(emulation::cluster_barrier); }
 inline void fence_proxy_async() {
     for (auto& [address, barrier] : emulation::hopper().barriers)
         if (barrier.creator == emulation::current) barrier.fenced = true;
+}
+
+inline void fence_mbarrier_init() {
+    for (auto& [address, barrier] : emulation::hopper().barriers)
+        if (barrier.creator == emulation::current) barrier.published = true;
 }
 
 inline emulation::Accumulators& accumulators() {
