@@ -3,7 +3,7 @@
 import argparse
 import shlex
 
-from .benchmark_options import check_files, check_shape, settings_of
+from .benchmark_options import MEMORY_SHAPES, check_files, check_shape, settings_of
 from .options import add_json, add_shared, positive, resolve_dtype
 
 _SLICING = "--keep 0.8 --nsamples 8 --seqlen 512 --batch-size 1 --ridge 0.3"
@@ -22,7 +22,10 @@ def add_memory(benchmarks) -> None:
     )
     parser.set_defaults(run=run_memory)
     parser.add_argument(
-        "--shape", default="llama-2-70b", metavar="NAME", help="whose widths: llama-2-70b, opt-66b, ..."
+        "--shape",
+        default="llama-2-70b",
+        metavar="NAME",
+        help="whose widths: llama-2-70b, opt-66b, mixtral-8x7b, ...",
     )
     parser.add_argument("--layers", type=positive, default=2, metavar="N", help="layers")
     parser.add_argument("--width", type=positive, metavar="N", help="columns, in place of the shape's")
@@ -37,7 +40,7 @@ def add_memory(benchmarks) -> None:
 
 
 def run_memory(options: argparse.Namespace) -> None:
-    check_shape(options.shape)
+    check_shape(options.shape, MEMORY_SHAPES)
     check_files(options)
     import torch
 
