@@ -58,6 +58,7 @@ from slicegpt.progress import Progress
 from slicegpt.recipe import AUTO, IN_MEMORY, STOCK, Recipe
 from slicegpt.result import SliceResult
 from slicegpt.runtime.speed import compare_speed
+from slicegpt.runtime.step_times import with_step_times
 from slicegpt.slicing import Objective, Reuse, SlicingOptions
 from slicegpt.slicing.affordable import check_affordable, this_machine, workload_of
 from slicegpt.slicing.held_out import held_out_check, held_out_warning
@@ -110,6 +111,7 @@ def slice(
     keep: float | None = None,
     slice: float | None = None,
     target_bytes: float | str | None = None,
+    target_speedup: float | None = None,
     widths: Sequence[int] | None = None,
     calibration: str | os.PathLike | Sequence[str] | None = None,
     output: str | os.PathLike | None = None,
@@ -140,6 +142,8 @@ def slice(
             its former name, which still works.)
         slice: fraction of columns to delete, in [0, 1): the paper's percentage.
         target_bytes: bytes that the weights may take: a number, or a text: "400MB" (1e6), "400MiB" (2**20).
+        target_speedup: tokens/s while decoding, in those of the dense model, that the runtime is to reach on `device`:
+            how long a step takes is measured first, for some seconds.
         widths: columns at every boundary: one whole number before each block, and one before the head.
         calibration: the text to calibrate on: `DATA[:WEIGHT],...` of text files, folders, `.jsonl`, `.json`, `.csv`,
             `.parquet`, `python-reference`, `wikitext2`, `ptb`, `c4`, `alpaca`, `self` (the model writes
@@ -172,7 +176,7 @@ def slice(
         **choices: any other field of `slicegpt.recipe.Recipe`: `form`, `untie`, `round_to`, `shortcut`, `orientation`,
             `slice_head`, `neurons`, `allocate`, `kv_groups`, `group_heads`, `signal`, `refit`, `ridge`, `refit_share`,
             `vocabulary_prior`, `text_column`, `nsamples`, `seqlen`, `batch_size`, `seed`, `varied_seqlen`,
-            `quantize`, `group_size`, `zero_points`, `quantize_tables`, `dtype`.
+            `quantize`, `group_size`, `zero_points`, `quantize_tables`, `dtype`, `decode_batch`, `step_times`.
 
     Returns:
         The sliced model (on the CPU), its tokenizer, and the report. The model is a transformers model: `generate`,
@@ -208,6 +212,7 @@ def slice(
         "keep": keep,
         "slice": slice,
         "target_bytes": target_bytes,
+        "target_speedup": target_speedup,
         "widths": widths,
         "calibration": calibration,
     }
@@ -239,6 +244,10 @@ def slice(
         recipe = recipe.override(model=name, dtype=str(dtype).removeprefix("torch."))
         fields = canonical_fields(dense)
         recipe = settled(recipe, fields, device)
+        if call is not None and recipe.target_speedup is not None:
+            recipe = recipe.override(step_times=call["resolved"]["step_times"])
+        untimed = recipe
+        recipe = ranks.decide(lambda: with_step_times(untimed, fields, dtype, device, progress))
         config, *others = plan_choices(recipe, fields, dtype, source=dense.config)
         stock = dense.config if recipe.form == STOCK else None
         planned = size_record(config, dtype, stock)

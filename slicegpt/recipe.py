@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from slicegpt.errors import SliceGPTError, first_line
+from slicegpt.errors import SliceGPTError
+from slicegpt.recipe_files import as_toml, as_yaml, checked_ending, read_choices
 from slicegpt.recipe_rules import (
     AUTO,
     FLAG,
@@ -27,6 +26,7 @@ from slicegpt.recipe_rules import (
     number_or_auto,
     one_of,
     present_names,
+    step_times,
     takes_former_names,
     text,
     whole,
@@ -35,7 +35,7 @@ from slicegpt.recipe_rules import (
     whole_or_list,
 )
 
-SIZES = ("keep", "slice", "target_bytes", "widths")
+SIZES = ("keep", "slice", "target_bytes", "target_speedup", "widths")
 FORMS = SLICED, STOCK, PER_LAYER = ("sliced", "stock", "per-layer")
 SHORTCUT_MODES = ("compact", "dense")
 ORIENTATIONS = ("aligned", "random", "pca")
@@ -70,11 +70,16 @@ class Recipe:
 
     Attributes:
         model: what is sliced: `smollm2-135m`, a folder, a `.gguf` file or a hub id; None: given with the call.
-        keep: fraction of all parameters to keep, in (0, 1]: the true size. At most one of the four sizes is given.
+        keep: fraction of all parameters to keep, in (0, 1]: the true size. At most one of the five sizes is given.
             Formerly `params`, which is still taken and can be read.
         slice: fraction of columns to delete, in [0, 1): the paper's percentage.
         target_bytes: bytes that the weights may take, a number or a text such as "400MB" (1e6) or "400MiB" (2**20).
+        target_speedup: tokens/s while decoding, in those of the dense model, that slicing is to reach in the runtime on
+            this machine: how long a step takes is measured, and columns, neurons and key/value groups are priced by it.
         widths: columns at every boundary, one whole number each.
+        decode_batch: of `target_speedup`: sequences that are decoded at once; None is 1.
+        step_times: of `target_speedup`: what was measured, see `slicegpt.step_times`, so that the recipe repeats; None:
+            it is measured.
         form: "sliced", or "stock": a model of the dense model's own class, without shortcuts, one width, and one number
             of neurons in all layers (`slicegpt.conversion.stock`); or "per-layer": the same with a number of neurons
             for each layer, which of other engines llama.cpp runs (`slicegpt.checkpoint.gguf_export`).
@@ -141,8 +146,17 @@ class Recipe:
             True,
         ),
     )
+    target_speedup: float | None = choice(
+        "size",
+        None,
+        Rule("a number", number, "lie in [1, 100)", lambda value: 1 <= value < 100, True),
+    )
     widths: tuple[int, ...] | None = choice(
         "size", None, Rule("a list of whole numbers", whole_numbers, "hold one at least", bool, True)
+    )
+    decode_batch: int | None = choice("size", None, replace(POSITIVE, optional=True))
+    step_times: str | None = choice(
+        "size", None, Rule("what a run with target_speedup wrote", step_times, optional=True)
     )
 
     form: str = choice("shape", SLICED, one_of(FORMS))
@@ -273,6 +287,12 @@ class Recipe:
             raise SliceGPTError(
                 "false leaves out what only quantize would store in 8 bits", "quantize_tables"
             )
+        if self.target_speedup is None:
+            for name in ("decode_batch", "step_times"):
+                if (given := getattr(self, name)) is not None:
+                    raise SliceGPTError(f"is of target_speedup, got {given!r} without it", name)
+        else:
+            self._check_speedup()
         if self.form != SLICED:
             self._check_stock()
         elif self.untie:
@@ -293,6 +313,17 @@ class Recipe:
             raise SliceGPTError(
                 f"the {self.form} form has one width, got a list; ask for keep, target_bytes or slice",
                 "widths",
+            )
+
+    def _check_speedup(self) -> None:
+        if self.form != SLICED:
+            raise SliceGPTError(
+                f"is of the form {SLICED!r}, which the runtime was timed in, got {self.form!r}",
+                "target_speedup",
+            )
+        if self.quantize is not None:
+            raise SliceGPTError(
+                f"is timed with the weights in their dtype, got quantize {self.quantize!r}", "target_speedup"
             )
 
     def _check_without_refit(self) -> None:
@@ -343,7 +374,10 @@ class Recipe:
                 )
                 raise SliceGPTError(f"is no choice of a recipe, got {choices[name]!r}; {hint}", name)
         if any(choices.get(name) is not None for name in SIZES):
-            choices = dict.fromkeys(SIZES) | choices
+            of_speedup = () if choices.get("target_speedup") is not None else ("decode_batch", "step_times")
+            choices = dict.fromkeys((*SIZES, *of_speedup)) | choices
+        if choices.get("decode_batch", self.decode_batch) != self.decode_batch:
+            choices.setdefault("step_times", None)  # they were those of another batch
         return replace(self, **choices)
 
     def resolved(self) -> Recipe:
@@ -353,7 +387,8 @@ class Recipe:
             shortcut = "compact" if self.orientation == "aligned" else "dense"
         if neurons is None:
             # The paper's percentage is of columns alone; a true size is best reached both ways.
-            true_size = self.keep is not None or self.target_bytes is not None
+            sizes = (self.keep, self.target_bytes, self.target_speedup)
+            true_size = any(size is not None for size in sizes)
             neurons = AUTO if true_size and self.refit else 0.0
         allocate = self.allocate
         if self.form == STOCK:  # its layers are alike
@@ -382,14 +417,7 @@ class Recipe:
         """
         file = Path(path)
         file = file / FILE_NAME if file.is_dir() else file
-        if file.suffix.lower() not in (".toml", ".yaml", ".yml"):
-            raise SliceGPTError(f"must be a .toml or .yaml file, got {str(file)!r}", "recipe")
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise SliceGPTError(f"cannot read {file}: {reason}", "recipe") from error
-        content = _read_toml(text, file) if file.suffix.lower() == ".toml" else _read_yaml(text, file)
+        content = read_choices(file)
         try:
             return cls().override(**content)
         except SliceGPTError as error:
@@ -401,9 +429,7 @@ class Recipe:
         Raises:
             SliceGPTError: another ending, or a file that cannot be written.
         """
-        file = Path(path)
-        if file.suffix.lower() not in (".toml", ".yaml", ".yml"):
-            raise SliceGPTError(f"must be a .toml or .yaml file, got {str(file)!r}", "recipe")
+        file = checked_ending(path)
         text = self.to_toml() if file.suffix.lower() == ".toml" else self.to_yaml()
         try:
             file.write_text(text, encoding="utf-8")
@@ -412,66 +438,11 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe as TOML: one line a choice, with a blank line between groups."""
-        import tomlkit
-
-        document = tomlkit.document()
-        document.add(tomlkit.comment(_HEADER))
-        group = None
-        groups = {own.name: own.metadata["group"] for own in fields(self)}
-        for name, value in self.choices().items():
-            if groups[name] != group:
-                group = groups[name]
-                document.add(tomlkit.nl())
-                if group:
-                    document.add(tomlkit.comment(group))
-            document.add(name, value)
-        return tomlkit.dumps(document)
+        return as_toml(_HEADER, self.choices(), {own.name: own.metadata["group"] for own in fields(self)})
 
     def to_yaml(self) -> str:
         """The recipe as YAML, one line a choice."""
-        import yaml
-
-        class Dumper(yaml.SafeDumper):
-            pass
-
-        Dumper.add_implicit_resolver(*_YAML_EXPONENT)
-        return f"# {_HEADER}\n{yaml.dump(self.choices(), None, Dumper, sort_keys=False)}"
+        return as_yaml(_HEADER, self.choices())
 
 
 NAMES = tuple(own.name for own in fields(Recipe))
-
-
-def _read_toml(text: str, file: Path) -> dict[str, Any]:
-    import tomlkit
-    from tomlkit.exceptions import TOMLKitError
-
-    try:
-        return tomlkit.parse(text).unwrap()
-    except TOMLKitError as error:
-        raise SliceGPTError(f"{file} is not TOML: {first_line(error)}", "recipe") from error
-
-
-# 1.5e9 is a number, as YAML 1.2 and everybody has it; PyYAML wants 1.5e+9. Texts that look so are then quoted.
-_YAML_EXPONENT = (
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _read_yaml(text: str, file: Path) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_implicit_resolver(*_YAML_EXPONENT)
-    try:
-        content = yaml.load(text, Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
-        raise SliceGPTError(f"{file} is not YAML: {first_line(error)}", "recipe") from error
-    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        raise SliceGPTError(
-            f"{file} must hold names with a value each, got {type(content).__name__}", "recipe"
-        )
-    return dict(content)

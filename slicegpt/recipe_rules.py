@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.step_times import StepTimes
 from slicegpt.units import parse_bytes
 
 AUTO = "auto"
@@ -90,6 +91,14 @@ def flag(value: Any) -> bool:
 def allocation(value: Any) -> str:
     """A text; former recipes say whether the objective decides."""
     return {True: "objective", False: "uniform"}[value] if isinstance(value, bool) else text(value)
+
+
+def step_times(value: Any) -> str:
+    """The text of `StepTimes`."""
+    try:
+        return str(StepTimes.parse(text(value)))
+    except ValueError:
+        raise TypeError from None
 
 
 def text(value: Any) -> str:

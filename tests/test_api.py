@@ -14,6 +14,7 @@ from slicegpt.checkpoint.loading import load_dense
 from slicegpt.cli import main
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.conversion.size_plan import choices_for_parameters, plan_for_parameters
+from slicegpt.conversion.speed_plan import dense_config, step_units
 from slicegpt.errors import SliceGPTError
 from slicegpt.evaluation.perplexity import perplexity
 from slicegpt.families import canonical_fields
@@ -21,6 +22,7 @@ from slicegpt.modeling.sizes import stored_parameters
 from slicegpt.progress import Progress
 from slicegpt.recipe import IN_MEMORY, Recipe
 from slicegpt.slicing import SlicingOptions, slice_model
+from slicegpt.step_times import StepTimes
 
 # Eight samples are few, which slicing says; the warning has a test of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:the calibration text is small")
@@ -100,6 +102,27 @@ def test_slice_is_slice_model_by_hand(folder, text, case):
     assert [entry["block"] for entry in report.record["refit"]] == [entry["block"] for entry in seen.refit]
     assert tokenizer("a for statement").input_ids == load_dense(str(folder))[1]("a for statement").input_ids
     assert not model.training
+
+
+def test_as_fast_as_asked(folder, text, tmp_path):
+    """By the times that are given; and the recipe in the folder repeats it without measuring."""
+    times = StepTimes(1e-4, 1e-5, 4e-9, 9e-9, 6e-9)
+    output = tmp_path / "out"
+    model, _, report = api.slice(
+        folder,
+        target_speedup=1.2,
+        step_times=str(times),
+        calibration=text,
+        output=output,
+        timing=False,
+        **SMALL,
+    )
+    fields = canonical_fields(load_dense(str(folder))[0])
+    faster = step_units(dense_config(fields), times) / step_units(model.config, times)
+    # One more neuron, or four columns, are less than a twentieth of this model's step.
+    assert 1.2 <= faster < 1.26
+    assert "asked 1.20 times the dense model's tokens/s, not measured" in str(report)
+    assert_same_weights(api.slice(recipe=output, timing=False, device="cpu").model, model)
 
 
 def test_a_loaded_model_is_left_as_it_was(folder, text):
@@ -252,7 +275,7 @@ def test_load(folder, sliced_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "size: one of keep, slice, target_bytes, widths is needed, got none"),
+        ({}, "size: one of keep, slice, target_bytes, target_speedup, widths is needed, got none"),
         ({"keep": 0.9, "slice": 0.1}, "size: only one size can be asked for, got keep and slice"),
         ({"keep": 1.5}, r"keep: must lie in \(0, 1\], got 1.5"),
         ({"keep": 0.1}, r"keep: \d+ elements cannot be reached; at width"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from slicegpt.errors import SliceGPTError
 from slicegpt.recipe import ALLOCATIONS, AUTO, DTYPES, NAMES, ORIENTATIONS, SIGNALS, SIZES, Recipe
+from slicegpt.step_times import StepTimes
 
 below_one = st.floats(0, 1, exclude_max=True)
 above_zero = st.floats(0, 1, exclude_min=True)
@@ -24,6 +25,7 @@ SIZE_VALUES = {
     "keep": above_zero,
     "slice": below_one,
     "target_bytes": st.floats(1, 1e18, exclude_max=True),
+    "target_speedup": st.floats(1, 100, exclude_max=True),
     "widths": st.lists(whole, min_size=1, max_size=5).map(tuple),
 }
 
@@ -60,6 +62,9 @@ def recipes(draw) -> Recipe:
     size = draw(st.sampled_from([None, *SIZES]))
     if size is not None:
         choices[size] = draw(SIZE_VALUES[size])
+    if size == "target_speedup":
+        choices["decode_batch"] = draw(st.none() | whole)
+        choices["step_times"] = draw(st.none() | st.builds(StepTimes, *[st.floats(1e-12, 1)] * 5).map(str))
     return Recipe(**choices)
 
 
@@ -228,7 +233,9 @@ def test_errors_name_key_value_and_what_was_expected(choices, message, tmp_path)
 
 
 def test_no_size():
-    with pytest.raises(SliceGPTError, match="size: one of keep, slice, target_bytes, widths is needed"):
+    with pytest.raises(
+        SliceGPTError, match="size: one of keep, slice, target_bytes, target_speedup, widths is needed"
+    ):
         Recipe().size  # noqa: B018
 
 
@@ -291,3 +298,33 @@ print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)))
     Recipe(keep=0.9).write(file)
     command = [sys.executable, "-c", script, str(file)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+TIMES = "step 1e-3 layer 2e-4 mlp 4e-10 attention 5e-10 shortcut 6e-10"
+
+
+def test_what_belongs_to_a_speedup():
+    recipe = Recipe(target_speedup=1.3, decode_batch=4, step_times=TIMES)
+    assert StepTimes.parse(recipe.step_times) == StepTimes.parse(TIMES)
+    assert recipe.resolved().neurons == AUTO
+    assert recipe.override(target_speedup=1.5).step_times == recipe.step_times
+    assert recipe.override(decode_batch=4).step_times == recipe.step_times
+    assert recipe.override(decode_batch=8).step_times is None
+    smaller = recipe.override(keep=0.8)
+    assert (smaller.target_speedup, smaller.decode_batch, smaller.step_times) == (None, None, None)
+    for choices, message in (
+        ({"decode_batch": 2}, "decode_batch: is of target_speedup, got 2 without it"),
+        ({"step_times": TIMES, "keep": 0.9}, "step_times: is of target_speedup"),
+        (
+            {"target_speedup": 1.2, "step_times": "fast"},
+            "step_times: must be what a run with target_speedup wrote",
+        ),
+        ({"target_speedup": 0.5}, r"target_speedup: must lie in \[1, 100\), got 0.5"),
+        ({"target_speedup": 1.2, "form": "stock"}, "target_speedup: is of the form 'sliced'"),
+        (
+            {"target_speedup": 1.2, "quantize": "int8"},
+            "target_speedup: is timed with the weights in their dtype",
+        ),
+    ):
+        with pytest.raises(SliceGPTError, match=message):
+            Recipe(**choices)

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from slicegpt.bench.commands.layer_ops import LayerRun, Operation, State, layer_inputs, module_run, one_layer
-from slicegpt.bench.models.architectures import random_model
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import SlicedConfig
+from slicegpt.modeling.random_weights import random_model
 from slicegpt.modeling.sizes import skeleton
 from slicegpt.ops.contracts import block_sums_of_squares, sumsq_dtype
 from slicegpt.runtime import pack

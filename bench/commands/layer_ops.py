@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from slicegpt.bench.models.architectures import random_dense, random_model
+from slicegpt.bench.models.architectures import random_dense
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.layers import apply_rotary, eager_attention
 from slicegpt.modeling.network import SlicedDecoderLayer, SlicedParallelDecoderLayer
+from slicegpt.modeling.random_weights import random_model
 
 State = dict[str, Tensor]
 Layer = SlicedDecoderLayer | SlicedParallelDecoderLayer

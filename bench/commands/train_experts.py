@@ -1,6 +1,6 @@
 """Train a small mixture of experts on a text, for want of a published one that fits: a Qwen3-MoE of 2.6M parameters.
 
-    python -m slicegpt.bench.commands.train_experts --text train.txt --output tiny-moe --steps 500
+    python -m slicegpt.bench.commands.train_experts --text train.txt --output tiny-moe --steps 1000
 
 Its router has learnt something, which that of a random model has not: experts differ, and so do the tokens they get.
 Byte-level BPE of 1024 tokens from the same text, AdamW, windows drawn at random, the load-balancing loss of
@@ -17,7 +17,7 @@ from pathlib import Path
 from slicegpt.progress import Progress
 from slicegpt.table import check_writable, write_json
 
-VOCABULARY, WINDOW, BATCH, RATE = 1024, 128, 8, 3e-3
+VOCABULARY, WINDOW, BATCH, RATE = 1024, 128, 16, 3e-3
 
 
 def tokenizer_of(text: str):
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", required=True, metavar="FILE")
     parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="the loss of every step")
     options = parser.parse_args(arguments)

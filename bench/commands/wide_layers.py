@@ -1,8 +1,8 @@
 """`slicegpt bench memory`: what a run of slicing takes of the host's memory, beside what its plan says.
 
-A checkpoint of a known shape with few layers is written tensor by tensor, with random weights, and sliced by `slicegpt
-slice` in a process of its own, whose peak the operating system tells. Nothing of a layer's width depends on the number
-of layers.
+A model is sliced by `slicegpt slice` in a process of its own, whose peak the operating system tells: a checkpoint that
+is there, or one of a known shape with few layers and random weights, which is written tensor by tensor. Nothing of a
+layer's width depends on the number of layers.
 """
 
 import copy
@@ -22,8 +22,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from slicegpt.bench.harness.record import Record
-from slicegpt.bench.models.architectures import MODELS, NormalValues
+from slicegpt.bench.models.architectures import MODELS
+from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.errors import SliceGPTError
+from slicegpt.modeling.random_weights import NormalValues
 from slicegpt.progress import Progress
 
 # What has its own benchmarks of speed, and Mixtral 8x7B, whose config's defaults are its shape.
@@ -115,7 +117,7 @@ def run_measured(arguments: list[str]) -> tuple[int, float]:
     return most, time.perf_counter() - began
 
 
-def measure_memory(
+def measure_shape(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     slicing: list[str],
@@ -123,27 +125,57 @@ def measure_memory(
     record: Record,
     progress: Progress,
 ) -> None:
-    """Plan, slice and compare; `record.rows` holds one row.
+    """`measure_memory` of random weights of a configuration, which are written to `folder` and removed."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        size = write_checkpoint(Path(scratch), config, dtype, progress)
+        facts = {
+            "width": config.hidden_size,
+            "layers": config.num_hidden_layers,
+            "checkpoint_bytes": size,
+        }
+        # Its tokenizer knows no text.
+        measure_memory(scratch, facts, ["--calibration", "random-tokens", *slicing], folder, record, progress)
+
+
+def measure_model(name: str, slicing: list[str], folder: Path, record: Record, progress: Progress) -> None:
+    """`measure_memory` of a checkpoint as `slicegpt slice` takes it."""
+    with progress.step("opening the model"):
+        source = open_dense(name, sliceable=True)
+    facts = {
+        "model": Path(name).name,
+        "width": source.config.hidden_size,
+        "layers": source.config.num_hidden_layers,
+        "checkpoint_bytes": source.total_bytes,
+    }
+    measure_memory(name, facts, slicing, folder, record, progress)
+
+
+def measure_memory(
+    name: str,
+    facts: dict[str, str | int],
+    slicing: list[str],
+    folder: Path,
+    record: Record,
+    progress: Progress,
+) -> None:
+    """Plan, slice on the CPU and compare; `record.rows` holds one row.
 
     Args:
+        name: of the dense model.
+        facts: about it, which the row begins with.
         slicing: options of `slicegpt slice`, a size among them.
-        folder: for the checkpoint and what becomes of it; both are removed.
+        folder: for the sliced model, which is removed.
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        dense, planned = Path(scratch, "dense"), Path(scratch, "plan.json")
-        dense.mkdir()
-        size = write_checkpoint(dense, config, dtype, progress)
-        common = ["slice", str(dense), "--device", "cpu", "--calibration", "random-tokens", *slicing]
+        planned = Path(scratch, "plan.json")
+        common = ["slice", name, "--device", "cpu", *slicing]
         with progress.step("planning"):
             run_measured([*common, "--output", f"{scratch}/none", "--dry-run", "--json", str(planned)])
         plan = json.loads(planned.read_text(encoding="utf-8"))
         with progress.step("slicing"):
             peak, seconds = run_measured([*common, "--output", f"{scratch}/sliced"])
         written = sum(file.stat().st_size for file in Path(scratch, "sliced").glob("*.safetensors"))
-    row = {
-        "width": config.hidden_size,
-        "layers": config.num_hidden_layers,
-        "checkpoint_bytes": size,
+    row = facts | {
         "sliced_bytes": written,
         "peak_bytes": peak,
         "planned_bytes": plan["peak"]["host"],

@@ -19,8 +19,9 @@ from torch import Tensor
 from slicegpt.bench.commands.layer_ops import first_layers
 from slicegpt.bench.harness.display import print_rows
 from slicegpt.bench.harness.record import Record
-from slicegpt.bench.models.architectures import MODELS, random_model, sliced_config
+from slicegpt.bench.models.architectures import MODELS, sliced_config
 from slicegpt.modeling import SlicedConfig
+from slicegpt.modeling.random_weights import random_model
 from slicegpt.ops.cuda.decode import decode_device
 from slicegpt.runtime import pack
 from slicegpt.runtime.cache import KVCache, StaticStep

@@ -12,13 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slicegpt.bench.harness.memory import release_unused_memory
-from slicegpt.bench.models.architectures import (
-    MODELS,
-    fields_of,
-    fields_of_config,
-    random_dense,
-    random_model,
-)
+from slicegpt.bench.models.architectures import MODELS, fields_of, fields_of_config, random_dense
 from slicegpt.checkpoint.loading import check_folder, load_dense
 from slicegpt.checkpoint.record import slicing_fraction
 from slicegpt.conversion.multiples import multiple_of
@@ -26,6 +20,7 @@ from slicegpt.conversion.plan import Shape, constant_widths, plan, width_for_sli
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling.random_weights import random_model
 from slicegpt.modeling.sizes import stored_parameters
 from slicegpt.runtime import Runtime, to_canonical
 

@@ -278,11 +278,12 @@ def _plan(content: Mapping) -> list[str]:
 
 
 def _memory(content: Mapping) -> list[str]:
-    return [
-        f"{row['width']} columns, {row['layers']} layers: peak {format_bytes(row['peak_bytes'])}, the plan "
-        f"{times(row['planned_over_measured'])} that"
-        for row in content["rows"]
-    ]
+    found = []
+    for row in content["rows"]:
+        name = row.get("model", f"{row['width']} columns")
+        peak, ratio = format_bytes(row["peak_bytes"]), times(row["planned_over_measured"])
+        found.append(f"{name}, {row['layers']} layers: peak {peak}, the plan {ratio} that")
+    return found
 
 
 def _ranks(content: Mapping) -> list[str]:

@@ -244,6 +244,9 @@ def _sequences_that_fit(model: PreTrainedModel, length: int) -> int:
 def _sequence_bytes(model: PreTrainedModel, length: int) -> int:
     """What the keys and values of one sequence take."""
     facts = facts_of(model.config)
+    if (latent := facts.get("kv_lora_rank")) is not None:
+        numbers = facts["num_hidden_layers"] * (latent + facts["head_dim"])
+        return numbers * length * model.dtype.itemsize
     heads = facts.get("num_key_value_heads") or facts["num_attention_heads"]
     head_dim = facts.get("head_dim") or facts["dense_hidden_size"] // facts["num_attention_heads"]
     return 2 * facts["num_hidden_layers"] * heads * head_dim * length * model.dtype.itemsize

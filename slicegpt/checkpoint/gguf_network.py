@@ -140,6 +140,8 @@ def architecture_of(config: SlicedConfig, name: str) -> str:
         refuse(f"shortcuts, and this model has {' and '.join(shortcuts)} ones", "; slice with --form stock")
     if min(*config.key_value_heads, *config.neurons) < 1:
         refuse("place for the constants that layers without attention or MLP leave")
+    if config.kv_lora_rank is not None:
+        refuse("latent attention that this export writes")
     if config.parallel_blocks:
         refuse("place for attention and MLP in parallel")
     if config.embed_projection or config.final_norm_bias or config.lm_head_bias:

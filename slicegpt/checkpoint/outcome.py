@@ -40,6 +40,12 @@ def asked_and_got(record: dict[str, Any]) -> str | None:
         return f"asked {_percent(asked['keep'])} of the parameters, got {_percent(got)}"
     if "target_bytes" in asked:
         return f"asked {format_bytes(asked['target_bytes'])}, got {format_bytes(size['bytes'])}"
+    if "target_speedup" in asked:
+        speed = record.get("tokens_per_second") or {}
+        got = "not measured"
+        if speed.get("dense") and speed.get("sliced"):
+            got = f"measured {speed['sliced'] / speed['dense']:.2f}"
+        return f"asked {asked['target_speedup']:.2f} times the dense model's tokens/s, {got}"
     if "slice" in asked:
         return f"asked to delete {_percent(asked['slice'])} of the columns, deleted {_percent(record['slicing'])}"
     return None

@@ -17,6 +17,7 @@ MODULES = {
     "layers": "layers_slicegpt",
     "quantized": "quantized_slicegpt",
     "experts": "experts_slicegpt",
+    "latent_attention": "latent_attention_slicegpt",
     "network": "modeling_slicegpt",
     "heads": "heads_slicegpt",
 }

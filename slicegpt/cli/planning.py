@@ -97,6 +97,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
     from slicegpt.conversion.size_plan import plan_recipe, settled
     from slicegpt.hardware.devices import find_dtype
     from slicegpt.hardware.memory import memory_limits
+    from slicegpt.runtime.step_times import with_step_times
     from slicegpt.slicing.affordable import advice, best_budget, this_machine, workload_of
     from slicegpt.slicing.effort import effort_of, measured_rates, paper_rates
     from slicegpt.slicing.workload import Machine
@@ -110,6 +111,12 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
     device = None if elsewhere else local
     recipe = recipe.override(dtype=str(dtype).removeprefix("torch."))
     recipe = settled(recipe, fields, device or "cuda")
+    if recipe.target_speedup is not None and recipe.step_times is None:
+        if device is None:
+            raise SliceGPTError(
+                "is measured on the device, which is not here; give step_times", "target_speedup"
+            )
+        recipe = with_step_times(recipe, fields, dtype, device)
     config = plan_recipe(recipe, fields, dtype, source=source)
     size = size_record(config, dtype, source if recipe.form == STOCK else None)
     ranks = options.ranks or 1

@@ -27,7 +27,15 @@ from slicegpt.recipe import (
 from slicegpt.table import check_writable
 
 from . import interrupts
-from .options import add_json, add_self_contained, add_shared, check_device, number_or_auto, shard_size
+from .options import (
+    add_json,
+    add_self_contained,
+    add_shared,
+    check_device,
+    number_or_auto,
+    positive,
+    shard_size,
+)
 from .parser import add_option
 from .planning import add_planning, check_planning, run_plan
 from .sharing import shared
@@ -81,8 +89,26 @@ def add_parser(commands) -> None:
         metavar="SIZE",
         help="bytes the weights may take: 400MB (1e6), 1.5GiB (2**30), 4e8",
     )
+    size.add_argument(
+        "--target-speedup",
+        type=float,
+        metavar="F",
+        help="tokens/s while decoding, in those of the dense model: 1.3; the runtime is timed on this machine first, "
+        "and columns, neurons and key/value groups go by the time that they take",
+    )
     size.add_argument("--slice", type=float, metavar="F", help="fraction of columns to delete, in [0, 1)")
     size.add_argument("--widths", metavar="FILE", help="JSON list of widths, one a boundary")
+
+    speed = parser.add_argument_group("with --target-speedup")
+    speed.add_argument(
+        "--decode-batch", type=positive, metavar="N", help="sequences that are decoded at once (default: 1)"
+    )
+    speed.add_argument(
+        "--step-times",
+        metavar="TEXT",
+        help="what an earlier run, or one on another machine, has measured: step_times of its recipe.toml (default: "
+        "measured here)",
+    )
 
     shape = parser.add_argument_group("shape")
     shape.add_argument(

@@ -105,7 +105,7 @@ def _folded_layer(root: str, layer: DenseLayer, centred: bool, dtype: torch.dtyp
         scale = output_norm_weight(part, layer, writer.weight.device)
         if scale is not None:
             state[f"{root}.{OUTPUT_NORMS[part]}.weight"] = scale.to(dtype)
-    activation = activation_state(layer, dtype, layer.q.weight.device)
+    activation = activation_state(layer, dtype, layer.o.weight.device)
     state |= {f"{root}.mlp.{name}": tensor for name, tensor in activation.items()}
     if layer.q_norm is not None:
         state |= {
@@ -114,13 +114,14 @@ def _folded_layer(root: str, layer: DenseLayer, centred: bool, dtype: torch.dtyp
         }
     if layer.sinks is not None:
         state[f"{root}.self_attn.sinks"] = layer.sinks
+    state |= {f"{root}.self_attn.{name}": tensor.to(dtype) for name, tensor in layer.expansion.items()}
     return state
 
 
 def _folded_mixture(
     root: str, layer: DenseLayer, centred: bool, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    mixture, device = layer.mixture, layer.q.weight.device
+    mixture, device = layer.mixture, layer.o.weight.device
     state = mixture_state(mixture, layer.mlp_norm, None, dtype, device)
     writers = [fold_writer(mixture.expert(number).down, centred, device) for number in range(mixture.count)]
     state |= stacked_writers(writers, dtype)

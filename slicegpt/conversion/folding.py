@@ -18,7 +18,13 @@ from slicegpt.families import DenseLayer, Linear, Mixture, Norm
 
 # Canonical module name and the field of DenseLayer, for the layers that read and that write the stream.
 READERS = {
-    "attention": (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")),
+    "attention": (
+        ("q_proj", "q"),
+        ("k_proj", "k"),
+        ("v_proj", "v"),
+        ("q_a_proj", "q_a"),
+        ("kv_a_proj_with_mqa", "kv_a"),
+    ),
     "mlp": (("gate_proj", "gate"), ("up_proj", "up")),
 }
 WRITERS = {"attention": ("o_proj", "o"), "mlp": ("down_proj", "down")}
@@ -171,6 +177,8 @@ def reader_state(
         state["k_norm.weight"] = layer.k_norm.to(device, dtype)
     if part == "attention" and layer.sinks is not None:
         state["sinks"] = layer.sinks.to(device, dtype)
+    if part == "attention":
+        state |= {name: tensor.to(device, dtype) for name, tensor in layer.expansion.items()}
     return state
 
 

@@ -167,13 +167,20 @@ def heads_of_groups(fields: dict, kept: int | Sequence[int] | None) -> list[int]
 
 
 def check_whole_norms(fields: dict, heads: list[int] | None, fewer: list[int] | None) -> None:
-    """Refuse to delete some of the heads that one norm is over: its divisor would be another one."""
-    if not fields.get("qk_norm_whole"):
+    """Refuse to delete some of the heads that one norm is over, for its divisor would be another one, or that share
+    one latent."""
+    latent = fields.get("kv_lora_rank") is not None
+    if not fields.get("qk_norm_whole") and not latent:
         return
     groups = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     if fewer is not None or (heads is not None and set(heads) - {0, groups}):
+        what = (
+            "expands all heads from one latent"
+            if latent
+            else "norms queries and keys over all heads together"
+        )
         raise SliceGPTError(
-            f"{fields['source_model_type']} norms queries and keys over all heads together: a layer keeps all of its "
+            f"{fields['source_model_type']} {what}: a layer keeps all of its "
             f"{groups} groups or none, got {_shown(heads) if fewer is None else 'some heads of a group'}",
             "kv_groups" if fewer is None else "group_heads",
         )

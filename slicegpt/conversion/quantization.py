@@ -101,6 +101,8 @@ def with_quantization(config: SlicedConfig, weights: WeightFormat | None) -> Sli
         return plain
     if plain.num_experts:
         raise SliceGPTError("has no form for the weights of experts; leave it out", "quantize")
+    if plain.kv_lora_rank is not None:
+        raise SliceGPTError("has no form for latent attention; leave it out", "quantize")
     layers: dict[tuple[WeightScheme, str, str], list[int]] = {}
     for layer in range(plain.num_hidden_layers):
         for part, module in MODULES.items():

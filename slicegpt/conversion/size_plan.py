@@ -19,12 +19,14 @@ from slicegpt.conversion.plan import (
     width_for_slice,
 )
 from slicegpt.conversion.quantization import WeightFormat, common_multiple, with_quantization
+from slicegpt.conversion.speed_plan import step_units, target_units
 from slicegpt.conversion.stock import keeps_width, stock_parameters
 from slicegpt.conversion.stock_plan import last_that, stock_for_parameters, untied
 from slicegpt.errors import SliceGPTError, renamed
 from slicegpt.modeling import SlicedConfig
 from slicegpt.modeling.sizes import stored_bytes, stored_parameters
 from slicegpt.recipe import AUTO, OBJECTIVE, PRICES, SLICED, STOCK, Recipe
+from slicegpt.step_times import StepTimes
 
 # Fractions of the columns that are deleted in the plans whose prices are compared with those of the full width.
 NARROWER = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
@@ -106,6 +108,8 @@ def _plan_size(
     if recipe.size == "slice":
         width = width_for_slice(fields["dense_hidden_size"], recipe.slice, width_step(fields, shape))
         return [plan(fields, constant_widths(fields, width, shape.slice_head), shape)]
+    if recipe.size == "target_speedup":
+        return _plan_speedup(recipe, fields, shape)
     if recipe.size == "keep":
         target = int(recipe.keep * fields["source_parameters"])
     elif (weights := WeightFormat.of(recipe)) is not None:
@@ -117,6 +121,31 @@ def _plan_size(
     else:
         target = int(recipe.target_bytes / dtype.itemsize)
     return choices_for_parameters(fields, target, shape, recipe.allocate, count)
+
+
+def _plan_speedup(recipe: Recipe, fields: dict, shape: Shape) -> list[SlicedConfig]:
+    """`plan_choices` for a speed-up: what is counted is the time of a decoding step."""
+    if recipe.step_times is None:
+        raise SliceGPTError(
+            "needs step_times; `slicegpt.runtime.step_times.with_step_times` measures them", "target_speedup"
+        )
+    if fields.get("num_experts"):
+        raise SliceGPTError(
+            f"is not for mixtures of experts, got {recipe.target_speedup:g} for a model of them",
+            "target_speedup",
+        )
+    times = StepTimes.parse(recipe.step_times)
+    target = target_units(fields, recipe.target_speedup, times)
+    try:
+        return choices_for_parameters(
+            fields, target, shape, recipe.allocate, partial(step_units, times=times)
+        )
+    except SliceGPTError as error:
+        if error.argument != "target":
+            raise
+        raise SliceGPTError(
+            f"cannot be reached by what may be deleted, got {recipe.target_speedup:g}", "target_speedup"
+        ) from None
 
 
 def width_step(fields: dict, shape: Shape) -> int:

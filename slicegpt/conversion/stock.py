@@ -55,6 +55,10 @@ def check_form(config: SlicedConfig) -> None:
     """
     if config.num_experts:
         raise SliceGPTError("the stock form has no mixtures of experts; slice without it", "form")
+    if config.kv_lora_rank is not None:
+        raise SliceGPTError(
+            f"{config.source_model_type} has latent attention, and no stock form here", "form"
+        )
     if config.attention_sinks:
         raise SliceGPTError(f"{config.source_model_type} has attention sinks, and no stock form here", "form")
     if config.post_norm:

@@ -15,6 +15,10 @@ def check_stock_widths(fields: dict, widths: Sequence[int]) -> None:
     """One clear error for widths that no class of a dense model takes."""
     if fields.get("num_experts"):
         raise SliceGPTError("the stock form has no mixtures of experts; slice without it", "form")
+    if fields.get("kv_lora_rank") is not None:
+        raise SliceGPTError(
+            f"{fields['source_model_type']} has latent attention, and no stock form here", "form"
+        )
     reason, heads = keeps_width(fields), fields["num_attention_heads"]
     if len(set(widths)) > 1:
         raise SliceGPTError(f"the stock form has one width, got {min(widths)} to {max(widths)}", "widths")

@@ -21,6 +21,7 @@ from .base import (
 )
 from .checks import check_config, check_facts
 from .cohere import COHERE, COHERE2
+from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, SARVAM_MLA, YOUTU
 from .exaone4 import EXAONE4
 from .experts import GLM4_MOE, GPT_OSS, MIXTRAL, OLMOE, PHIMOE, QWEN2_MOE, QWEN3_MOE
 from .falcon import FALCON
@@ -116,6 +117,11 @@ FAMILIES = {
         PHIMOE,
         GLM4_MOE,
         GPT_OSS,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
+        SARVAM_MLA,
+        GLM4_MOE_LITE,
+        YOUTU,
     )
 }
 
@@ -204,7 +210,8 @@ def canonical_fields(model: PreTrainedModel | DenseSource) -> dict:
         | facts
         | {
             "tie_word_embeddings": tied,
-            "attention_bias": layer.q.bias is not None or layer.attention_norm.bias is not None,
+            "attention_bias": (layer.kv_a or layer.q).bias is not None
+            or layer.attention_norm.bias is not None,
             "attention_output_bias": layer.o.bias is not None,
             "qk_norm": layer.q_norm is not None,
             "attention_sinks": layer.sinks is not None,

@@ -66,12 +66,15 @@ class DenseLayer:
     `activation`: the state of an activation that has weights of its own (xIELU), by the names of its module.
     `mixture`: takes the place of `gate`, `up` and `down`, which are then None.
     `sinks`: of every head, a score that belongs to no token, [heads].
+    `kv_a`: of latent attention, which has neither `k` nor `v`, [latent + rotated part of the key, D]; `q_a`: of one
+    that compresses queries as well, in place of `q`. `expansion`: what is behind them, by the names of the canonical
+    module.
     """
 
     attention_norm: Norm
-    q: Linear
-    k: Linear
-    v: Linear
+    q: Linear | None
+    k: Linear | None
+    v: Linear | None
     o: Linear
     mlp_norm: Norm
     gate: Linear | None
@@ -84,6 +87,9 @@ class DenseLayer:
     mixture: Mixture | None = None
     sinks: torch.Tensor | None = None
     activation: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    q_a: Linear | None = None
+    kv_a: Linear | None = None
+    expansion: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,13 +120,14 @@ class MixtureNames:
 class LayerNames:
     """Names of a layer's modules below the layer's own; None where the family has no such part.
 
-    `experts`: of the layers that have a router by its name there; the others have an MLP.
+    `experts`: of the layers that have a router by its name there; the others have an MLP. `expansion`: modules of a
+    weight alone, called in the canonical network what the last part of their name says.
     """
 
     attention_norm: str | None
-    q: str
-    k: str
-    v: str
+    q: str | None
+    k: str | None
+    v: str | None
     o: str
     mlp_norm: str | None
     up: str
@@ -133,6 +140,9 @@ class LayerNames:
     activation: str | None = None
     experts: MixtureNames | None = None
     sinks: str | None = None
+    q_a: str | None = None
+    kv_a: str | None = None
+    expansion: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -271,10 +281,10 @@ class Checkpoint:
         """Names of the tensors that the family has no place for: slicing would drop them."""
         family, names = self.family, self.names
         weights = (names.q_norm, names.k_norm)
-        others = ("q_norm", "k_norm", "activation", "experts", "sinks")
+        others = ("q_norm", "k_norm", "activation", "experts", "sinks", "expansion")
         whole = {value for name, value in vars(names).items() if name not in others}
         parts = {f"{part}.{kind}" for part in whole - {None} for kind in ("weight", "bias")}
-        parts |= {f"{part}.weight" for part in weights if part is not None}
+        parts |= {f"{part}.weight" for part in (*weights, *names.expansion) if part is not None}
         parts |= {f"{names.activation}.{name}" for name in ACTIVATION_STATE} | {names.sinks}
         parts |= set() if names.experts is None else names.experts.tensors()
         known = {f"{family.embedding}.weight", f"{family.positions}.weight"}
@@ -290,6 +300,9 @@ class Checkpoint:
         # A fused projection bears several names, and is to be read once.
         linear = functools.cache(lambda name: self._linear(f"{root}.{name}"))
 
+        def own(name: str | None) -> Linear | None:
+            return None if name is None else linear(name)
+
         def norm(name: str | None) -> Norm | None:
             return None if name is None else self._norm(f"{root}.{name}")
 
@@ -299,12 +312,12 @@ class Checkpoint:
         ]
         mixture = self._mixture(root)
         mlp = (None, None, None) if mixture is not None else (names.gate, names.up, names.down)
-        gate, up, down = (None if name is None else linear(name) for name in mlp)
+        gate, up, down = map(own, mlp)
         layer = DenseLayer(
             attention_norm=norm(names.attention_norm) or Norm(),
-            q=linear(names.q),
-            k=linear(names.k),
-            v=linear(names.v),
+            q=own(names.q),
+            k=own(names.k),
+            v=own(names.v),
             o=linear(names.o),
             mlp_norm=norm(names.mlp_norm) or Norm(),
             gate=gate,
@@ -317,6 +330,12 @@ class Checkpoint:
             activation=self._activation(f"{root}.{names.activation}"),
             mixture=mixture,
             sinks=None if names.sinks is None else self._get(f"{root}.{names.sinks}"),
+            q_a=own(names.q_a),
+            kv_a=own(names.kv_a),
+            expansion={
+                f"{name.rpartition('.')[2]}.weight": self.tensors[f"{root}.{name}.weight"]
+                for name in names.expansion
+            },
         )
         rewrite = self.family.rewrite_layer
         return layer if rewrite is None else rewrite(layer, self.config)

@@ -154,37 +154,79 @@ def _with_rope(config: PreTrainedConfig, changes: dict) -> PreTrainedConfig:
     return changed
 
 
-def glm4_moe_facts(config: PreTrainedConfig) -> dict:
-    """Fields of `SlicedConfig` that a GLM-4.5 config determines: the first layers are dense, experts in groups."""
-    groups, chosen = config.n_group, config.topk_group
-    experts = config.n_routed_experts
-    if not (1 <= chosen <= groups and experts % groups == 0 and experts // groups >= 2):
+def group_facts(config: PreTrainedConfig, fewest: int = 2) -> dict:
+    """The fields of `SlicedConfig` of experts that are chosen from the best groups.
+
+    Args:
+        fewest: experts that a group has at the least, as many as its score is the sum of.
+
+    Raises:
+        SliceGPTError: groups that cannot be, or have fewer experts together than a token takes.
+    """
+    experts, groups, chosen = config.n_routed_experts, config.n_group, config.topk_group
+    numbers = isinstance(groups, int) and isinstance(chosen, int) and 1 <= chosen <= groups
+    if not numbers or experts % groups or experts // groups < fewest:
         raise SliceGPTError(
-            f"glm4_moe: n_group must divide n_routed_experts ({experts}) into groups of two and more, and topk_group "
-            f"lie in [1, n_group], got n_group={groups} and topk_group={chosen}",
+            f"{config.model_type}: n_group must divide n_routed_experts ({experts}) into groups of {fewest} and more, "
+            f"and topk_group lie in [1, n_group], got n_group={groups} and topk_group={chosen}",
             "model",
         )
-    scale = config.routed_scaling_factor
+    taken = config.num_experts_per_tok
+    if isinstance(taken, int) and taken > experts // groups * chosen:
+        raise SliceGPTError(
+            f"{config.model_type}: num_experts_per_tok must be at most the {experts // groups * chosen} experts of "
+            f"topk_group={chosen} groups of n_group={groups}, got {taken}",
+            "model",
+        )
+    return {"n_group": groups, "topk_group": chosen}
+
+
+def behind_dense_layers(config: PreTrainedConfig) -> dict:
+    """The fields of `SlicedConfig` of a GLM or DeepSeek whose first layers are dense, and whose others have routed
+    experts and shared ones; empty where all are dense.
+
+    Raises:
+        SliceGPTError: numbers that describe no such layers.
+    """
+    layers, first = config.num_hidden_layers, _count(config, "first_k_dense_replace", 0)
+    dense = min(first, layers)
+    return shared_expert_facts(config, ["dense"] * dense + ["sparse"] * (layers - dense))
+
+
+def _count(config: PreTrainedConfig, name: str, least: int) -> int:
+    value = getattr(config, name)
+    if not isinstance(value, int) or value < least:
+        raise SliceGPTError(
+            f"{config.model_type}: {name} must be a whole number of at least {least}, got {value!r}", "model"
+        )
+    return value
+
+
+def shared_expert_facts(config: PreTrainedConfig, kinds: list[str]) -> dict:
+    """The same, of layers of these `kinds`, "dense" or "sparse"."""
+    kind, shared, scale = (
+        config.model_type,
+        _count(config, "n_shared_experts", 1),
+        config.routed_scaling_factor,
+    )
     if not (isinstance(scale, int | float) and 0 < scale < math.inf):
         raise SliceGPTError(
-            f"glm4_moe: routed_scaling_factor must be finite and above 0, got {scale!r}", "model"
+            f"{kind}: routed_scaling_factor must be finite and above 0, got {scale!r}", "model"
         )
-    layers, dense = config.num_hidden_layers, min(config.first_k_dense_replace, config.num_hidden_layers)
+    if "sparse" not in kinds:
+        return {}
+    return mixture_facts(config, "n_routed_experts", "moe_intermediate_size") | {
+        "mlp_layer_types": kinds,
+        "shared_expert_intermediate_size": config.moe_intermediate_size * shared,
+        "routed_scaling_factor": float(scale),
+    }
+
+
+def glm4_moe_facts(config: PreTrainedConfig) -> dict:
+    """Fields of `SlicedConfig` that a GLM-4.5 config determines: the first layers are dense, experts in groups."""
+    groups, experts = group_facts(config), behind_dense_layers(config)
     facts = llama_facts(config, partial_rotary=True)
-    if dense == layers:
-        return facts
-    return (
-        facts
-        | mixture_facts(config, "n_routed_experts", "moe_intermediate_size")
-        | {
-            "mlp_layer_types": ["dense"] * dense + ["sparse"] * (layers - dense),
-            "shared_expert_intermediate_size": config.moe_intermediate_size * config.n_shared_experts,
-            "scoring_func": "sigmoid",
-            "routed_scaling_factor": float(scale),
-            "n_group": groups,
-            "topk_group": chosen,
-        }
-    )
+    return facts | experts | groups | {"scoring_func": "sigmoid"} if experts else facts
 
 
 def gpt_oss_facts(config: PreTrainedConfig) -> dict:

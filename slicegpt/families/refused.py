@@ -9,7 +9,7 @@ _RECURRENT = (
     "some of its layers are recurrent, convolutional or state-space mixers, which are no softmax attention"
 )
 _LATENT = (
-    "its attention stores keys and values compressed, with norms inside of it (multi-head latent attention)"
+    "its latent attention has parts that nobody has written (a choice among tokens, norms behind it, factors)"
 )
 _NORMS_BEHIND = "its blocks normalise what they write, by a length that a sliced stream does not have"
 _EXPERTS = (
@@ -31,8 +31,7 @@ _KINDS = {
     _RECURRENT: """bailing_hybrid bamba falcon_h1 falcon_mamba inkling2_loop_text inkling2_text inkling_text jamba
         kimi_linear lara_mini lfm2 lfm2_moe lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5_moe_text
         qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya""",
-    _LATENT: """axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots3_note_text glm4_moe_lite glm_moe_dsa
-        hy_v4 longcat_flash minicpm3 sarvam_mla youtu""",
+    _LATENT: """axk1 axk2 deepseek_v32 deepseek_v4 dots3_note_text glm_moe_dsa hy_v4 longcat_flash minicpm3""",
     _NORMS_BEHIND: """afmoe beam dory flex_olmo gemma3n_text gemma4_text gemma4_unified_text hyperclovax kolibri1""",
     _EXPERTS: """aria_text cohere2_moe dbrx dots1 ernie4_5_moe exaone_moe flint granitemoe
         granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 jetmoe laguna llama4 llama4_text mellum mimo_v2_flash

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from slicegpt.errors import SliceGPTError
 
 TARGETS = {
-    "inputs": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
-    "qv": ("q_proj", "v_proj"),
+    "inputs": ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj"),
+    "qv": ("q_proj", "v_proj", "q_b_proj", "kv_b_proj"),
     "all-linear": None,
 }
 """Named choices of linear layers; "inputs" (what reads the residual stream) is the paper's for SliceGPT."""

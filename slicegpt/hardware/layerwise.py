@@ -29,6 +29,7 @@ from slicegpt.modeling.losses import (
     token_losses,
     window_losses,
 )
+from slicegpt.modeling.wide_products import products_in_float32
 from slicegpt.progress import Progress
 
 # Of the embedding and of the head so many bytes are on the device at a time.
@@ -88,7 +89,7 @@ def layerwise_losses(
     groups = windows.split(windows_at_once or _windows_that_fit(source, windows))
     layers = len(model.layers) * len(groups)
     stage = report.stage(f"{name}, layer by layer", layers, "layers", windows.numel())
-    with torch.no_grad(), stage as advance:
+    with torch.no_grad(), products_in_float32(model.device), stage as advance:
         for group in groups:
             losses += model.losses(list(group.split(size)), advance)
     check_finite_losses(losses)

@@ -90,11 +90,18 @@ class SlicedConfig(PreTrainedConfig):
             output is multiplied by a sigmoid of its own where `shared_expert_gate` (Qwen2-MoE).
         scoring_func: what makes the router's logits weights: "softmax", "sigmoid" or "sparsemixer" (Phi-3.5-MoE, with
             `router_jitter_noise` as its threshold). The chosen ones are divided by their sum where `norm_topk_prob`,
-            and multiplied by `routed_scaling_factor`.
+            and multiplied by `routed_scaling_factor`. router_in_float32: its logits are computed in float32 whatever
+            the model's dtype; where not given, those of sigmoids are.
         router_bias: the router's logits have a bias. score_correction_bias: the choice of experts, and not their
             weights, sees the scores with a bias added (DeepSeek, GLM-4.5). n_group, topk_group: experts are chosen from
-            the best `topk_group` of `n_group` groups.
+            the best `topk_group` of `n_group` groups: by the sum of the two best scores of each where they are
+            sigmoids, else by the best one (DeepSeek V2).
         swiglu_alpha, swiglu_limit: experts compute `(up + 1) gate sigmoid(alpha gate)` of clamped values (gpt-oss).
+        kv_lora_rank: keys and values are expanded from a latent of so many entries behind an RMSNorm of its own
+            (multi-head latent attention, DeepSeek); None: they are projections of the stream. Then `head_dim` is the
+            part of a query, and of the one key that all heads share, that is rotated; beside it a head has
+            `qk_nope_head_dim` entries without positions, and its values `v_head_dim`. q_lora_rank: queries have a
+            latent of their own; None: they are projections of the stream. A layer has all of its heads or none.
         attention_sinks: every head has a score that belongs to no token, and takes its share of the softmax (gpt-oss).
         qk_norm: queries and keys pass an RMSNorm over the head dimension (Qwen3).
         qk_norm_after_rope: they do so behind their rotation, and not before it (Hunyuan).
@@ -157,6 +164,10 @@ class SlicedConfig(PreTrainedConfig):
     pre_norm: bool = True
     post_norm: bool = False
     attention_sinks: bool = False
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    v_head_dim: int | None = None
     sliding_window: int | None = None
     layer_key_value_heads: list[int] | None = None
     layer_group_heads: list[int] | None = None
@@ -181,6 +192,7 @@ class SlicedConfig(PreTrainedConfig):
     scoring_func: str = "softmax"
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
+    router_in_float32: bool | None = None
     router_bias: bool = False
     score_correction_bias: bool = False
     router_jitter_noise: float = 0.0
@@ -218,6 +230,8 @@ class SlicedConfig(PreTrainedConfig):
             self.moe_intermediate_size = self.intermediate_size
         if self.dense_moe_intermediate_size is None:
             self.dense_moe_intermediate_size = self.moe_intermediate_size
+        if self.router_in_float32 is None:
+            self.router_in_float32 = self.scoring_func == "sigmoid"
         if self.dense_intermediate_size is None:
             self.dense_intermediate_size = self.intermediate_size
         if self.layer_neurons is not None:
@@ -254,6 +268,8 @@ class SlicedConfig(PreTrainedConfig):
         if self.inner_norm_eps is None:
             self.inner_norm_eps = self.rms_norm_eps
         absent = (() if self.gated_mlp else ("gate_proj",)) + (() if self.qk_norm else ("q_norm", "k_norm"))
+        if self.kv_lora_rank is not None:  # a latent is no heads that could be shared out
+            absent += tuple(name for name in self.base_model_tp_plan if ".self_attn." in name)
         # Norms over all heads need all of them on every device.
         whole = _WHOLE_HEADS_PLAN if self.qk_norm and self.qk_norm_whole else {}
         self.base_model_tp_plan = {
@@ -304,6 +320,28 @@ class SlicedConfig(PreTrainedConfig):
     def keeps_all_heads(self) -> bool:
         """Whether every layer has the heads that it had before slicing."""
         return self.layer_key_value_heads is None and self.layer_group_heads is None
+
+    @property
+    def value_dim(self) -> int:
+        """Columns of attention's output projection that a query head has."""
+        return self.head_dim if self.kv_lora_rank is None else self.v_head_dim
+
+    @property
+    def attention_rows(self) -> int:
+        """Rows of a layer's attention that read the stream, before slicing."""
+        if self.kv_lora_rank is None:
+            return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        queries = self.num_attention_heads * (self.qk_nope_head_dim + self.head_dim)
+        return (self.q_lora_rank or queries) + self.kv_lora_rank + self.head_dim
+
+    @property
+    def expansion_elements(self) -> int:
+        """Elements of what expands a layer's latents to heads, which neither reads nor writes the stream."""
+        if self.kv_lora_rank is None:
+            return 0
+        heads, passed = self.num_attention_heads, self.qk_nope_head_dim
+        queries = (self.q_lora_rank or 0) * heads * (passed + self.head_dim)
+        return queries + self.kv_lora_rank * heads * (passed + self.v_head_dim)
 
     @property
     def attention_types(self) -> list[str]:
@@ -457,9 +495,22 @@ class SlicedConfig(PreTrainedConfig):
                 "qk_norm_whole: the norm is over all heads, so a layer has all of them or none, got "
                 f"{self.attention_heads}"
             )
+        if self.kv_lora_rank is not None:
+            self._validate_latents(whole)
         kinds = self.dense_layer_types
         if kinds is not None and len(kinds) != self.num_hidden_layers:
             raise ValueError(f"dense_layer_types must hold {self.num_hidden_layers} kinds, got {kinds}")
+
+    def _validate_latents(self, whole: set[int]):
+        if set(self.attention_heads) - whole:
+            raise ValueError(
+                f"kv_lora_rank: heads share one latent, so a layer has all of them or none, got {self.attention_heads}"
+            )
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+            if (value := getattr(self, name)) is None or value < 1:
+                raise ValueError(f"{name} must be at least 1 where there is a latent, got {value}")
+        if self.qk_norm or self.attention_sinks or self.position_embedding != "rotary":
+            raise ValueError("kv_lora_rank needs rotary positions, and neither qk_norm nor attention_sinks")
 
     def _validate_experts(self):
         kinds, experts = self.mlp_layer_types, self.num_experts

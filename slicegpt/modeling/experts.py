@@ -86,7 +86,7 @@ class SlicedRouter(nn.Module):
         self.top_k, self.scoring_func = config.num_experts_per_tok, config.scoring_func
         self.norm_topk_prob, self.scale = config.norm_topk_prob, config.routed_scaling_factor
         self.groups, self.topk_group = config.n_group, config.topk_group
-        self.threshold = config.router_jitter_noise
+        self.threshold, self.in_float32 = config.router_jitter_noise, config.router_in_float32
         self.weight = nn.Parameter(torch.zeros(config.num_experts, in_width))
         self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_bias else None
         correction = torch.zeros(config.num_experts) if config.score_correction_bias else None
@@ -95,7 +95,7 @@ class SlicedRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (float32, or float64) and numbers of the chosen experts, both [tokens, experts per token]."""
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        if self.scoring_func == "sigmoid":  # these models' routers are float32, whatever the others' dtype
+        if self.in_float32:
             bias = None if self.bias is None else self.bias.to(wide)
             logits = F.linear(hidden_states.to(wide), self.weight.to(wide), bias)
         else:
@@ -116,7 +116,8 @@ class SlicedRouter(nn.Module):
             scores = scores + self.e_score_correction_bias
         if self.topk_group < self.groups:
             parts = scores.unflatten(-1, (self.groups, -1))
-            best = parts.topk(min(2, parts.shape[-1]), dim=-1).values.sum(dim=-1)
+            count = 2 if self.scoring_func == "sigmoid" else 1
+            best = parts.topk(min(count, parts.shape[-1]), dim=-1).values.sum(dim=-1)
             out = torch.ones_like(best, dtype=torch.bool)
             out.scatter_(1, best.topk(self.topk_group, dim=-1).indices, False)
             scores = parts.masked_fill(out[..., None], -torch.inf).flatten(1)

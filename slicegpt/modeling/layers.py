@@ -352,16 +352,6 @@ class SlicedGatedMLP(SlicedMLP):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-def build_attention(
-    config: SlicedConfig, layer: int, in_width: int, out_width: int
-) -> SlicedAttention | Constant:
-    """The attention of a layer, or what is left of one without key/value heads."""
-    heads = config.key_value_heads[layer]
-    if not heads:
-        return Constant(out_width)
-    return SlicedAttention(config, layer, in_width, out_width, heads, config.group_heads[layer])
-
-
 def build_mlp(
     config: SlicedConfig, layer_idx: int, in_width: int, out_width: int, neurons: int
 ) -> SlicedMLP | Constant:

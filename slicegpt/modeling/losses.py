@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.modeling.wide_products import products_in_float32
 from slicegpt.progress import Progress
 
 # 2^24 logits are 128 MiB in float64, and enough rows for the head's matrix product to run at full speed.
@@ -52,7 +53,7 @@ def window_losses(
     """
     device = model.get_input_embeddings().weight.device
     report, losses = progress or Progress(quiet=True), []
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), products_in_float32(device), _evaluating(model):
         losses_of = _loss_function(model, windows[:1, :16].to(device))
         everywhere = len(windows) if of is None else of
         with report.stage(name, everywhere, "windows", everywhere * windows.shape[1]) as advance:

@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import SlicedConfig
 from .experts import SlicedExperts, SlicedRouter, build_feed_forward
+from .latent_attention import SlicedLatentAttention, build_attention
 from .layers import (
     CACHE,
     CompactShortcut,
@@ -29,7 +30,6 @@ from .layers import (
     FinalNorm,
     SlicedAttention,
     WeightlessRMSNorm,
-    build_attention,
     build_mlp,
     build_output_norm,
     build_rotary,
@@ -138,7 +138,7 @@ class SlicedPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": SlicedLayer,
-        "attentions": SlicedAttention,
+        "attentions": [SlicedAttention, SlicedLatentAttention],
     }
 
     # A choice between experts is decided by differences of a few thousandths.
@@ -324,8 +324,8 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
 
     def _get_static_cache_init_shape(self):
         """transformers allocates a static cache before the first token where this tells the heads of its layers; where
-        they differ, the first token does it."""
-        if not self.config.keeps_all_heads:
+        they differ, or keep a latent in place of keys and values, the first token does it."""
+        if not self.config.keeps_all_heads or self.config.kv_lora_rank is not None:
             return None
         return super()._get_static_cache_init_shape()
 
@@ -333,8 +333,13 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         """transformers' continuous batching, whose paged cache has the same heads in every layer.
 
         Raises:
-            ValueError: heads are deleted.
+            ValueError: heads are deleted, or a latent is cached in place of keys and values.
         """
+        if self.config.kv_lora_rank is not None:
+            raise ValueError(
+                "generate_batch: a paged cache holds keys and values of one size, and this model's latent attention"
+                f" keeps {self.config.kv_lora_rank} and {self.config.head_dim} numbers a token; use generate"
+            )
         if not self.config.keeps_all_heads:
             raise ValueError(
                 "generate_batch: layers must have all of their heads, got layer_key_value_heads="

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig, SlicedForCausalLM
 from slicegpt.modeling.experts import SlicedMoE
+from slicegpt.modeling.latent_attention import SlicedLatentAttention
 from slicegpt.modeling.layers import (
     Constant,
     FinalNorm,
@@ -173,8 +174,13 @@ def pack_layer(
 ) -> tuple[PackedBlock, ...]:
     """The one or two blocks of decoder layer `index`.
 
-    Errors: `SliceGPTError` for an activation that the fused operators do not have.
+    Errors: `SliceGPTError` for an activation that the fused operators do not have, and for latent attention.
     """
+    if isinstance(layer.self_attn, SlicedLatentAttention):
+        raise SliceGPTError(
+            "latent attention (MLA) is not supported: its cache holds no keys and values; use the plain model",
+            "model",
+        )
     if (config.swiglu_limit is None and config.hidden_act not in ACTIVATION_NAMES) or (
         config.gated_mlp and f"{ACTIVATION_NAMES[config.hidden_act]}_gated" not in GATED
     ):

@@ -49,7 +49,14 @@ def tokens_per_second(
     """
     length = input_ids.shape[1] + tokens + 1
     runtimes = [Runtime(model, max_length=length) for model in models]
-    rates: list[list[float]] = [[] for _ in models]
+    return [statistics.median(own) for own in timed_in_turns(runtimes, input_ids, tokens, turns, seconds)]
+
+
+def timed_in_turns(
+    runtimes: Sequence[Runtime], input_ids: Tensor, tokens: int, turns: int, seconds: float
+) -> list[list[float]]:
+    """Tokens/s of every turn of each runtime; the arguments are those of `tokens_per_second`."""
+    rates: list[list[float]] = [[] for _ in runtimes]
     spent = 0.0
     for turn in range(turns + 1):
         if turn > 1 and spent >= seconds:
@@ -64,7 +71,7 @@ def tokens_per_second(
             if turn:
                 own.append(count / took)
                 spent += took
-    return [statistics.median(own) for own in rates]
+    return rates
 
 
 def compare_speed(

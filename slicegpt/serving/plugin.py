@@ -21,6 +21,19 @@ def register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, VLLM_CLASS)
 
 
+def check_servable(config: SlicedConfig) -> None:
+    """Refuse what vLLM's Transformers back end has no attention for, before anything is built.
+
+    Raises:
+        ValueError: latent attention.
+    """
+    if config.kv_lora_rank is not None:
+        raise ValueError(
+            f"{config.source_model_type}: latent attention (MLA) is not supported: vLLM's Transformers back end caches"
+            " keys and values of one size; use transformers' generate"
+        )
+
+
 def heads_of_rank(config: SlicedConfig, layer: int, ranks: int) -> tuple[int, int]:
     """Query heads and key/value heads of a layer on each of so many tensor-parallel ranks.
 

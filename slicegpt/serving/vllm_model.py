@@ -22,7 +22,7 @@ from vllm.model_executor.models.utils import (
 from vllm.model_executor.utils import set_weight_attrs
 
 from slicegpt.modeling import SlicedConfig
-from slicegpt.serving.plugin import heads_of_rank
+from slicegpt.serving.plugin import check_servable, heads_of_rank
 from slicegpt.serving.vllm_experts import use_operator
 
 
@@ -40,6 +40,7 @@ class SlicedForVLLM(TransformersForCausalLM):
     """`SlicedForCausalLM` on vLLM's layers, with tensor and pipeline parallelism."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        check_servable(vllm_config.model_config.hf_text_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config, group = self.text_config, self.pp_group
         if config.qk_norm_whole and self.tp_group.world_size > 1:

@@ -46,6 +46,7 @@ from slicegpt.slicing.prices import GROUP_LEVELS, LEVELS, Cut, PriceList, Prices
 from slicegpt.slicing.propagation import Propagation, check_finite
 from slicegpt.slicing.refit import make_room
 from slicegpt.slicing.regression import fit, prior_of
+from slicegpt.step_times import StepTimes
 
 # The share of the calibration batches that the costs are taken from. They only decide between layers, where they
 # differ by factors.
@@ -96,8 +97,10 @@ def fewest_neurons(config: SlicedConfig, multiple: int, layer: int = 0) -> int:
 
 
 def gives_groups(config: SlicedConfig) -> bool:
-    """Whether a plan may delete key/value groups: nobody has said how many stay, and no norm is over all of them."""
-    return config.keeps_all_heads and not (config.qk_norm and config.qk_norm_whole)
+    """Whether a plan may delete key/value groups: nobody has said how many stay, no norm is over all of them, and they
+    have no latent in common."""
+    whole = (config.qk_norm and config.qk_norm_whole) or config.kv_lora_rank is not None
+    return config.keeps_all_heads and not whole
 
 
 def group_parameters(config: SlicedConfig) -> list[int]:
@@ -330,22 +333,28 @@ def mixture_curve(
 
 
 def neuron_structures(
-    curves: Sequence[Sequence[tuple[int, float]]], config: SlicedConfig, multiple: int
+    curves: Sequence[Sequence[tuple[int, float]]],
+    config: SlicedConfig,
+    multiple: int,
+    times: StepTimes | None = None,
 ) -> list[Structure]:
     """What the MLPs of a network of `config`'s widths can give up, in multiples of `multiple`.
 
     Args:
         curves: of each layer the loss along its neurons, down to `fewest_neurons` at most.
+        times: what counts are the seconds of a decoding step; None: parameters.
     """
-    structures = []
+    structures, rate = [], 1 if times is None else times.mlp
     for layer, (curve, parameters) in enumerate(zip(curves, neuron_parameters(config), strict=True)):
         whole, fewest = config.dense_neurons[layer], fewest_neurons(config, multiple, layer)
         counts = [whole, *range((whole - 1) // multiple * multiple, fewest - 1, -multiple)]
-        structures.append(Structure(counts, [rise_at(curve, count) for count in counts], parameters))
+        structures.append(Structure(counts, [rise_at(curve, count) for count in counts], rate * parameters))
     return structures
 
 
-def group_structures(curves: Sequence[Sequence[tuple[int, float]]], config: SlicedConfig) -> list[Structure]:
+def group_structures(
+    curves: Sequence[Sequence[tuple[int, float]]], config: SlicedConfig, times: StepTimes | None = None
+) -> list[Structure]:
     """What the attention of a network of `config`'s widths can give up.
 
     All of a layer's groups can go where the width stays whole: elsewhere the basis before a block that is gone would
@@ -353,20 +362,29 @@ def group_structures(curves: Sequence[Sequence[tuple[int, float]]], config: Slic
 
     Args:
         curves: of each layer the loss along its key/value groups.
+        times: as of `neuron_structures`.
     """
+    rate = 1 if times is None else times.attention
     whole = config.num_key_value_heads
     full_width = set(config.shortcuts) == {"identity"}
     structures = []
     for layer, (curve, parameters) in enumerate(zip(curves, group_parameters(config), strict=True)):
         counts = list(range(whole, -1 if full_width and layer else 0, -1))
-        structures.append(Structure(counts, [rise_at(curve, count) for count in counts], parameters))
+        structures.append(Structure(counts, [rise_at(curve, count) for count in counts], rate * parameters))
     return structures
 
 
-def share_out(structures: Sequence[Structure], config: SlicedConfig) -> list[int]:
-    """What remains of each structure, so that as many parameters as `config` does are stored, at the least loss of all
-    together."""
+def share_out(
+    structures: Sequence[Structure], config: SlicedConfig, times: StepTimes | None = None
+) -> list[int]:
+    """What remains of each structure, so that as many parameters are stored as `config` does, or its step takes as
+    long, at the least loss of all together.
+
+    Args:
+        times: as of `neuron_structures`.
+    """
+    rate = 1 if times is None else times.mlp
     gone = [whole - left for whole, left in zip(config.dense_neurons, config.neurons, strict=True)]
     sizes = zip(gone, neuron_parameters(config), strict=True)
-    chosen = exchange(structures, sum(count * size for count, size in sizes))
+    chosen = exchange(structures, sum(count * rate * size for count, size in sizes))
     return [structure.counts[choice] for structure, choice in zip(structures, chosen, strict=True)]

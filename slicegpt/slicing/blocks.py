@@ -12,7 +12,8 @@ from slicegpt.conversion.folding import WRITERS, fold_writer, output_norm_weight
 from slicegpt.families import FAMILIES, DenseLayer, Linear
 from slicegpt.hardware.scratch import spilled
 from slicegpt.modeling import SlicedConfig, WeightlessRMSNorm
-from slicegpt.modeling.layers import SlicedAttention, build_mlp
+from slicegpt.modeling.latent_attention import whole_attention
+from slicegpt.modeling.layers import build_mlp
 from slicegpt.slicing.mixtures import SHARED, LiftedMixture, mixture_writers
 
 # Bytes at whose multiples PyTorch's tensors begin, on a CPU.
@@ -118,15 +119,7 @@ class LiftedBlock(nn.Module):
         with torch.device("meta"):
             self.parts = nn.ModuleDict()
             if "attention" in states:
-                heads = config.num_key_value_heads
-                self.parts["attention"] = SlicedAttention(
-                    config,
-                    block.layer,
-                    width,
-                    dense_width,
-                    heads,
-                    config.num_attention_heads // heads,
-                )
+                self.parts["attention"] = whole_attention(config, block.layer, width, dense_width)
             if "mlp" in states:
                 neurons = config.dense_neurons[block.layer]
                 self.parts["mlp"] = build_mlp(config, block.layer, width, dense_width, neurons)
@@ -254,7 +247,7 @@ def remaining_writers(block: Block, writers: dict[str, Linear]) -> dict[str, Lin
 def group_rows(config: SlicedConfig) -> list[slice]:
     """The columns of attention's output projection that each of the dense model's key/value groups has; in a block,
     attention's come first."""
-    size = config.num_attention_heads // config.num_key_value_heads * config.head_dim
+    size = config.num_attention_heads // config.num_key_value_heads * config.value_dim
     return [slice(size * group, size * (group + 1)) for group in range(config.num_key_value_heads)]
 
 

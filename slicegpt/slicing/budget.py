@@ -62,14 +62,14 @@ class _Model:
         """Rows of a part's layers that read the stream; of the MLPs that are no mixtures."""
         config = self.config
         if part == "attention":
-            return (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+            return config.attention_rows
         return (2 if config.gated_mlp else 1) * config.dense_intermediate_size
 
     def columns(self, part: str) -> int:
         """Columns of a part's layer that writes the stream."""
         config = self.config
         if part == "attention":
-            return config.num_attention_heads * config.head_dim
+            return config.num_attention_heads * config.value_dim
         return config.dense_intermediate_size
 
     def inputs(self, block: Block) -> int:
@@ -82,6 +82,7 @@ class _Model:
         """Elements of a dense layer, or of some of its parts; of a mixture none but its output layers, for its experts
         are read one by one."""
         own = sum((self.rows(part) + self.columns(part)) * self.width for part in parts)
+        own += self.config.expansion_elements if "attention" in parts else 0
         if "mlp" in parts and self.config.num_experts:
             return max(own, (self.layer(("attention",)) if "attention" in parts else 0) + writers(self))
         return own
@@ -367,7 +368,7 @@ class _Model:
         if "mlp" in block.parts:
             neurons = config.dense_neurons[block.layer] - config.neurons[block.layer]
         if "attention" in block.parts:
-            heads = (config.num_attention_heads - config.attention_heads[block.layer]) * config.head_dim
+            heads = (config.num_attention_heads - config.attention_heads[block.layer]) * config.value_dim
         if neurons or heads:
             together = max(math.ceil(neurons / ROUNDS), min(heads, group_rows(config)[0].stop))
             self.add_inverse(choosing, remaining, together)

@@ -11,6 +11,7 @@ from slicegpt.calibration.batches import CalibrationBatch
 from slicegpt.conversion.quantization import with_quantization, without_quantization
 from slicegpt.families import Checkpoint, checkpoint_of
 from slicegpt.modeling import SlicedConfig, SlicedForCausalLM
+from slicegpt.modeling.wide_products import products_in_float32
 from slicegpt.progress import Progress
 from slicegpt.recipe import PRICES, UNIFORM
 from slicegpt.slicing.allocation import deletes_neurons
@@ -121,8 +122,36 @@ def slice_checkpoint(
         activations (the layer is named).
     """
     options, progress = options or SlicingOptions(), progress or Progress(quiet=True)
-    config = without_quantization(config)  # it follows from the shape, which is not final yet
     objective, keeper = objective or Objective(), keeper or Keeper()
+    with products_in_float32(options.device):
+        return _slice(
+            checkpoint,
+            without_quantization(config),  # it follows from the shape, which is not final yet
+            sink,
+            batches,
+            options,
+            progress,
+            held_out,
+            objective,
+            keeper,
+            reuse,
+            alternatives,
+        )
+
+
+def _slice(
+    checkpoint: Checkpoint,
+    config: SlicedConfig,
+    sink: Sink,
+    batches: Sequence[CalibrationBatch],
+    options: SlicingOptions,
+    progress: Progress,
+    held_out: torch.Tensor | None,
+    objective: Objective,
+    keeper: Keeper,
+    reuse: Reuse | None,
+    alternatives: Sequence[SlicedConfig],
+) -> tuple[SlicedConfig, SlicingReport]:
     journal = keeper.journal
     ridges = objective.ridges if options.ridge is None else (options.ridge,)
     equal = config.layer_neurons is None

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from slicegpt.modeling import SlicedConfig
+from slicegpt.modeling.wide_products import products_in_float32
 from slicegpt.ops import gram_
 from slicegpt.slicing.allocation import FEWEST, SHARE
 from slicegpt.slicing.blocks import Block, blocks_of
@@ -108,7 +109,9 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> OperationRates:
         torch.zeros(size, size, dtype=torch.float64),
     )
     matrix = matrix.to(device)
-    half, fp64 = product(dtype), product(torch.float64)
+    with torch.no_grad(), products_in_float32(device):
+        half = product(dtype)
+    fp64 = product(torch.float64)
     gram = rate(lambda: gram_(matrix, rows), 2 * size * size * size)
     return OperationRates(
         half, fp64, gram, SOLVER_EFFICIENCY * fp64, f"measured on {device} in less than a second"
@@ -140,7 +143,9 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
             _add_mixture(effort, config, work, block, deletes)
             continue
         # scores and sums, causal
-        scores = 2 * work.seqlen * config.num_attention_heads * config.head_dim
+        passed = config.qk_nope_head_dim or 0
+        scores = work.seqlen * config.num_attention_heads * (passed + config.head_dim + config.value_dim)
+        scores += 2 * config.expansion_elements
         attention, dense_attention = (
             scores if "attention" in parts else 0 for parts in (block.parts, block.dense_parts)
         )
@@ -154,7 +159,7 @@ def effort_of(config: SlicedConfig, work: Workload) -> Effort:
                 gone = config.dense_neurons[block.layer] - config.neurons[block.layer]
             if "attention" in block.parts:
                 heads = config.num_attention_heads - config.attention_heads[block.layer]
-                gone += heads * config.head_dim
+                gone += heads * config.value_dim
             effort.add("refit", "fp64", work.ridges * solving(inputs - gone, width))
             if gone:
                 effort.add("refit", "fp64", selection(inputs, width, gone))
@@ -207,8 +212,8 @@ def block_shape(config: SlicedConfig, block: Block, parts: tuple[str, ...]) -> t
         columns += config.shared_expert_intermediate_size
         return 2 * columns + config.num_experts, columns
     if "attention" in parts:
-        columns += config.num_attention_heads * config.head_dim
-        rows += columns + 2 * config.num_key_value_heads * config.head_dim
+        columns += config.num_attention_heads * config.value_dim
+        rows += config.attention_rows
     if "mlp" in parts:
         columns += config.dense_neurons[block.layer]
         rows += (2 if config.gated_mlp else 1) * config.dense_neurons[block.layer]

@@ -29,22 +29,22 @@ class Structure:
     Attributes:
         counts: that may remain, descending; the first is all.
         losses: predicted at each of them; 0 at the first, and never falling.
-        parameters: that one unit stores.
+        size: of one unit: the parameters that it stores, or the seconds of a step that it takes.
     """
 
     counts: Sequence[int]
     losses: Sequence[float]
-    parameters: int
+    size: float
 
-    def saved(self, choice: int) -> int:
-        """Parameters that are gone with the count number `choice`."""
-        return (self.counts[0] - self.counts[choice]) * self.parameters
+    def saved(self, choice: int) -> float:
+        """The size that is gone with the count number `choice`."""
+        return (self.counts[0] - self.counts[choice]) * self.size
 
 
-def exchange(structures: Sequence[Structure], excess: int) -> list[int]:
-    """The choice of a count for every structure, so that `excess` parameters are gone, at the least sum of losses.
+def exchange(structures: Sequence[Structure], excess: float) -> list[int]:
+    """The choice of a count for every structure, so that a size of `excess` is gone, at the least sum of losses.
 
-    Cheapest steps first, along the convex hulls: the best choice of all that delete as many parameters or more, but for
+    Cheapest steps first, along the convex hulls: the best choice of all that delete as much or more, but for
     the last step. There every structure is asked for what is missing, and the cheapest one gives it.
 
     Returns:
@@ -66,7 +66,7 @@ def exchange(structures: Sequence[Structure], excess: int) -> list[int]:
 
 
 def hull(structure: Structure) -> list[tuple[float, int]]:
-    """`[(loss a parameter, choice)]`: the steps from corner to corner of the lower convex hull, cheapest first."""
+    """`[(loss by size, choice)]`: the steps from corner to corner of the lower convex hull, cheapest first."""
     corners, losses, saved = [0], structure.losses, structure.saved
 
     def slope(a: int, b: int) -> float:
@@ -79,7 +79,7 @@ def hull(structure: Structure) -> list[tuple[float, int]]:
     return [(slope(a, b), b) for a, b in pairwise(corners)]
 
 
-def _last_step(structures: Sequence[Structure], chosen: Sequence[int], excess: int) -> tuple[int, int]:
+def _last_step(structures: Sequence[Structure], chosen: Sequence[int], excess: float) -> tuple[int, int]:
     """The structure that gives what is missing at the least loss, and its choice then."""
     found = []
     for number, (structure, present) in enumerate(zip(structures, chosen, strict=True)):

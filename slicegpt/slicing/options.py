@@ -13,6 +13,7 @@ from slicegpt.hardware.ranks import Ranks
 from slicegpt.recipe import ALLOCATIONS, AUTO, OBJECTIVE, ORIENTATIONS, SIGNALS, Recipe
 from slicegpt.recipe_rules import allocation
 from slicegpt.slicing.streams import STORAGES
+from slicegpt.step_times import StepTimes
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class SlicingOptions:
             costs call for: by "prices" (`slicegpt.slicing.plans`) or by the "objective" alone
             (`slicegpt.slicing.allocation`); "uniform" keeps that number.
         neuron_multiple: those numbers are multiples of it.
+        times: of a decoding step: what is deleted is then chosen by the time that it takes, not by its parameters.
         fitted: the share of the calibration batches that it fits to; the covariances are of all of them.
         weights: store them in 8 or 4 bits, see `slicegpt.slicing.quantizing`; None: in `dtype`.
         ranks: the processes that share the calibration batches, see `slicegpt.hardware.ranks`. All of them slice the
@@ -57,6 +59,7 @@ class SlicingOptions:
     scratch: Path | None = None
     ranks: Ranks = field(default_factory=Ranks)
     weights: WeightFormat | None = None
+    times: StepTimes | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "allocate", allocation(self.allocate))  # former callers say True or False
@@ -104,6 +107,7 @@ class SlicingOptions:
             scratch=scratch,
             ranks=ranks or Ranks(),
             weights=WeightFormat.of(recipe),
+            times=None if recipe.step_times is None else StepTimes.parse(recipe.step_times),
         )
 
 

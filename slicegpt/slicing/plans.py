@@ -35,6 +35,7 @@ from slicegpt.slicing.options import SlicingOptions
 from slicegpt.slicing.prices import priced_windows
 from slicegpt.slicing.reuse import Reuse
 from slicegpt.slicing.trials import trial
+from slicegpt.step_times import StepTimes
 
 logger = logging.getLogger("slicegpt")
 
@@ -120,7 +121,7 @@ def find_plan(
     costs = find_costs(checkpoint, choices, part, windows, options, objective, ridge, progress, keeper, reuse)
     keeper.journal["costs_seconds"] = keeper.journal.get("costs_seconds", 0.0) + time.perf_counter() - began
     shapes = options.ranks.decide(
-        lambda: [plan.shape(choices) for plan in predicted_plans(choices, costs, multiple)]
+        lambda: [plan.shape(choices) for plan in predicted_plans(choices, costs, multiple, options.times)]
     )
     plans = [
         Plan(_with_counts(choices[index], neurons, groups), *figures)
@@ -212,20 +213,25 @@ def find_costs(
     return reuse.value(key, find)
 
 
-def predicted_plans(choices: Sequence[SlicedConfig], costs: Costs, multiple: int) -> list[Plan]:
+def predicted_plans(
+    choices: Sequence[SlicedConfig], costs: Costs, multiple: int, times: StepTimes | None = None
+) -> list[Plan]:
     """The plans that are worth a trial, each of them different.
 
     By the price and by its geometric mean with the objective the best plan of all widths, and the best one with fewer
     columns where it comes near.
+
+    Args:
+        times: of a step, where the size is its duration.
     """
     if costs.prices is None:
         config = choices[0]
-        neurons = share_out(neuron_structures(costs.curves, config, multiple), config)
+        neurons = share_out(neuron_structures(costs.curves, config, multiple, times), config, times)
         return [Plan(_with_counts(config, neurons, config.layer_key_value_heads))]
     found: list[Plan] = []
     for exponent in EXPONENTS:
         ranked = sorted(
-            (_exchanged(config, costs, exponent, multiple) for config in choices),
+            (_exchanged(config, costs, exponent, multiple, times) for config in choices),
             key=lambda plan: plan.predicted,
         )
         best = ranked[0]
@@ -238,17 +244,19 @@ def predicted_plans(choices: Sequence[SlicedConfig], costs: Costs, multiple: int
     ]
 
 
-def _exchanged(config: SlicedConfig, costs: Costs, exponent: float, multiple: int) -> Plan:
+def _exchanged(
+    config: SlicedConfig, costs: Costs, exponent: float, multiple: int, times: StepTimes | None
+) -> Plan:
     """The plan of one width: neurons and key/value groups in one exchange."""
     layers = len(costs.curves)
     curves, prices = list(costs.curves), list(costs.prices.neurons)
     if costs.groups:
         curves, prices = curves + costs.groups, prices + costs.prices.groups
     losses = losses_along(curves, prices, exponent)
-    structures = neuron_structures(losses[:layers], config, multiple)
+    structures = neuron_structures(losses[:layers], config, multiple, times)
     if costs.groups:
-        structures += group_structures(losses[layers:], config)
-    counts = share_out(structures, config)
+        structures += group_structures(losses[layers:], config, times)
+    counts = share_out(structures, config, times)
     columns = costs.prices.columns.get(_width(config), 0.0)
     blocks = sum(rise_at(curve, count) for curve, count in zip(losses, counts, strict=True))
     groups = counts[layers:] or config.layer_key_value_heads

@@ -21,6 +21,8 @@ from slicegpt.checkpoint.partial import is_resumable, partial_path
 from slicegpt.checkpoint.tensor_files import TensorFiles
 from slicegpt.cli import main
 from slicegpt.errors import SliceGPTError
+from slicegpt.recipe import Recipe
+from slicegpt.step_times import StepTimes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the calibration text is small"),
@@ -112,6 +114,25 @@ def test_killed_at_any_write(folder, text, undisturbed, tmp_path):
     for result in results:
         assert weights(Path(result["output"])) == undisturbed
     assert {path.name for path in tmp_path.iterdir()} == {f"out-{index}" for index in range(3)}
+
+
+def test_times_of_a_step_are_those_that_the_run_began_with(folder, text, tmp_path, monkeypatch):
+    """Measured once: another figure would be another plan."""
+    measured, speedup = [], CHOICES | {"keep": None, "target_speedup": 1.1}
+
+    def times(*_):
+        measured.append(StepTimes(1e-4 * (1 + len(measured)), 1e-4, 4e-8, 5e-8, 6e-8))
+        return measured[-1]
+
+    monkeypatch.setattr("slicegpt.runtime.step_times.measure_step_times", times)
+    alone, output = tmp_path / "alone", tmp_path / "out"
+    api.slice(folder, calibration=text, output=alone, keep_state="never", device="cpu", **speedup)
+    measured.clear()
+    interrupted(monkeypatch, folder, text, output, keep=None, target_speedup=1.1)
+    api.slice(output=output, resume=True)
+    assert len(measured) == 1
+    assert weights(output) == weights(alone)
+    assert Recipe.read(output).step_times == str(measured[0])
 
 
 @pytest.mark.parametrize("snapshots", [1, 4, 7, 8, 11, 15])

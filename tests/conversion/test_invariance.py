@@ -123,6 +123,9 @@ def test_rotation_is_real(case):
     """The weights did change: a test that compared a model with itself would prove nothing."""
     model = tiny_model(case)
     turned = rotated(model)
-    original = checkpoint_of(model).layer(1).q.weight
-    moved = turned.model.layers[1].self_attn.q_proj.weight
+    layer, attention = checkpoint_of(model).layer(1), turned.model.layers[1].self_attn
+    if layer.kv_a is not None:
+        original, moved = layer.kv_a.weight, attention.kv_a_proj_with_mqa.weight
+    else:
+        original, moved = layer.q.weight, attention.q_proj.weight
     assert relative_error(moved, original) > 0.5

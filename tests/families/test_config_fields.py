@@ -74,6 +74,11 @@ BASE = {
     "phimoe": "phimoe",
     "glm4_moe": "glm4-moe",
     "gpt_oss": "gpt-oss",
+    "deepseek_v2": "deepseek-v2",
+    "deepseek_v3": "deepseek-v3",
+    "sarvam_mla": "sarvam-mla",
+    "glm4_moe_lite": "glm4-moe-lite",
+    "youtu": "youtu",
 }
 
 THETA = {"rope_theta": 100.0}
@@ -198,6 +203,13 @@ PROBES: dict[str, list] = {
     "num_experts": [0, 1, 3],
     "n_routed_experts": [0, 4, 6],
     "num_experts_per_tok": [0, 1, 2, 5],
+    "kv_lora_rank": [1, 24, 0],
+    "q_lora_rank": [1, 24, 0, None],
+    "qk_nope_head_dim": [1, 7, 0],
+    "qk_rope_head_dim": [2, 8, 7, 0],
+    "v_head_dim": [1, 24, 0],
+    "rope_interleave": BOTH,
+    "topk_method": ["greedy", "group_limited_greedy", "noaux_tc"],
     "moe_intermediate_size": [1, 33, 0],
     "shared_expert_intermediate_size": [1, 33],
     "n_shared_experts": [2],
@@ -207,6 +219,7 @@ PROBES: dict[str, list] = {
     "n_group": [1, 2, 3, 8],
     "topk_group": [0, 1, 4],
     "first_k_dense_replace": [0, 2],
+    "mlp_layer_types": [["dense"] * 2, ["sparse"] * 2, ["sparse"]],
     "decoder_sparse_step": [1, 2],
     "mlp_only_layers": [[], [0, 1]],
     "qkv_bias": BOTH,
@@ -232,6 +245,7 @@ OBEYED_ANYWHERE = ("head_dim", "rope_scaling", "partial_rotary_factor", "layer_t
 WITHOUT_EFFECT = {
     "vocab_size",  # the table's rows: nothing else can be meant
     "initializer_range",
+    "embedding_initializer_range",
     "init_std",
     "layerdrop",
     "dropout",

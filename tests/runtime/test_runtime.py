@@ -15,9 +15,9 @@ from support.tiny_models import (
     token_ids,
 )
 
-from slicegpt.bench.models.architectures import random_model
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling import CompactShortcut, SlicedConfig
+from slicegpt.modeling.random_weights import random_model
 from slicegpt.runtime import Runtime, Sampling, attention, packed, to_canonical
 from slicegpt.runtime.executor import Executor
 

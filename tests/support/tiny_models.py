@@ -17,6 +17,10 @@ from transformers import (
     CohereForCausalLM,
     CwmConfig,
     CwmForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Ernie4_5Config,
     Ernie4_5ForCausalLM,
     Exaone4Config,
@@ -33,6 +37,8 @@ from transformers import (
     Glm4ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
     GlmConfig,
     GlmForCausalLM,
     GPT2Config,
@@ -98,16 +104,21 @@ from transformers import (
     StableLmForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
+    YoutuConfig,
+    YoutuForCausalLM,
 )
+from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.cohere import modeling_cohere
 from transformers.models.cohere2 import modeling_cohere2
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.ernie4_5 import modeling_ernie4_5
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.granite_swa import modeling_granite_swa
 
 # Not in transformers 5.19 and older: their cases are left out there.
-ExaoneConfig, InternLM3Config, IQuestCoderConfig = (
-    getattr(transformers, f"{name}Config", None) for name in ("Exaone", "InternLM3", "IQuestCoder")
+ExaoneConfig, InternLM3Config, IQuestCoderConfig, SarvamMLAConfig = (
+    getattr(transformers, f"{name}Config", None)
+    for name in ("Exaone", "InternLM3", "IQuestCoder", "SarvamMLA")
 )
 
 VOCAB = 96
@@ -181,6 +192,23 @@ GLM_EXPERTS = {
     "n_group": 4,
     "topk_group": 2,
     "routed_scaling_factor": 1.5,
+}
+# Entries of a query: 10 without positions and 6 rotated ones; a value has 8. YaRN multiplies scores as well.
+LATENTS = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+}
+YARN_LATENTS = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
 }
 
 # Model class, config class, config.
@@ -383,13 +411,46 @@ CASES = {
         | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}
         | {"swiglu_limit": 0.5},
     ),
+    "deepseek-v2": (
+        DeepseekV2ForCausalLM,
+        DeepseekV2Config,
+        GATED
+        | GLM_EXPERTS
+        | LATENTS
+        | {"q_lora_rank": None, "n_shared_experts": 2, "topk_method": "group_limited_greedy"},
+    ),
+    "deepseek-v3": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        GATED
+        | GLM_EXPERTS
+        | LATENTS
+        | {"q_lora_rank": 24, "rope_parameters": YARN_LATENTS, "attention_bias": True},
+    ),
+    "sarvam-mla": (DeepseekV3ForCausalLM, SarvamMLAConfig, GATED | GLM_EXPERTS | LATENTS),
+    "glm4-moe-lite": (
+        Glm4MoeLiteForCausalLM,
+        Glm4MoeLiteConfig,
+        GATED
+        | GLM_EXPERTS
+        | {name: value for name, value in LATENTS.items() if name != "first_k_dense_replace"}
+        | {"q_lora_rank": 24},
+    ),
+    "youtu": (
+        YoutuForCausalLM,
+        YoutuConfig,
+        GATED
+        | {name: value for name, value in LATENTS.items() if name != "first_k_dense_replace"}
+        | {"q_lora_rank": 24, "rope_interleave": False},
+    ),
 }
 
 CASES = {name: case for name, case in CASES.items() if case[1] is not None}
 
-# Their activation has weights, or their MLPs are experts, which the fused operators do not take.
+# Their activation has weights, their attention is latent, or their MLPs are experts: the fused operators take none.
 EXPERTS = {"mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "phimoe", "glm4-moe", "gpt-oss"}
-PLAIN_ONLY = {"apertus"} | EXPERTS
+EXPERTS |= {"deepseek-v2", "deepseek-v3", "sarvam-mla", "glm4-moe-lite"}
+PLAIN_ONLY = {"apertus", "youtu"} | EXPERTS
 # They normalise what their blocks write: the stream keeps its columns and its basis.
 NORMS_BEHIND = {"gemma2", "gemma3", "olmo2", "olmo3", "exaone4", "glm4"}
 FUSED_CASES = sorted(set(CASES) - PLAIN_ONLY)
@@ -446,7 +507,24 @@ def _attention_with_sinks(module, query, key, value, attention_mask, scaling, dr
     return (scores.softmax(dim=-1) @ values * share[..., None]).transpose(1, 2), None
 
 
+@dynamic_rope_update
+def _turns(self, x, position_ids):
+    """As `torch.polar` gives them, whose last bits are not those of `cos` and `sin`."""
+    angles = position_ids[..., None].float() * self.inv_freq.float()
+    return torch.complex(angles.cos(), angles.sin()) * self.attention_scaling
+
+
+def _complex_rotary(q, k, turns):
+    turned = (
+        torch.view_as_real(torch.view_as_complex(states.unflatten(-1, (-1, 2)).contiguous()) * turns[:, None])
+        for states in (q, k)
+    )
+    return tuple(states.flatten(3).to(q.dtype) for states in turned)
+
+
 # The same functions for float32 inputs.
+modeling_deepseek_v2.DeepseekV2RotaryEmbedding.forward = _turns
+modeling_deepseek_v2.apply_rotary_emb = _complex_rotary
 modeling_granite_swa.eager_attention_forward = _attention_with_sinks
 modeling_gemma2.eager_attention_forward = _capped_attention
 modeling_cohere.apply_rotary_pos_emb = modeling_cohere2.apply_rotary_pos_emb = _rotary_of_neighbours
@@ -485,6 +563,16 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
         total = weights.sum(-1, keepdim=True) if self.norm_topk_prob else 1.0
         return logits, weights / total * self.routed_scaling_factor, indices
 
+    def best_groups_router(self, hidden_states):
+        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        scores = logits.softmax(-1)
+        if self.topk_method == "group_limited_greedy":
+            best = scores.unflatten(1, (self.num_group, -1)).amax(-1, keepdim=True)
+            last = best.sort(dim=1, descending=True).values[:, self.topk_group - 1 : self.topk_group]
+            scores = scores.unflatten(1, (self.num_group, -1)).masked_fill(best < last, 0.0).flatten(1)
+        chosen = scores.topk(self.top_k, dim=-1)
+        return logits, chosen.values * self.routed_scaling_factor, chosen.indices
+
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # PyTorch's grouped GEMM has no float64
         for module in model.modules():
@@ -495,7 +583,9 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
                 module.forward = MethodType(layer_norm, module)
             elif name in ("MixtralTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter", "OlmoeTopKRouter"):
                 module.forward = MethodType(softmax_router, module)
-            elif name == "Glm4MoeTopkRouter":
+            elif name == "DeepseekV2TopkRouter":
+                module.forward = MethodType(best_groups_router, module)
+            elif name in ("Glm4MoeTopkRouter", "DeepseekV3TopkRouter", "Glm4MoeLiteTopkRouter"):
                 module.forward = MethodType(grouped_router, module)
             elif hasattr(module, "scalar_embed_scale"):
                 module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)

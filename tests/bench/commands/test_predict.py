@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from slicegpt.bench.commands import predict, published, reproduce
-from slicegpt.bench.models.architectures import MODELS, fields_of, random_model, sliced_config
+from slicegpt.bench.models.architectures import MODELS, fields_of, sliced_config
 from slicegpt.bench.models.devices import DEVICES, DevicePeaks, device_named, measured_cpu
 from slicegpt.cli import main
 from slicegpt.errors import SliceGPTError
+from slicegpt.modeling.random_weights import random_model
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slicegpt.bench.commands.wide_layers import config_of, measure_memory, run_measured, write_checkpoint
+from slicegpt.bench.commands.wide_layers import (
+    config_of,
+    measure_model,
+    measure_shape,
+    run_measured,
+    write_checkpoint,
+)
 from slicegpt.bench.harness.record import Record
 from slicegpt.errors import SliceGPTError
 from slicegpt.progress import Progress
@@ -46,9 +52,24 @@ def test_the_plan_is_within_15_percent_of_the_peak(tmp_path):
     imports; neurons are allocated and deleted, λ is fixed."""
     record = Record("memory", {}, torch.device("cpu"), str(tmp_path / "record.json"), None)
     options = ["--keep", "0.8", "--nsamples", "4", "--seqlen", "256", "--batch-size", "1", "--ridge", "0.3"]
-    measure_memory(small(512, 4096, 4096), torch.bfloat16, options, tmp_path, record, SILENT)
+    measure_shape(small(512, 4096, 4096), torch.bfloat16, options, tmp_path, record, SILENT)
     row = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["rows"][0]
     assert row["peak_bytes"] > 700e6
     assert row["planned_over_measured"] == pytest.approx(1, abs=0.15)
     assert 0.7 < row["sliced_bytes"] / row["checkpoint_bytes"] < 0.81
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_model_that_is_there(tmp_path):
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    size = write_checkpoint(dense, small(), torch.bfloat16, SILENT)
+    record = Record("memory", {}, torch.device("cpu"), str(tmp_path / "record.json"), None)
+    size_of = ["--keep", "0.9", "--nsamples", "2", "--seqlen", "32", "--ridge", "0.3"]
+    options = [*size_of, "--calibration", "random-tokens", "--no-timing"]
+    measure_model(str(dense), options, tmp_path, record, SILENT)
+    (row,) = record.rows
+    assert (row["model"], row["width"], row["layers"], row["checkpoint_bytes"]) == ("dense", 64, 2, size)
+    assert 0 < row["sliced_bytes"] < size
+    assert row["peak_bytes"] > 100e6
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "record.json"}
