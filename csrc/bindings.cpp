@@ -11,6 +11,7 @@
 #include "decode.h"
 #include "device.h"
 #include "gram.h"
+#include "rotate_wgmma.h"
 
 namespace py = pybind11;
 
@@ -37,7 +38,7 @@ std::string describe(int status) {
         case kTooLarge:
             return "matrix too large";
         case kBadConfig:
-            return "tokens, warps or split_k out of range";
+            return "tokens, warps or split_k out of range, or rows without the alignment that the kernel needs";
         case kNoWgmma:
             return "the wgmma kernel needs compute capability 9.0 and code built for 9.0a";
     }
@@ -173,6 +174,11 @@ void bind_decode(py::module_& m) {
              py::arg("d"), py::arg("N"), py::arg("rank"));
     define_on_device(m, "decode_norm_linear", &decode_norm_linear);
     define_on_device(m, "decode_rotate_add", &decode_rotate_add);
+    define_on_device(
+        m, "rotate_add_wgmma", +[](const RotateAddArguments& arguments, int blocks, A stream) {
+            return rotate_add_wgmma(arguments, blocks, Address{stream});
+        });
+    define_on_device(m, "has_rotate_wgmma", &has_rotate_wgmma);
     define_on_device(
         m, "norm_linear_epilogue", +[](const NormLinearArguments& arguments, A product, A stream) {
             return norm_linear_epilogue(arguments, Address{product}, Address{stream});

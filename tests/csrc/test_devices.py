@@ -14,7 +14,7 @@ from slicegpt.errors import SliceGPTError
 from slicegpt.ops.contracts import NormLinearInputs
 from slicegpt.ops.cuda import decode as cuda_decode
 from slicegpt.ops.cuda import epilogue as cuda_epilogue
-from slicegpt.ops.cuda import extension
+from slicegpt.ops.cuda import extension, rotate_wgmma
 from slicegpt.ops.cuda import gram as cuda_gram
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +55,7 @@ LAUNCHERS = {
     "decode_rotate_add": rotate_add(cuda_decode),
     "norm_linear_epilogue": norm_linear(cuda_epilogue),
     "rotate_add_epilogue": rotate_add(cuda_epilogue),
+    "rotate_add_wgmma": rotate_add(rotate_wgmma),
 }
 on_emulation = pytest.mark.parametrize("target", ["sm_90"], indirect=True, scope="session")
 
@@ -94,14 +95,16 @@ def test_a_device_that_is_not_there(emulated, monkeypatch, name):
 def test_every_function_takes_a_device():
     """What csrc/'s headers declare for Python is bound with a device, and the tests above call every launcher."""
     declared = set()
-    for header in ("gram.h", "decode.h"):
+    for header in ("gram.h", "decode.h", "rotate_wgmma.h"):
         text = (ROOT / "csrc" / header).read_text(encoding="utf-8")
         declared |= set(re.findall(r"^(?:int|size_t|bool) (\w+)\(", text, re.MULTILINE))
     declared -= {"gram_fp64_rows"}  # for the other launchers of gram_
     bindings = (ROOT / "csrc" / "bindings.cpp").read_text(encoding="utf-8")
     bound = set(re.findall(r"define_on_device\(\s*m, \"(\w+)\"", bindings))
     assert bound == declared
-    others = {name for name in bound if name.endswith(("_workspace", "_has_wgmma"))}
+    others = {
+        name for name in bound if name.endswith(("_workspace", "_wgmma")) and name != "rotate_add_wgmma"
+    }
     assert bound - others == set(LAUNCHERS)
 
 
