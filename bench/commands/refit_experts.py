@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from slicegpt.bench.harness.record import write_results
 from slicegpt.progress import Progress
-from slicegpt.table import check_writable, format_table, write_json
+from slicegpt.table import check_writable, format_table
 
 RIDGE, SEQLEN, OWN = 0.3, 64, math.inf
 
@@ -180,8 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
         for row in result["rows"]
     ]
     print(format_table(rows, columns))
-    if options.json:
-        write_json(options.json, result)
+    write_results(options.json, "expert refit", result)
 
 
 if __name__ == "__main__":
