@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from slicegpt.bench.harness.record import Record
 from slicegpt.bench.models.architectures import MODELS
@@ -27,6 +27,9 @@ from slicegpt.checkpoint.dense_source import open_dense
 from slicegpt.errors import SliceGPTError
 from slicegpt.modeling.random_weights import NormalValues
 from slicegpt.progress import Progress
+
+# What has its own benchmarks of speed, and Mixtral 8x7B, whose config's defaults are its shape.
+SHAPES = MODELS | {"mixtral-8x7b": MixtralConfig()}
 
 # As most families initialise their weights.
 DEVIATION = 0.02
@@ -36,9 +39,9 @@ def config_of(
     shape: str, layers: int, width: int | None = None, neurons: int | None = None
 ) -> PreTrainedConfig:
     """The configuration of a shape with so many layers, and of another width or number of neurons where given."""
-    if shape not in MODELS:
-        raise SliceGPTError(f"--shape: must be one of {', '.join(MODELS)}, got {shape!r}")
-    config = copy.deepcopy(MODELS[shape])
+    if shape not in SHAPES:
+        raise SliceGPTError(f"--shape: must be one of {', '.join(SHAPES)}, got {shape!r}")
+    config = copy.deepcopy(SHAPES[shape])
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]

@@ -158,6 +158,11 @@ def config_from_gguf(
         SliceGPTError: an architecture or a setting that transformers' classes cannot represent; the line names the key.
     """
     name = metadata.get("general.architecture")
+    if experts := metadata.get(f"{name}.expert_count"):
+        raise SliceGPTError(
+            f"{name}.expert_count = {experts!r:.40}: mixtures of experts are not read from GGUF files; take the "
+            "model's Hugging Face folder"
+        )
     if name not in ARCHITECTURES:
         raise SliceGPTError(f"general.architecture must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
     for key, expected in (("general.type", "model"), ("split.count", 1)):

@@ -133,6 +133,8 @@ def architecture_of(config: SlicedConfig, name: str) -> str:
     def refuse(what: str, advice: str = "") -> None:
         raise SliceGPTError(f"{name}: llama.cpp's graph has no {what}{advice}", "gguf")
 
+    if config.num_experts:
+        refuse("mixtures of experts that this export writes")
     shortcuts = sorted(set(config.shortcuts) - {"identity"})
     if shortcuts or len(set(config.boundary_widths)) > 1:
         refuse(f"shortcuts, and this model has {' and '.join(shortcuts)} ones", "; slice with --form stock")

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from slicegpt.checkpoint.checks import check_loaded, check_shapes, parameters_of, some
 from slicegpt.checkpoint.names import SHIPPED_MODEL, check_name
-from slicegpt.checkpoint.shells import packed_shell
+from slicegpt.checkpoint.shells import packed_shell, take_experts_one_by_one
 from slicegpt.checkpoint.tensors import PLAIN_DTYPES, open_files, read_safetensors_header
 from slicegpt.conversion.canonical import build_model
 from slicegpt.conversion.quantization import is_quantized
@@ -88,7 +88,7 @@ def load_dense(
     model.config.name_or_path = (
         name  # a GGUF file's model would be called "None", a hub id's by its cache folder
     )
-    return model.eval().to(device), tokenizer
+    return take_experts_one_by_one(model).eval().to(device), tokenizer
 
 
 def locate(name: str, revision: str | None, trust_remote_code: bool, sliceable: bool) -> Path:

@@ -60,6 +60,13 @@ def packed_shell(
     return build_model(config, state), names
 
 
+def take_experts_one_by_one(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, without PyTorch's grouped GEMM in float64: transformers' experts take it, and it has no float64."""
+    if model.dtype == torch.float64 and getattr(model.config, "_experts_implementation", "") == "grouped_mm":
+        model.set_experts_implementation("eager")
+    return model
+
+
 def empty_shell(
     source: str | Path,
     model_class: type[PreTrainedModel],
@@ -91,7 +98,7 @@ def empty_shell(
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    check_loaded(source, model, info)
+    check_loaded(source, take_experts_one_by_one(model), info)
     begin, found = numbers.data_ptr(), {}
     for name, tensor in model.state_dict().items():
         index, rest = divmod(tensor.data_ptr() - begin, dtype.itemsize)

@@ -5,7 +5,7 @@ import shlex
 
 from slicegpt.errors import SliceGPTError
 
-from .benchmark_options import check_files, check_shape, settings_of
+from .benchmark_options import MEMORY_SHAPES, check_files, check_shape, settings_of
 from .options import add_json, add_shared, positive, resolve_dtype
 
 _SLICING = "--keep 0.8 --nsamples 8 --seqlen 512 --batch-size 1 --ridge 0.3"
@@ -27,7 +27,9 @@ def add_memory(benchmarks) -> None:
     parser.set_defaults(run=run_memory)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model as slicegpt slice takes it")
     parser.add_argument(
-        "--shape", metavar="NAME", help="whose widths: llama-2-70b, opt-66b, ... (default: llama-2-70b)"
+        "--shape",
+        metavar="NAME",
+        help="whose widths: llama-2-70b, opt-66b, mixtral-8x7b, ... (default: llama-2-70b)",
     )
     parser.add_argument("--layers", type=positive, metavar="N", help="layers (default: 2)")
     parser.add_argument("--width", type=positive, metavar="N", help="columns, in place of the shape's")
@@ -49,7 +51,7 @@ def run_memory(options: argparse.Namespace) -> None:
                 f"is of random weights, not of a model, got {value} with {options.model}", f"--{name}"
             )
     options.shape = options.shape or "llama-2-70b"
-    check_shape(options.shape)
+    check_shape(options.shape, MEMORY_SHAPES)
     check_files(options)
     import torch
 

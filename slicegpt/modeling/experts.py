@@ -51,9 +51,14 @@ class Routing:
 
     def groups(self) -> list[tuple[int, slice]]:
         """Number and rows of every expert that has any; on a GPU this waits for the router."""
-        ends = self.ends.tolist()
-        rows = zip([0, *ends[:-1]], ends, strict=True)
-        return [(expert, slice(begin, end)) for expert, (begin, end) in enumerate(rows) if end > begin]
+        return groups_of(self.ends)
+
+
+def groups_of(ends: torch.Tensor) -> list[tuple[int, slice]]:
+    """`Routing.groups`, of its `ends`."""
+    ends = ends.tolist()
+    rows = zip([0, *ends[:-1]], ends, strict=True)
+    return [(expert, slice(begin, end)) for expert, (begin, end) in enumerate(rows) if end > begin]
 
 
 def sparsemixer(scores: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,6 +129,9 @@ class SlicedExperts(nn.Module):
 
     Each is `down(act(gate(x)) * up(x))`; `gate_up_proj` [experts, 2 neurons, in_width] holds the rows of gate and of up
     one below the other, `down_proj` is [experts, out_width, neurons].
+
+    Attributes:
+        linear: `grouped_linear`, or what an engine has in its place.
     """
 
     def __init__(self, config: SlicedConfig, in_width: int, out_width: int, neurons: int):
@@ -137,16 +145,17 @@ class SlicedExperts(nn.Module):
         )
         self.act_fn = build_activation(config)
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+        self.linear = grouped_linear
 
     def forward(self, hidden_states: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[tokens, in_width] to [tokens, out_width]."""
         activations = self.activations(hidden_states, routing)
-        return routing.combine(grouped_linear(activations, self.down_proj, self.down_proj_bias, routing))
+        return routing.combine(self.linear(activations, self.down_proj, self.down_proj_bias, routing))
 
     def activations(self, hidden_states: torch.Tensor, routing: Routing) -> torch.Tensor:
         """What the experts' output layers read, [S, neurons], in the order of the routing."""
         rows = hidden_states[routing.tokens]
-        return self.apply_gate(grouped_linear(rows, self.gate_up_proj, self.gate_up_proj_bias, routing))
+        return self.apply_gate(self.linear(rows, self.gate_up_proj, self.gate_up_proj_bias, routing))
 
     def apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[..., 2 neurons] to [..., neurons]."""
@@ -161,15 +170,24 @@ def grouped_linear(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, routing: Routing
 ) -> torch.Tensor:
     """Every row [S, in] through the layer of its expert: weight [experts, out, in], bias [experts, out] or None."""
-    if has_grouped_gemm(rows, weight):
-        out = F.grouped_mm(rows, weight.mT, offs=routing.ends)
-    elif (rows.is_cuda or torch.compiler.is_compiling()) and len(rows) <= len(weight):
+    if (
+        (rows.is_cuda or torch.compiler.is_compiling())
+        and len(rows) <= len(weight)
+        and not has_grouped_gemm(rows, weight)
+    ):
         # Static shapes, as a captured graph needs; it copies the weights of the experts that are read.
         out = torch.bmm(weight[routing.experts], rows[:, :, None]).squeeze(2)
     else:
-        pieces = [F.linear(rows[part], weight[expert]) for expert, part in routing.groups()]
-        out = torch.cat(pieces) if pieces else rows.new_empty(0, weight.shape[1])
+        out = expert_products(rows, weight, routing.ends)
     return out if bias is None else out + bias[routing.experts]
+
+
+def expert_products(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`grouped_linear` without biases; where there is no grouped GEMM this waits for the router."""
+    if has_grouped_gemm(rows, weight):
+        return F.grouped_mm(rows, weight.mT, offs=ends)
+    pieces = [F.linear(rows[part], weight[expert]) for expert, part in groups_of(ends)]
+    return torch.cat(pieces) if pieces else rows.new_empty(0, weight.shape[1])
 
 
 def has_grouped_gemm(rows: torch.Tensor, weight: torch.Tensor) -> bool:

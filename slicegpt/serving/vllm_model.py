@@ -7,15 +7,23 @@ this file tells it.
 """
 
 import torch
+from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.transformers import TransformersForCausalLM
-from vllm.model_executor.models.transformers.base import Attention
-from vllm.model_executor.models.utils import PPMissingLayer, make_empty_intermediate_tensors_factory
+from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR, Attention
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    make_empty_intermediate_tensors_factory,
+    maybe_prefix,
+)
+from vllm.model_executor.utils import set_weight_attrs
 
 from slicegpt.modeling import SlicedConfig
 from slicegpt.serving.plugin import check_servable, heads_of_rank
+from slicegpt.serving.vllm_experts import use_operator
 
 
 def entry_boundary(config: SlicedConfig, layer: int) -> int:
@@ -40,8 +48,8 @@ class SlicedForVLLM(TransformersForCausalLM):
                 f"tensor parallel size must be 1, got {self.tp_group.world_size}: {config.source_model_type}"
                 " normalises queries and keys over all heads, and each rank has some of them"
             )
-        if group.is_last_rank:
-            self.logits_processor.soft_cap = config.final_logit_softcapping
+        self._check_attention()
+        use_operator(self.model, captured=not vllm_config.model_config.enforce_eager)
         self._fix_longrope(vllm_config.model_config.max_model_len)
         first_layer, _ = get_pp_indices(config.num_hidden_layers, group.rank_in_group, group.world_size)
         width = config.boundary_widths[entry_boundary(config, first_layer)]
@@ -49,28 +57,57 @@ class SlicedForVLLM(TransformersForCausalLM):
             ["hidden_states"], width
         )
 
-    def create_attention_instances(self) -> dict[int, Attention]:
+    def _create_attention_instances(self, prefix: str = "") -> None:
         """vLLM's attention of each of this stage's layers that has any, with the heads of this rank."""
-        config, group = self.text_config, self.pp_group
-        if config.keeps_all_heads:
-            return super().create_attention_instances()
-        instances = {}
-        for layer in range(*get_pp_indices(config.num_hidden_layers, group.rank_in_group, group.world_size)):
-            if not config.key_value_heads[layer]:
-                continue
+        config = self.text_config
+        for layer in self._attending_layers():
+            if layer not in self.attention_fusers:
+                raise ValueError(
+                    f"layer {layer}: vLLM does not find its attention in the source of {__package__}"
+                )
+            name, _ = self.attention_fusers[layer]
+            module = self.get_submodule(name)
             heads, key_heads = heads_of_rank(config, layer, self.tp_group.world_size)
             sliding = config.attention_types[layer] == "sliding_attention"
-            instances[layer] = Attention(
+            sinks = {} if module.sinks is None else {"sinks": self._shard_sinks(module, heads)}
+            attention = Attention(
                 num_heads=heads,
                 head_size=config.head_dim,
-                scale=config.head_dim**-0.5,
+                scale=module.scaling,
                 num_kv_heads=key_heads,
                 cache_config=self.cache_config,
                 quant_config=self.quant_config,
+                logits_soft_cap=config.attn_logit_softcapping,
                 per_layer_sliding_window=config.sliding_window if sliding else None,
-                prefix=f"{layer}.attn",
+                prefix=maybe_prefix(prefix, f"{name}.{VLLM_ATTN_ATTR}"),
+                **sinks,
             )
-        return instances
+            setattr(module, VLLM_ATTN_ATTR, attention)
+
+    def _shard_sinks(self, module: nn.Module, heads: int) -> nn.Parameter:
+        """A layer's sinks become those of this rank's heads, which are loaded so. (vLLM itself finds sinks that a layer
+        always hands on; transformers 5.18 and older take none where there are none.)"""
+        sinks = torch.empty(heads, dtype=self.model_config.dtype, device=self.device_config.device)
+        module.sinks = nn.Parameter(sinks, requires_grad=False)
+        set_weight_attrs(module.sinks, {"weight_loader": sharded_weight_loader(0)})
+        return module.sinks
+
+    def _attending_layers(self) -> list[int]:
+        """The layers of this stage that have attention."""
+        config, group = self.text_config, self.pp_group
+        own = get_pp_indices(config.num_hidden_layers, group.rank_in_group, group.world_size)
+        return [layer for layer in range(*own) if config.key_value_heads[layer]]
+
+    def _check_attention(self) -> None:
+        """The method above is not of vLLM's public ones: a release that does not call it gives all layers one number of
+        heads."""
+        for layer in self._attending_layers():
+            attention = getattr(self.model.layers[layer].self_attn, VLLM_ATTN_ATTR, None)
+            heads, _ = heads_of_rank(self.text_config, layer, self.tp_group.world_size)
+            if attention is None or attention.num_heads != heads:
+                raise ValueError(
+                    f"layer {layer} needs {heads} query heads, which this release of vLLM does not give it"
+                )
 
     def _fix_longrope(self, length: int) -> None:
         """LongRoPE's frequencies by the longest sequence that is served: a batch mixes sequences of all lengths."""

@@ -120,7 +120,7 @@ REFUSED = {
     ),
     "an adapter": ("llama", {"general.type": "adapter"}, {}, "general.type must be 'model', got 'adapter'"),
     "a part": ("llama", {"split.count": 3}, {}, "split.count must be 1, got 3"),
-    "experts": ("llama", {"expert_count": 8}, {}, "llama.expert_count = 8"),
+    "experts": ("llama", {"expert_count": 8}, {}, "llama.expert_count = 8: mixtures of experts are not read"),
     "soft cap": ("llama", {"attn_logit_softcapping": 50.0}, {}, "llama.attn_logit_softcapping"),
     "scaled logits": ("llama", {"logit_scale": 0.5}, {}, "llama.logit_scale"),
     "scaled scores": ("qwen2", {"attention.scale": 0.5}, {}, "qwen2.attention.scale"),

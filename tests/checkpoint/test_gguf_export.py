@@ -136,6 +136,7 @@ def test_its_quantiser(tmp_path, tiny_tokenizer):
         ("smollm3", "smollm3: llama.cpp's graph has no layers without rotary positions"),
         ("hunyuan", "norms of queries and keys behind their rotation"),
         ("phi3-long", "rotary positions of type longrope"),
+        ("mixtral", "mixtral: llama.cpp's graph has no mixtures of experts that this export writes"),
     ],
 )
 def test_what_llama_cpp_has_no_place_for_is_refused(case, message, tmp_path, tiny_tokenizer):

@@ -156,10 +156,12 @@ def test_interrupted_between_blocks(folder, text, undisturbed, tmp_path, monkeyp
         ("phi", {"slice": 0.25, "shortcut": "dense", "ridge": 0.3, "refit_share": 0.5}),
         ("llama-tied", {"slice": 0.25, "dtype": "bfloat16", "calibration": "self"}),
         ("qwen2", {"slice": 0.25, "kv_groups": [1, 0, 2]}),
+        ("qwen2-moe", {"slice": 0.25, "neurons": 0.25}),
     ],
 )
 def test_kinds_of_runs(case, choices, text, tiny_tokenizer, tmp_path, monkeypatch):
-    """Random bases, half of the samples fitted, 16 bits, text that the model wrote, heads deleted; in several files."""
+    """Random bases, half of the samples fitted, 16 bits, text that the model wrote, heads deleted, experts; in several
+    files."""
     folder = save_dense(tmp_path / "dense", tiny_tokenizer, case)
     common = KEPT | {"keep": None, "calibration": text, "max_shard_size": "30KB"} | choices
     text = common.pop("calibration")

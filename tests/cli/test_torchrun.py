@@ -1,5 +1,6 @@
 """`torchrun -m slicegpt ...`: one process prints and writes, a dead one ends the job with one line."""
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -33,11 +34,22 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_tokenizer):
-    path = tmp_path_factory.mktemp("dense") / "model"
-    tiny_model("llama", torch.float64, vocab_size=len(tiny_tokenizer)).save_pretrained(path)
-    tiny_tokenizer.save_pretrained(path)
-    return path
+def folder_of(tmp_path_factory, tiny_tokenizer):
+    """The folder of a dense tiny model, made once."""
+
+    @functools.cache
+    def folder(case: str) -> Path:
+        path = tmp_path_factory.mktemp("dense") / case
+        tiny_model(case, torch.float64, vocab_size=len(tiny_tokenizer)).save_pretrained(path)
+        tiny_tokenizer.save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(folder_of):
+    return folder_of("llama")
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +99,11 @@ def test_slice_and_eval(folder, text, tmp_path, capsys):
     assert perplexities() == alone  # bit for bit: the same windows, each in a batch of its own
 
 
-@pytest.fixture(scope="module")
-def undisturbed(folder, text, tmp_path_factory):
-    """What one process makes of it."""
-    output = tmp_path_factory.mktemp("alone") / "one"
-    assert main(list(map(str, command(folder, text, output)))) == 0
-    return load_file(output / "model.safetensors")
-
-
-@pytest.mark.parametrize(("dead", "later"), [(0, 3), (1, 1)])
-def test_killed_rank_ends_the_job_and_another_number_resumes(
-    folder, text, tmp_path, undisturbed, dead, later
-):
+@pytest.mark.parametrize(("case", "dead", "later"), [("llama", 0, 3), ("qwen2-moe", 1, 1)])
+def test_killed_rank_ends_the_job_and_another_number_resumes(folder_of, text, tmp_path, case, dead, later):
+    folder = folder_of(case)
+    assert main(list(map(str, command(folder, text, tmp_path / "one")))) == 0
+    undisturbed = load_file(tmp_path / "one" / "model.safetensors")
     begin, output = time.monotonic(), tmp_path / "out"
     arguments = [*command(folder, text, output), "--keep-state", "always"]
     done = torchrun(2, HERE / "dying_rank_worker.py", dead, "SIGKILL", *arguments)

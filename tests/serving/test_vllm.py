@@ -51,9 +51,13 @@ PROMPTS = [
 
 
 def vllm_tokens(
-    folders: list[Path], prompts: list[list[int]], ranks: tuple[int, int], work: Path
+    folders: list[Path], prompts: list[list[int]], ranks: tuple[int, int], work: Path, traced: bool = False
 ) -> tuple[dict, str]:
-    """Tokens per folder, `{folder: [tokens]}`, and what vLLM logged."""
+    """Tokens per folder, `{folder: [tokens]}`, and what vLLM logged.
+
+    Args:
+        traced: vLLM runs the graph that it traces, without compiling it: as everywhere but in eager mode.
+    """
     engine = {
         "dtype": "float32",
         "max_model_len": 128,
@@ -62,9 +66,8 @@ def vllm_tokens(
         "tensor_parallel_size": ranks[0],
         "pipeline_parallel_size": ranks[1],
     }
-    if (
-        ranks[1] > 1
-    ):  # vLLM 0.32 on a CPU makes a stage's buffers while it warms up, which eager mode leaves out
+    # vLLM 0.32 on a CPU makes a pipeline stage's buffers while it warms up, which eager mode leaves out.
+    if traced or ranks[1] > 1:
         engine |= {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
     models = [str(folder) for folder in folders]
     job = {"models": models, "prompts": prompts, "max_tokens": NEW_TOKENS, "engine": engine}
@@ -187,6 +190,20 @@ NORMS_BEHIND = {
     "gemma3": {"changes": SHAPES | {"head_dim": 32}},
     "olmo2": {"changes": SHAPES},
 }
+# Mixtures of experts: both kinds of routers, groups and a correction, shared experts, biases, sinks in attention.
+EXPERTS = {
+    "mixtral": {"changes": SHAPES},
+    "qwen2-moe": {"changes": SHAPES, "neurons": 0.25},
+    "glm4-moe": {"changes": SHAPES | {"head_dim": 32}},
+    "gpt-oss": {"changes": SHAPES | {"head_dim": 32}, "neurons": 0.25},
+}
+# Sinks in attention, and a rotary base of each layer's own: one has no positions at all.
+SINKS = {"granite-swa": {"changes": SHAPES}}
+# Layers with fewer key/value groups, fewer query heads in each, or without attention; with a window in some of them.
+DELETED_HEADS = {
+    "llama": {"changes": SHAPES, "kv_groups": (2, 0, 1), "group_heads": (1, 2, 2)},
+    "granite-swa, fewer heads": {"case": "granite-swa", "changes": SHAPES, "kv_groups": (1, 2, 1)},
+}
 # Families whose factors are folded, and LongRoPE.
 FOLDED = {
     "gemma": {"changes": SHAPES | {"head_dim": 32}},
@@ -214,8 +231,9 @@ def sliced_folders(root: Path, cases: dict[str, dict]) -> dict[str, Path]:
         model = tiny_model(settings.get("case", name), torch.float32, **settings["changes"])
         fields, head = canonical_fields(model), settings.get("slice_head", False)
         ids = torch.randint(3, 96, (16, 32), generator=torch.Generator().manual_seed(0))
-        width, neurons = (128, 0.3) if fields.get("post_norm") else (96, 0.0)
-        shape = Shape(slice_head=head, neurons=neurons, round_to=8)
+        width, neurons = (128, 0.3) if fields.get("post_norm") else (96, settings.get("neurons", 0.0))
+        heads = {name: settings.get(name) for name in ("kv_groups", "group_heads")}
+        shape = Shape(slice_head=head, neurons=neurons, round_to=8, **heads)
         config = plan(fields, constant_widths(fields, width, head), shape)
         sliced, _ = slice_model(
             model, config, [CalibrationBatch(ids, torch.ones_like(ids))], SlicingOptions()
@@ -224,9 +242,9 @@ def sliced_folders(root: Path, cases: dict[str, dict]) -> dict[str, Path]:
     return {name: root / name for name in cases}
 
 
-def check_tokens(folders: dict[str, Path], ranks: str, work: Path) -> None:
+def check_tokens(folders: dict[str, Path], ranks: str, work: Path, traced: bool = False) -> None:
     prompts = torch.randint(3, 96, (8, 20), generator=torch.Generator().manual_seed(1)).tolist()
-    results, _ = vllm_tokens([*folders.values()], prompts, PARALLEL[ranks], work)
+    results, _ = vllm_tokens([*folders.values()], prompts, PARALLEL[ranks], work, traced)
     for name, folder in folders.items():
         assert results[str(folder)] == generated_tokens(folder, prompts), name
 
@@ -247,6 +265,27 @@ def test_families_whose_factors_are_folded(tmp_path):
 
 def test_families_with_norms_behind_their_blocks(tmp_path):
     check_tokens(sliced_folders(tmp_path, NORMS_BEHIND), "one rank", tmp_path)
+
+
+def test_mixtures_of_experts_and_sinks(tmp_path):
+    """In the graph that vLLM traces once, for any number of rows that an expert may have."""
+    check_tokens(sliced_folders(tmp_path, EXPERTS | SINKS), "one rank", tmp_path, traced=True)
+
+
+def test_experts_and_sinks_with_tensor_parallelism(tmp_path):
+    """Experts are on every rank, their shared one and attention shared out, sinks with its heads."""
+    cases = {name: EXPERTS[name] for name in ("qwen2-moe", "gpt-oss")}
+    check_tokens(sliced_folders(tmp_path, cases), "tensor parallel", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def fewer_heads(tmp_path_factory) -> dict[str, Path]:
+    return sliced_folders(tmp_path_factory.mktemp("heads"), DELETED_HEADS)
+
+
+@pytest.mark.parametrize("ranks", PARALLEL)
+def test_layers_with_fewer_heads_or_none(fewer_heads, ranks, tmp_path):
+    check_tokens(fewer_heads, ranks, tmp_path)
 
 
 # The stock form runs on vLLM's own classes: case, width of 128 and neurons of 80 that remain, changes.

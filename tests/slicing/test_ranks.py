@@ -62,6 +62,25 @@ def test_same_model(alone, together):
             assert relative_error(outcome["state"][name], weight) <= bound, name
 
 
+def test_experts_with_tokens_on_some_ranks(together):
+    """Tokens of an expert are counted wherever they are, on ranks that have none of them as well."""
+    ranks, outcome = together
+    outcome = outcome["experts"]
+    shared = torch.stack(outcome["ranks_with_tokens"])
+    assert ((shared > 0) & (shared < ranks)).any()
+    assert (shared == ranks).any()
+    sliced, report = ranks_worker.slice_experts(Ranks())
+    assert outcome["few_tokens"] == ranks_worker.few_tokens(report)
+    # λ is in proportion to a mean over the experts: the diagonal of one of them is up to that many times as large.
+    columns = ranks_worker.EXPERTS * sliced.config.dense_moe_intermediate_size
+    bound = tolerance(report, sliced.config.boundary_widths, columns)
+    assert bound < 1e-6
+    assert outcome["ridge_search"] == pytest.approx(report.ridge_search, rel=bound)
+    for name, weight in sliced.state_dict().items():
+        if weight.numel():
+            assert relative_error(outcome["state"][name], weight) <= bound, name
+
+
 def test_same_losses(together):
     """Every window is evaluated in the batch that one rank puts it into: the same bits."""
     _, outcome = together

@@ -1,6 +1,7 @@
 """One of the ranks of tests/slicing/test_ranks.py, started by torchrun: rank 0 saves what came out to a file."""
 
 import sys
+from contextlib import contextmanager
 
 import torch
 from support.sliced_models import batches
@@ -13,8 +14,10 @@ from slicegpt.families import canonical_fields
 from slicegpt.hardware import ranks as module
 from slicegpt.hardware.ranks import Ranks, joined
 from slicegpt.slicing import SlicingOptions, slice_model
+from slicegpt.slicing.mixture_moments import MixtureMoments
 
 BATCHES = 7
+EXPERTS = 12
 
 
 def calibration() -> list[CalibrationBatch]:
@@ -40,6 +43,46 @@ def slice_together(ranks: Ranks):
         allocate="prices",
     )
     return slice_model(model, config, calibration(), options, held_out=token_ids(3, 16, 99))
+
+
+def slice_experts(ranks: Ranks):
+    """A tiny Qwen2-MoE of float64, one of its layers dense, with fewer columns and neurons; the sliced model, the
+    report.
+
+    Few tokens, or none, are routed to the last four experts: their scores are near zero, those of the eight others
+    far from it to both sides.
+    """
+    model = tiny_model("qwen2-moe", torch.float64, num_experts=EXPERTS)
+    with torch.no_grad():
+        for layer in (0, 2):
+            model.model.layers[layer].mlp.gate.weight[8:] *= torch.tensor([0.8, 0.6, 0.4, 0.2])[:, None]
+    fields = canonical_fields(model)
+    config = plan(fields, constant_widths(fields, 36, False), Shape(neurons=0.25, round_to=8))
+    options = SlicingOptions(dtype=torch.float64, ranks=ranks, neuron_multiple=8, fitted=0.7)
+    return slice_model(model, config, calibration(), options, held_out=token_ids(3, 16, 99))
+
+
+def few_tokens(report) -> list:
+    """Block by block, the experts that the record names for their few tokens."""
+    return [entry.get("few_tokens") for entry in report.refit]
+
+
+@contextmanager
+def ranks_with_tokens():
+    """Within it, a list of how many ranks have tokens of each expert, one entry [experts] for every reduction."""
+    reduce, found = MixtureMoments.reduce_, []
+
+    def noted(self, ranks):
+        some = (self.tokens > 0).long()
+        ranks.sum_(some)
+        found.append(some)
+        reduce(self, ranks)
+
+    MixtureMoments.reduce_ = noted
+    try:
+        yield found
+    finally:
+        MixtureMoments.reduce_ = reduce
 
 
 def losses_of_windows(ranks: Ranks) -> list[float]:
@@ -81,4 +124,9 @@ if __name__ == "__main__":
         if these.first:
             outcome |= {"state": sliced.state_dict(), "neurons": sliced.config.neurons}
             outcome |= {"ridge_search": report.ridge_search, "tokens": report.tokens}
+        with ranks_with_tokens() as shared:
+            sliced, report = slice_experts(these)
+        if these.first:
+            outcome["experts"] = {"state": sliced.state_dict(), "few_tokens": few_tokens(report)}
+            outcome["experts"] |= {"ridge_search": report.ridge_search, "ranks_with_tokens": shared}
             torch.save(outcome, sys.argv[1])
