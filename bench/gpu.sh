@@ -182,8 +182,8 @@ if [ -n "$rehearse" ]; then
     short=(--tokens 4 --prompt 4 --rounds 2) layer=(--seqlen 8 --repeats 2)
     batches=(--seqlen 16 --steps 2 --rounds 1 --max-batch 4) cut=(--nsamples 2 --seqlen 16)
     sizes=(--tiny --repeats 1) covariances=(--quick --columns 64 --tokens 256 --repeats 1 --no-memory)
-    check=(--shape smollm2-135m --replays 2 --layers 1 --batches 1) rows=(--rows 1) heads=(--tokens 8 --batch 1 --models phi-2 --repeats 1)
-    gemms=(--models smollm2-135m --rounds 1 --no-compile --shortcuts compact --slices 0.25) seventy=("${gemms[@]}")
+    check=(--shape smollm2-135m --replays 2 --layers 1 --batches 1) rows=(--rows 1 32) heads=(--tokens 8 --batch 1 --models phi-2 --repeats 1)
+    gemms=(--models smollm2-135m --rounds 1 --no-compile --shortcuts compact dense --slices 0.25) seventy=("${gemms[@]}")
 else
     capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
     [ "$capability" != 9.0 ] || capability=9.0a

@@ -9,6 +9,7 @@
 
 #include "decode.h"
 #include "gram.h"
+#include "rotate_wgmma.h"
 
 namespace py = pybind11;
 
@@ -35,7 +36,7 @@ std::string describe(int status) {
         case kTooLarge:
             return "matrix too large";
         case kBadConfig:
-            return "tokens, warps or split_k out of range";
+            return "tokens, warps or split_k out of range, or rows without the alignment that the kernel needs";
         case kNoWgmma:
             return "the wgmma kernel needs compute capability 9.0 and code built for 9.0a";
     }
@@ -157,6 +158,10 @@ void bind_decode(py::module_& m) {
              py::arg("d"), py::arg("N"), py::arg("rank"));
     m.def("decode_norm_linear", &decode_norm_linear);
     m.def("decode_rotate_add", &decode_rotate_add);
+    m.def("rotate_add_wgmma", [](const RotateAddArguments& arguments, int blocks, A stream) {
+        return rotate_add_wgmma(arguments, blocks, Address{stream});
+    });
+    m.def("has_rotate_wgmma", &has_rotate_wgmma);
     m.def("norm_linear_epilogue", [](const NormLinearArguments& arguments, A product, A stream) {
         return norm_linear_epilogue(arguments, Address{product}, Address{stream});
     });

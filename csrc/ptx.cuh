@@ -11,6 +11,8 @@
 #include <emulated_ptx.cuh>
 #else
 
+#include <cuda.h>
+
 #include "device.h"
 
 // The architecture of the pass at hand; 0 in nvcc's host pass, where kernel bodies are parsed but not used.
@@ -28,6 +30,35 @@
 #endif
 
 namespace slicegpt::ptx {
+
+// What the copy engine knows of a matrix of 16-bit items: the driver's CUtensorMap. A kernel's parameter, by value.
+struct alignas(128) TensorMap {
+    unsigned char bytes[128];
+};
+constexpr int kTileBoxRows = 128, kTileBoxColumns = 64;
+
+// Rows of `columns` items, `stride` items apart; base and 2 * stride are multiples of 16. The answer is CUDA's code.
+inline int make_tensor_map(TensorMap* map, const void* base, int64_t rows, int64_t columns, int64_t stride) {
+#if CUDART_VERSION >= 12050
+    // From the driver, found at run time: the module links to no libcuda, and loads where there is none.
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult answer;
+    if (int error = report(
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &answer)))
+        return error;
+    if (answer != cudaDriverEntryPointSuccess) return int(cudaErrorNotSupported);
+    const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(2 * stride)};
+    const cuuint32_t box[2] = {kTileBoxColumns, kTileBoxRows}, steps[2] = {1, 1};
+    static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
+    const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
+        reinterpret_cast<CUtensorMap*>(map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(base), sizes, strides,
+        box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? 0 : int(cudaErrorInvalidValue);
+#else
+    return int(cudaErrorNotSupported);
+#endif
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -128,6 +159,20 @@ __device__ __forceinline__ uint16_t float_to_half(float value) {
     return bits;
 }
 
+#if SLICEGPT_ARCH == 0 || SLICEGPT_ARCH >= 800
+// The same of two numbers, `low` into the lower half of a word; a NaN becomes the one that the hardware writes.
+__device__ __forceinline__ uint32_t floats_to_half2(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+__device__ __forceinline__ uint32_t floats_to_bfloat2(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+#endif
+
 // 16 bytes that are read once: past L1, and the rest of their line into L2. Volatile, so that loads are issued where
 // they are written, well before their first use.
 __device__ __forceinline__ uint4 load_once_16(const void* global) {
@@ -213,6 +258,25 @@ __device__ __forceinline__ void copy_bulk_multicast(void* shared, const void* gl
         : "memory");
 }
 
+// The same for a tile of kTileBoxRows rows of kTileBoxColumns items of a matrix, from (row, column) on; outside of the
+// matrix there are zeros, which count as bytes too. A row takes 128 bytes with the 128-byte swizzle: the tile must
+// start at a multiple of 1024.
+__device__ __forceinline__ void copy_tile(void* shared, const TensorMap& map, int row, int column, uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared_address(shared)),
+        "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+        : "memory");
+}
+__device__ __forceinline__ void copy_tile_multicast(void* shared, const TensorMap& map, int row, int column,
+                                                    uint64_t* barrier, unsigned mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
+        "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(uint16_t(mask))
+        : "memory");
+}
+
 // Arrives at the barrier that stands at this place in another block of the cluster, or in the own one. For reads that
 // are complete: it publishes no writes to the other block (that would take a fence of the whole GPU).
 __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, int rank) {
@@ -236,6 +300,12 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// What this thread initialised is an mbarrier for the other blocks of the cluster, and for copies that they send, once
+// they have met it at a barrier of the cluster.
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
 // Orders this thread's own accesses to shared memory before those of the asynchronous proxy (bulk copies, wgmma).
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
@@ -243,42 +313,63 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 #if SLICEGPT_HAS_WGMMA
 // Asynchronous products of a warpgroup: fence, products, commit, wait. Every step names the accumulators, so that the
 // compiler can neither read nor move them in between.
-#define SLICEGPT_REGISTERS_8(d, i)                                                                              \
-    "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), \
-        "+r"(d[i + 7])
-#define SLICEGPT_REGISTERS_32(d, i)                                                              \
-    SLICEGPT_REGISTERS_8(d, i), SLICEGPT_REGISTERS_8(d, i + 8), SLICEGPT_REGISTERS_8(d, i + 16), \
-        SLICEGPT_REGISTERS_8(d, i + 24)
-#define SLICEGPT_REGISTERS_128(d)                                                            \
-    SLICEGPT_REGISTERS_32(d, 0), SLICEGPT_REGISTERS_32(d, 32), SLICEGPT_REGISTERS_32(d, 64), \
-        SLICEGPT_REGISTERS_32(d, 96)
+// kind: "+r" for integers, "+f" for floats.
+#define SLICEGPT_REGISTERS_8(kind, d, i)                                                                        \
+    kind(d[i]), kind(d[i + 1]), kind(d[i + 2]), kind(d[i + 3]), kind(d[i + 4]), kind(d[i + 5]), kind(d[i + 6]), \
+        kind(d[i + 7])
+#define SLICEGPT_REGISTERS_32(kind, d, i)                                                                          \
+    SLICEGPT_REGISTERS_8(kind, d, i), SLICEGPT_REGISTERS_8(kind, d, i + 8), SLICEGPT_REGISTERS_8(kind, d, i + 16), \
+        SLICEGPT_REGISTERS_8(kind, d, i + 24)
+#define SLICEGPT_REGISTERS_128(kind, d)                                                                        \
+    SLICEGPT_REGISTERS_32(kind, d, 0), SLICEGPT_REGISTERS_32(kind, d, 32), SLICEGPT_REGISTERS_32(kind, d, 64), \
+        SLICEGPT_REGISTERS_32(kind, d, 96)
+// The 128 accumulators as an instruction lists them.
+#define SLICEGPT_LIST_128                                                                          \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                      \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
 
 __device__ __forceinline__ void wgmma_fence(int (&d)[128]) {
-    asm volatile("wgmma.fence.sync.aligned;" : SLICEGPT_REGISTERS_128(d)::"memory");
+    asm volatile("wgmma.fence.sync.aligned;" : SLICEGPT_REGISTERS_128("+r", d)::"memory");
+}
+__device__ __forceinline__ void wgmma_fence(float (&d)[128]) {
+    asm volatile("wgmma.fence.sync.aligned;" : SLICEGPT_REGISTERS_128("+f", d)::"memory");
 }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // At most kPending groups are still in flight; with 0 the accumulators hold the sums.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait(int (&d)[128]) {
-    asm volatile("wgmma.wait_group.sync.aligned %128;" : SLICEGPT_REGISTERS_128(d) : "n"(kPending) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %128;" : SLICEGPT_REGISTERS_128("+r", d) : "n"(kPending) : "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait(float (&d)[128]) {
+    asm volatile("wgmma.wait_group.sync.aligned %128;" : SLICEGPT_REGISTERS_128("+f", d) : "n"(kPending) : "memory");
 }
 // D[64x256] += A[64x32] B[32x256], both K-major in shared memory, given by their matrix descriptors.
 // d[4j + 2h + q] is row 16 (warp % 4) + lane / 4 + 8h, column 8j + 2 (lane % 4) + q.
 __device__ __forceinline__ void wgmma_m64n256k32_s8(int (&d)[128], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "%128, %129, 1;"
-        : SLICEGPT_REGISTERS_128(d)
-        : "l"(a), "l"(b));
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 " SLICEGPT_LIST_128 ", %128, %129, 1;"
+                 : SLICEGPT_REGISTERS_128("+r", d)
+                 : "l"(a), "l"(b));
 }
+// D[64x256] += A[64x16] B[16x256] of 16-bit numbers, in float32; operands and d as above.
+__device__ __forceinline__ void wgmma_m64n256k16_f16(float (&d)[128], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 " SLICEGPT_LIST_128 ", %128, %129, 1, 1, 1, 0, 0;"
+                 : SLICEGPT_REGISTERS_128("+f", d)
+                 : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void wgmma_m64n256k16_bf16(float (&d)[128], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " SLICEGPT_LIST_128
+                 ", %128, %129, 1, 1, 1, 0, 0;"
+                 : SLICEGPT_REGISTERS_128("+f", d)
+                 : "l"(a), "l"(b));
+}
+#undef SLICEGPT_LIST_128
 #undef SLICEGPT_REGISTERS_128
 #undef SLICEGPT_REGISTERS_32
 #undef SLICEGPT_REGISTERS_8
@@ -290,6 +381,9 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
 }
 
 __device__ __forceinline__ float shuffle_xor(float value, int mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 __device__ __forceinline__ double shuffle(double value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }

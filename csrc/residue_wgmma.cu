@@ -191,6 +191,8 @@ __global__ __launch_bounds__(kThreads, 1) void wgmma_tiles(const ResidueTiles p)
             ptx::mbarrier_init(&barriers.empty[s], kBlocks * kConsumerWarps);
         }
         ptx::fence_proxy_async();  // the copies, of another proxy, must find them
+        // The other block arrives at them, and its copies count at them.
+        if constexpr (kBlocks > 1) ptx::fence_mbarrier_init();
     }
     if constexpr (kBlocks == 1)
         __syncthreads();

@@ -34,11 +34,13 @@ SUM_IN_TILE_PARTS = 512
 SUM_CHUNK = tl.constexpr(32)
 
 
-def norm_linear(inputs: NormLinearInputs, config: GemmConfig | None = None) -> Tensor:
+def norm_linear(
+    inputs: NormLinearInputs, config: GemmConfig | None = None, out: Tensor | None = None
+) -> Tensor:
     """`[act(s (h W₁ᵀ) + bias) | h W₂ᵀ]`; the contract is `slicegpt.ops.norm_linear`, whose checks have passed.
 
     h [T, d] has unit column stride; weight [N, d], bias [n_scaled] and sumsq [T, P] are contiguous.
-    config: None chooses by the device and the sizes.
+    config: None chooses by the device and the sizes. out: where the result goes, unit column stride; None allocates.
     """
     h, weight, bias, sumsq, n_scaled = inputs.h, inputs.weight, inputs.bias, inputs.sumsq, inputs.n_scaled
     divisor, eps, gated = inputs.divisor, inputs.eps, inputs.gated
@@ -46,7 +48,7 @@ def norm_linear(inputs: NormLinearInputs, config: GemmConfig | None = None) -> T
     width = n_scaled // 2 if gated else n_scaled
     z_columns = weight.shape[0] - n_scaled
     z_half = triton.cdiv(z_columns, 2)
-    out = inputs.output()
+    out = inputs.output() if out is None else out
     if out.numel() == 0:
         return out
     device = device_class(h.device)

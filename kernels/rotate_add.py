@@ -36,7 +36,7 @@ def rotate_add(
 ) -> tuple[Tensor, Tensor]:
     """`h_next = a Wᵀ + h Sᵀ + bias` and its sums of squares; the contract is `slicegpt.ops.rotate_add`.
 
-    a [T, K] and h [T, d] have unit column stride; weight [d', K], shortcut [d', d] and bias [d'] are contiguous.
+    a [T, K], h [T, d], weight [d', K] and shortcut [d', d] have unit column stride; bias [d'] is contiguous.
     config: None chooses by the device and the sizes.
     """
     rows, inner = a.shape

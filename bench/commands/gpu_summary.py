@@ -105,7 +105,7 @@ def _rotation(row: Mapping, ceilings: Mapping[str, float]) -> dict:
         "figure": f"{row['cold us']:.4g} µs",
         "predicted": predicted(seconds, "µs"),
         "ceiling": over(row["GB/s"], ceilings, COPY) if few else over(row["TFLOP/s"], ceilings, BFLOAT16),
-        "second": f"{row['of plain']:.3f} of the library's product" if row.get("of plain") else None,
+        "second": f"{row['of library']:.3f} of the library's product" if row.get("of library") else None,
     }
 
 

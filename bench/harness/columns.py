@@ -153,6 +153,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("warm us", "warm µs", rounded),
         ("of unfused", "of unfused", rounded),
         ("of plain", "of plain", rounded),
+        ("of library", "of library", rounded),
         ("TFLOP/s", "TFLOP/s", rounded),
         ("GB/s", "GB/s", rounded),
         ("bound", "bound", str),

@@ -10,9 +10,10 @@ from torch import Tensor
 from slicegpt import ops
 from slicegpt.bench.models.devices import DevicePeaks
 from slicegpt.bench.models.shapes import Launch, NormLinearShape, RotateAddShape
-from slicegpt.ops import reference
+from slicegpt.ops import many_rows, reference, torch_gemm
 from slicegpt.ops.contracts import NormLinearInputs, activate, block_sums_of_squares, sumsq_dtype
-from slicegpt.ops.dispatch import triton_is_available
+from slicegpt.ops.cuda import rotate_wgmma
+from slicegpt.ops.dispatch import DECODE_ROWS, triton_is_available
 
 EPS = 1e-5
 Call = Callable[[], object]
@@ -98,6 +99,52 @@ def fused(launch: Launch, inputs: LaunchInputs, config=None, triton: bool = Fals
     return lambda: rotate_add(*arguments, config)
 
 
+def in_one_product(launch: RotateAddShape, inputs: LaunchInputs) -> Call:
+    """What the runtime's prefill does where a block is one GEMM of the library (`slicegpt.ops.many_rows`).
+
+    A dense shortcut's sources lie side by side already; else the GEMM accumulates onto a stream of its own, so that
+    only the first call's result is `rotate_add`'s. The row scale that the next norm then takes from the stream, and
+    not from sums of squares, is part of it.
+    """
+    t, x, w = inputs.tensors, inputs.x, inputs.w
+    out = x.new_empty((len(x), len(w))) if launch.dense else t["h"].clone()
+
+    def run() -> Tensor:
+        if launch.dense:
+            torch_gemm.one_product(out, x, w, t["bias"])
+        else:
+            torch_gemm.add_product_(out, x, w, t["bias"])
+        row_scale_of(out)
+        return out
+
+    return run
+
+
+def row_scale_of(h: Tensor) -> Tensor:
+    """The norm's scale of every row, from the stream itself, as `norm_linear` computes it."""
+    if h.is_cuda and triton_is_available():
+        from slicegpt.kernels.norm_linear import row_scale
+
+        return row_scale(h, None, float(h.shape[1]), EPS)
+    return (h.to(sumsq_dtype(h.dtype)).square().mean(dim=1) + EPS).rsqrt()
+
+
+def by_wgmma(inputs: LaunchInputs) -> dict[str, Call]:
+    """csrc/rotate_wgmma.cu, both kernels, where it runs and can read these tensors.
+
+    Left out where SLICEGPT_ROTATE_PREFILL is `fused`: a kernel that was found wrong may end the process.
+    """
+    t = inputs.tensors
+    arguments = (t["a"], t["weight"], t["h"], t["shortcut"], t["bias"])
+    wanted = inputs.x.is_cuda and many_rows.requested() != "fused"
+    if not wanted or not rotate_wgmma.takes(*arguments) or not rotate_wgmma.has_wgmma():
+        return {}
+    return {
+        f"fused, {kernel}": lambda kernel=kernel: rotate_wgmma.rotate_add(*arguments, kernel)
+        for kernel in rotate_wgmma.KERNELS
+    }
+
+
 def plain_product(inputs: LaunchInputs, triton: bool) -> Call:
     """The GEMM alone, of the same rows, columns and total inner columns, by this package's kernel or the library's."""
     x, w = inputs.x, inputs.w
@@ -121,6 +168,9 @@ def methods(launch: Launch, inputs: LaunchInputs, compiled: bool) -> dict[str, C
         optimised = torch.compile(unfused, dynamic=False)
         runs["unfused, torch.compile"] = lambda: optimised(**tensors)
     runs["plain GEMM, library"] = plain_product(inputs, triton=False)
+    if not norm and len(inputs.x) > DECODE_ROWS:
+        runs["one product, library"] = in_one_product(launch, inputs)
+        runs |= by_wgmma(inputs)
     if inputs.x.is_cuda and triton_is_available():
         from slicegpt.kernels.norm_linear import is_supported
 

@@ -120,7 +120,9 @@ def _plan_size(
         return [plan_for_parameters(fields, int(recipe.target_bytes), shape, bytes_of, "bytes")]
     else:
         target = int(recipe.target_bytes / dtype.itemsize)
-    return choices_for_parameters(fields, target, shape, recipe.allocate, count)
+    return choices_for_parameters(
+        fields, target, shape, recipe.allocate, count, whole_steps=WeightFormat.of(recipe) is not None
+    )
 
 
 def _plan_speedup(recipe: Recipe, fields: dict, shape: Shape) -> list[SlicedConfig]:
@@ -160,6 +162,7 @@ def choices_for_parameters(
     shape: Shape,
     allocate: str,
     count: Callable[[SlicedConfig], int] = stored_parameters,
+    whole_steps: bool = False,
 ) -> list[SlicedConfig]:
     """Configurations that store at most `target` elements, the widest first: what `allocate` chooses from.
 
@@ -170,6 +173,8 @@ def choices_for_parameters(
     Args:
         allocate: as `Recipe.allocate`.
         count: what is counted.
+        whole_steps: numbers of neurons are multiples of `round_to` before they are shared out, too: groups of columns
+            that share a scale are counted by them.
     """
     # Dense shortcuts are asked for by name, and at full width there would be none.
     asked = shape.orientation != "aligned" or shape.slice_head or shape.shortcut == "dense"
@@ -181,7 +186,7 @@ def choices_for_parameters(
     if fields.get("num_experts"):
         return [_plan_of_experts(fields, target, shape, count, step)]
     # Shared out among the layers they are multiples all the same, and their sum is as large as there is room for.
-    unit = 1 if allocate == PRICES else step
+    unit = 1 if allocate == PRICES and not whole_steps else step
     fractions = (0.0, *NARROWER) if allocate == PRICES else (0.0,)
     found: list[SlicedConfig] = []
     for width in dict.fromkeys(width_for_slice(dense_width, fraction, step) for fraction in fractions):

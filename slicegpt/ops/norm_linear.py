@@ -1,5 +1,7 @@
 """`norm_linear`: the weightless RMS norm as the epilogue of the linear layers that read it."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,24 @@ def norm_linear(
             NormLinearInputs(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
         )
     return _operator(h, weight, bias, sumsq, n_scaled, activation, divisor, eps)
+
+
+def norm_linear_into(out: Tensor, *arguments) -> None:
+    """`norm_linear(*arguments)` into columns of a wider matrix: `out` [T, N] of unit column stride.
+
+    For eager code alone: it is not an operator that `torch.compile` could trace. Kernels for many rows write there;
+    what others compute is copied.
+    """
+    inputs = NormLinearInputs(*arguments)
+    h = inputs.h
+    if not isinstance(inputs.weight, PanelWeight) and out.numel():
+        name = DISPATCHER.choose(requested_backend(), capability_of(h), h.dtype, h.shape[0])
+        if name in ("triton", "epilogue"):
+            inputs.check()
+            with torch.cuda.device(h.device) if h.is_cuda else nullcontext():
+                DISPATCHER.launcher(name)(inputs.contiguous(), out=out)
+            return
+    out.copy_(norm_linear(*arguments))
 
 
 def is_supported(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slicegpt.ops import quantized, reference, torch_gemm
+from slicegpt.ops import many_rows, quantized, reference, torch_gemm
 from slicegpt.ops.contracts import (
     bad,
     block_sums_of_squares,
@@ -126,6 +126,9 @@ def _run(a, weight, h, shortcut, bias, factor=None) -> tuple[Tensor, Tensor]:
     _check(a, weight, h, shortcut, bias, factor)
     if a.shape[0] == 0 or weight.shape[0] == 0:
         return rotate_add_outputs(a, weight)
+    kernel = many_rows.kernel_for(a, weight, h, shortcut, bias)
+    if kernel is not None:
+        return many_rows.rotate_add(kernel, a, weight, h, shortcut, bias)
     name = _implementation(a, a.shape[0])
     if name == "torch":
         h_next = torch_gemm.rotate(a, weight, h, shortcut, bias)
@@ -134,8 +137,8 @@ def _run(a, weight, h, shortcut, bias, factor=None) -> tuple[Tensor, Tensor]:
         return reference.rotate_add(a, weight, h, shortcut, bias)
     a = a if a.stride(1) == 1 else a.contiguous()
     h = h if h.stride(1) == 1 else h.contiguous()
-    weight = weight.contiguous()
-    shortcut = None if shortcut is None else shortcut.contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    shortcut = shortcut if shortcut is None or shortcut.stride(1) == 1 else shortcut.contiguous()
     bias = None if bias is None else bias.contiguous()
     launch = DISPATCHER.launcher(name)
     if name in CPU_KERNELS:

@@ -85,6 +85,24 @@ def rotate(a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: 
     return torch.addmm(base, a, weight.mT)
 
 
+def one_product(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """`out = rows Wᵀ + bias`, one GEMM, rounded once: `rotate_add` of rows `[a | h]` and a weight `[W | S]`.
+
+    `out` [T, d'] and `rows` [T, K + d] may be columns of wider matrices: nothing is copied.
+    """
+    if bias is None:
+        torch.mm(rows, weight.mT, out=out)
+    else:
+        torch.addmm(bias, rows, weight.mT, out=out)
+
+
+def add_product_(h: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`h += a Wᵀ + bias` in place, one GEMM that accumulates onto h; with a bias a pass over h before it."""
+    if bias is not None:
+        h += bias
+    return h.addmm_(a, weight.mT)
+
+
 def _row_scale(h: Tensor, sumsq: Tensor | None, divisor: float, eps: float) -> Tensor | float:
     """`rsqrt(|h|² / divisor + eps)` of every row: [T, 1], float32 or wider; a number for one row on a CPU."""
     dtype = sumsq_dtype(h.dtype)

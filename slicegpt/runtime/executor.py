@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt import ops
-from slicegpt.ops import quantized, torch_gemm
+from slicegpt.ops import many_rows, quantized, torch_gemm
 from slicegpt.ops.contracts import NormLinearInputs, sumsq_dtype
-from slicegpt.ops.dispatch import requested_backend
+from slicegpt.ops.dispatch import capability_of, requested_backend
 from slicegpt.ops.norm_linear import DISPATCHER as NORM_LINEAR
+from slicegpt.ops.norm_linear import norm_linear_into
 from slicegpt.ops.panels import PanelWeight
 from slicegpt.ops.rotate_add import DISPATCHER as ROTATE_ADD
 from slicegpt.runtime.cache import CacheStep
 from slicegpt.runtime.experts import PackedMixture, add_experts, shared_factor
+from slicegpt.runtime.one_product import JoinedRows
 from slicegpt.runtime.packed import PackedAttention, PackedBlock, PackedNetwork, Projection
 
 
@@ -122,14 +124,46 @@ class Executor:
 
     def blocks(self, stream: Tensor, step: CacheStep) -> tuple[Tensor, Tensor | None]:
         """The residual stream after all blocks, and its rows' sums of squares (None: not computed)."""
-        sums = None
-        for block in self.packed.blocks:
-            stream, sums = self._block(block, stream, sums, step)
+        sums, joined = None, None
+        capability, dtype = capability_of(stream), stream.dtype
+        dense, added = (
+            many_rows.in_one_product(capability, dtype, len(stream), one) for one in (True, False)
+        )
+        if added:
+            stream = stream.clone()  # what it adds to, in place, is not the caller's
+        blocks = self.packed.blocks
+        for block, following in zip(blocks, (*blocks[1:], None), strict=False):
+            if not dense or block.joint is None:
+                stream, sums = self._block(block, stream, sums, step, added)
+                continue
+            if joined is None:
+                joined = JoinedRows.of(block, stream)
+                joined.stream.copy_(stream)
+            self._fill(block, joined, sums, step)
+            after = None
+            if following is not None and following.joint is not None:
+                after = JoinedRows.of(following, stream)
+            stream = stream.new_empty(len(stream), len(block.joint)) if after is None else after.stream
+            joined.multiply(block, stream)
+            sums, joined = None, after
         return stream, sums
 
+    def _fill(self, block: PackedBlock, joined: JoinedRows, sums: Tensor | None, step: CacheStep) -> None:
+        """What the block computes, beside the stream that it reads."""
+        sums, eps = row_scale(block, joined.stream, sums)
+        for projection, out in zip(block.inputs, joined.results, strict=True):
+            arguments = self._arguments(projection, joined.stream, sums, block.width, eps)
+            if self.through_operators:
+                norm_linear_into(out, *arguments)
+            else:
+                out.copy_(self.norm_linear(*arguments))
+            if projection.attention is not None:
+                step.attend(projection.attention, with_whole_norms(projection.attention, out))
+
     def _block(
-        self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: CacheStep
+        self, block: PackedBlock, stream: Tensor, sums: Tensor | None, step: CacheStep, in_place: bool
     ) -> tuple[Tensor, Tensor | None]:
+        """in_place: a product may be added to the stream where it lies, by the library's GEMM."""
         if not block.inputs and block.mixture is None:
             return block.carried(stream), None
         pieces = []
@@ -142,6 +176,11 @@ class Executor:
         if block.mixture is not None:
             return self._mixture(block, block.mixture, stream, pieces), None
         a = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        plain = block.shortcut is None and block.output_norm is None
+        if in_place and plain and not isinstance(block.output, PanelWeight):
+            wider = len(block.output) - stream.shape[1]
+            base = F.pad(stream, (0, wider)) if wider else stream
+            return torch_gemm.add_product_(base, a, block.output, block.output_bias), None
         return self._rotate(block, a, stream)
 
     def _mixture(
@@ -157,8 +196,15 @@ class Executor:
     def _project(
         self, projection: Projection, stream: Tensor, sums: Tensor | None, width: float, eps: float
     ) -> Tensor:
+        return self.norm_linear(*self._arguments(projection, stream, sums, width, eps))
+
+    @staticmethod
+    def _arguments(
+        projection: Projection, stream: Tensor, sums: Tensor | None, width: float, eps: float
+    ) -> tuple:
+        """Of `norm_linear`."""
         weight, bias, n_scaled = projection.weight, projection.bias, projection.n_scaled
-        return self.norm_linear(stream, weight, bias, sums, n_scaled, projection.activation, width, eps)
+        return stream, weight, bias, sums, n_scaled, projection.activation, width, eps
 
     def _rotate(self, block: PackedBlock, a: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
         if block.output_norm is not None:

@@ -1,6 +1,6 @@
 """What `slicegpt.runtime.packing` makes of a model: blocks of two GEMMs, and the rest of its weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,7 @@ class PackedBlock:
         output_norm: [D], the scale of the norm that what it writes passes, or None; inner_eps: its epsilon.
         factor: Fᵀ [rank, d] of a compact shortcut, a view of the last rows of the last input's weight; `output` holds
             the same numbers in its last columns. None for another shortcut, for rank 0, and beside a `PanelWeight`.
+        joint: [d', K + d], `output` and a dense `shortcut` side by side; they are views of it then. None: they are not.
         mixture: experts that write as well; `inputs` are then those of the shared one and of the shortcut, if any.
     """
 
@@ -80,9 +81,15 @@ class PackedBlock:
     output_bias: Tensor | None
     shortcut: Tensor | None
     factor: Tensor | None = None
+    joint: Tensor | None = None
     mixture: PackedMixture | None = None
     output_norm: Tensor | None = None
     inner_eps: float = 0.0
+
+    def with_joint(self, joint: Tensor) -> "PackedBlock":
+        """The block with this matrix `[output | shortcut]`."""
+        inner = self.output.shape[1]
+        return replace(self, joint=joint, output=joint[:, :inner], shortcut=joint[:, inner:])
 
     @property
     def is_fused(self) -> bool:

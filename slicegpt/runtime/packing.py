@@ -24,11 +24,12 @@ from slicegpt.modeling.layers import (
     SlicedMLP,
 )
 from slicegpt.modeling.quantized import QuantizedWeight
-from slicegpt.ops import quantized
+from slicegpt.ops import many_rows, quantized
 from slicegpt.ops.contracts import GATED
 from slicegpt.ops.panels import PanelWeight
 from slicegpt.runtime.experts import PackedMixture
 from slicegpt.runtime.linear_weights import WeightReader, with_factor, with_negative_factor
+from slicegpt.runtime.one_product import can_be_joined
 from slicegpt.runtime.packed import PackedAttention, PackedBlock, PackedNetwork, Projection
 from slicegpt.runtime.rounding import rounding
 from slicegpt.runtime.weight_memory import WeightMemory
@@ -164,6 +165,8 @@ def _copied(block: PackedBlock, memory: WeightMemory) -> PackedBlock:
     """The block with its weights in `memory`, in the order in which they are read."""
     inputs = tuple(replace(one, weight=memory.copy(one.weight)) for one in block.inputs)
     factor = None if block.factor is None else inputs[-1].weight[-len(block.factor) :]
+    if block.joint is not None:
+        return replace(block, inputs=inputs, factor=factor).with_joint(memory.copy(block.joint))
     shortcut = None if block.shortcut is None else memory.copy(block.shortcut)
     return replace(block, inputs=inputs, output=memory.copy(block.output), shortcut=shortcut, factor=factor)
 
@@ -277,7 +280,7 @@ def _pack_block(
             factor = shortcut.factor.detach()
             inputs.append(Projection(factor, None, 0, "none"))
         output = with_negative_factor(output, shortcut.factor, shortcut.padding)
-    return PackedBlock(
+    packed = PackedBlock(
         inputs=tuple(inputs),
         width=width,
         eps=config.boundary_eps(boundary) if config.pre_norm else None,
@@ -289,6 +292,9 @@ def _pack_block(
         inner_eps=config.inner_norm_eps,
         mixture=mixture,
     )
+    if not can_be_joined(packed) or not many_rows.joins_weights(packed.shortcut.device):
+        return packed
+    return packed.with_joint(torch.cat((packed.output, packed.shortcut), dim=1))
 
 
 def _pack_mixture(config: SlicedConfig, width: int, eps: float, module: SlicedMoE) -> PackedMixture:

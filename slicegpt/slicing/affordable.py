@@ -72,6 +72,7 @@ def workload_of(
         in_memory=in_memory,
         own_text="self" in [part.rpartition(":")[0] or part for part in recipe.calibration.split(",")],
         timing=timing,
+        rounds=recipe.quantize is not None,
     )
 
 

@@ -17,6 +17,7 @@ from slicegpt.runtime.speed import CPU_PARAMETERS
 from slicegpt.slicing.allocation import POINTS, SHARE, deletes_neurons, fewest_neurons
 from slicegpt.slicing.blocks import Block, blocks_of, group_rows
 from slicegpt.slicing.budget_mixture import mixture_allocation, mixture_stages, writers
+from slicegpt.slicing.budget_rounding import add_codes, add_rounded_readers, add_rounded_writers
 from slicegpt.slicing.filed_moments import batch_bytes, needs_files
 from slicegpt.slicing.matrices import PANEL_BYTES
 from slicegpt.slicing.neurons import ROUNDS
@@ -188,7 +189,7 @@ class _Model:
             return mixture_stages(self, block)
         work, width, item = self.work, self.width, self.item
         inputs, own = self.inputs(block), sum(self.columns(part) for part in block.parts)
-        before = self.config.boundary_widths[block.index]
+        before, behind = self.config.boundary_widths[block.index : block.index + 2]
         rows = sum(self.rows(part) for part in block.parts)
         name = " and ".join(block.parts)
         refits = work.share > 0
@@ -214,11 +215,15 @@ class _Model:
         pieces = min(READER_BYTES, F64 * biggest * width)
         folding.add("layers in float64", 3 * pieces, self.device)
         stages = [folding]
+        if work.rounds:
+            reading = start("rounding what reads", whole)
+            add_rounded_readers(reading, rows, before, item, self.device)
+            stages.append(reading)
 
         # Beyond the last block of a layer only its output weights are still there.
         last = self.config.parallel_blocks or block.parts == ("mlp",)
         left = own * width if last else whole
-        kept, kept_place, aside, away = 0, self.device, False, 0
+        kept, kept_place, aside, away, spilled = 0, self.device, False, 0, False
         passing = self.batch_bytes(block, inputs, rows, work.fitted_tokens)
         if refits:
             self.add_teacher(folding, block, inputs, plain)
@@ -255,6 +260,15 @@ class _Model:
             stage.add("fits", fits, self.device)
             stage.add("fits", away, self.elsewhere)
         writing, choosing, storing = after
+        if work.rounds:
+            rounding = start("rounding what writes", left, fitted=True)
+            rounding.add("fits", fits, self.device)
+            add_rounded_writers(rounding, behind, inputs, inputs - sum(self.deleted(block)), self.device)
+            for stage in (writing, choosing, rounding):
+                self.add_spilled(stage, inputs, spilled)
+            for stage in (*stages[2:], *after, rounding):
+                add_codes(stage, rows, before, item, self.device)
+            after.insert(2, rounding)
         writing.add("covariance", F64 * width * width, self.device)
         writing.add("activations kept", kept, kept_place)
         writing.add("batch", passing, self.device)
@@ -380,6 +394,15 @@ class _Model:
         fitting.add("right-hand side or solution", F64 * remaining * self.width, self.device)
         fitting.add("panels", min(2 * PANEL_BYTES, 2 * F64 * remaining * remaining), self.device)
         return [*stages, fitting]
+
+    def deleted(self, block: Block) -> tuple[int, int]:
+        """Neurons and columns of attention heads that a block loses."""
+        config, neurons, heads = self.config, 0, 0
+        if "mlp" in block.parts:
+            neurons = config.dense_neurons[block.layer] - config.neurons[block.layer]
+        if "attention" in block.parts:
+            heads = (config.num_attention_heads - config.attention_heads[block.layer]) * config.head_dim
+        return neurons, heads
 
     def batch_bytes(self, block: Block, inputs: int, rows: int, fitted_tokens: int) -> int:
         """What passing and adding one batch takes beside the streams."""

@@ -26,6 +26,7 @@ class Workload:
         in_memory: whether the sliced model is kept there, for want of an output folder.
         own_text: whether the dense model writes some of the text, for which it is loaded whole.
         timing: whether both models' tokens/s are measured at the end, for which small ones are loaded.
+        rounds: whether weights are stored with 8 or 4 bits, and rounded on the way.
     """
 
     samples: int
@@ -44,6 +45,7 @@ class Workload:
     in_memory: bool = False
     own_text: bool = False
     timing: bool = False
+    rounds: bool = False
 
     @property
     def batches(self) -> int:

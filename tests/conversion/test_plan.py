@@ -1,13 +1,16 @@
 """Widths and shortcut kinds, and the search for a true size."""
 
 import pytest
+import torch
 from support.tiny_models import tiny_model
 
+from slicegpt.bench.models.architectures import fields_of
 from slicegpt.conversion.plan import Shape, constant_widths, plan, width_for_slice
-from slicegpt.conversion.size_plan import plan_for_parameters
+from slicegpt.conversion.size_plan import plan_choices, plan_for_parameters
 from slicegpt.errors import SliceGPTError
 from slicegpt.families import canonical_fields
 from slicegpt.modeling.sizes import stored_parameters
+from slicegpt.recipe import ALLOCATIONS, Recipe
 
 FIELDS = canonical_fields(tiny_model("llama"))
 TIED = canonical_fields(tiny_model("llama-tied"))
@@ -76,6 +79,16 @@ def test_plan_for_parameters_is_the_widest_that_fits(fields, fraction):
     }
     assert stored_parameters(config) <= target
     assert config.boundary_widths[0] == max(width for width, size in sizes.items() if size <= target)
+
+
+@pytest.mark.parametrize("allocate", ALLOCATIONS)
+@pytest.mark.parametrize("keep", [0.8, 0.95])
+def test_neurons_of_four_bits_are_whole_groups(keep, allocate):
+    """At any size: columns of a scale are counted before neurons are shared out among the layers."""
+    fields = fields_of("smollm2-135m") | {"num_hidden_layers": 2}
+    choices = plan_choices(Recipe(keep=keep, quantize="int4", allocate=allocate), fields, torch.float32)
+    for config in choices:
+        assert all(count % 32 == 0 for count in config.neurons)
 
 
 def test_unreachable_size():

@@ -14,6 +14,7 @@ from slicegpt.ops.contracts import NormLinearInputs
 from slicegpt.ops.cuda import decode as cuda_decode
 from slicegpt.ops.cuda import epilogue as cuda_epilogue
 from slicegpt.ops.cuda import gram as cuda_gram
+from slicegpt.ops.cuda import rotate_wgmma
 from slicegpt.ops.cuda.decode import DecodeConfig, DecodeDevice
 
 pytestmark = pytest.mark.parametrize("target", ["sm_90"], indirect=True, scope="session")
@@ -83,7 +84,26 @@ def decode_cases(allocator, capability):
                 cuda_decode.rotate_add(a, out, stream, None, None, factor)
 
 
-KERNELS = {"gram": gram_cases, "wgmma": wgmma_cases, "decode": decode_cases}
+def rotate_wgmma_cases(allocator, capability):
+    """Tiles that end beside rows, columns and steps; what TMA cannot read is not read by the kernel."""
+    for dense in (True, False):
+        rows, columns, inner, width = 130, 264, 72, 40
+        a, weight, h = (
+            random(allocator, *shape) for shape in ((rows, inner), (columns, inner), (rows, width))
+        )
+        shortcut = random(allocator, columns, width) if dense else None
+        bias = random(allocator, columns)
+        for kernel in rotate_wgmma.KERNELS:
+            if rotate_wgmma.takes(a, weight, h, shortcut, bias):
+                rotate_wgmma.rotate_add(a, weight, h, shortcut, bias, kernel)
+
+
+KERNELS = {
+    "gram": gram_cases,
+    "wgmma": wgmma_cases,
+    "decode": decode_cases,
+    "rotate_wgmma": rotate_wgmma_cases,
+}
 
 
 def in_bounds(cases, place, capability):

@@ -51,6 +51,18 @@ INSTRUCTIONS = {
             ("wgmma_tiles", r"\bIMMA\b", False),
         ],
     },
+    "rotate_wgmma": {
+        **{arch: [("rotate_tiles", r"\b(HGMMA|HMMA|STG|UTMALDG)\b", False)] for arch in ("75", "80")},
+        "90a": [
+            ("rotate_tiles", r"\bHGMMA\.64x256x16\.F32\.BF16\b", True),
+            ("rotate_tiles", r"\bHGMMA\.64x256x16\.F32 ", True),
+            ("rotate_tiles", r"\bUTMALDG\.2D \[", True),
+            ("rotate_tiles", r"\bUTMALDG\.2D\.MULTICAST\b", True),
+            ("rotate_tiles", r"\bSTG\.E\.128\b", True),
+            ("rotate_tiles", r"MEMBAR\.ALL\.GPU(?=(?s:.){0,400}SYNCS\.ARRIVE)", False),
+            ("rotate_tiles", r"\bHMMA\b", False),
+        ],
+    },
     "gram_fast": {
         "75": [("gram_fast_tiles", r"\bHMMA\.1688\.F32\b", True)],
         "80": [
@@ -154,18 +166,24 @@ def test_no_spills(compiled, source, arch):
     assert all(numbers == ("0", "0", "0") for numbers in found), report
 
 
-def test_wgmma_is_asynchronous(compiled):
+# Source -> its kernel.
+WGMMA = {"residue_wgmma": "wgmma_tiles", "rotate_wgmma": "rotate_tiles"}
+
+
+@pytest.mark.parametrize("source", WGMMA)
+def test_wgmma_is_asynchronous(compiled, source):
     """ptxas serialises wgmma where it finds the accumulators used in between, and says so in a mere remark."""
-    report = compiled["residue_wgmma", "90a"][1]
-    assert "wgmma_tiles" in report
+    report = compiled[source, "90a"][1]
+    assert WGMMA[source] in report
     assert not re.search(r"\bC75\d\d\b|serializ", report), report
 
 
-def test_plain_90_has_no_wgmma(compile_one):
+@pytest.mark.parametrize("source", WGMMA)
+def test_plain_90_has_no_wgmma(compile_one, source):
     """The PTX in a default build is compute_90's, where wgmma is no instruction: the kernel is empty there."""
-    cubin, report = compile_one("residue_wgmma", "90")
+    cubin, report = compile_one(source, "90")
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
-    assert max(registers) < 128, "has_residue_wgmma() would take it for the kernel"
+    assert max(registers) < 128, "has_residue_wgmma() or has_rotate_wgmma() would take it for the kernel"
     if disassembler() is not None:
         assert "GMMA" not in "".join(disassemble(cubin).values())
 

@@ -187,6 +187,21 @@ def test_norm_linear(run, module, activation, dtype):
     check_norm_linear(run(module.norm_linear, *arguments), *arguments)
 
 
+def test_epilogue_writes_into_columns_of_a_wider_matrix(run):
+    """And leaves the others alone."""
+    arguments = norm_linear_arguments(3, 96, 75, 46, "silu_gated", F16)
+    wide = []
+
+    def into(*arguments):
+        inputs = NormLinearInputs(*arguments)
+        wide.append(inputs.h.new_full((3, inputs.columns + 9), 7))
+        return cuda_epilogue.norm_linear(inputs, out=wide[0][:, 4:-5])
+
+    check_norm_linear(run(into, *arguments), *arguments)
+    assert (wide[0][:, :4] == 7).all()
+    assert (wide[0][:, -5:] == 7).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 @pytest.mark.parametrize("tokens", range(1, 17))
 def test_tokens(run, tokens, dtype):

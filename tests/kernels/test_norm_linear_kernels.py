@@ -22,9 +22,10 @@ EPILOGUES = (*ACTIVATIONS, *GATED)
 def run(interpreter):
     """Runs in the interpreter: float32 and float16 (it reads bfloat16 wrongly)."""
 
-    def call(*arguments, config=SMALL):
+    def call(*arguments, **options):
+        options = {"config": SMALL} | options
         return interpreter(
-            "slicegpt.kernels.norm_linear", "norm_linear", NormLinearInputs(*arguments), config=config
+            "slicegpt.kernels.norm_linear", "norm_linear", NormLinearInputs(*arguments), **options
         )
 
     return call
@@ -99,6 +100,18 @@ def test_strided_rows(run, columns):
     wide = normal(37, 80, dtype=torch.float16, seed=0)
     check(run, wide[:, :columns], 48, 16, "gelu_tanh")
     check(run, wide[::2, 80 - columns :], 48, 16, "none", sums=False)
+
+
+@pytest.mark.parametrize("activation", ["silu_gated", "none"])
+def test_into_columns_of_a_wider_matrix(run, activation):
+    """The result, of rows farther apart than they are long, and nothing beside it."""
+    h = normal(37, 64, dtype=torch.float16, seed=0)
+    columns = 60 if activation == "silu_gated" else 96
+    wide = torch.full((37, columns + 24), 7, dtype=torch.float16)
+    actual = check(run, h, 72, 24, activation, out=wide[:, 8:-16])
+    wide = actual.as_strided(wide.shape, wide.stride(), 0)  # the interpreter's process has a copy
+    assert (wide[:, :8] == 7).all()
+    assert (wide[:, -16:] == 7).all()
 
 
 def test_zero_rows_and_columns(run):

@@ -9,7 +9,17 @@ ROOT = Path(__file__).parents[2]
 # Triton's kernels stand in a folder of their own at the root, and are part of the operators.
 ALIASES = {"kernels": "ops"}
 # At the top, every room may use them, and they use none.
-SHARED = {"errors", "lazy", "progress", "recipe", "recipe_rules", "table", "units"}
+SHARED = {
+    "errors",
+    "lazy",
+    "progress",
+    "recipe",
+    "recipe_files",
+    "recipe_rules",
+    "step_times",
+    "table",
+    "units",
+}
 
 
 def modules() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""A model checker for the pipeline of csrc/residue_wgmma.cu: every order in which its asynchronous parts can happen.
+"""A model checker for the pipeline of the wgmma kernels: every order in which its asynchronous parts can happen.
 
 One thread of a block copies stages of operands, warps multiply them. Full and empty barriers (mbarrier: a phase ends
 when all arrivals and all announced bytes have come) pass the stages to and fro; a pair of blocks copies half of the
@@ -34,6 +34,9 @@ class Pipeline:
         announce_first: the announcement comes before the copies.
         remote: warps arrive at the other block's barriers as well.
         final_sync: a block ends only when the other has ended, too.
+        tile: rounds of a tile; after its last one all products are waited for, and its stage is given back. None: there
+            is one tile, whose last stage nobody needs again.
+        tile_waits, tile_gives_back: the two things that happen there.
         columns: a stage has columns beside its rows. Their copy is a block's own affair: without it a pair has fewer
             states.
     """
@@ -51,6 +54,9 @@ class Pipeline:
     announce_first: bool = True
     remote: bool = True
     final_sync: bool = True
+    tile: int | None = None
+    tile_waits: bool = True
+    tile_gives_back: bool = True
     columns: bool = True
 
     @property
@@ -181,7 +187,7 @@ class Model:
         if state.ended[block]:
             raise Violation("a copy landed in a block that has ended")
         for warp, (_, reading) in enumerate(state.consumers[block]):
-            if any(one % self.facts.stages == stage for one in reading):
+            if any(one % self.facts.stages == stage for one in reading):  # negative ones as well
                 raise Violation(f"token block {it} overwrites stage {stage} that warp {warp} reads")
         if state.data[block][stage][part] >= 0 and any(
             nxt <= state.data[block][stage][part] for nxt, _ in state.consumers[block]
@@ -197,10 +203,14 @@ class Model:
         it, reading = state.consumers[block][warp]
         if it > f.rounds:
             return
+        if f.tile and it and it % f.tile == 0 and reading and reading[-1] == it - 1:
+            yield f"warp {block}.{warp} ends a tile", self._end_tile(state, block, warp)
+            return
         if it == f.rounds:  # the last wait: nothing is in flight
             if reading:
                 yield f"warp {block}.{warp} waits for all", self._consumed(state, block, warp, (it, ()))
             return
+        reading = tuple(one for one in reading if one >= 0)
         if len(reading) <= f.in_flight and (not reading or reading[-1] < it):
             stage = it % f.stages
             if not self._passes(state.full[block][stage], (it // f.stages & 1) ^ f.consumer_parity):
@@ -212,11 +222,22 @@ class Model:
             return
         kept = reading[len(reading) - f.in_flight :] if f.in_flight else ()
         freed = self._consumed(state, block, warp, (it + 1, kept))
-        if it >= f.release:
-            stage = (it - f.release) % f.stages
-            for other in range(f.blocks) if f.remote else [block]:
-                freed = self._change(freed, "empty", other, stage, 1, 0)
+        if (it % f.tile if f.tile else it) >= f.release:
+            freed = self._give_back(freed, block, it - f.release)
         yield f"warp {block}.{warp} gives back", freed
+
+    def _give_back(self, state: State, block: int, it: int) -> State:
+        for other in range(self.facts.blocks) if self.facts.remote else [block]:
+            state = self._change(state, "empty", other, it % self.facts.stages, 1, 0)
+        return state
+
+    def _end_tile(self, state: State, block: int, warp: int) -> State:
+        f = self.facts
+        it, reading = state.consumers[block][warp]
+        # Products that are not waited for are read on: their tile is over, they are marked by a negative number.
+        left = () if f.tile_waits else tuple(one - f.stages * f.rounds for one in reading)
+        ended = self._consumed(state, block, warp, (it, left))
+        return self._give_back(ended, block, it - 1) if f.tile_gives_back else ended
 
     @staticmethod
     def _consumed(state: State, block: int, warp: int, value: tuple[int, tuple[int, ...]]) -> State:

@@ -22,10 +22,10 @@ def is_supported(capability: tuple[int, int], dtype: torch.dtype, tokens: int = 
     return dtype is not torch.bfloat16 or capability >= (8, 0)
 
 
-def norm_linear(inputs: NormLinearInputs) -> Tensor:
-    """See `slicegpt.ops.norm_linear`."""
+def norm_linear(inputs: NormLinearInputs, out: Tensor | None = None) -> Tensor:
+    """See `slicegpt.ops.norm_linear`. out: where the result goes, unit column stride; None allocates."""
     extension.require("norm_linear")
-    y = inputs.output()
+    y = inputs.output() if out is None else out
     if y.numel() == 0:
         return y
     with extension.on_device(inputs.h):

@@ -47,16 +47,17 @@ def test_a_run_that_fails_says_what_it_said():
         config_of("llama-9", 2)
 
 
-def test_the_plan_is_within_15_percent_of_the_peak(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--quantize", "int4"]], ids=["plain", "int4"])
+def test_the_plan_is_within_15_percent_of_the_peak(tmp_path, more):
     """Two layers of 4096 neurons, whose Gram matrix, system and panels are half of what the process takes beside its
     imports; neurons are allocated and deleted, λ is fixed."""
     record = Record("memory", {}, torch.device("cpu"), str(tmp_path / "record.json"), None)
     options = ["--keep", "0.8", "--nsamples", "4", "--seqlen", "256", "--batch-size", "1", "--ridge", "0.3"]
-    measure_shape(small(512, 4096, 4096), torch.bfloat16, options, tmp_path, record, SILENT)
+    measure_shape(small(512, 4096, 4096), torch.bfloat16, [*options, *more], tmp_path, record, SILENT)
     row = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["rows"][0]
     assert row["peak_bytes"] > 700e6
     assert row["planned_over_measured"] == pytest.approx(1, abs=0.15)
-    assert 0.7 < row["sliced_bytes"] / row["checkpoint_bytes"] < 0.81
+    assert 0.7 < row["sliced_bytes"] / row["checkpoint_bytes"] < 0.81 or more
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 

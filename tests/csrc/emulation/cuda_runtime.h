@@ -29,6 +29,7 @@
 #define __constant__ static const
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static
 
 using std::fma;
@@ -45,6 +46,9 @@ struct alignas(16) double2 {
 };
 struct alignas(8) uint2 {
     uint32_t x, y;
+};
+struct alignas(8) int2 {
+    int x, y;
 };
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
@@ -90,6 +94,7 @@ struct Copy {
     void* target;
     const void* source;
     int bytes;
+    std::shared_ptr<std::vector<unsigned char>> owned = nullptr;  // what `source` points to, if it is a copy itself
 };
 
 struct Barrier {

@@ -10,6 +10,25 @@
 
 #include <map>
 
+namespace slicegpt::ptx {
+
+inline float half_to_float(uint16_t bits) {
+    const int field = bits >> 10 & 31, fraction = bits & 1023;
+    float value = field ? std::ldexp(float(fraction | 1024), field - 25) : std::ldexp(float(fraction), -24);
+    if (field == 31) value = fraction ? NAN : INFINITY;
+    return bits >> 15 ? -value : value;
+}
+inline float bfloat_to_float(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+
+// The facts that the driver packs into 128 bytes.
+struct TensorMap {
+    const unsigned char* base;
+    int64_t rows, columns, stride;
+};
+constexpr int kTileBoxRows = 128, kTileBoxColumns = 64;
+
+}  // namespace slicegpt::ptx
+
 namespace emulation {
 
 constexpr size_t kSharedLimit = 227 * 1024;
@@ -39,7 +58,8 @@ struct Mbarrier {
     int64_t bytes = 0;  // announced and not arrived; negative where they arrived first
     unsigned phase = 0;
     const Thread* creator = nullptr;
-    bool fenced = false;
+    bool fenced = false;     // for the asynchronous proxy
+    bool published = false;  // for the other blocks of the cluster
     std::vector<Copy> late;
 };
 
@@ -47,6 +67,7 @@ struct Mbarrier {
 struct Operands {
     uint64_t a_descriptor, b_descriptor;
     int8_t a[64][32], b[256][32];
+    float half_a[64][16], half_b[256][16];  // the same as 16-bit numbers
 };
 using Product = std::shared_ptr<Operands>;
 
@@ -60,8 +81,8 @@ struct Warpgroup {
 struct Accumulators {
     bool fenced = false;
     int issued = 0;
-    int* registers = nullptr;  // of the instructions in flight
-    int sums[128];
+    void* registers = nullptr;  // of the instructions in flight
+    uint32_t sums[128];         // the bits of integers or floats
     std::vector<Product> open;
     std::vector<std::vector<Product>> groups;
 };
@@ -92,6 +113,14 @@ inline Mbarrier& mbarrier(const void* address) {
     const auto found = hopper().barriers.find(address);
     if (found == hopper().barriers.end()) fail("this mbarrier was not initialised");
     return found->second;
+}
+
+// In the block of this rank, at the same place.
+inline Mbarrier& mbarrier_at(const void* pointer, int rank) {
+    Mbarrier& state = mbarrier(shared_of(rank, pointer));
+    if (rank != int(current->rank) && !state.published)
+        fail("another block does not see that this mbarrier was initialised: fence.mbarrier_init");
+    return state;
 }
 
 inline void complete(Mbarrier& barrier) {
@@ -155,38 +184,63 @@ inline void check_unchanged(const Operands& operands) {
         fail("shared memory changed under a wgmma");
 }
 
-// While instructions are in flight a register holds its own number, negative: a kernel that reads one gets a wrong
-// result, and one that writes is found out.
-inline int rubbish(int register_) { return -1 - register_; }
+// While instructions are in flight a register holds its own number, negative (as a float: a NaN): a kernel that reads
+// one gets a wrong result, and one that writes is found out.
+inline uint32_t rubbish(int register_) { return uint32_t(-1 - register_); }
 
-inline void hide(Accumulators& state, int (&d)[128]) {
+template <typename T>
+void hide(Accumulators& state, T (&d)[128]) {
     if (state.registers && state.registers != d) fail("wgmma: emulated for one set of accumulators at a time");
+    uint32_t bits[128];
+    std::memcpy(bits, d, sizeof(bits));
     for (int i = 0; i < 128; ++i) {
-        if (state.registers && d[i] != rubbish(i)) fail("wgmma: accumulators were written while it was in flight");
-        if (!state.registers) state.sums[i] = d[i];
-        d[i] = rubbish(i);
+        if (state.registers && bits[i] != rubbish(i)) fail("wgmma: accumulators were written while it was in flight");
+        if (!state.registers) state.sums[i] = bits[i];
+        bits[i] = rubbish(i);
     }
+    std::memcpy(d, bits, sizeof(bits));
     state.registers = d;
 }
 
-inline void give_back(Accumulators& state, int (&d)[128]) {
+template <typename T>
+void give_back(Accumulators& state, T (&d)[128]) {
     hide(state, d);
-    std::copy(state.sums, state.sums + 128, d);
+    std::memcpy(d, state.sums, sizeof(d));
     state.registers = nullptr;
     state.fenced = false;
 }
 
-inline void multiply(Accumulators& state, const Operands& operands) {
-    const int lane = current->index % 32, warp = current->index / 32 % 4;
+// Register i of the current thread is this row and column of the product.
+inline int row_of(int i) { return int(16 * (current->index / 32 % 4) + current->index % 32 / 4 + i / 2 % 2 * 8); }
+inline int column_of(int i) { return int(i / 4 * 8 + current->index % 4 * 2 + i % 2); }
+
+inline void multiply(Accumulators& state, const Operands& operands, int) {
     for (int i = 0; i < 128; ++i) {
-        const int8_t* const a = operands.a[16 * warp + lane / 4 + i / 2 % 2 * 8];
-        const int8_t* const b = operands.b[i / 4 * 8 + lane % 4 * 2 + i % 2];
+        const int8_t *const a = operands.a[row_of(i)], *const b = operands.b[column_of(i)];
         int sum = 0;
         for (int k = 0; k < 32; ++k) sum += int(a[k]) * b[k];
-        const int64_t total = int64_t(state.sums[i]) + sum;
+        const int64_t total = int64_t(int32_t(state.sums[i])) + sum;
         if (total != int32_t(total)) fail("int32 accumulator overflow");
-        state.sums[i] = int(total);
+        state.sums[i] = uint32_t(total);
     }
+}
+inline void multiply(Accumulators& state, const Operands& operands, float) {
+    for (int i = 0; i < 128; ++i) {
+        const float *const a = operands.half_a[row_of(i)], *const b = operands.half_b[column_of(i)];
+        float sum = __uint_as_float(state.sums[i]);
+        for (int k = 0; k < 16; ++k) sum += a[k] * b[k];
+        state.sums[i] = __float_as_uint(sum);
+    }
+}
+
+template <int kCount>
+void convert(const int8_t (&bytes)[kCount][32], float (&rows)[kCount][16], float (*to_float)(uint16_t)) {
+    for (int r = 0; r < kCount; ++r)
+        for (int k = 0; k < 16; ++k) {
+            uint16_t bits;
+            std::memcpy(&bits, &bytes[r][2 * k], 2);
+            rows[r][k] = to_float(bits);
+        }
 }
 
 }  // namespace emulation
@@ -226,27 +280,53 @@ inline bool mbarrier_try_wait(uint64_t* barrier, int parity) {
 }
 
 // To the same place in every block of the mask; the barrier at the same place there counts the bytes.
-inline void copy_bulk_multicast(void* shared, const void* global, int bytes, uint64_t* barrier, unsigned mask) {
-    if (shared_address(shared) % 16 || uintptr_t(global) % 16 || bytes % 16 || bytes <= 0)
-        emulation::fail("cp.async.bulk needs multiples of 16 bytes");
-    emulation::shared_pointer(shared_address(shared), bytes);
+inline void start_copies(void* shared, emulation::Copy copy, uint64_t* barrier, unsigned mask) {
+    emulation::shared_pointer(shared_address(shared), copy.bytes);
     for (int rank = 0; rank < 32; ++rank) {
         if (!(mask >> rank & 1)) continue;
-        emulation::Mbarrier& state = emulation::mbarrier(emulation::shared_of(rank, barrier));
+        emulation::Mbarrier& state = emulation::mbarrier_at(barrier, rank);
         if (!state.fenced) emulation::fail("the asynchronous proxy does not see this mbarrier: fence.proxy.async");
-        const emulation::Copy copy{emulation::shared_of(rank, shared), global, bytes};
+        copy.target = emulation::shared_of(rank, shared);
         if (emulation::hopper().copies++ % 2)
             state.late.push_back(copy);
         else
             emulation::land(state, copy);
     }
 }
+inline void copy_bulk_multicast(void* shared, const void* global, int bytes, uint64_t* barrier, unsigned mask) {
+    if (shared_address(shared) % 16 || uintptr_t(global) % 16 || bytes % 16 || bytes <= 0)
+        emulation::fail("cp.async.bulk needs multiples of 16 bytes");
+    start_copies(shared, {nullptr, global, bytes}, barrier, mask);
+}
 inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
     copy_bulk_multicast(shared, global, bytes, barrier, 1u << emulation::current->rank);
 }
 
+inline int make_tensor_map(TensorMap* map, const void* base, int64_t rows, int64_t columns, int64_t stride) {
+    // What the driver refuses.
+    if (uintptr_t(base) % 16 || stride % 8 || rows < 1 || columns < 1 || stride < columns) return 1;
+    *map = {static_cast<const unsigned char*>(base), rows, columns, stride};
+    return 0;
+}
+// The box as it will lie in shared memory: rows of 128 bytes, their 16-byte chunks turned by the row within 8.
+inline void copy_tile_multicast(void* shared, const TensorMap& map, int row, int column, uint64_t* barrier,
+                                unsigned mask) {
+    if (shared_address(shared) % 1024) emulation::fail("a tile with the 128-byte swizzle starts at multiples of 1024");
+    if (row < 0 || column < 0) emulation::fail("a tile before the matrix");
+    const auto image = std::make_shared<std::vector<unsigned char>>(kTileBoxRows * kTileBoxColumns * 2);
+    for (int r = 0; r < kTileBoxRows; ++r)
+        for (int k = 0; k < kTileBoxColumns; ++k)
+            if (row + r < map.rows && column + k < map.columns)
+                std::memcpy(&(*image)[r * 128 + (2 * k ^ r % 8 * 16)],
+                            map.base + 2 * ((row + r) * map.stride + column + k), 2);
+    start_copies(shared, {nullptr, image->data(), int(image->size()), image}, barrier, mask);
+}
+inline void copy_tile(void* shared, const TensorMap& map, int row, int column, uint64_t* barrier) {
+    copy_tile_multicast(shared, map, row, column, barrier, 1u << emulation::current->rank);
+}
+
 inline void mbarrier_arrive_at(uint64_t* barrier, int rank) {
-    emulation::arrive(emulation::mbarrier(emulation::shared_of(rank, barrier)));
+    emulation::arrive(emulation::mbarrier_at(barrier, rank));
 }
 inline int cluster_rank() { return int(emulation::current->rank); }
 inline void cluster_sync() { emulation::wait(emulation::cluster_barrier); }
@@ -256,13 +336,23 @@ inline void fence_proxy_async() {
         if (barrier.creator == emulation::current) barrier.fenced = true;
 }
 
+inline void fence_mbarrier_init() {
+    for (auto& [address, barrier] : emulation::hopper().barriers)
+        if (barrier.creator == emulation::current) barrier.published = true;
+}
+
 inline emulation::Accumulators& accumulators() {
     return emulation::hopper().accumulators[emulation::current];
 }
 
-inline void wgmma_fence(int (&)[128]) { accumulators().fenced = true; }
+template <typename T>
+void wgmma_fence(T (&)[128]) {
+    accumulators().fenced = true;
+}
 
-inline void wgmma_m64n256k32_s8(int (&d)[128], uint64_t a, uint64_t b) {
+// to_float: of 16-bit operands, or null.
+template <typename T>
+void wgmma(T (&d)[128], uint64_t a, uint64_t b, float (*to_float)(uint16_t)) {
     using namespace emulation;
     Accumulators& state = accumulators();
     if (!state.fenced) fail("wgmma without wgmma.fence after its accumulators were used");
@@ -276,26 +366,30 @@ inline void wgmma_m64n256k32_s8(int (&d)[128], uint64_t a, uint64_t b) {
         product = std::make_shared<Operands>();
         product->a_descriptor = a, product->b_descriptor = b;
         read_operands(*product);
+        if (to_float) convert(product->a, product->half_a, to_float), convert(product->b, product->half_b, to_float);
     }
     ++state.issued;
     if (product->a_descriptor != a || product->b_descriptor != b) fail("wgmma: descriptors differ in a warpgroup");
     hide(state, d);
     state.open.push_back(product);
 }
+inline void wgmma_m64n256k32_s8(int (&d)[128], uint64_t a, uint64_t b) { wgmma(d, a, b, nullptr); }
+inline void wgmma_m64n256k16_f16(float (&d)[128], uint64_t a, uint64_t b) { wgmma(d, a, b, half_to_float); }
+inline void wgmma_m64n256k16_bf16(float (&d)[128], uint64_t a, uint64_t b) { wgmma(d, a, b, bfloat_to_float); }
 
 inline void wgmma_commit() {
     accumulators().groups.push_back(std::move(accumulators().open));
     accumulators().open.clear();
 }
 
-template <int kPending>
-void wgmma_wait(int (&d)[128]) {
+template <int kPending, typename T>
+void wgmma_wait(T (&d)[128]) {
     using namespace emulation;
     Accumulators& state = accumulators();
     while (state.groups.size() > kPending) {
         for (const Product& product : state.groups.front()) {
             if (current->index % 32 == 0) check_unchanged(*product);
-            multiply(state, *product);
+            multiply(state, *product, T{});
         }
         state.groups.erase(state.groups.begin());
     }

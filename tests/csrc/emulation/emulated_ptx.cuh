@@ -113,14 +113,6 @@ inline void mma_s8_m8n8k16(int& c0, int& c1, uint32_t a, uint32_t b) {
     c0 = c[0], c1 = c[1];
 }
 
-inline float half_to_float(uint16_t bits) {
-    const int field = bits >> 10 & 31, fraction = bits & 1023;
-    float value = field ? std::ldexp(float(fraction | 1024), field - 25) : std::ldexp(float(fraction), -24);
-    if (field == 31) value = fraction ? NAN : INFINITY;
-    return bits >> 15 ? -value : value;
-}
-inline float bfloat_to_float(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
-
 // 16-bit items, two a word: a[2j + h] is row g + 8h, k = 8j + 2t, + 1; b[j] is k = 8j + 2t, + 1, column g.
 template <int kSteps, float (*kConvert)(uint16_t)>
 void mma_half(float* c, const WordFragment& mine) {
@@ -179,6 +171,18 @@ inline uint16_t float_to_half(float value) {
     return sign | uint16_t(count + (unit + 24) * 1024);  // a carry into the exponent field is the right one
 }
 
+inline uint16_t float_to_bfloat(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    if (std::isnan(value)) return 0x7fff;
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline uint32_t floats_to_half2(float low, float high) {
+    return float_to_half(low) | uint32_t(float_to_half(high)) << 16;
+}
+inline uint32_t floats_to_bfloat2(float low, float high) {
+    return float_to_bfloat(low) | uint32_t(float_to_bfloat(high)) << 16;
+}
+
 inline uint4 load_once_16(const void* global) {
     if (uintptr_t(global) % 16) emulation::fail("a load of 16 bytes needs their alignment");
     uint4 v;
@@ -205,6 +209,10 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 
 inline float shuffle_xor(float value, int mask) {
     float all[32];
+    return exchange(value, all)[lane() ^ mask];
+}
+inline uint32_t shuffle_xor(uint32_t value, int mask) {
+    uint32_t all[32];
     return exchange(value, all)[lane() ^ mask];
 }
 inline double shuffle(double value, int source) {
