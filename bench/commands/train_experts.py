@@ -1,9 +1,9 @@
-"""Train a small mixture of experts on a text, for want of a published one that fits: a Qwen3-MoE of 2.6M parameters.
+"""Train a small mixture of experts on a text, for want of a published one that fits: a Qwen3-MoE of 0.5M parameters.
 
     python -m slicegpt.bench.commands.train_experts --text train.txt --output tiny-moe --steps 1000
 
 Its router has learnt something, which that of a random model has not: experts differ, and so do the tokens they get.
-Byte-level BPE of 1024 tokens from the same text, AdamW, windows drawn at random, the load-balancing loss of
+Byte-level BPE of 512 tokens from the same text, AdamW, windows drawn at random, the load-balancing loss of
 transformers. The same seed on the same machine gives the same model.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from slicegpt.progress import Progress
 from slicegpt.table import check_writable, write_json
 
-VOCABULARY, WINDOW, BATCH, RATE = 1024, 128, 16, 3e-3
+VOCABULARY, WINDOW, BATCH, RATE = 512, 64, 16, 5e-3
 
 
 def tokenizer_of(text: str):
@@ -44,20 +44,20 @@ def tokenizer_of(text: str):
 
 
 def new_model(seed: int):
-    """The model before training: 4 layers of 8 experts, 2 for a token, 192 neurons each; a tied head."""
+    """The model before training: 3 layers of 8 experts, 2 for a token, 96 neurons each; a tied head."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        num_hidden_layers=4,
+        hidden_size=64,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=384,
-        moe_intermediate_size=192,
+        head_dim=16,
+        intermediate_size=192,
+        moe_intermediate_size=96,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,

@@ -37,6 +37,7 @@ TITLES = {
     "ceilings": "What the device reaches",
     "overlap": "Overlapping kernels, bit for bit",
     "planes": "Residue planes of real activations",
+    "expert refit": "Refit of experts against their own weights",
     "rehearsal": "Rehearsal of the GPU benchmarks",
     "plans": "Plans of one size",
     "environment": "Environment",

@@ -310,6 +310,15 @@ def _planes(content: Mapping) -> list[str]:
     ]
 
 
+def _expert_refit(content: Mapping) -> list[str]:
+    return [
+        f"{100 * row['keep']:g} % kept, {row['calibration tokens']:,} tokens: {row['against own weights']:+.4f} ± "
+        f"{row['standard error']:.4f} nats against their own weights"
+        for row in content["rows"]
+        if row["penalty"] == 1
+    ]
+
+
 def _rehearsal(content: Mapping) -> list[str]:
     lost = sum(row["lost"] for row in content["rows"])
     return [f"{len(content['rows'])} runs of a phase, {lost} finished steps missing from an archive"]
@@ -354,6 +363,7 @@ HEADLINES: dict[str, Callable[[Mapping], list[str]]] = {
     "ceilings": _ceilings,
     "overlap": _overlap,
     "planes": _planes,
+    "expert refit": _expert_refit,
     "rehearsal": _rehearsal,
     "plans": _plans,
     "model": _model,

@@ -322,6 +322,7 @@ TABLES: dict[str, Callable[[Mapping], list[Table]]] = {
     "ceilings": _measured,
     "overlap": _measured,
     "planes": _measured,
+    "expert refit": _measured,
     "rehearsal": _measured,
     "plans": _measured,
     "model": _model,

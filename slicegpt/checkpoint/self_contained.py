@@ -14,6 +14,7 @@ from slicegpt import modeling
 # Module of slicegpt.modeling -> its name in the folder, in the style of Hugging Face's model folders.
 MODULES = {
     "configuration": "configuration_slicegpt",
+    "configuration_checks": "configuration_checks_slicegpt",
     "layers": "layers_slicegpt",
     "quantized": "quantized_slicegpt",
     "experts": "experts_slicegpt",

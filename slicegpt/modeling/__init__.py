@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from slicegpt.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .configuration import SHORTCUT_KINDS, SlicedConfig, factor_rank
+    from .configuration import SlicedConfig, factor_rank
+    from .configuration_checks import SHORTCUT_KINDS
     from .heads import (
         SlicedForQuestionAnswering,
         SlicedForSequenceClassification,
@@ -35,7 +36,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "CACHE": "slicegpt.modeling.layers",
-        "SHORTCUT_KINDS": "slicegpt.modeling.configuration",
+        "SHORTCUT_KINDS": "slicegpt.modeling.configuration_checks",
         "CompactShortcut": "slicegpt.modeling.layers",
         "SlicedConfig": "slicegpt.modeling.configuration",
         "SlicedForCausalLM": "slicegpt.modeling.network",

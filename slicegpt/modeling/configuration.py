@@ -5,7 +5,8 @@ import copy
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-SHORTCUT_KINDS = ("identity", "compact", "dense")
+from .configuration_checks import check_architecture
+
 # How tensor parallelism shares out attention with norms over all heads: columns, put together again.
 _WHOLE_HEADS_PLAN = {
     "q_proj": "colwise_gather_output",
@@ -15,7 +16,6 @@ _WHOLE_HEADS_PLAN = {
     "k_norm": "replicated",
     "o_proj": "rowwise_split_input",
 }
-SCORING_FUNCTIONS = ("softmax", "sigmoid", "sparsemixer")
 
 
 def factor_rank(dense_width: int, width: int, next_width: int) -> int:
@@ -415,132 +415,4 @@ class SlicedConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Replaces the base check that `hidden_size` is a multiple of the number of heads: here it need not be."""
-        widths, blocks, dense = self.boundary_widths, self.num_blocks, self.dense_hidden_size
-        if len(widths) != blocks + 1:
-            raise ValueError(f"boundary_widths must hold {blocks + 1} widths, got {len(widths)}")
-        if not all(1 <= width <= dense for width in widths):
-            raise ValueError(f"boundary_widths must lie in [1, {dense}], got {widths}")
-        fewest = 1 if self.layer_neurons is None else 0
-        if not fewest <= self.intermediate_size <= self.dense_intermediate_size:
-            raise ValueError(
-                f"intermediate_size must lie in [{fewest}, {self.dense_intermediate_size}], got "
-                f"{self.intermediate_size}"
-            )
-        self._validate_experts()
-        if len(self.neurons) != self.num_hidden_layers or min(self.neurons) < 0:
-            raise ValueError(
-                f"layer_neurons must hold {self.num_hidden_layers} numbers of at least 0, got {self.layer_neurons}"
-            )
-        if len(self.shortcuts) != blocks or not set(self.shortcuts) <= set(SHORTCUT_KINDS):
-            raise ValueError(f"shortcuts must hold {blocks} of {SHORTCUT_KINDS}, got {self.shortcuts}")
-        for block, kind in enumerate(self.shortcuts):
-            width, following = widths[block], widths[block + 1]
-            if (kind == "identity" and width != following) or (kind == "compact" and width > following):
-                raise ValueError(f"shortcuts[{block}] cannot be {kind!r} from width {width} to {following}")
-        table = dense if self.embed_projection else widths[0]
-        if self.tie_word_embeddings and self.hidden_size != table:
-            raise ValueError(
-                f"tie_word_embeddings needs a head as wide as the embedding, {table} columns, got {self.hidden_size}"
-            )
-        if self.position_embedding not in ("rotary", "learned", "none"):
-            raise ValueError(
-                f"position_embedding must be 'rotary', 'learned' or 'none', got {self.position_embedding!r}"
-            )
-        turned = self.no_rope_layers
-        if turned is not None and (len(turned) != self.num_hidden_layers or not set(turned) <= {0, 1}):
-            raise ValueError(
-                f"no_rope_layers must hold {self.num_hidden_layers} of 0 and 1, one a layer, got {turned}"
-            )
-        ropes = self.layer_rope_parameters
-        if ropes is not None and len(ropes) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_rope_parameters must hold {self.num_hidden_layers} dictionaries, one a layer, got {len(ropes)}"
-            )
-        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-            cap = getattr(self, name)
-            if cap is not None and not 0 < cap < float("inf"):
-                raise ValueError(f"{name} must be finite and above 0, got {cap}")
-        if not (self.pre_norm and not self.post_norm) and (
-            self.parallel_blocks or set(self.shortcuts) != {"identity"}
-        ):
-            raise ValueError(
-                "pre_norm=False and post_norm=True need blocks one after the other and a stream that keeps its columns"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
-        kept, all_heads = self.key_value_heads, self.num_key_value_heads
-        if len(kept) != self.num_hidden_layers or not all(0 <= heads <= all_heads for heads in kept):
-            raise ValueError(
-                f"layer_key_value_heads must hold {self.num_hidden_layers} numbers in [0, {all_heads}], got "
-                f"{self.layer_key_value_heads}"
-            )
-        if not any(kept):
-            raise ValueError(
-                "layer_key_value_heads must leave attention to one layer at least, got 0 for all"
-            )
-        shared = self.num_attention_heads // all_heads
-        if len(self.group_heads) != self.num_hidden_layers or not all(
-            1 <= heads <= shared for heads in self.group_heads
-        ):
-            raise ValueError(
-                f"layer_group_heads must hold {self.num_hidden_layers} numbers in [1, {shared}], got "
-                f"{self.layer_group_heads}"
-            )
-        whole = {0, self.num_attention_heads}
-        if self.qk_norm and self.qk_norm_whole and set(self.attention_heads) - whole:
-            raise ValueError(
-                "qk_norm_whole: the norm is over all heads, so a layer has all of them or none, got "
-                f"{self.attention_heads}"
-            )
-        if self.kv_lora_rank is not None:
-            self._validate_latents(whole)
-        kinds = self.dense_layer_types
-        if kinds is not None and len(kinds) != self.num_hidden_layers:
-            raise ValueError(f"dense_layer_types must hold {self.num_hidden_layers} kinds, got {kinds}")
-
-    def _validate_latents(self, whole: set[int]):
-        if set(self.attention_heads) - whole:
-            raise ValueError(
-                f"kv_lora_rank: heads share one latent, so a layer has all of them or none, got {self.attention_heads}"
-            )
-        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
-            if (value := getattr(self, name)) is None or value < 1:
-                raise ValueError(f"{name} must be at least 1 where there is a latent, got {value}")
-        if self.qk_norm or self.attention_sinks or self.position_embedding != "rotary":
-            raise ValueError("kv_lora_rank needs rotary positions, and neither qk_norm nor attention_sinks")
-
-    def _validate_experts(self):
-        kinds, experts = self.mlp_layer_types, self.num_experts
-        if len(kinds) != self.num_hidden_layers or not set(kinds) <= {"dense", "sparse"}:
-            raise ValueError(
-                f"mlp_layer_types must hold {self.num_hidden_layers} of 'dense' and 'sparse', one a layer, got {kinds}"
-            )
-        if "sparse" not in kinds:
-            return
-        if not all(count for kind, count in zip(kinds, self.neurons, strict=False) if kind == "sparse"):
-            raise ValueError(f"layer_neurons must be at least 1 in layers of experts, got {self.neurons}")
-        if not 1 <= self.num_experts_per_tok <= experts:
-            raise ValueError(
-                f"num_experts_per_tok must lie in [1, num_experts], got {self.num_experts_per_tok} of {experts}"
-            )
-        if not 1 <= self.moe_intermediate_size <= self.dense_moe_intermediate_size:
-            raise ValueError(
-                f"moe_intermediate_size must lie in [1, {self.dense_moe_intermediate_size}], got "
-                f"{self.moe_intermediate_size}"
-            )
-        if self.scoring_func not in SCORING_FUNCTIONS:
-            raise ValueError(f"scoring_func must be one of {SCORING_FUNCTIONS}, got {self.scoring_func!r}")
-        if self.scoring_func == "sparsemixer" and self.num_experts_per_tok != 2:
-            raise ValueError(
-                f"num_experts_per_tok must be 2 with 'sparsemixer', got {self.num_experts_per_tok}"
-            )
-        if experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
-            raise ValueError(
-                f"n_group must divide num_experts ({experts}) and topk_group lie in [1, n_group], got "
-                f"{self.n_group} and {self.topk_group}"
-            )
-        if self.parallel_blocks or not self.gated_mlp:
-            raise ValueError("experts need gated_mlp, and blocks that are not parallel")
+        check_architecture(self)

@@ -33,6 +33,7 @@ WITHOUT_PLOT = {"tuned", "generation", "conversation", "environment"} | {
     "ceilings",
     "overlap",
     "planes",
+    "expert refit",
     "rehearsal",
     "plans",
 }
