@@ -118,7 +118,6 @@ def test_any_values(hopper, dtype):
 def test_checked_takes_the_fastest_that_is_right(hopper, monkeypatch, caplog):
     """A kernel with another product is passed over with a warning; what is found is kept."""
     monkeypatch.setattr(rotate_wgmma, "CHECK_SHAPE", (130, 264, 72, 40))
-    monkeypatch.setattr(extension, "is_available", lambda: True)
     device, real = torch.device("cpu"), rotate_wgmma.rotate_add
 
     for wrong, chosen in (((), "wgmma-pairs"), (("wgmma-pairs",), "wgmma"), (rotate_wgmma.KERNELS, None)):

@@ -85,7 +85,7 @@ def test_what_is_taken(monkeypatch, few, wish, backend, capability, kernel):
     monkeypatch.setenv("SLICEGPT_BACKEND", backend)
     monkeypatch.setattr(many_rows, "capability_of", lambda tensor: capability)
     monkeypatch.setattr(many_rows.rotate_wgmma, "checked_kernel", lambda device, dtype: "of the check")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(many_rows.extension, "capturing", lambda tensor: False)
     arguments = tensors(torch.bfloat16, dense=True)
     assert many_rows.kernel_for(*arguments) == kernel
     assert many_rows.kernel_for(*tensors(torch.bfloat16, dense=True, rows=4)) is None
@@ -96,7 +96,7 @@ def test_what_wgmma_does_not_take_is_fused(monkeypatch, few, fault):
     monkeypatch.setenv("SLICEGPT_ROTATE_PREFILL", "checked")
     monkeypatch.setattr(many_rows, "capability_of", lambda tensor: HOPPER)
     monkeypatch.setattr(many_rows.rotate_wgmma, "checked_kernel", lambda device, dtype: "wgmma")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fault == "capture")
+    monkeypatch.setattr(many_rows.extension, "capturing", lambda tensor: fault == "capture")
     dtype, columns = (
         (torch.float32, 24) if fault == "dtype" else (torch.float16, 23 if fault == "layout" else 24)
     )

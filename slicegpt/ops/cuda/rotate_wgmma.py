@@ -75,9 +75,8 @@ def checked_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     Such a product has one right answer to the bit, in whatever order it is summed. Found out once a process; it
     synchronises.
     """
-    with extension.on_device(torch.empty(0, device=device)):
-        if not has_wgmma():
-            return None
+    if extension.module is None or not extension.call("has_rotate_wgmma", torch.empty(0, device=device)):
+        return None
     for kernel in ("wgmma-pairs", "wgmma"):
         try:
             if all(_is_exact(device, dtype, kernel, dense) for dense in (True, False)):
