@@ -15,14 +15,15 @@
 # The exit status is 1 where a step has failed.
 #
 # Compile the kernels on a machine with nvcc and no GPU, and carry them: TORCH_CUDA_ARCH_LIST=9.0a SLICEGPT_CUDA=1
-# SLICEGPT_OBJECTS=build/objects python setup.py build_ext. The build step links what it finds there.
+# SLICEGPT_OBJECTS=build/objects python setup.py build_ext. The build step links what it finds there. Triton's cache is
+# build/triton; bench/kernels/warm_triton.py says when one from elsewhere is of use.
 #
 # --rehearse needs no GPU: every step runs with a tiny model, or a stand-in where it cannot. PYTHON chooses the
 # interpreter. A step is one line at the end of this file: `step NAME SECONDS "STEPS IT NEEDS" COMMAND...`.
 set -uo pipefail
 rehearse=
 [ "${1-}" != --rehearse ] || { rehearse=1 && shift; }
-[ $# -ge 2 ] && [[ $2 == [123] ]] || { sed -n '2,23s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] && [[ $2 == [123] ]] || { sed -n '2,24s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$1" || exit 2
 target=$(cd "$1" && pwd)
 phase=$2
@@ -188,7 +189,7 @@ else
     capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
     [ "$capability" != 9.0 ] || capability=9.0a
     export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} SLICEGPT_CUDA=1
-    export SLICEGPT_OBJECTS=${SLICEGPT_OBJECTS:-build/objects}
+    export SLICEGPT_OBJECTS=${SLICEGPT_OBJECTS:-build/objects} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
     seven=(--shape llama-2-7b) thirteen=(--shape llama-2-13b) one_b=(--shape llama-1b)
     short=() layer=() batches=(--steps 16) cut=(--nsamples 16) sizes=() covariances=(--quick --repeats 3) check=()
     rows=(--rows 1 8192) heads=() gemms=(--models llama-2-7b --seconds 100) seventy=(--models llama-2-70b --slices 0.25 --seconds 100)

@@ -16,6 +16,8 @@ shell build 170 "" gpu_only "$python" setup.py build_ext --inplace
 
 case $phase in
 1)
+    # What the steps below will launch, compiled by all cores and not by one step after the other.
+    shell warm_triton 90 "" gpu_only "$python" -m slicegpt.bench.kernels.warm_triton
     # Right before fast. wgmma, mma.sync and integers agree to the bit; then the others against float64.
     shell smoke_wgmma 40 build pytest tests/csrc/test_residue_wgmma.py -x -k "cuda and (equals_integers or used_again)"
     shell smoke_gram 40 build pytest tests/csrc/test_gram.py -x -k "cuda and (127-63 or weights)"

@@ -5,9 +5,11 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "decode.h"
+#include "device.h"
 #include "gram.h"
 #include "rotate_wgmma.h"
 
@@ -60,22 +62,36 @@ GramArguments gram_arguments(uintptr_t C, int64_t C_stride, uintptr_t X, int64_t
             reinterpret_cast<cudaStream_t>(stream)};
 }
 
+// Defines a function of csrc/'s headers, which works on the current device, with the number of a device as its first
+// argument. Where that cannot be used, the answer of a launcher is the error, and any other 0.
+template <typename Result, typename... Arguments>
+void define_on_device(py::module_& m, const char* name, Result (*call)(Arguments...)) {
+    m.def(name, [call](int device, Arguments... arguments) -> Result {
+        const DeviceScope scope(device);
+        if (scope.status == 0) return call(arguments...);
+        if constexpr (std::is_same_v<Result, int>) return scope.status;
+        return Result{};
+    });
+}
+
 void bind_gram(py::module_& m) {
     m.def("gram_arguments", &gram_arguments, py::arg("C"), py::arg("C_stride"), py::arg("X"), py::arg("X_stride"),
           py::arg("dtype"), py::arg("weight"), py::arg("tokens"), py::arg("columns"), py::arg("workspace"),
           py::arg("workspace_bytes"), py::arg("stream"));
     py::class_<GramArguments>(m, "GramArguments", py::module_local());
-    m.def("gram_fp64", &gram_fp64);
-    m.def("gram_fp64_workspace", &gram_fp64_workspace);
-    m.def("gram_exact", [](const GramArguments& arguments, int kernel) {
-        return gram_exact(arguments, static_cast<ExactKernel>(kernel));
-    });
-    m.def("gram_exact_has_wgmma", &gram_exact_has_wgmma);
-    m.def("gram_exact_workspace", [](int64_t tokens, int64_t columns, int dtype) {
-        return gram_exact_workspace(tokens, columns, static_cast<Dtype>(dtype));
-    });
-    m.def("gram_fast", &gram_fast);
-    m.def("gram_fast_workspace", &gram_fast_workspace);
+    define_on_device(m, "gram_fp64", &gram_fp64);
+    define_on_device(m, "gram_fp64_workspace", &gram_fp64_workspace);
+    define_on_device(
+        m, "gram_exact", +[](const GramArguments& arguments, int kernel) {
+            return gram_exact(arguments, static_cast<ExactKernel>(kernel));
+        });
+    define_on_device(m, "gram_exact_has_wgmma", &gram_exact_has_wgmma);
+    define_on_device(
+        m, "gram_exact_workspace", +[](int64_t tokens, int64_t columns, int dtype) {
+            return gram_exact_workspace(tokens, columns, static_cast<Dtype>(dtype));
+        });
+    define_on_device(m, "gram_fast", &gram_fast);
+    define_on_device(m, "gram_fast_workspace", &gram_fast_workspace);
 }
 
 // An address as Python gives it; 0 is null.
@@ -156,18 +172,21 @@ void bind_decode(py::module_& m) {
              py::arg("z_stride"), py::arg("factor"), py::arg("factor_stride"), py::arg("h_next"),
              py::arg("h_next_stride"), py::arg("sumsq"), py::arg("dtype"), py::arg("tokens"), py::arg("K"),
              py::arg("d"), py::arg("N"), py::arg("rank"));
-    m.def("decode_norm_linear", &decode_norm_linear);
-    m.def("decode_rotate_add", &decode_rotate_add);
-    m.def("rotate_add_wgmma", [](const RotateAddArguments& arguments, int blocks, A stream) {
-        return rotate_add_wgmma(arguments, blocks, Address{stream});
-    });
-    m.def("has_rotate_wgmma", &has_rotate_wgmma);
-    m.def("norm_linear_epilogue", [](const NormLinearArguments& arguments, A product, A stream) {
-        return norm_linear_epilogue(arguments, Address{product}, Address{stream});
-    });
-    m.def("rotate_add_epilogue", [](const RotateAddArguments& arguments, A product, A second, A stream) {
-        return rotate_add_epilogue(arguments, Address{product}, Address{second}, Address{stream});
-    });
+    define_on_device(m, "decode_norm_linear", &decode_norm_linear);
+    define_on_device(m, "decode_rotate_add", &decode_rotate_add);
+    define_on_device(
+        m, "rotate_add_wgmma", +[](const RotateAddArguments& arguments, int blocks, A stream) {
+            return rotate_add_wgmma(arguments, blocks, Address{stream});
+        });
+    define_on_device(m, "has_rotate_wgmma", &has_rotate_wgmma);
+    define_on_device(
+        m, "norm_linear_epilogue", +[](const NormLinearArguments& arguments, A product, A stream) {
+            return norm_linear_epilogue(arguments, Address{product}, Address{stream});
+        });
+    define_on_device(
+        m, "rotate_add_epilogue", +[](const RotateAddArguments& arguments, A product, A second, A stream) {
+            return rotate_add_epilogue(arguments, Address{product}, Address{second}, Address{stream});
+        });
 }
 
 }  // namespace

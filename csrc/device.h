@@ -12,6 +12,29 @@ inline int report(cudaError_t error) {
     return int(error);
 }
 
+// Makes a device the current one of this thread, and the one before it again at the end. The extension links a CUDA
+// runtime of its own, and launches go to the current device: that of the tensors need not be.
+class DeviceScope {
+  public:
+    explicit DeviceScope(int device) : status(report(cudaGetDevice(&before_))) {
+        if (status == 0 && device != before_) {
+            status = report(cudaSetDevice(device));
+            changed_ = status == 0;
+        }
+    }
+    ~DeviceScope() {
+        if (changed_) report(cudaSetDevice(before_));
+    }
+    DeviceScope(const DeviceScope&) = delete;
+    DeviceScope& operator=(const DeviceScope&) = delete;
+
+    int status;  // 0, or CUDA's code: the device cannot be used
+
+  private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
 // Streaming multiprocessors of the current device; 1 where it cannot be asked (the launch will then say why).
 inline int multiprocessors() {
     int device = 0, count = 0;

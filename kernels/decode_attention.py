@@ -11,12 +11,9 @@ import triton
 import triton.language as tl
 from torch import bfloat16, dtype, empty, float16, float32
 
+from slicegpt.kernels.attention_config import block_tokens, splits_for, uses_tensor_cores, warps_for
 from slicegpt.kernels.gemm_tiles import device_class
 from slicegpt.ops.contracts import DecodeAttentionInputs
-
-# What a split has at least: below, a program's launch costs more than its reading.
-SPLIT_TOKENS = 256
-MAX_SPLITS = 64
 
 
 def is_supported(capability: tuple[int, int], item: dtype, head_dim: int) -> bool:
@@ -26,22 +23,6 @@ def is_supported(capability: tuple[int, int], item: dtype, head_dim: int) -> boo
         and head_dim <= 256
         and (item in (float16, float32) or (item == bfloat16 and capability >= (8, 0)))
     )
-
-
-def splits_for(capacity: int, programs: int, multiprocessors: int) -> int:
-    """Into how many pieces, a power of two, a cache is cut: for two programs a processor, `programs` without it."""
-    wanted = min(MAX_SPLITS, capacity // SPLIT_TOKENS, triton.cdiv(2 * multiprocessors, programs))
-    return 1 << max(0, wanted.bit_length() - 1)
-
-
-def block_tokens(width: int, itemsize: int, dot: bool, warps: int = 4) -> int:
-    """Tokens that a program of so many warps reads at a time: as many as its registers hold beside the sums."""
-    return (8192 if dot else 8192 // itemsize) // max(128, width) * warps // 4
-
-
-def warps_for(programs: int, multiprocessors: int, dot: bool) -> int:
-    """Warps of a program: 16 where it has a multiprocessor for itself, which then has as many bytes on their way."""
-    return 16 if not dot and programs <= multiprocessors else 4
 
 
 def decode_attention_(
@@ -59,7 +40,7 @@ def decode_attention_(
     batch, key_heads, capacity, head_dim = keys.shape
     group, width = heads // key_heads, triton.next_power_of_2(max(16, head_dim))
     device = device_class(rows.device)
-    dot = group >= 4 and rows.dtype != float32 and device.capability >= (8, 0)
+    dot = uses_tensor_cores(group, rows.dtype, device.capability)
     programs = batch * (key_heads if dot else heads)
     if splits is None:
         splits = splits_for(capacity, programs, device.multiprocessors)

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slicegpt.kernels import gram_fp64
+from slicegpt.ops.lasting import made_to_last
 
 MODULI = (256, 255, 253, 251, 247, 241, 239, 233, 229, 227, 223, 217, 211, 199, 197, 193)
 POWERS = tl.constexpr(
@@ -183,7 +184,7 @@ def _tables(device: torch.device) -> Tables:
     moduli = torch.tensor([[m, (1 << 32) // m] for m in MODULI])
     powers = torch.tensor([[pow(2, s, m) for s in range(POWERS.value)] for m in MODULI], dtype=torch.int32)
     tensors = (moduli, powers, torch.tensor(capacities(), dtype=torch.int32), weights, fractions)
-    return Tables(*(t.to(device) for t in tensors))
+    return made_to_last(lambda: Tables(*(t.to(device) for t in tensors)), device)
 
 
 def _limbs(value: int) -> list[int]:

@@ -171,15 +171,19 @@ class Stage:
 
 
 def memory_in_use() -> list[str]:
-    """Memory of this process now and at its peak, and that of its GPU where PyTorch uses one."""
+    """Memory of this process now and at its peak, and that of the GPUs that PyTorch uses."""
     parts = []
     now, peak = resident_bytes()
     if now:
         parts.append(f"memory {_gigabytes(now)} (peak {_gigabytes(peak)})")
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-        parts.append(f"GPU {_gigabytes(now)} (peak {_gigabytes(peak)})")
+        count = torch.cuda.device_count()
+        for index in range(count):
+            now, peak = torch.cuda.memory_allocated(index), torch.cuda.max_memory_allocated(index)
+            if peak or count == 1:
+                name = "GPU" if count == 1 else f"GPU {index}"
+                parts.append(f"{name} {_gigabytes(now)} (peak {_gigabytes(peak)})")
     return parts
 
 

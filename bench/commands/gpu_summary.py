@@ -15,8 +15,18 @@ from pathlib import Path
 import torch
 
 from slicegpt.bench.harness.columns import rounded
-from slicegpt.bench.models.architectures import MODELS, sliced_config
-from slicegpt.bench.models.kernel_times import Ceilings, decode_seconds, gram_seconds, token_seconds
+from slicegpt.bench.kernels.bench_attention import MODELS as HEADS
+from slicegpt.bench.models.architectures import MODELS
+from slicegpt.bench.models.devices import device_of_product
+from slicegpt.bench.models.kernel_times import (
+    Ceilings,
+    Heads,
+    attention_seconds,
+    gram_seconds,
+    product_seconds,
+)
+from slicegpt.bench.models.network_times import layer_seconds, step_seconds
+from slicegpt.bench.models.processors import PROCESSORS
 from slicegpt.bench.models.shapes import Launch, launches
 from slicegpt.table import fit_text, format_table
 
@@ -44,45 +54,54 @@ def launch_of(row: Mapping) -> Launch | None:
     return found[0] if found else None
 
 
+def device_of(row: Mapping, ceilings: Mapping[str, float]) -> Ceilings | None:
+    """The device of a row, with what it has reached; None for one that nothing is predicted for."""
+    device = device_of_product(row.get("device") or "")
+    return Ceilings.of(ceilings, device) if device and device.capability in PROCESSORS else None
+
+
 def _token(row: Mapping, ceilings: Mapping[str, float]) -> dict:
     rate = row["gigabytes_per_second"]
     return {
         "what": f"{row['network']}, {row['engine']}",
         "figure": f"{row['ms_median']:.4g} ms a token",
-        "predicted": predicted(token_prediction(row, ceilings), "ms"),
+        "predicted": predicted(step_prediction(row, ceilings), "ms"),
         "ceiling": over(rate, ceilings, COPY),
         "second": over(rate, ceilings, READ),
     }
 
 
-def token_prediction(row: Mapping, ceilings: Mapping[str, float]) -> float | None:
-    """Of the runtime at batch 1, for a named shape with weights of two bytes; None for others."""
-    device, shape = Ceilings.of(ceilings), row.get("shape")
-    if device is None or shape not in MODELS or row["engine"] != "fused" or row.get("batch", 1) != 1:
+def is_predicted(row: Mapping) -> bool:
+    """Whether it is of the runtime, on a named shape."""
+    usual = row.get("shortcut") in (None, "compact") and row.get("dtype") in (None, "float16", "bfloat16")
+    return usual and row.get("shape") in MODELS and row["engine"] == "fused" and row["slice"] is not None
+
+
+def step_prediction(row: Mapping, ceilings: Mapping[str, float]) -> float | None:
+    """Seconds of the runtime's step; None for what is not predicted."""
+    device = device_of(row, ceilings)
+    if device is None or not is_predicted(row):
         return None
-    config = sliced_config(shape, row["slice"])
-    cache = row["read_bytes"] - row["weight_bytes"] if "weight_bytes" in row else 0
-    return token_seconds(
-        launches(shape, row["slice"], "compact" if row["slice"] else "identity"),
-        config.num_hidden_layers,
-        2 * config.vocab_size * config.hidden_size,
-        cache,
-        device,
-        overlap=not row.get("serial"),
-    )
+    # On average half of what is generated is in the cache.
+    prompt, new = (0, row["seqlen"]) if "seqlen" in row else (row["prompt"], row["tokens"])
+    context, length = prompt + new // 2, prompt + new
+    overlap = not row.get("serial")
+    return step_seconds(row["shape"], row["slice"], row["batch"], context, length, device, overlap)
 
 
 def _throughput(row: Mapping, ceilings: Mapping[str, float]) -> dict | None:
     if row["tokens_per_second"] is None:
         return None
+    seconds = step_prediction(row, ceilings)
     return {
         "what": f"{row['network']}, {row['engine']}, batch {row['batch']}",
         "figure": f"{row['tokens_per_second']:.4g} tokens/s",
+        "predicted": None if seconds is None else f"{row['batch'] / seconds:.4g} tokens/s",
     }
 
 
 def _gram(row: Mapping, ceilings: Mapping[str, float]) -> dict:
-    rate, device = row["TFLOP/s"], Ceilings.of(ceilings)
+    rate, device = row["TFLOP/s"], device_of(row, ceilings)
     size = (row["N"], row["D"], getattr(torch, row["X"]), row["method"])
     return {
         "what": f"{row['N']} x {row['D']} {row['X']}, {row['method']}",
@@ -97,9 +116,9 @@ def _gram(row: Mapping, ceilings: Mapping[str, float]) -> dict:
 
 
 def _rotation(row: Mapping, ceilings: Mapping[str, float]) -> dict:
-    few, device = row["T"] <= 16, Ceilings.of(ceilings)
-    launch = launch_of(row) if few and device and row["method"] == "fused" else None
-    seconds = decode_seconds(launch, row["T"], device) if launch else None
+    few, device = row["T"] <= 16, device_of(row, ceilings)
+    launch = launch_of(row) if device and row["method"] == "fused" else None
+    seconds = product_seconds(launch, row["T"], device) if launch else None
     return {
         "what": f"{row['model']} {row['slice']} {row['shortcut']}, {row['part']}, T = {row['T']}, {row['method']}",
         "figure": f"{row['cold us']:.4g} µs",
@@ -110,7 +129,14 @@ def _rotation(row: Mapping, ceilings: Mapping[str, float]) -> dict:
 
 
 def _layers(row: Mapping, ceilings: Mapping[str, float]) -> dict:
-    return {"what": row["variant"], "figure": f"{row['layer_ms']:.4g} ms a layer"}
+    device, seconds = device_of(row, ceilings), None
+    if device is not None and is_predicted(row):
+        seconds = layer_seconds(row["shape"], row["slice"], row["batch"], row["seqlen"], device)
+    return {
+        "what": row["variant"],
+        "figure": f"{row['layer_ms']:.4g} ms a layer",
+        "predicted": predicted(seconds, "ms"),
+    }
 
 
 def _ceilings(row: Mapping, ceilings: Mapping[str, float]) -> dict:
@@ -126,9 +152,15 @@ def _overlap(row: Mapping, ceilings: Mapping[str, float]) -> dict:
 
 
 def _attention(row: Mapping, ceilings: Mapping[str, float]) -> dict:
+    device, seconds = device_of(row, ceilings), None
+    if device is not None and row["by"] == "triton":
+        heads = HEADS[row["model"]]
+        heads = Heads(heads.queries, heads.keys, heads.size, getattr(torch, row["dtype"]).itemsize)
+        seconds = attention_seconds(heads, row["batch"], row["tokens"], 2 * row["tokens"], device)
     return {
         "what": f"{row['model']}, batch {row['batch']}, {row['tokens']} tokens, {row['by']}",
         "figure": f"{row['µs a layer']:.4g} µs a layer",
+        "predicted": predicted(seconds, "µs"),
         "ceiling": over(row["GB/s"], ceilings, COPY),
     }
 
@@ -152,6 +184,10 @@ LINES: dict[str, Callable[[Mapping, Mapping[str, float]], dict | None]] = {
 }
 
 
+# What predictions depend on, and rows do not repeat.
+SETTINGS = ("shape", "shortcut", "seqlen", "batch", "prompt", "tokens")
+
+
 def lines(folder: Path) -> Iterator[dict]:
     """A row for every figure in a folder's JSON files; a file that is not a result of this package is left out."""
     for file in sorted(folder.glob("*.json"), key=lambda one: (one.stem != "ceilings", one.name)):
@@ -166,8 +202,12 @@ def lines(folder: Path) -> Iterator[dict]:
         if write is None:
             continue
         rows = content["gram"] if content["benchmark"] == "gram" else content["rows"]
-        shape = (content.get("settings") or {}).get("shape")
-        known = {"shape": shape, "serial": file.stem.endswith("_serial")} if shape else {}
+        settings = content.get("settings") or {}
+        known = {name: settings[name] for name in SETTINGS if name in settings}
+        if isinstance(known.get("shape"), list):
+            known["shape"] = known["shape"][0] if len(known["shape"]) == 1 else None
+        known["serial"] = file.stem.endswith("_serial")
+        known["device"] = (content.get("environment") or {}).get("device")
         found = [write({**known, **row}, content.get("ceilings") or {}) for row in rows]
         for row in found:
             if row is not None:

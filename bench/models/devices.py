@@ -15,7 +15,10 @@ from slicegpt.errors import SliceGPTError
 
 @dataclass(frozen=True)
 class DevicePeaks:
-    """fp64, fp32, half (fp16 or bf16, summed in float32): TFLOP/s; int8: TOPS; bandwidth: GB/s; memory: GiB."""
+    """fp64, fp32, half (fp16 or bf16, summed in float32): TFLOP/s; int8: TOPS; bandwidth: GB/s; memory: GiB.
+
+    multiprocessors: those that are enabled; 0 of a CPU.
+    """
 
     name: str
     capability: tuple[int, int] | None
@@ -26,6 +29,7 @@ class DevicePeaks:
     bandwidth: float
     memory: float
     source: str
+    multiprocessors: int = 0
 
 
 _NVIDIA = "https://www.nvidia.com/content/dam/en-zz/Solutions"
@@ -48,18 +52,18 @@ SOURCES = {
 }
 
 
-def _listed(name: str, capability: tuple[int, int], *peaks: float) -> DevicePeaks:
-    return DevicePeaks(name, capability, *peaks, SOURCES[name])
+def _listed(name: str, capability: tuple[int, int], multiprocessors: int, *peaks: float) -> DevicePeaks:
+    return DevicePeaks(name, capability, *peaks, SOURCES[name], multiprocessors)
 
 
 DEVICES = (
-    _listed("B200", (10, 0), 40, 80, 2250, 4500, 8000, 180),
-    _listed("H200", (9, 0), 66.9, 66.9, 989.4, 1979, 4800, 140),
-    _listed("H100 SXM", (9, 0), 66.9, 66.9, 989.4, 1979, 3350, 80),
-    _listed("A100 80GB", (8, 0), 19.5, 19.5, 312, 624, 2039, 80),
-    _listed("A100 40GB", (8, 0), 19.5, 19.5, 312, 624, 1555, 40),
-    _listed("RTX 4090", (8, 9), 1.29, 82.6, 165.2, 660.6, 1008, 24),
-    _listed("Quadro RTX 6000", (7, 5), 0.51, 16.3, 130.5, 261, 672, 24),
+    _listed("B200", (10, 0), 148, 40, 80, 2250, 4500, 8000, 180),
+    _listed("H200", (9, 0), 132, 66.9, 66.9, 989.4, 1979, 4800, 140),
+    _listed("H100 SXM", (9, 0), 132, 66.9, 66.9, 989.4, 1979, 3350, 80),
+    _listed("A100 80GB", (8, 0), 108, 19.5, 19.5, 312, 624, 2039, 80),
+    _listed("A100 40GB", (8, 0), 108, 19.5, 19.5, 312, 624, 1555, 40),
+    _listed("RTX 4090", (8, 9), 128, 1.29, 82.6, 165.2, 660.6, 1008, 24),
+    _listed("Quadro RTX 6000", (7, 5), 72, 0.51, 16.3, 130.5, 261, 672, 24),
 )
 
 # Parts of torch.cuda.get_device_name(), in order: the first that match decide.

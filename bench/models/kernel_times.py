@@ -8,7 +8,11 @@ clocks and power limits are in both. None of these predictions has been compared
   is less (Little's law), and what happens once a launch.
 - Covariances multiply: tensor instructions over their rate; what the schedulers issue besides them is hidden only where
   it is interleaved with them, which the machine code shows.
-- A product of many tokens takes what `slicegpt.kernels.gemm_config` expects, the model that chooses its configuration.
+- A product of many tokens takes what `slicegpt.kernels.gemm_config` expects, the model that chooses its configuration,
+  and no less than the library's rate and its bytes allow. Before sm_80 it is the library's, and an epilogue after it.
+- Attention of one token reads keys and values, as fast as the bytes that its programs have in flight allow.
+
+`slicegpt.bench.models.network_times` puts them together: layers, tokens, throughput.
 """
 
 from collections.abc import Mapping
@@ -16,22 +20,27 @@ from dataclasses import dataclass
 
 import torch
 
+from slicegpt.bench.models.devices import DevicePeaks
+from slicegpt.bench.models.processors import Processor, processor_of
 from slicegpt.bench.models.shapes import Launch, NormLinearShape, RotateAddShape
+from slicegpt.kernels import attention_config, gemm_config
 from slicegpt.ops.cuda.decode import (
     CHUNK_BYTES,
+    MAX_TOKENS,
     DecodeConfig,
     norm_linear_config,
     rotate_add_config,
 )
 from slicegpt.ops.gram import EXPECTED_PLANES
 
-REGISTERS, SHARED_BYTES, WARPS = 65536, 227 * 1024, 64  # of a Hopper multiprocessor
-BLOCK_RESERVE = 1024  # shared memory that the system takes of every block
+HOPPER = processor_of((9, 0))
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What ptxas made of a kernel for sm_90a (nvcc 13.0, bfloat16; tests/csrc/test_compile.py compares).
+    """What ptxas made of a kernel for sm_90a (nvcc 13.0, triton 3.9, bfloat16; the tests of compilation compare).
+
+    The kernels for few rows have as many registers on sm_75 and sm_80.
 
     Attributes:
         registers: of a thread.
@@ -39,6 +48,7 @@ class MachineCode:
         shared_bytes: of a block.
         tensor, conversions: instructions of a warp in one turn of the main loop.
         longest_gap: instructions between two tensor instructions, the loads of the next stage aside.
+        loop: instructions of a warp in one turn of the main loop, where they bound it.
     """
 
     registers: int
@@ -47,14 +57,19 @@ class MachineCode:
     tensor: int = 0
     conversions: int = 0
     longest_gap: int = 0
+    loop: int = 0
 
     @property
     def blocks(self) -> int:
+        """Blocks that a multiprocessor of Hopper holds at a time."""
+        return self.blocks_on(HOPPER)
+
+    def blocks_on(self, processor: Processor) -> int:
         """Blocks that a multiprocessor holds at a time."""
         warps = self.threads // 32
-        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * self.threads)
-        by_shared = SHARED_BYTES // (self.shared_bytes + BLOCK_RESERVE)
-        return min(by_registers, by_shared, WARPS // warps)
+        by_registers = processor.registers // (-(-self.registers // 8) * 8 * self.threads)
+        by_shared = processor.shared_bytes // max(1, self.shared_bytes + processor.block_reserve)
+        return min(by_registers, by_shared, processor.warps // warps)
 
 
 # By kernel. Before the branch on weights left the step, gram_fp64's gaps were 98 and 92 instructions long.
@@ -64,6 +79,10 @@ CODE = {
     "gram_exact, wgmma": MachineCode(168, 288, 230_016, tensor=2),
     "norm_linear": MachineCode(64, 512, 14_336),
     "rotate_add": MachineCode(64, 512, 24_576),
+    # A query head a program, of 4 warps and of 16; a group of them, on tensor cores.
+    "decode_attention": MachineCode(107, 128, 1024, loop=433),
+    "decode_attention, 16 warps": MachineCode(118, 512, 4096, loop=485),
+    "decode_attention, group": MachineCode(136, 128, 38_912, loop=435),
 }
 
 # A lane keeps two chunks of 64 bytes in flight, and one while it waits for the older: 1.5 on average.
@@ -77,29 +96,53 @@ ATTENTION = 2.5e-6  # of a short cache: norms, rotation, softmax
 MMA_SYNC = 0.63
 # What the passes before the products do in a cycle of a multiprocessor: items scanned, some 30 instructions each, and
 # residues written, some 13 each (SASS of csrc/residues.cu), with 70 % of the 128 lanes busy. They are bound by that.
-SCANNED_A_CYCLE, RESIDUES_A_CYCLE, CLOCK = 3, 7, 1.75e9
-# Conversions to float64 that a multiprocessor does in a cycle, and products of DMMA.
-CONVERSIONS_A_CYCLE, FMA_A_CYCLE = 16, 128
+SCANNED_A_CYCLE, RESIDUES_A_CYCLE = 3, 7
+# Of the data sheet's rates, what is taken to be reached where nothing has been measured: copies, as on all of these
+# devices; products, what the best published int8 emulation of float64 reaches on Hopper.
+COPY_SHARE, PRODUCT_SHARE = 0.9, 0.83
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of a device: bytes/s, and operations/s of int8, bfloat16 and float64."""
+    """Rates of a device: bytes/s, and operations/s of int8, bfloat16 (float16 before sm_80) and float64; cycles/s."""
 
     copy: float
     int8: float
     bfloat16: float
     float64: float
-    multiprocessors: int = 132
+    multiprocessors: int
+    clock: float
+    capability: tuple[int, int]
+
+    @property
+    def processor(self) -> Processor:
+        return processor_of(self.capability)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a kernel can start before the one ahead has ended: programmatic dependent launch."""
+        return self.capability >= (9, 0)
 
     @classmethod
-    def of(cls, measured: Mapping[str, float]) -> "Ceilings | None":
+    def on_paper(cls, device: DevicePeaks) -> "Ceilings":
+        """What is taken to be reached of a data sheet's rates."""
+        rates = (PRODUCT_SHARE * 1e12 * rate for rate in (device.int8, device.half, device.fp64))
+        return cls(COPY_SHARE * device.bandwidth * 1e9, *rates, *_facts(device))
+
+    @classmethod
+    def of(cls, measured: Mapping[str, float], device: DevicePeaks) -> "Ceilings | None":
         """From the figures beside a result; None where one is missing."""
         names = ("copy, GB/s", "int8 product, TOP/s", "bfloat16 product, TFLOP/s", "float64 product, TFLOP/s")
         if not all(measured.get(name) for name in names):
             return None
         copy, int8, bfloat16, float64 = (measured[name] for name in names)
-        return cls(copy * 1e9, int8 * 1e12, bfloat16 * 1e12, float64 * 1e12)
+        return cls(copy * 1e9, int8 * 1e12, bfloat16 * 1e12, float64 * 1e12, *_facts(device))
+
+
+def _facts(device: DevicePeaks) -> tuple[int, float, tuple[int, int]]:
+    """Multiprocessors, the clock of the data sheet's rates, and the compute capability."""
+    processor, count = processor_of(device.capability), device.multiprocessors
+    return count, device.half * 1e12 / (2 * processor.half_products * count), device.capability
 
 
 # --- one token ------------------------------------------------------------------------------------------------------
@@ -123,11 +166,15 @@ def weight_bytes(launch: Launch, itemsize: int = 2) -> int:
 
 def decode_seconds(launch: Launch, rows: int, device: Ceilings, overlap: bool = True) -> float:
     """`norm_linear` or `rotate_add` of 1 to 16 rows in a chain of such launches."""
+    overlap = overlap and device.overlaps
     config = decode_config(launch, rows, device)
     code = CODE["norm_linear" if isinstance(launch, NormLinearShape) else "rotate_add"]
     warps = config.row_warps * config.column_warps
     blocks = config.tiles(launch.columns) * config.split_k
-    held = min(blocks, device.multiprocessors * max(1, code.blocks * code.threads // (32 * warps)))
+    held = min(
+        blocks,
+        device.multiprocessors * max(1, code.blocks_on(device.processor) * code.threads // (32 * warps)),
+    )
     in_flight = held * warps * BYTES_IN_FLIGHT
     rate = min(device.copy, in_flight / LATENCY)
     seconds = weight_bytes(launch) / rate + (OVERLAPPED_LAUNCH if overlap else LAUNCH)
@@ -141,21 +188,85 @@ def decode_seconds(launch: Launch, rows: int, device: Ceilings, overlap: bool = 
     return seconds
 
 
-def token_seconds(
-    launches: tuple[Launch, ...],
-    layers: int,
-    head_bytes: float,
-    cache_bytes: float,
-    device: Ceilings,
-    overlap: bool = True,
-) -> float:
-    """A token at batch 1: every layer's launches and its attention, and the head.
+# --- many tokens ----------------------------------------------------------------------------------------------------
 
-    head_bytes: of the head's weight. cache_bytes: keys and values that all layers read.
+
+def product_seconds(
+    launch: Launch, rows: int, device: Ceilings, overlap: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> float:
+    """`norm_linear` or `rotate_add` of any number of rows of 16-bit numbers, by the kernel that is taken for them."""
+    if rows <= MAX_TOKENS:
+        return decode_seconds(launch, rows, device, overlap)
+    reads = isinstance(launch, NormLinearShape)
+    inner = launch.inner if reads else launch.total_inner
+    operations = 2 * rows * launch.columns * inner / device.bfloat16
+    stored = rows * (launch.output_columns if reads else launch.columns) * dtype.itemsize
+    moved = (rows + launch.columns) * inner * dtype.itemsize + stored
+    # norm_linear's row scales are a launch of their own, or their sums are (rotate_add writes them).
+    gaps = LAUNCH * (2 if reads else 1)
+    if device.capability < (8, 0):
+        product = 4 * rows * launch.columns
+        products = 2 if not reads and launch.dense else 1
+        # Written in float32 by the library, read by the epilogue.
+        return operations + (moved + 2 * products * product) / device.copy + gaps + LAUNCH * products
+    facts = gemm_config.DeviceClass(
+        device.capability, device.multiprocessors, device.processor.block_shared_bytes
+    )
+    if reads:
+        gated = launch.activation.endswith("_gated")
+        config = gemm_config.norm_linear_config(facts, dtype, rows, launch.columns, inner, gated)
+    else:
+        config = gemm_config.rotate_add_config(facts, dtype, rows, launch.columns, inner, launch.dense)
+    cycles = gemm_config.predicted_cycles(config, facts, dtype, rows, launch.columns, inner)
+    return max(cycles / device.clock, operations, moved / device.copy) + gaps
+
+
+# --- attention of one token -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of one layer's attention, and the bytes of a number in its cache."""
+
+    queries: int
+    keys: int
+    size: int
+    itemsize: int = 2
+
+
+def cache_bytes(heads: Heads, batch: int, context: int) -> int:
+    """Keys and values of `context` tokens of each of `batch` sequences."""
+    return 2 * batch * heads.keys * context * heads.size * heads.itemsize
+
+
+def attention_seconds(
+    heads: Heads, batch: int, context: int, capacity: int, device: Ceilings, overlap: bool = True
+) -> float:
+    """`decode_attention_` of a layer, in a chain of launches.
+
+    context: tokens in the cache, of `capacity` that there is room for, which decides how many splits there are.
     """
-    gap = OVERLAPPED_LAUNCH if overlap else LAUNCH
-    layer = sum(decode_seconds(launch, 1, device, overlap) for launch in launches) + ATTENTION + gap
-    return layers * layer + (head_bytes + cache_bytes) / device.copy + LAUNCH
+    gap = OVERLAPPED_LAUNCH if overlap and device.overlaps else LAUNCH
+    group = heads.queries // heads.keys
+    dtype = torch.float16 if heads.itemsize == 2 else torch.float32
+    dot = attention_config.uses_tensor_cores(group, dtype, device.capability)
+    programs = batch * (heads.keys if dot else heads.queries)
+    splits = attention_config.splits_for(capacity, programs, device.multiprocessors)
+    warps = attention_config.warps_for(programs * splits, device.multiprocessors, dot)
+    once = ATTENTION + gap + (gap + ARRIVALS if splits > 1 else 0.0)
+    if context == 0:
+        return once
+    width = max(16, 1 << (heads.size - 1).bit_length())
+    block = attention_config.block_tokens(width, heads.itemsize, dot, warps)
+    code = CODE["decode_attention" + (", group" if dot else ", 16 warps" if warps == 16 else "")]
+    held = min(programs * splits, device.multiprocessors * code.blocks_on(device.processor))
+    # A turn of the loop waits for its own keys and values. What query heads of a group read again comes from L2.
+    in_flight = held * 2 * min(block, -(-context // splits)) * heads.size * heads.itemsize
+    loaded = cache_bytes(heads, batch, context) * (1 if dot else group)
+    turns = programs * splits * -(-context // (block * splits))
+    issue = turns * code.loop * warps / (device.processor.schedulers * device.multiprocessors * device.clock)
+    reading = max(cache_bytes(heads, batch, context) / device.copy, loaded * LATENCY / in_flight, issue)
+    return once + reading
 
 
 # --- covariances ----------------------------------------------------------------------------------------------------
@@ -168,8 +279,8 @@ def float64_seconds(tokens: int, columns: int, device: Ceilings, interleaved: bo
     a row, 2 a column, so that a token takes 4 * 128 + 2 * 128 conversions for 128 * 128 products.
     """
     operations = tokens * columns * (columns + 128)  # half a tile more along the diagonal
-    products = 128 * 128 / FMA_A_CYCLE
-    conversions = (4 * 128 + 2 * 128) / CONVERSIONS_A_CYCLE
+    products = 128 * 128 / device.processor.double_products
+    conversions = (4 * 128 + 2 * 128) / device.processor.double_conversions
     share = max(products, conversions) if interleaved else products + conversions
     return operations / device.float64 * share / products
 
@@ -184,8 +295,8 @@ def exact_seconds(
     count = EXPECTED_PLANES["cuda"][dtype] if planes is None else planes
     operations = count * tokens * columns * (columns + 256)
     # cuBLAS's own rate stands for what wgmma reaches.
-    rate = device.int8 * (MMA_SYNC if kernel == "mma" else 1.0)
-    items, cycles = tokens * columns, device.multiprocessors * CLOCK
+    rate = device.int8 * (MMA_SYNC if kernel == "mma" and device.capability[0] == 9 else 1.0)
+    items, cycles = tokens * columns, device.multiprocessors * device.clock
     scan = max(items * dtype.itemsize / device.copy, items / SCANNED_A_CYCLE / cycles)
     planes_pass = max(
         items * (dtype.itemsize + count) / device.copy, items * count / RESIDUES_A_CYCLE / cycles

@@ -219,7 +219,7 @@ class GemmDispatcher(Dispatcher):
     @staticmethod
     def _cuda(kernels) -> Callable[[Capability, torch.dtype, int], bool]:
         def supports(capability: Capability, dtype: torch.dtype, rows: int) -> bool:
-            return cuda_extension.is_available() and kernels.is_supported(capability, dtype, rows)
+            return cuda_extension.is_available(capability) and kernels.is_supported(capability, dtype, rows)
 
         return supports
 

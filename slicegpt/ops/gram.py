@@ -155,7 +155,7 @@ def _auto_precision(
 
 
 def _cuda_takes(capability: tuple[int, int], dtype: torch.dtype, precision: str) -> bool:
-    return cuda_extension.is_available() and cuda_gram.is_supported(capability, dtype, precision)
+    return cuda_extension.is_available(capability) and cuda_gram.is_supported(capability, dtype, precision)
 
 
 def _triton_takes(capability: tuple[int, int], dtype: torch.dtype, precision: str) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from slicegpt.errors import SliceGPTError
 from slicegpt.ops import torch_gemm
 from slicegpt.ops.contracts import HALF, block_sums_of_squares, sumsq_dtype
-from slicegpt.ops.cuda import rotate_wgmma
+from slicegpt.ops.cuda import extension, rotate_wgmma
 from slicegpt.ops.dispatch import Capability, capability_of, few_rows, requested_backend
 
 CHOICES = ("auto", "fused", "library", *rotate_wgmma.KERNELS, "checked")
@@ -80,9 +80,7 @@ def kernel_for(
     if wish != "checked":
         return wish
     # What the check waits for cannot be waited for during a capture.
-    return (
-        None if torch.cuda.is_current_stream_capturing() else rotate_wgmma.checked_kernel(a.device, a.dtype)
-    )
+    return None if extension.capturing(a) else rotate_wgmma.checked_kernel(a.device, a.dtype)
 
 
 @lru_cache

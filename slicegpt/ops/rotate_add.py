@@ -35,7 +35,8 @@ def rotate_add(
     where the next boundary is wider). That is an identity shortcut, and a compact one `S = I - F Fᵀ` as well: pass
     `a = [a | z]`, `z = h F` from `norm_linear`, and `weight = [W_out | -F]`. Sums are kept in float32 and rounded
     once (by a CPU library's GEMMs, for many rows or without the compiled kernels, 16-bit ones a second time,
-    after `h Sᵀ + bias`). The same call gives the same bits.
+    after `h Sᵀ + bias`). The same call gives the same bits. For many rows SLICEGPT_ROTATE_PREFILL chooses among kernels
+    (`slicegpt.ops.many_rows`).
 
     Args:
         a: [T, K] float16, bfloat16, float32 or float64, what the block computed; unit column stride, T may be 0.

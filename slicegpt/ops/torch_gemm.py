@@ -88,7 +88,8 @@ def rotate(a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: 
 def one_product(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """`out = rows Wᵀ + bias`, one GEMM, rounded once: `rotate_add` of rows `[a | h]` and a weight `[W | S]`.
 
-    `out` [T, d'] and `rows` [T, K + d] may be columns of wider matrices: nothing is copied.
+    `out` [T, d'] and `rows` [T, K + d] may be columns of wider matrices: nothing is copied. (For such an `out` PyTorch
+    may write the bias before the product: a pass over it more.)
     """
     if bias is None:
         torch.mm(rows, weight.mT, out=out)

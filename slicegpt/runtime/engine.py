@@ -91,7 +91,7 @@ class Runtime:
         self.executor = Executor(pack(canonical, self.max_length, release, reader))
         self.device = self.executor.packed.device
         self.decoder = decoder
-        self._pool = CachePool(self.device)
+        self._pool = CachePool(self.device, self.executor.packed)
         self._seeds = torch.Generator()
         generation = getattr(model, "generation_config", None)
         self.stop_ids = _as_ids(getattr(generation, "eos_token_id", None), self.config.eos_token_id)

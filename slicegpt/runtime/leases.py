@@ -24,13 +24,16 @@ class CacheLease:
 
     Args:
         ready: on a GPU, an event that the first launch waits for, or None.
+        weights: what generations read besides; kept until the device has finished with it.
     """
 
-    def __init__(self, cache: KVCache, device: torch.device, ready: torch.cuda.Event | None):
-        self.cache = cache
+    def __init__(
+        self, cache: KVCache, device: torch.device, ready: torch.cuda.Event | None, weights: object = None
+    ):
+        self._done = ready
+        self.cache, self._weights = cache, weights
         self.generator = torch.Generator(device)
         self._stream: torch.cuda.Stream | None = None
-        self._done = ready
         self._decoders: dict[tuple, BatchDecoder] = {}
 
     def decoder(self, key: tuple, make: Callable[[], BatchDecoder]) -> BatchDecoder:
@@ -69,6 +72,9 @@ class CacheLease:
         if self._done is not None:
             self._done.synchronize()
 
+    def __del__(self) -> None:
+        self.wait()
+
 
 class CachePool:
     """Lends caches, and allocates one where none of the batch size is free.
@@ -79,10 +85,11 @@ class CachePool:
     Args:
         device: of the caches. On a GPU, generations on other streams wait for what has been launched on the current
             one: the weights are packed on it.
+        weights: the packed network, which caches in use keep alive.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, weights: object = None):
+        self._device, self._weights = device, weights
         self._idle: list[CacheLease] = []  # the most recently used comes last
         self._ready: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -109,7 +116,7 @@ class CachePool:
         lease = self._take(batch, length)
         if lease is None:
             with torch.inference_mode(), nullcontext() if stream is None else torch.cuda.stream(stream):
-                lease = CacheLease(allocate(batch, length), self._device, self._ready)
+                lease = CacheLease(allocate(batch, length), self._device, self._ready, self._weights)
         lease.begin(stream)
         try:
             yield lease

@@ -114,7 +114,7 @@ class Backend:
         return result.cpu()
 
     def has_wgmma(self) -> bool:
-        return extension.module.gram_exact_has_wgmma()
+        return extension.call("gram_exact_has_wgmma", torch.empty(0, device=self.device))
 
     def _move(self, matrix):
         # The whole storage travels, so that what surrounds a view (NaNs in the tests) is there too.
@@ -132,4 +132,5 @@ def backend(target, monkeypatch):
     monkeypatch.setattr(extension, "module", module)
     monkeypatch.setattr(extension, "on_device", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(extension, "current_stream", lambda tensor: 0)
+    monkeypatch.setattr(extension, "device_index", lambda tensor: 0)
     return Backend("cpu", capability)

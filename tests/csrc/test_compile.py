@@ -13,6 +13,7 @@ import pytest
 from support.sass import instructions, overlap_faults
 
 from slicegpt.bench.models.kernel_times import CODE
+from slicegpt.bench.models.processors import processor_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
@@ -188,6 +189,25 @@ def test_plain_90_has_no_wgmma(compile_one, source):
         assert "GMMA" not in "".join(disassemble(cubin).values())
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_barriers_of_a_pair_are_fenced(tmp_path):
+    """Between the last mbarrier.init and the first meeting of the cluster; ptxas makes no instruction of the fence."""
+    target = tmp_path / "residue_wgmma.ptx"
+    command = ["nvcc", "-std=c++17", "--expt-relaxed-constexpr", "-arch=sm_90a", "-ptx", "-o", target]
+    subprocess.run([*command, "csrc/residue_wgmma.cu"], cwd=ROOT, check=True)
+    bodies = target.read_text().split(".entry")[1:]
+    steps = (
+        "mbarrier.init",
+        "fence.proxy.async",
+        "fence.mbarrier_init.release.cluster",
+        "barrier.cluster.arrive",
+    )
+    orders = [sorted((step for step in steps if step in body), key=body.index) for body in bodies]
+    assert sorted(orders, key=len) == [list(steps[:2]), list(steps)]
+    pair = max(bodies, key=lambda body: "barrier.cluster" in body)
+    assert pair.rindex("mbarrier.init.shared") < pair.index("fence.mbarrier_init")
+
+
 def disassemble(cubin) -> dict[str, str]:
     """SASS by the kernels' mangled names."""
     text = subprocess.check_output([disassembler(), "-sass", cubin], text=True)
@@ -228,15 +248,27 @@ MODELLED = {
 }
 
 
+def registers_of(report: str, parts: tuple[str, ...]) -> int:
+    """Of the one kernel whose mangled name has these parts."""
+    blocks = report.split("Compiling entry function")
+    (mine,) = (block for block in blocks if all(part in block for part in parts))
+    return int(re.search(r"Used (\d+) registers", mine)[1])
+
+
+@pytest.mark.parametrize(("arch", "item"), [("75", "Float16"), ("80", "Bfloat16")])
+@pytest.mark.parametrize("kernel", ["norm_linear", "rotate_add"])
+def test_predictions_hold_as_many_blocks_elsewhere(compiled, kernel, arch, item):
+    processor, facts = processor_of((int(arch[0]), int(arch[1]))), CODE[kernel]
+    registers = registers_of(compiled[f"decode_{kernel}", arch][1], (f"{item}ELi8ELb1",))
+    assert replace(facts, registers=registers).blocks_on(processor) == facts.blocks_on(processor)
+
+
 @pytest.mark.parametrize("kernel", MODELLED)
 def test_predictions_are_of_this_machine_code(compiled, kernel):
     """Another compiler may take a few registers more or less; the model's blocks a multiprocessor must be right."""
     source, parts = MODELLED[kernel]
     report, facts = compiled[source, "90a"][1], CODE[kernel]
-    blocks = report.split("Compiling entry function")
-    (mine,) = (block for block in blocks if all(part in block for part in parts))
-    registers = int(re.search(r"Used (\d+) registers", mine)[1])
-    assert replace(facts, registers=registers).blocks == facts.blocks
+    assert replace(facts, registers=registers_of(report, parts)).blocks == facts.blocks
     if disassembler() is None:
         pytest.skip("needs cuobjdump")
     functions = disassemble(compiled[source, "90a"][0])

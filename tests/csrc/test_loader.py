@@ -54,6 +54,10 @@ def test_built_for_another_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
     assert extension.why_not() == "slicegpt._C was built for sm_80, sm_90a, but the device is sm_120"
+    # A machine's other devices, whichever is the current one.
+    assert extension.is_available((9, 0))
+    assert extension.is_available((8, 6))
+    assert not extension.is_available((7, 5))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,16 @@ MISTAKES = {
     # The other block's warps still read the half that this block's copy overwrites there.
     "the other block is not asked": (replace(PAIR, empty_count=1, remote=False), "overwrites"),
     "the other block is not told": (replace(PAIR, remote=False), "deadlock"),
+    # What one block does at the other's barriers before it sees them initialised is lost.
+    "no fence of a pair's barriers": (
+        replace(PAIR, init_fence=False, rounds=3),
+        "before it was initialised .other",
+    ),
+    "a pair that does not meet first": (
+        replace(PAIR, init_sync=False, rounds=3),
+        "before it was initialised .other",
+    ),
+    "no fence for the copies": (replace(ALONE, proxy_fence=False), "before it was initialised .copies"),
     "a tile's last stage given back too early": (replace(TILES, tile_waits=False), "overwrites stage"),
     "a tile's last stage kept": (replace(TILES, tile_gives_back=False), "deadlock"),
     "a pair's tiles without the last barrier": (replace(TILE_PAIR, final_sync=False), "has ended"),
@@ -90,6 +100,9 @@ FACTS = {
         "barriers.empty[(it - 1) % kStages]",  # release 1
         "if (lane < kBlocks) ptx::mbarrier_arrive_at(empty, lane)",  # remote
         "if constexpr (kBlocks > 1) ptx::cluster_sync();\n#endif",  # final_sync
+        "ptx::fence_proxy_async();",  # proxy_fence
+        "if constexpr (kBlocks > 1) ptx::fence_mbarrier_init();",  # init_fence
+        "    else\n        ptx::cluster_sync();\n\n",  # init_sync
     ]
 }
 FACTS["rotate_wgmma.cu"] = [

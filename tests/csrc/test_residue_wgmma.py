@@ -104,9 +104,9 @@ class WrongPairs:
     def __getattr__(self, name):
         return getattr(self.module, name)
 
-    def gram_exact(self, arguments, kernel):
-        status = self.module.gram_exact(arguments, kernel)
-        return self.module.gram_exact(arguments, kernel) if kernel in self.wrong else status
+    def gram_exact(self, device, arguments, kernel):
+        status = self.module.gram_exact(device, arguments, kernel)
+        return self.module.gram_exact(device, arguments, kernel) if kernel in self.wrong else status
 
 
 @on_hopper

@@ -27,7 +27,7 @@ ADDED = [(1, 8, 8, 8), (129, 264, 72, 264), (257, 288, 330, 40), (300, 520, 8, 5
 
 @pytest.fixture
 def hopper(backend):
-    if not extension.module.has_rotate_wgmma():
+    if not extension.module.has_rotate_wgmma(0):
         pytest.skip("needs compute capability 9.0 and code for sm_90a")
     return backend
 
@@ -140,7 +140,7 @@ def test_checked_takes_the_fastest_that_is_right(hopper, monkeypatch, caplog):
 
 @pytest.mark.parametrize("target", ["sm_75"], indirect=True, scope="session")
 def test_refused_elsewhere(backend):
-    assert not extension.module.has_rotate_wgmma()
+    assert not extension.module.has_rotate_wgmma(0)
     message = r"wgmma kernel needs compute capability 9\.0 and code built for 9\.0a"
     with pytest.raises(SliceGPTError, match=message):
         run(backend, "wgmma", *inputs(3, 8, 8, 8, True, False, torch.float16))

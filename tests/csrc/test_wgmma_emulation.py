@@ -123,6 +123,15 @@ def test_mistakes_are_found(library, name):
     assert message in run.stderr
 
 
+@pytest.mark.parametrize("fence", [True, False])
+def test_a_pair_needs_the_fence_of_its_barriers(library, fence):
+    """fence.mbarrier_init: the other block's copies and arrivals are at barriers that it sees to be initialised."""
+    script = f"import ctypes; ctypes.CDLL({str(library)!r}).pair(bytes(range(32)), {int(fence)})"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (run.returncode == 0) == fence, run.stderr
+    assert ("fence.mbarrier_init" in run.stderr) != fence
+
+
 def test_unaligned_pattern_is_found(library):
     script = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {Path(__file__).stem} as t; "
     script += f"t.multiply({str(library)!r}, 64, spoil=lambda d: d + 4)"

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 from support.attention_inputs import Shape, arguments, assert_attended
 
-from slicegpt.kernels.decode_attention import splits_for
+from slicegpt.kernels.attention_config import splits_for
 from slicegpt.ops.contracts import DecodeAttentionInputs
 
 SHAPES = {

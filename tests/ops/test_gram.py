@@ -245,7 +245,7 @@ def test_each_backend_is_estimated_by_its_own_planes():
 
 
 def test_choice_falls_through_the_backends(monkeypatch):
-    monkeypatch.setattr(cuda_extension, "is_available", lambda: False)
+    monkeypatch.setattr(cuda_extension, "is_available", lambda *_: False)
     monkeypatch.setattr(cpu_gram, "is_supported", lambda dtype, fast: False)
     DISPATCHER.forget()
     assert choose("auto", None, torch.float32, 64, "auto") == ("reference", "fp64")
@@ -257,7 +257,7 @@ def test_choice_falls_through_the_backends(monkeypatch):
         SliceGPTError, match=r"backend 'cuda' does not take .*, precision 'fp64' on compute capability 9.0"
     ):
         choose("cuda", (9, 0), torch.float32, 64, "fp64")
-    monkeypatch.setattr(cuda_extension, "is_available", lambda: True)
+    monkeypatch.setattr(cuda_extension, "is_available", lambda *_: True)
     DISPATCHER.forget()
     assert choose("auto", (7, 5), torch.float16, 4096, "auto") == ("cuda", "exact")
     DISPATCHER.forget()

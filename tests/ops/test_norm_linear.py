@@ -197,7 +197,7 @@ def test_backends_that_cannot_say_so(monkeypatch):
 def test_auto_takes_cuda_for_decode_and_triton_for_prefill(monkeypatch, op):
     pytest.importorskip("triton")
     for present in (True, False):
-        monkeypatch.setattr(cuda_extension, "is_available", lambda present=present: present)
+        monkeypatch.setattr(cuda_extension, "is_available", lambda *_, present=present: present)
         dispatcher = GemmDispatcher(op)
 
         def found(backend, capability, rows, dtype=torch.float16, dispatcher=dispatcher):

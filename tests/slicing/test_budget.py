@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
-from slicegpt.bench.models.architectures import fields_of
+from slicegpt.bench.models.architectures import fields_of, fields_of_config
 from slicegpt.conversion.plan import Shape, constant_widths, plan
 from slicegpt.errors import SliceGPTError
+from slicegpt.modeling.sizes import active_parameters, stored_parameters
 from slicegpt.recipe import Recipe
 from slicegpt.slicing.affordable import advice, best_budget, check_affordable, this_machine, workload_of
 from slicegpt.slicing.budget import budget_of
@@ -34,6 +36,21 @@ def test_the_large_parts_of_llama_2_70b():
     assert parts["block of the dense model"] == {"device": 2 * 2 * neurons * width}
     assert parts["activations kept"] == {"device": 2 * tokens * neurons}
     assert parts["covariance"] == {"device": 8 * width * width}
+
+
+def test_the_large_parts_of_mixtral():
+    """By hand: of all eight experts the moments, the fits and the blocks, of one of them the system."""
+    fields = fields_of_config(MixtralConfig(num_hidden_layers=1))
+    config = plan(fields, constant_widths(fields, 3264), Shape(neurons=0.25))
+    parts = budget_of(config, WORK, LARGE).parts()
+    experts, width, neurons = 8, 4096, 14336
+    assert parts["moments"] == {"device": 8 * experts * neurons * (neurons + width)}
+    assert parts["fits"] == {"device": 3 * 8 * experts * neurons * width}
+    assert parts["block of the dense model"] == {"device": 2 * 3 * experts * neurons * width}
+    assert parts["system or its inverse"] == {"device": 8 * neurons * neurons}
+    _, before, behind = config.boundary_widths
+    idle = (experts - 2) * config.neurons[0] * (2 * before + behind)
+    assert stored_parameters(config) - active_parameters(config) == idle
 
 
 def test_nothing_grows_with_the_number_of_layers():

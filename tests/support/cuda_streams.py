@@ -13,25 +13,35 @@ import torch
 from slicegpt.slicing.stores import HostStore
 
 
+def join(clock: dict[int, int], other: dict[int, int]) -> None:
+    """Know what the other one knows."""
+    for number, time in other.items():
+        clock[number] = max(clock.get(number, 0), time)
+
+
 class Event:
-    def __init__(self, clock: dict[int, int]):
-        self.clock = dict(clock)
+    def __init__(self, cuda: "FakeCuda"):
+        self.cuda, self.clock = cuda, {}
+
+    def record(self, stream: "Stream") -> None:
+        self.clock = dict(stream.clock)
 
     def synchronize(self) -> None:
-        pass
+        join(self.cuda.host, self.clock)
 
 
 class Stream:
     def __init__(self, cuda: "FakeCuda"):
-        self.number, self.clock = len(cuda.streams), {}
+        self.cuda, self.number, self.clock = cuda, len(cuda.streams), {}
         cuda.streams.append(self)
 
     def wait_event(self, event: Event) -> None:
-        for number, time in event.clock.items():
-            self.clock[number] = max(self.clock.get(number, 0), time)
+        join(self.clock, event.clock)
 
     def record_event(self) -> Event:
-        return Event(self.clock)
+        event = self.cuda.Event()
+        event.record(self)
+        return event
 
     def wait_stream(self, other: "Stream") -> None:
         self.wait_event(other.record_event())
@@ -39,10 +49,13 @@ class Stream:
 
 @dataclass
 class FakeCuda:
-    """Attributes: races, a line for each pair of accesses that are not ordered."""
+    """Attributes: races, a line for each pair of accesses that are not ordered; host: the clock of what the host has
+    waited for, and launches after.
+    """
 
     streams: list[Stream] = field(default_factory=list)
     races: list[str] = field(default_factory=list)
+    host: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self):
         self.accesses: dict[int, list[tuple[int, int, str, bool]]] = {}
@@ -50,6 +63,9 @@ class FakeCuda:
 
     def Stream(self, device: torch.device) -> Stream:
         return Stream(self)
+
+    def Event(self) -> Event:
+        return Event(self)
 
     def current_stream(self, device: torch.device) -> Stream:
         return self.running
@@ -63,6 +79,7 @@ class FakeCuda:
     def access(self, tensor: torch.Tensor, what: str, writes: bool) -> None:
         """The running stream reads or writes a tensor."""
         stream = self.running
+        join(stream.clock, self.host)
         seen = self.accesses.setdefault(tensor.data_ptr(), [])
         for number, time, other, wrote in seen:
             if (writes or wrote) and stream.clock.get(number, 0) < time:

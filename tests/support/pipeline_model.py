@@ -34,6 +34,9 @@ class Pipeline:
         announce_first: the announcement comes before the copies.
         remote: warps arrive at the other block's barriers as well.
         final_sync: a block ends only when the other has ended, too.
+        init_fence, init_sync: a block's barriers are announced to the other one (fence.mbarrier_init), which they meet
+            at a barrier of the cluster; without either it may see the initial values at any later time.
+        proxy_fence: the same for the copies (fence.proxy.async).
         tile: rounds of a tile; after its last one all products are waited for, and its stage is given back. None: there
             is one tile, whose last stage nobody needs again.
         tile_waits, tile_gives_back: the two things that happen there.
@@ -54,6 +57,9 @@ class Pipeline:
     announce_first: bool = True
     remote: bool = True
     final_sync: bool = True
+    init_fence: bool = True
+    init_sync: bool = True
+    proxy_fence: bool = True
     tile: int | None = None
     tile_waits: bool = True
     tile_gives_back: bool = True
@@ -80,6 +86,7 @@ class State:
         producers: [block]: (token block, step of 2).
         consumers: [block][warp]: the next token block, and those of wgmma in flight.
         ended: [block].
+        unseen: (block, by whom) whose barriers may not be initialised yet for "copies" or for the "other" block.
     """
 
     full: tuple[tuple[Barrier, ...], ...]
@@ -89,6 +96,7 @@ class State:
     producers: tuple[tuple[int, int], ...]
     consumers: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
     ended: tuple[bool, ...]
+    unseen: frozenset
 
 
 def put(items: tuple, index: int, value: object) -> tuple:
@@ -105,7 +113,11 @@ class Model:
 
     def first(self) -> State:
         f = self.facts
+        unseen = set() if f.proxy_fence else {(block, "copies") for block in range(f.blocks)}
+        if f.blocks > 1 and not (f.init_fence and f.init_sync):
+            unseen |= {(block, "other") for block in range(f.blocks)}
         return State(
+            unseen=frozenset(unseen),
             full=((((0, self.full_count, 0),) * f.stages),) * f.blocks,
             empty=((((0, self.empty_count, 0),) * f.stages),) * f.blocks,
             data=((((-1,) * f.parts,) * f.stages),) * f.blocks,
@@ -134,6 +146,11 @@ class Model:
         return replace(state, **{kind: put(barriers, block, put(barriers[block], stage, changed))})
 
     @staticmethod
+    def _seen(state: State, block: int, by: str) -> None:
+        if (block, by) in state.unseen:
+            raise Violation(f"a barrier of block {block} was used before it was initialised ({by})")
+
+    @staticmethod
     def _passes(barrier: Barrier, parity: int) -> bool:
         """try_wait: the phase of this parity has ended."""
         return barrier[0] % 2 != parity
@@ -148,6 +165,8 @@ class Model:
             for warp in range(f.warps):
                 yield from self._consume(state, block, warp)
             yield from self._end(state, block)
+        for one in sorted(state.unseen):
+            yield f"barriers of {one[0]} are seen ({one[1]})", replace(state, unseen=state.unseen - {one})
         for copy in sorted(state.copies):
             yield f"copy {copy} lands", self._land(state, copy)
 
@@ -186,6 +205,9 @@ class Model:
         block, stage, part, it = copy
         if state.ended[block]:
             raise Violation("a copy landed in a block that has ended")
+        self._seen(state, block, "copies")
+        if part < self.facts.blocks and part != block:  # the half that the other block sends
+            self._seen(state, block, "other")
         for warp, (_, reading) in enumerate(state.consumers[block]):
             if any(one % self.facts.stages == stage for one in reading):  # negative ones as well
                 raise Violation(f"token block {it} overwrites stage {stage} that warp {warp} reads")
@@ -228,6 +250,8 @@ class Model:
 
     def _give_back(self, state: State, block: int, it: int) -> State:
         for other in range(self.facts.blocks) if self.facts.remote else [block]:
+            if other != block:
+                self._seen(state, other, "other")
             state = self._change(state, "empty", other, it % self.facts.stages, 1, 0)
         return state
 

@@ -101,3 +101,14 @@ def overlap_faults(sass: str) -> list[str]:
         return [*faults, "there is no PREEXIT: the next kernel starts when this one has ended"]
     # Not wrong, but the next kernel starts later than it could.
     return faults + [f"before PREEXIT: {one.text}" for one in late]
+
+
+def longest_loop(text: str) -> int:
+    """Instructions of the longest loop: from the target of a branch backwards to the branch."""
+    body = instructions(text)
+    spans = [
+        (one.target, one.address)
+        for one in body
+        if one.name == "BRA" and one.target is not None and one.target < one.address
+    ]
+    return max(sum(begin <= one.address <= end for one in body) for begin, end in spans)

@@ -7,7 +7,6 @@ counters.)
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock
@@ -20,6 +19,7 @@ from slicegpt.ops import contracts
 from slicegpt.ops.contracts import NormLinearInputs, activation_code, dtype_code, rotate_add_outputs
 from slicegpt.ops.cuda import extension
 from slicegpt.ops.cuda.extension import address
+from slicegpt.ops.lasting import made_to_last
 
 MAX_TOKENS = 16
 DTYPES = contracts.DTYPES[:3]
@@ -157,7 +157,7 @@ def norm_linear(inputs: NormLinearInputs) -> Tensor:
     arguments = norm_linear_arguments(inputs, y)
     with extension.on_device(h):
         launch, _partial = _launch(config, config.tiles(N, inputs.n_scaled, inputs.gated), h)
-        status = extension.module.decode_norm_linear(arguments, launch)
+        status = extension.call("decode_norm_linear", h, arguments, launch)
         extension.check_status("norm_linear", status)
     return y
 
@@ -187,7 +187,7 @@ def rotate_add(
     )
     with extension.on_device(a):
         launch, _partial = _launch(config, config.tiles(N), a)
-        extension.check_status("rotate_add", extension.module.decode_rotate_add(arguments, launch))
+        extension.check_status("rotate_add", extension.call("decode_rotate_add", a, arguments, launch))
     return h_next, sumsq
 
 
@@ -285,8 +285,7 @@ class Arrivals:
     Two launches that may run at the same time need different ones. Those on one stream follow each other and share;
     a captured launch keeps its own for good, because graphs captured on one stream may be replayed on several.
 
-    They outlive every graph, so they must not lie in a graph's memory pool. `torch.compile(mode="reduce-overhead")`
-    sends all allocations of its thread there, from its warm-up on: another thread allocates them.
+    They outlive every graph, so they must not lie in a graph's memory pool (see `made_to_last`).
     """
 
     POOL = 1 << 18
@@ -305,7 +304,7 @@ class Arrivals:
             return self._take(count, like)
 
     def _take(self, count: int, like: Tensor) -> int:
-        if capturing(like):
+        if extension.capturing(like):
             if self.pool is None or self.used + count > self.POOL:
                 # No zeros from before the capture: they become a node of the graph.
                 self.kept.append(torch.zeros(count, dtype=torch.int32, device=self.device))
@@ -323,15 +322,7 @@ class Arrivals:
         return self.of_stream[stream].data_ptr()
 
     def _allocate(self, count: int) -> Tensor:
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(self._zeros, count).result()
-
-    def _zeros(self, count: int) -> Tensor:
-        zeros = torch.zeros(count, dtype=torch.int32, device=self.device)
-        if zeros.is_cuda:
-            # Once for each pool: other streams may be the first to use it.
-            torch.cuda.current_stream(self.device).synchronize()
-        return zeros
+        return made_to_last(lambda: torch.zeros(count, dtype=torch.int32, device=self.device), self.device)
 
 
 @lru_cache
@@ -341,10 +332,6 @@ def arrivals_of(device: torch.device) -> Arrivals:
 
 def _arrivals(like: Tensor) -> Arrivals:
     return arrivals_of(like.device)
-
-
-def capturing(like: Tensor) -> bool:
-    return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_rows(op: str, rows: Tensor) -> None:

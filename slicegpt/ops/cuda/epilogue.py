@@ -30,9 +30,9 @@ def norm_linear(inputs: NormLinearInputs, out: Tensor | None = None) -> Tensor:
         return y
     with extension.on_device(inputs.h):
         product = _product(inputs.h, inputs.weight)
-        status = extension.module.norm_linear_epilogue(
-            norm_linear_arguments(inputs, y), product.data_ptr(), extension.current_stream(inputs.h)
-        )
+        arguments = norm_linear_arguments(inputs, y)
+        stream = extension.current_stream(inputs.h)
+        status = extension.call("norm_linear_epilogue", inputs.h, arguments, product.data_ptr(), stream)
         extension.check_status("norm_linear", status)
     return y
 
@@ -50,9 +50,8 @@ def rotate_add(
         second = None if shortcut is None else _product(h, shortcut)
         arguments = rotate_add_arguments(a, weight, h, shortcut, bias, None, h_next, sumsq)
         rotated = 0 if second is None else second.data_ptr()
-        status = extension.module.rotate_add_epilogue(
-            arguments, product.data_ptr(), rotated, extension.current_stream(a)
-        )
+        stream = extension.current_stream(a)
+        status = extension.call("rotate_add_epilogue", a, arguments, product.data_ptr(), rotated, stream)
         extension.check_status("rotate_add", status)
     return h_next, sumsq
 

@@ -1,7 +1,7 @@
 """The compiled module `slicegpt._C`: whether it can run here, what was built, and what its launchers share.
 
-The launchers in this folder take validated tensors on one CUDA device, allocate with torch, run on the current stream,
-never synchronise, and can be captured into a CUDA graph.
+The launchers in this folder take validated tensors on one CUDA device, which need not be the current one, allocate with
+torch, run on that device's current stream, never synchronise, and can be captured into a CUDA graph.
 """
 
 import importlib.util
@@ -22,23 +22,26 @@ if importlib.util.find_spec("slicegpt._C"):
         _import_error = str(error)
 
 
-def why_not() -> str | None:
-    """Why the CUDA kernels cannot run here, in one line; None if they can."""
+def why_not(capability: tuple[int, int] | None = None) -> str | None:
+    """Why the CUDA kernels cannot run here, in one line; None if they can.
+
+    capability: of the device that they shall run on; None: that of the current device.
+    """
     if module is None:
         if _import_error:
             return f"slicegpt._C does not load: {_import_error}"
         return "slicegpt was installed without its CUDA part (nvcc was not found, or SLICEGPT_CUDA=0)"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = capability or torch.cuda.get_device_capability()
     if not built_for((major, minor)):
         return f"slicegpt._C was built for {', '.join(module.architectures())}, but the device is sm_{major}{minor}"
     return None
 
 
-def is_available() -> bool:
-    """Whether the CUDA part is built, loads, and has code for the current device."""
-    return why_not() is None
+def is_available(capability: tuple[int, int] | None = None) -> bool:
+    """Whether the CUDA part is built, loads, and has code for this compute capability (None: the current device's)."""
+    return why_not(capability) is None
 
 
 def built_for(capability: tuple[int, int]) -> bool:
@@ -84,6 +87,24 @@ def on_device(tensor: Tensor) -> torch.cuda.device:
 def current_stream(tensor: Tensor) -> int:
     """The handle of the current stream on the tensor's device."""
     return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether launches on the tensor's device go into a CUDA graph that is being captured."""
+    if not tensor.is_cuda:
+        return False
+    with on_device(tensor):  # torch asks for the current device's stream
+        return torch.cuda.is_current_stream_capturing()
+
+
+def device_index(tensor: Tensor) -> int:
+    """The number of the tensor's device."""
+    return tensor.get_device()
+
+
+def call(name: str, like: Tensor, *arguments):
+    """A function of the module on the tensor's device, whichever is the current one: its answer."""
+    return getattr(module, name)(device_index(like), *arguments)
 
 
 def check_status(op: str, status: int) -> None:

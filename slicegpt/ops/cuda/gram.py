@@ -7,7 +7,6 @@ included, does not reach C. A result that is not finite is stored as NaN.
 
 import logging
 import os
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -40,13 +39,13 @@ def is_supported(capability: tuple[int, int], dtype: torch.dtype, precision: str
 
 def exact_has_wgmma() -> bool:
     """Whether SLICEGPT_GRAM_EXACT=wgmma and wgmma-pairs work on the current device: 9.0, with code built for 9.0a."""
-    return extension.is_available() and extension.module.gram_exact_has_wgmma()
+    return extension.is_available() and extension.module.gram_exact_has_wgmma(torch.cuda.current_device())
 
 
 def gram_fp64(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
     """`C += Xᵀ diag(weight) X` with float64 products and sums; X float16, bfloat16, float32 or float64."""
-    module = _module_for("fp64", X)
-    _launch(C, X, weight, lambda: module.gram_fp64_workspace(*X.shape), module.gram_fp64)
+    _check_dtype("fp64", X)
+    _launch("gram_fp64", C, X, weight)
 
 
 def gram_exact(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
@@ -58,7 +57,7 @@ def gram_exact(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
 
     The environment variable SLICEGPT_GRAM_EXACT chooses the kernel, all of which give the same bits.
     """
-    _module_for("exact", X)
+    _check_dtype("exact", X)
     _launch_exact(C, X, weight, _requested_exact_kernel(X))
 
 
@@ -67,26 +66,19 @@ def gram_fast(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
 
     X float16 or bfloat16. Tokens with a weight other than 0 and 1 go through `gram_fp64`'s arithmetic.
     """
-    module = _module_for("fast", X)
-    _launch(C, X, weight, lambda: module.gram_fast_workspace(*X.shape), module.gram_fast)
+    _check_dtype("fast", X)
+    _launch("gram_fast", C, X, weight)
 
 
 def _launch_exact(C: Tensor, X: Tensor, weight: Tensor | None, kernel: int) -> None:
-    module = extension.module
-    _launch(
-        C,
-        X,
-        weight,
-        lambda: module.gram_exact_workspace(*X.shape, dtype_code(X.dtype)),
-        lambda arguments: module.gram_exact(arguments, kernel),
-    )
+    _launch("gram_exact", C, X, weight, (dtype_code(X.dtype),), (kernel,))
 
 
 def _requested_exact_kernel(X: Tensor) -> int:
     kernel = os.environ.get("SLICEGPT_GRAM_EXACT", "auto")
     if kernel == CHECKED:
         # What the check waits for cannot be waited for during a capture.
-        if X.is_cuda and torch.cuda.is_current_stream_capturing():
+        if extension.capturing(X):
             return _EXACT_KERNELS["mma"]
         return _EXACT_KERNELS[checked_exact_kernel(X.device)]
     if kernel not in _EXACT_KERNELS:
@@ -101,9 +93,8 @@ def checked_exact_kernel(device: torch.device) -> str:
 
     It synchronises.
     """
-    with extension.on_device(torch.empty(0, device=device)):
-        if not extension.module.gram_exact_has_wgmma():
-            return "mma"
+    if not extension.call("gram_exact_has_wgmma", torch.empty(0, device=device)):
+        return "mma"
     expected = _small_gram(device, "mma")
     for kernel in ("wgmma-pairs", "wgmma"):
         try:
@@ -124,21 +115,21 @@ def _small_gram(device: torch.device, kernel: str) -> Tensor:
     return C
 
 
-def _module_for(precision: str, X: Tensor):
+def _check_dtype(precision: str, X: Tensor) -> None:
     extension.require("gram_")
     if X.dtype not in DTYPES_OF[precision]:
         names = dtype_names(DTYPES_OF[precision])
         raise SliceGPTError(f"gram_: precision {precision!r} takes X of {names}, got {X.dtype}")
-    return extension.module
 
 
 def _launch(
-    C: Tensor, X: Tensor, weight: Tensor | None, workspace_size: Callable[[], int], launch: Callable
+    name: str, C: Tensor, X: Tensor, weight: Tensor | None, sizing: tuple = (), options: tuple = ()
 ) -> None:
+    """The module's function `name`; sizing, options: what its workspace's size depends on, and it does, besides."""
     if weight is not None:
         weight = weight.to(torch.float64).contiguous()
     with extension.on_device(C):
-        workspace_bytes = workspace_size()  # depends on the device
+        workspace_bytes = extension.call(f"{name}_workspace", C, *X.shape, *sizing)
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=C.device)
         arguments = extension.module.gram_arguments(
             C=C.data_ptr(),
@@ -153,4 +144,4 @@ def _launch(
             workspace_bytes=workspace_bytes,
             stream=extension.current_stream(C),
         )
-        extension.check_status("gram_", launch(arguments))
+        extension.check_status("gram_", extension.call(name, C, arguments, *options))

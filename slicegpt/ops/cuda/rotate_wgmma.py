@@ -32,7 +32,7 @@ def is_supported(capability: tuple[int, int] | None, dtype: torch.dtype) -> bool
 
 def has_wgmma() -> bool:
     """Whether the kernel runs on the current device: 9.0, with code built for 9.0a."""
-    return extension.is_available() and extension.module.has_rotate_wgmma()
+    return extension.is_available() and extension.module.has_rotate_wgmma(torch.cuda.current_device())
 
 
 def takes(a: Tensor, weight: Tensor, h: Tensor, shortcut: Tensor | None, bias: Tensor | None) -> bool:
@@ -62,7 +62,8 @@ def rotate_add(
     h_next, sumsq = rotate_add_outputs(a, weight)
     with extension.on_device(a):
         arguments = rotate_add_arguments(a, weight, h, shortcut, bias, None, h_next, sumsq)
-        status = extension.module.rotate_add_wgmma(arguments, KERNELS[kernel], extension.current_stream(a))
+        stream = extension.current_stream(a)
+        status = extension.call("rotate_add_wgmma", a, arguments, KERNELS[kernel], stream)
         extension.check_status("rotate_add", status)
     return h_next, sumsq
 

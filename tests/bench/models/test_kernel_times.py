@@ -1,11 +1,24 @@
-"""What kernels should take: the arithmetic of the predictions, and that they are near what bytes and rates allow."""
+"""What kernels, layers and tokens should take: the arithmetic, and that it is near what bytes and rates allow."""
 
 import pytest
 import torch
 
-from slicegpt.bench.models import kernel_times
-from slicegpt.bench.models.kernel_times import CODE, Ceilings, MachineCode, decode_seconds, token_seconds
+from slicegpt.bench.models import kernel_times, network_times
+from slicegpt.bench.models.devices import DEVICES, device_named
+from slicegpt.bench.models.kernel_times import (
+    CODE,
+    Ceilings,
+    Heads,
+    MachineCode,
+    attention_seconds,
+    cache_bytes,
+    decode_seconds,
+    product_seconds,
+)
+from slicegpt.bench.models.network_times import layer_seconds, step_seconds
+from slicegpt.bench.models.processors import PROCESSORS, processor_of
 from slicegpt.bench.models.shapes import launches
+from slicegpt.errors import SliceGPTError
 
 MEASURED = {
     "copy, GB/s": 4000.0,
@@ -13,13 +26,29 @@ MEASURED = {
     "bfloat16 product, TFLOP/s": 750.0,
     "float64 product, TFLOP/s": 60.0,
 }
-DEVICE = Ceilings.of(MEASURED)
+H200 = device_named("h200")
+DEVICE = Ceilings.of(MEASURED, H200)
+PAPER = {one.name: Ceilings.on_paper(one) for one in DEVICES if one.capability in PROCESSORS}
 
 
 def test_ceilings_need_every_figure():
     assert DEVICE.copy == 4e12
-    assert Ceilings.of({**MEASURED, "copy, GB/s": None}) is None
-    assert Ceilings.of({}) is None
+    assert Ceilings.of({**MEASURED, "copy, GB/s": None}, H200) is None
+    assert Ceilings.of({}, H200) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "clock"),
+    [("H200", 1.83e9), ("H100 SXM", 1.83e9), ("A100 80GB", 1.41e9), ("Quadro RTX 6000", 1.77e9)],
+)
+def test_clocks_are_those_of_the_data_sheets(name, clock):
+    """Boost clocks, from the rates: products in a cycle of a multiprocessor times their number."""
+    assert PAPER[name].clock == pytest.approx(clock, rel=0.005)
+
+
+def test_nothing_is_predicted_for_other_processors():
+    with pytest.raises(SliceGPTError, match=r"capability: predictions are made for 7\.5, 8\.0, 9\.0, got"):
+        processor_of((12, 0))
 
 
 @pytest.mark.parametrize(
@@ -38,6 +67,7 @@ def test_occupancy(code, blocks):
 def test_decode_kernels_hold_two_blocks_and_gram_kernels_one():
     assert {name: code.blocks for name, code in CODE.items()} == {
         "gram_fp64": 1, "gram_exact": 1, "gram_exact, wgmma": 1, "norm_linear": 2, "rotate_add": 2,
+        "decode_attention": 4, "decode_attention, 16 warps": 1, "decode_attention, group": 3,
     }  # fmt: skip
 
 
@@ -62,15 +92,73 @@ def test_few_bytes_in_flight_are_slow():
 
 
 def test_a_token_is_between_the_copy_rate_and_twice_that():
-    dense, sliced = (
-        token_seconds(launches("llama-2-7b", f, s), 32, 2 * 32000 * 4096, 0, DEVICE)
-        for f, s in ((0.0, "identity"), (0.25, "compact"))
-    )
+    dense, sliced = (step_seconds("llama-2-7b", f, 1, 0, 64, DEVICE) for f in (0.0, 0.25))
     # 13.2 GB and 10.3 GB in docs/benchmarks.md.
     assert 13.2e9 / 4e12 < dense < 2 * 13.2e9 / 4e12
     assert 10.0e9 / 4e12 < sliced < dense
-    serial = token_seconds(launches("llama-2-7b", 0.0, "identity"), 32, 2 * 32000 * 4096, 0, DEVICE, False)
-    assert serial > dense
+    assert step_seconds("llama-2-7b", 0.0, 1, 0, 64, DEVICE, overlap=False) > dense
+
+
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize(("rows", "least"), [(512, 0.35), (8192, 0.55)])
+def test_products_of_many_rows_are_near_the_library(name, rows, least):
+    """Neither faster than the library's rate allows, nor slower than a third of it; more of it with more rows."""
+    device, dtype = PAPER[name], torch.float16
+    for launch in (one for size in (0.0, 0.25) for one in launches("llama-2-7b", size, "compact")):
+        inner = launch.inner if hasattr(launch, "n_scaled") else launch.total_inner
+        floor = 2 * rows * launch.columns * inner / device.bfloat16
+        assert floor < product_seconds(launch, rows, device, dtype=dtype) < floor / least
+
+
+def test_turing_pays_for_float32_products_that_go_through_memory():
+    launch, rows = launches("llama-2-7b", 0.0, "identity")[2], 4096
+    device = PAPER["Quadro RTX 6000"]
+    operations = 2 * rows * launch.columns * launch.inner / device.bfloat16
+    written_and_read = 2 * 4 * rows * launch.columns / device.copy
+    assert product_seconds(launch, rows, device) > operations + written_and_read
+
+
+LLAMA, GROUPED = Heads(32, 32, 128), Heads(64, 8, 128)
+
+
+@pytest.mark.parametrize("heads", [LLAMA, GROUPED])
+@pytest.mark.parametrize("name", PAPER)
+def test_attention_reads_the_cache_or_what_is_on_its_way(heads, name):
+    device = PAPER[name]
+    short = attention_seconds(heads, 1, 0, 64, device)
+    long = attention_seconds(heads, 16, 16384, 32768, device)
+    least = cache_bytes(heads, 16, 16384) / device.copy
+    assert 0.999 * least < long - short < 2.5 * least
+
+
+@pytest.mark.parametrize("heads", [LLAMA, GROUPED])
+def test_a_short_cache_of_one_sequence_does_not_fill_the_device(heads):
+    """32 or 8 programs wait for what they have on its way (Little's law)."""
+    few = attention_seconds(heads, 1, 128, 256, DEVICE) - attention_seconds(heads, 1, 0, 256, DEVICE)
+    assert few > 1.2 * cache_bytes(heads, 1, 128) / DEVICE.copy
+
+
+def test_steps_add_up():
+    """All launches of all layers, attention, the head and what a step launches besides; a token more than its cache."""
+    launch_seconds = sum(product_seconds(one, 256, DEVICE) for one in launches("llama-2-7b", 0.0, "identity"))
+    attention = attention_seconds(LLAMA, 256, 64, 128, DEVICE)
+    whole = step_seconds("llama-2-7b", 0.0, 256, 64, 128, DEVICE)
+    head = 2 * 256 * 32000 * 4096 / DEVICE.bfloat16
+    assert 32 * (launch_seconds + attention) + head < whole
+    assert whole < 32 * (launch_seconds + attention) + 3 * head + 1e-4
+    sliced = step_seconds("llama-2-7b", 0.25, 256, 64, 128, DEVICE)
+    assert 0.7 < sliced / whole < 1
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_layer_takes_its_operations(name):
+    device = PAPER[name]
+    weights = 4 * 4096**2 + 3 * 4096 * 11008
+    least = 2 * 2048 * weights / device.bfloat16 + 2 * 2048**2 * 4096 / device.bfloat16
+    dense, sliced = (layer_seconds("llama-2-7b", size, 1, 2048, device) for size in (0.0, 0.25))
+    assert least < dense < 3 * least
+    assert sliced < dense
+    assert network_times.layer_seconds("llama-2-7b", 0.0, 2, 2048, device) > 1.5 * dense
 
 
 def test_covariances():

@@ -55,20 +55,40 @@ struct alignas(16) uint4 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t : int { cudaSuccess = 0 };
+enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 
+namespace emulation {
+// Two devices, of three multiprocessors and of two: few enough that small tests need several splits of the tokens.
+constexpr int kDevices = 2, kProcessors[kDevices] = {3, 2};
+inline int device = 0;
+inline int launches[kDevices] = {};  // and memsets
+}  // namespace emulation
+
+// For tests, which call them in the compiled module.
+extern "C" {
+__attribute__((visibility("default"), used)) inline int emulated_device() { return emulation::device; }
+__attribute__((visibility("default"), used)) inline int emulated_launches(int device) {
+    return emulation::launches[device];
+}
+}
+
 inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = emulation::device;
     return cudaSuccess;
 }
-// Three multiprocessors: few enough that small tests need several splits of the tokens.
-// (Internal linkage: objects compiled for different SLICEGPT_ARCH meet in one module.)
-static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : SLICEGPT_ARCH / 100;
+inline cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= emulation::kDevices) return cudaErrorInvalidDevice;
+    emulation::device = device;
+    return cudaSuccess;
+}
+// Internal linkage: objects compiled for different SLICEGPT_ARCH meet in one module.
+static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::kProcessors[device] : SLICEGPT_ARCH / 100;
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
+    ++emulation::launches[emulation::device];
     std::memset(target, value, bytes);
     return cudaSuccess;
 }
@@ -82,8 +102,8 @@ static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, 
     attributes->numRegs = SLICEGPT_ARCH >= 900 ? 255 : 16;
     return cudaSuccess;
 }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-inline const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid device ordinal" : "no error"; }
+inline const char* cudaGetErrorName(cudaError_t error) { return error ? "cudaErrorInvalidDevice" : "cudaSuccess"; }
 
 namespace emulation {
 

@@ -234,6 +234,7 @@ inline unsigned ballot(bool value) {
 template <typename... Parameters, typename... Arguments>
 int launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t,
                     Arguments... arguments) {
+    ++emulation::launches[emulation::device];
     emulation::grid = grid;
     emulation::block = dim3(threads);
     emulation::cluster.resize(size);
