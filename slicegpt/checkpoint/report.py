@@ -47,6 +47,6 @@ class SliceReport:
             folder = shlex.quote(self.output)
             lines += [
                 f"saved: {self.output}",
-                f'next: slicegpt generate {folder} --runtime fused --prompt "Once upon a time"',
+                f'next: slicegpt generate {folder} --prompt "Once upon a time"',
             ]
         return "\n".join(lines)

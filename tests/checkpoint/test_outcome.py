@@ -72,7 +72,7 @@ def test_everything_is_in_the_record_the_card_info_and_the_report(result, capsys
     assert facts["perplexity"] == record["perplexity"]
     assert facts["tokens_per_second"] == rates
     assert shown.splitlines()[-2] == f"saved: {output}"
-    assert shown.splitlines()[-1].startswith(f"next: slicegpt generate '{output}' --runtime fused --prompt ")
+    assert shown.splitlines()[-1].startswith(f"next: slicegpt generate '{output}' --prompt ")
     assert max(map(len, shown.splitlines()[:9])) <= 80
 
 

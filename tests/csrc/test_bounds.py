@@ -17,8 +17,6 @@ from slicegpt.ops.cuda import gram as cuda_gram
 from slicegpt.ops.cuda import rotate_wgmma
 from slicegpt.ops.cuda.decode import DecodeConfig, DecodeDevice
 
-pytestmark = pytest.mark.parametrize("target", ["sm_90"], indirect=True, scope="session")
-
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 PLACES = {"before": dict(at_end=True), "behind": dict(at_end=False), "unaligned": dict(at_end=True, align=2)}
 
@@ -117,14 +115,23 @@ def in_bounds(cases, place, capability):
     allocated.check()
 
 
+# sm_75: other tensor-core shapes, and copies that are plain loads and stores.
+CASES = [("sm_75", "gram"), ("sm_75", "decode"), *(("sm_90", kernel) for kernel in KERNELS)]
+
+
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("target", "kernel"), CASES, indirect=["target"], scope="session")
 def test_no_access_outside(backend, target, kernel, place):
     fault = fault_of(lambda: in_bounds(KERNELS[kernel], place, target[0]))
     assert fault is None, f"{kernel}, {place}: {fault}"
 
 
-@pytest.mark.parametrize("mistake", ["read", "write", "beside", "shape"])
+@pytest.mark.parametrize(
+    ("target", "mistake"),
+    [("sm_75", "shape"), *(("sm_90", mistake) for mistake in ("read", "write", "beside", "shape"))],
+    indirect=["target"],
+    scope="session",
+)
 def test_planted_mistakes_are_found(backend, target, mistake):
     """One item too far, read or written; a write into the few bytes before the page; a kernel told a wrong size."""
 
