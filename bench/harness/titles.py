@@ -36,6 +36,7 @@ TITLES = {
     "published": "Published figures, predicted",
     "ceilings": "What the device reaches",
     "overlap": "Overlapping kernels, bit for bit",
+    "speedup": "Speed-ups asked for and measured",
     "planes": "Residue planes of real activations",
     "expert refit": "Refit of experts against their own weights",
     "rehearsal": "Rehearsal of the GPU benchmarks",

@@ -302,6 +302,13 @@ def _overlap(content: Mapping) -> list[str]:
     return [f"{other} of {len(rows)} networks gave other bits when they were run again"]
 
 
+def _speedup(content: Mapping) -> list[str]:
+    return [
+        f"{row['dtype']}, {row['columns']} columns: asked for {times(row['asked'])}, measured {times(row['measured'])}"
+        for row in content["rows"]
+    ]
+
+
 def _planes(content: Mapping) -> list[str]:
     return [
         f"{row['model']}, {row['signal']}, {row['dtype']}: {figure(row['planes'])} planes, of Gaussians "
@@ -362,6 +369,7 @@ HEADLINES: dict[str, Callable[[Mapping], list[str]]] = {
     "published": _published,
     "ceilings": _ceilings,
     "overlap": _overlap,
+    "speedup": _speedup,
     "planes": _planes,
     "expert refit": _expert_refit,
     "rehearsal": _rehearsal,

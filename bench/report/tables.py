@@ -321,6 +321,7 @@ TABLES: dict[str, Callable[[Mapping], list[Table]]] = {
     "published": _published,
     "ceilings": _measured,
     "overlap": _measured,
+    "speedup": _measured,
     "planes": _measured,
     "expert refit": _measured,
     "rehearsal": _measured,

@@ -322,6 +322,12 @@ def overlap_content() -> dict:
     return of_kind("overlap", rows=[row | {"differ": 0, "differ without overlap": 0}])
 
 
+def speedup_content() -> dict:
+    row = {"dtype": "bfloat16", "batch": 1, "asked": 1.3, "columns": 576, "neurons": 792, "planned": 1.3}
+    rates = {"measured": 1.32, "dense tokens/s": 63.0, "sliced tokens/s": 83.5}
+    return of_kind("speedup", settings={"shape": "smollm2-135m"}, rows=[row | rates])
+
+
 def planes_content() -> dict:
     row = {"model": "some-model", "signal": "stream", "dtype": "bfloat16", "tokens": 2048, "columns": 576}
     return of_kind("planes", rows=[row | {"planes": 6.3, "least": 5.9, "most": 7.1, "of Gaussians": 8.2}])
@@ -351,6 +357,7 @@ UNRECORDED = {
     "resume_kills": kills_content,
     "ceilings": ceilings_content,
     "overlap": overlap_content,
+    "speedup": speedup_content,
     "planes": planes_content,
     "rehearsal": rehearsal_content,
     "plans": plans_content,

@@ -32,6 +32,7 @@ WITHOUT_PLOT = {"tuned", "generation", "conversation", "environment"} | {
     "resume_kills",
     "ceilings",
     "overlap",
+    "speedup",
     "planes",
     "expert refit",
     "rehearsal",
