@@ -35,9 +35,7 @@ def fused(variant: str, config: SlicedConfig, batch: int, seqlen: int, dtype, de
     state = {"stream": rows, "sums": block_sums_of_squares(rows.to(sumsq_dtype(dtype)))}
 
     def whole() -> Tensor:
-        stream, sums = state["stream"], state["sums"]
-        for block in network.packed.blocks:
-            stream, sums = network._block(block, stream, sums, step)
+        stream, _ = network.blocks(state["stream"], step, state["sums"])
         return stream
 
     return LayerRun(variant, operations, whole, state, module_run(model.model.layers[0], inputs))

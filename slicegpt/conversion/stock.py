@@ -212,7 +212,7 @@ class StockModel:
             yield from self._norm(f"{root}.{names.attention_norm}", layer.attention_norm, dtype)
             written.add(names.attention_norm)
         for part, name in vars(names).items():
-            if name is None or name in written or part == "activation":
+            if name is None or name in written or part in ("activation", "expansion"):
                 continue
             written.add(name)
             value = getattr(layer, part)

@@ -122,9 +122,14 @@ class Executor:
             stream = stream + F.embedding(positions.flatten().clamp(min=-offset) + offset, packed.positions)
         return stream if packed.embed_bias is None else stream + packed.embed_bias
 
-    def blocks(self, stream: Tensor, step: CacheStep) -> tuple[Tensor, Tensor | None]:
-        """The residual stream after all blocks, and its rows' sums of squares (None: not computed)."""
-        sums, joined = None, None
+    def blocks(
+        self, stream: Tensor, step: CacheStep, sums: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after all blocks, and its rows' sums of squares (None: not computed).
+
+        sums: those of `stream`, where somebody has them.
+        """
+        joined = None
         capability, dtype = capability_of(stream), stream.dtype
         dense, added = (
             many_rows.in_one_product(capability, dtype, len(stream), one) for one in (True, False)

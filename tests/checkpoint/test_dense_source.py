@@ -44,7 +44,7 @@ def check_against_loaded(name: object, dtype: torch.dtype | None = None) -> Dens
             theirs, ours = (replace(one, **vars(one.mixture.expert(1))) for one in (theirs, ours))
         assert torch.equal(ours.up.weight, theirs.up.weight)
         assert torch.equal(ours.down.weight, theirs.down.weight)
-        assert torch.equal(ours.q.weight, theirs.q.weight)
+        assert torch.equal(ours.o.weight, theirs.o.weight)
     return source
 
 

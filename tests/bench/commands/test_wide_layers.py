@@ -47,30 +47,29 @@ def test_a_run_that_fails_says_what_it_said():
         config_of("llama-9", 2)
 
 
-@pytest.mark.parametrize("more", [[], ["--quantize", "int4"]], ids=["plain", "int4"])
-def test_the_plan_is_within_15_percent_of_the_peak(tmp_path, more):
+def test_the_plan_is_within_15_percent_of_the_peak(tmp_path):
     """Two layers of 4096 neurons, whose Gram matrix, system and panels are half of what the process takes beside its
     imports; neurons are allocated and deleted, λ is fixed."""
     record = Record("memory", {}, torch.device("cpu"), str(tmp_path / "record.json"), None)
     options = ["--keep", "0.8", "--nsamples", "4", "--seqlen", "256", "--batch-size", "1", "--ridge", "0.3"]
-    measure_shape(small(512, 4096, 4096), torch.bfloat16, [*options, *more], tmp_path, record, SILENT)
+    measure_shape(small(512, 4096, 4096), torch.bfloat16, options, tmp_path, record, SILENT)
     row = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))["rows"][0]
     assert row["peak_bytes"] > 700e6
     assert row["planned_over_measured"] == pytest.approx(1, abs=0.15)
-    assert 0.7 < row["sliced_bytes"] / row["checkpoint_bytes"] < 0.81 or more
+    assert 0.7 < row["sliced_bytes"] / row["checkpoint_bytes"] < 0.81
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
 def test_a_model_that_is_there(tmp_path):
     dense = tmp_path / "dense"
     dense.mkdir()
-    size = write_checkpoint(dense, small(), torch.bfloat16, SILENT)
+    size = write_checkpoint(dense, small(width=256), torch.bfloat16, SILENT)
     record = Record("memory", {}, torch.device("cpu"), str(tmp_path / "record.json"), None)
     size_of = ["--keep", "0.9", "--nsamples", "2", "--seqlen", "32", "--ridge", "0.3"]
     options = [*size_of, "--calibration", "random-tokens", "--no-timing"]
     measure_model(str(dense), options, tmp_path, record, SILENT)
     (row,) = record.rows
-    assert (row["model"], row["width"], row["layers"], row["checkpoint_bytes"]) == ("dense", 64, 2, size)
+    assert (row["model"], row["width"], row["layers"], row["checkpoint_bytes"]) == ("dense", 256, 2, size)
     assert 0 < row["sliced_bytes"] < size
     assert row["peak_bytes"] > 100e6
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "record.json"}
