@@ -71,7 +71,10 @@ def folder(tmp_path_factory, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["slice", "m", "--output", "o"], "--keep, --slice, --target-bytes, --widths: one of keep, "),
+        (
+            ["slice", "m", "--output", "o"],
+            "--keep, --slice, --target-bytes, --target-speedup, --widths: one of keep, ",
+        ),
         (["slice", "--slice", "0.1", "--output", "o"], "MODEL: is needed here or in a recipe, got none"),
         (["slice", "--recipe", "no.toml", "--output", "o"], "--recipe: cannot read no.toml: No such file"),
         (["slice", "m", "--recipe", "no.json", "--output", "o"], "--recipe: must be a .toml or .yaml file"),
