@@ -169,6 +169,30 @@ def test_the_allocation_of_neurons_is_planned():
     assert not any(name.startswith("allocation") for name in names)
 
 
+def test_what_rounding_takes():
+    """By hand: weights in float64 four times, the moments of what they read three times, the system and its factor."""
+    config, width, neurons = sliced(), 8192, 28672
+    stages = {
+        stage.name: stage.parts for stage in budget_of(config, replace(WORK, rounds=True), LARGE).stages
+    }
+    before, kept, gated = 6528, config.neurons[0], 2 * neurons
+    readers, writers = (stages[f"mlp: rounding what {does}"] for does in ("reads", "writes"))
+    rounding = (4 * 8 + 2) * gated * before + 3 * 8 * before**2
+    assert readers["rounding"] == {"device": rounding}
+    assert (
+        readers["block of the sliced model"]["device"] >= 4 * gated * before
+    )  # in float32 until they are rounded
+    # The last one of them, which writes on all columns, for the head.
+    assert writers["rounding"] == {"device": 8 * width * (neurons + 3 * kept) + 2 * width * kept}
+    assert writers["system or its inverse"] == {"device": 2 * 8 * kept**2}
+    assert writers["moments"] == {"device": 8 * neurons * (neurons + width)}
+    assert writers["codes"] == stages["mlp: fitting"]["codes"] == {"device": gated * before}
+    plain = {stage.name for stage in budget_of(config, WORK, LARGE).stages}
+    assert stages.keys() - plain == {
+        f"{part}: rounding what {does}" for part in ("attention", "mlp") for does in ("reads", "writes")
+    }
+
+
 def test_a_recipe_as_work(tmp_path):
     recipe = Recipe(
         params=0.9, calibration="a.txt:2,self:1", ridge=0.3, refit_share=0.5, nsamples=10, batch_size=4
