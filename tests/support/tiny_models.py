@@ -516,10 +516,9 @@ def _turns(self, x, position_ids):
 
 
 def _complex_rotary(q, k, turns):
-    turned = (
-        torch.view_as_real(torch.view_as_complex(states.unflatten(-1, (-1, 2)).contiguous()) * turns[:, None])
-        for states in (q, k)
-    )
+    wide = torch.promote_types(q.dtype, torch.float32)
+    pairs = (states.to(wide).unflatten(-1, (-1, 2)).contiguous() for states in (q, k))
+    turned = (torch.view_as_real(torch.view_as_complex(states) * turns[:, None]) for states in pairs)
     return tuple(states.flatten(3).to(q.dtype) for states in turned)
 
 
