@@ -55,12 +55,14 @@ def in_one_product(capability: Capability, dtype: torch.dtype, rows: int, dense:
     dense: the block has a dense shortcut; else h is what the GEMM accumulates onto, in place.
     """
     wish, backend = requested(), requested_backend()
-    if rows <= few_rows(capability, dtype) or backend in ("triton", "reference"):
+    if wish not in ("auto", "library") or backend in ("triton", "reference"):
         return False
-    if wish != "auto":
-        return wish == "library"
-    known = capability is not None and capability >= (7, 5) and dtype in HALF
-    return known and dense and rows >= ONE_PRODUCT_ROWS
+    if wish == "auto":
+        # On a CPU this is all that is asked, so that `torch.compile` can trace it.
+        known = capability is not None and capability >= (7, 5) and dtype in HALF
+        if not (known and dense and rows >= ONE_PRODUCT_ROWS):
+            return False
+    return rows > few_rows(capability, dtype)
 
 
 def kernel_for(
