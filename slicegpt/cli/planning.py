@@ -111,12 +111,9 @@ def plan_run(options: argparse.Namespace, recipe: Recipe) -> dict:
     device = None if elsewhere else local
     recipe = recipe.override(dtype=str(dtype).removeprefix("torch."))
     recipe = settled(recipe, fields, device or "cuda")
-    if recipe.target_speedup is not None and recipe.step_times is None:
-        if device is None:
-            raise SliceGPTError(
-                "is measured on the device, which is not here; give step_times", "target_speedup"
-            )
-        recipe = with_step_times(recipe, fields, dtype, device)
+    if device is None and recipe.target_speedup is not None and recipe.step_times is None:
+        raise SliceGPTError("is measured on the device, which is not here; give step_times", "target_speedup")
+    recipe = with_step_times(recipe, fields, dtype, device)
     config = plan_recipe(recipe, fields, dtype, source=source)
     size = size_record(config, dtype, source if recipe.form == STOCK else None)
     ranks = options.ranks or 1

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slicegpt.errors import SliceGPTError
+from slicegpt.modeling.wide_products import has_halves
 
 # Compute capabilities with double-precision tensor cores at half of the float32 rate or more. sm_86, 89,
 # 103 and 120 compute in float64 at 1/64 of it.
@@ -76,10 +77,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are faster there than in float32: tensor cores, AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return device.type == "cpu" and has_halves(torch.bfloat16)
 
 
 _WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -24,12 +24,25 @@ ROWS, PANEL = 1 << 9, 1 << 22
 FEWEST_ROWS = 32
 
 
+# What an x86 has for products in 16 bits, as PyTorch calls it.
+INSTRUCTIONS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
+
+
+def cpu_capabilities() -> dict:
+    """What this machine's CPU has, as PyTorch knows it; nothing where the release does not tell."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def has_halves(dtype: torch.dtype) -> bool:
+    """Whether the CPU is an x86 with instructions for products in `dtype`, bfloat16 or float16."""
+    capabilities = cpu_capabilities()
+    return any(capabilities.get(name, False) for name in INSTRUCTIONS[dtype])
+
+
 @lru_cache
 def lacks_halves(dtype: torch.dtype) -> bool:
-    """Whether this machine's CPU is an x86 without instructions for products in `dtype`, bfloat16 or float16."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    names = ("amx_bf16", "avx512_bf16") if dtype == torch.bfloat16 else ("amx_fp16", "avx512_fp16")
-    return capabilities.get("architecture") == "x86_64" and not any(capabilities.get(name) for name in names)
+    """Whether it is an x86 without them; of other processors it is not known."""
+    return cpu_capabilities().get("architecture") == "x86_64" and not has_halves(dtype)
 
 
 def products_in_float32(device: torch.device) -> contextlib.AbstractContextManager:
